@@ -1,0 +1,108 @@
+"""Settings of a training run: steps, optimizer, checkpoints, logging, profiling."""
+
+import dataclasses
+from typing import Literal
+
+from jaxllm.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  steps: int = 1000
+  batch_size: int = 8  # sequences per optimizer step, over all hosts
+  seq_len: int = 256
+  accumulation: int = 1  # micro-batches per optimizer step
+  seed: int = 0
+  dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of compute; master weights stay float32
+  remat: Literal["none", "full", "dots", "offload", "names"] = "none"
+  remat_names: tuple[str, ...] = ()
+  target: str = "auto"  # chip the step is compiled for; "auto": the mesh's devices
+  attention: str = "auto"  # kernel backends
+  matmul: str = "auto"
+  cross_entropy: str = "auto"
+  unroll_layers: int | None = None
+  z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)
+  ema_decay: float | None = None  # keep an exponential moving average of the weights
+  on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
+  spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
+  eval_every: int = 0  # 0: only at the end
+  eval_batches: int = 0  # 0: the whole held-out set
+  sample_every: int = 0  # 0: only at the end
+  sample_prompts: tuple[str, ...] = ("",)
+  sample_tokens: int = 128
+  sample_temperature: float = 0.8
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "seq_len", "accumulation"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+    if self.batch_size % self.accumulation:
+      raise ConfigError(
+        f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+  """Applies to every parameter whose path (like "blocks/attention/query") matches the regex `pattern`."""
+
+  pattern: str = ".*"
+  lr_scale: float = 1.0  # 0 freezes the parameter
+  weight_decay: float | None = None  # None: the optimizer's
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+  learning_rate: float = 3e-4  # peak
+  schedule: Literal["cosine", "wsd", "linear", "constant", "rsqrt"] = "cosine"
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
+  final_lr_fraction: float = 0.1  # of the peak, at the last step (rsqrt and constant have none)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  # By default norms, biases and embeddings do not decay; rules come first, the first match wins.
+  rules: tuple[ParamRule, ...] = ()
+  clip_norm: float | None = 1.0  # global gradient norm; None: no clipping
+  muon_learning_rate: float = 0.02  # of the matrices; the rest takes adamw at learning_rate
+  muon_momentum: float = 0.95
+  loss_scale: float = 2.0**15  # float16 only: where dynamic loss scaling starts
+  loss_scale_growth_steps: int = 2000
+
+  def __post_init__(self):
+    if self.learning_rate < 0:
+      raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must not be negative")
+    if self.warmup_steps < 0:
+      raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
+    if not 0 <= self.decay_fraction <= 1:
+      raise ConfigError(f"optimizer.decay_fraction is {self.decay_fraction}; it is a share between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  every: int = 500  # steps; 0: only at the end
+  keep_last: int = 2
+  keep_best: int = 1  # by the lowest `best_metric`; 0: none
+  best_metric: str = "eval/loss"
+  keep_every: int | None = None  # also keep for ever each multiple of this many steps
+  asynchronous: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+  every: int = 10  # steps between lines of metrics.jsonl
+  tensorboard: bool = True
+  wandb: bool = False
+  wandb_project: str = "jaxllm"
+  wandb_mode: Literal["online", "offline"] = "online"
+  mlflow: bool = False
+  mlflow_uri: str = ""  # "": ./mlruns under the run directory
+  mlflow_experiment: str = "jaxllm"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  steps: int = 0  # trace so many steps into <run>/profile
+  start: int = 10  # the first of them, counted from the start of this process
