@@ -94,9 +94,11 @@ class ModelConfig:
   embedding_scale: float | None = None  # Gemma: embed_dim ** 0.5
   logit_softcap: float | None = None
 
-  # Initialisation: normal(init_std); "gpt2" and "llama" divide the residual outputs' std by sqrt(2 L)
-  # (GPT-2 report, section 2.3); "fan_in" takes std = 1/sqrt(fan_in) for the matrices.
-  init: Literal["normal", "gpt2", "llama", "fan_in"] = "llama"
+  # Initialisation of the matrices. normal: std init_std (BERT, OPT). gpt2: also divides the std of the
+  # two projections into the residual stream by sqrt(2 L) (GPT-2 report, section 2.3; Llama trainings do
+  # the same). fan_in: std 1/sqrt(inputs) (T5, PaLM). small: SmallInit sqrt(2 / 5D), residual projections
+  # 2 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745).
+  init: Literal["normal", "gpt2", "fan_in", "small"] = "gpt2"
   init_std: float = 0.02
 
   def __post_init__(self):

@@ -8,6 +8,28 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")  # outermost (sl
 
 
 @dataclasses.dataclass(frozen=True)
+class AxisRules:
+  """Logical axis of an array -> the mesh axes that split it; () keeps it whole on every device."""
+
+  batch: tuple[str, ...] = ("data", "fsdp")
+  seq: tuple[str, ...] = ("context",)
+  layers: tuple[str, ...] = ()
+  embed: tuple[str, ...] = ("fsdp",)
+  heads: tuple[str, ...] = ("tensor",)
+  kv_heads: tuple[str, ...] = ("tensor",)
+  head_dim: tuple[str, ...] = ()
+  mlp: tuple[str, ...] = ("tensor",)
+  vocab: tuple[str, ...] = ("tensor",)
+  expert: tuple[str, ...] = ("expert",)
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      for axis in getattr(self, field.name):
+        if axis not in AXES:
+          raise ConfigError(f"mesh.rules.{field.name} names {axis!r}; the mesh axes are {', '.join(AXES)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """How many ways each mesh axis splits the devices; one axis may be -1: whatever is left over."""
 
@@ -17,6 +39,7 @@ class MeshConfig:
   expert: int = 1
   context: int = 1
   tensor: int = 1
+  rules: AxisRules = AxisRules()
 
   def __post_init__(self):
     if sum(getattr(self, a) == -1 for a in AXES) > 1:

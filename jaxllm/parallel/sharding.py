@@ -1,0 +1,103 @@
+"""Logical axes to mesh axes: the only place that decides which device holds what."""
+
+import contextlib
+import contextvars
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxllm.errors import ConfigError
+from jaxllm.parallel.config import AxisRules
+
+LogicalAxes = tuple[str | None, ...]
+
+
+def partition_spec(axes: LogicalAxes, rules: AxisRules, name: str = "array") -> PartitionSpec:
+  """The PartitionSpec of an array whose dimensions have these logical names (None: replicated).
+
+  Raises:
+    ConfigError: a logical name that the rules do not know, or two dimensions on one mesh axis.
+  """
+  entries, used = [], {}
+  for axis in axes:
+    if axis is None:
+      entries.append(None)
+      continue
+    if not hasattr(rules, axis):
+      raise ConfigError(f"{name} has the logical axis {axis!r}, which mesh.rules does not name")
+    mesh_axes = getattr(rules, axis)
+    for mesh_axis in mesh_axes:
+      if mesh_axis in used:
+        raise ConfigError(
+          f"mesh.rules puts both {used[mesh_axis]!r} and {axis!r} of {name} on the mesh axis {mesh_axis!r}"
+        )
+      used[mesh_axis] = axis
+    entries.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
+  return PartitionSpec(*entries)
+
+
+def check_divisible(shape: tuple[int, ...], axes: LogicalAxes, mesh: Mesh, rules: AxisRules, name: str) -> None:
+  """Raises ConfigError when a dimension does not divide evenly over its mesh axes."""
+  for size, axis in zip(shape, axes, strict=True):
+    ways = 1
+    for mesh_axis in getattr(rules, axis) if axis else ():
+      ways *= mesh.shape[mesh_axis]
+    if size % ways:
+      raise ConfigError(
+        f"{name}: its {axis} dimension of {size} does not divide over mesh.{'*'.join(getattr(rules, axis))} = "
+        f"{ways}; change the mesh or the model"
+      )
+
+
+def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: AxisRules) -> Any:
+  """A NamedSharding for every parameter, in a tree like `shapes`.
+
+  Args:
+    shapes: nested dict of arrays or ShapeDtypeStructs.
+    axes: nested dict of the same shape, a LogicalAxes tuple for each parameter.
+  """
+
+  def one(path, leaf, names):
+    name = "/".join(str(k.key) for k in path)
+    spec = partition_spec(names, rules, name)
+    check_divisible(leaf.shape, names, mesh, rules, name)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of a value that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
+  """The sharding of a batch's [B, T] arrays."""
+  return NamedSharding(mesh, partition_spec(("batch", "seq"), rules, "batch"))
+
+
+_activations: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
+  "activations", default=None
+)
+
+
+@contextlib.contextmanager
+def activation_sharding(mesh: Mesh, rules: AxisRules):
+  """While tracing inside this context, `constrain` pins activations to the mesh; outside it does nothing."""
+  token = _activations.set((mesh, rules))
+  try:
+    yield
+  finally:
+    _activations.reset(token)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+  """Pins an activation to the sharding that its logical axes have, so that the compiler gathers weights
+  and not activations; the identity outside `activation_sharding`."""
+  context = _activations.get()
+  if context is None or context[0].size == 1:
+    return x
+  mesh, rules = context
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, "activation")))
