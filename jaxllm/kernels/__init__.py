@@ -1,0 +1,1 @@
+"""The hot path: one public function per kernel, each with named backends."""

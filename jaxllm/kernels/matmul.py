@@ -1,0 +1,3 @@
+"""placeholder"""
+def matmul(x, w, *, backend="xla"):
+  return x @ w

@@ -1,0 +1,124 @@
+"""Self-attention with grouped key/value heads, for training and for cached decoding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxllm.kernels import backends
+from jaxllm.kernels.flash_attention import Visibility, flash_attention
+from jaxllm.models import positions as pos
+from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.initializers import matrix_init
+from jaxllm.models.linear import Linear, parameter
+from jaxllm.models.norms import Norm
+from jaxllm.parallel.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where the tokens of a batch stand; computed once, used by every layer."""
+
+  rope: dict[str, tuple[Array, Array]]  # layer kind -> cos and sin [B, T, rotary_dim / 2]
+  segment_ids: Int[Array, "B T"] | None  # None: one document a row
+  positions: Int[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of the tokens so far; slot s of row b holds the token at position s.
+
+  key, value: [L, B, S, K, H] (one layer's: [B, S, K, H]); length: [B], the tokens that each row holds.
+  """
+
+  key: Array
+  value: Array
+  length: Int[Array, " B"]
+
+
+def attention_backend(c: ModelConfig, compute: Compute) -> str:
+  """The backend that can compute this model's attention on the target."""
+  special = c.attention_softcap is not None or c.attention_sinks or c.sink_tokens or c.position == "alibi"
+  wide = compute.dtype == "float32" and backends.TARGETS.get(compute.target) == "gpu"
+  requested = "xla" if compute.attention == "auto" and (special or wide) else compute.attention
+  return backends.choose("attention", requested, compute.target)
+
+
+class Attention(nnx.Module):
+  """softmax(q k^T) v with the config's heads, positions, norms and window."""
+
+  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+    self.c = c
+    self.kernel = attention_backend(c, compute)
+    backend = backends.choose("matmul", compute.matmul, compute.target)
+    D, H = c.embed_dim, c.head_dim
+    N, K = c.num_heads, c.num_kv_heads
+
+    def linear(inputs, outputs, axes, bias, residual=False):
+      init = matrix_init(c, inputs, residual=residual)
+      return Linear(inputs, outputs, axes, init=init, bias=bias, backend=backend, rngs=rngs)
+
+    self.query = linear(D, N * H, ("embed", "heads"), c.attention_bias)
+    self.key = linear(D, K * H, ("embed", "kv_heads"), c.attention_bias)
+    self.value = linear(D, K * H, ("embed", "kv_heads"), c.attention_bias)
+    self.output = linear(N * H, D, ("heads", "embed"), c.attention_out_bias, residual=True)
+    if c.qk_norm != "none":
+      full = c.qk_norm == "full"
+      self.query_norm = Norm(c, N * H if full else H, rngs=rngs)
+      self.key_norm = Norm(c, K * H if full else H, rngs=rngs)
+    if c.attention_sinks:
+      self.sinks = parameter(rngs, (N,), ("heads",), nnx.initializers.zeros)
+
+  def __call__(
+    self, x: Float[Array, "B T D"], place: Placement, kind: str, cache: KVCache | None = None
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Attends within x, or to the cache as well; returns the cache with x's keys and values written."""
+    c = self.c
+    query, key, value = self.query(x), self.key(x), self.value(x)
+    if c.qk_norm == "full":
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (query, key, value))
+    if c.qk_norm == "head":
+      query, key = self.query_norm(query), self.key_norm(key)
+    if c.position == "rope":
+      query, key = pos.apply_rope(query, place.rope[kind]), pos.apply_rope(key, place.rope[kind])
+    query = checkpoint_name(constrain(query, "batch", "seq", "heads", None), "query")
+    key = checkpoint_name(constrain(key, "batch", None, "kv_heads", None), "key")
+    value = checkpoint_name(constrain(value, "batch", None, "kv_heads", None), "value")
+    options = dict(
+      visibility=Visibility(
+        window=c.sliding_window if kind == "local" else None,
+        sink_tokens=c.sink_tokens if kind == "local" else 0,
+      ),
+      scale=c.query_scale,
+      softcap=c.attention_softcap,
+      sinks=self.sinks[...] if c.attention_sinks else None,
+      alibi_slopes=jnp.asarray(pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
+    )
+    if cache is None:
+      segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
+      out = flash_attention(
+        query, key, value, segment_ids=segments, key_positions=place.positions, backend=self.kernel, **options
+      )
+    else:
+      cache = write_cache(cache, key, value)
+      out = flash_attention(
+        query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), query_offset=cache.length, **options
+      )
+    out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+    return self.output(out), cache
+
+
+def write_cache(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]) -> KVCache:
+  """One layer's cache with T new tokens written after each row's `length` (which the model advances)."""
+
+  def write(buffer, new):
+    put = lambda row, tokens, start: jax.lax.dynamic_update_slice_in_dim(row, tokens, start, axis=0)  # noqa: E731
+    return jax.vmap(put)(buffer, new.astype(buffer.dtype), cache.length)
+
+  return KVCache(write(cache.key, key), write(cache.value, value), cache.length)

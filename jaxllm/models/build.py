@@ -1,0 +1,68 @@
+"""A model as the rest of the package uses it: a static graph and a plain dict of parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxllm.models.attention import KVCache
+from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.transformer import Transformer
+from jaxllm.parallel.config import AxisRules
+from jaxllm.parallel.sharding import param_shardings
+
+Params = dict[str, Any]
+
+
+def declare(config: ModelConfig, compute: Compute = Compute()) -> tuple[nnx.GraphDef, Params, Params]:
+  """The model's graph, its parameters' shapes and their logical axes; nothing is allocated.
+
+  Returns:
+    graph: `nnx.merge(graph, params)` is the callable model.
+    shapes: nested dict of ShapeDtypeStructs.
+    axes: nested dict of logical axis tuples.
+  """
+  with nnx.use_eager_sharding(False):
+    module = nnx.eval_shape(lambda: Transformer(config, compute, rngs=nnx.Rngs(params=0)))
+  graph, state = nnx.split(module)
+  flat = nnx.to_flat_state(state)
+  axes = {path: variable.get_metadata()["out_sharding"] for path, variable in flat}
+  shapes = {path: variable.get_value() for path, variable in flat}
+  return graph, _nest(shapes), _nest(axes)
+
+
+def init_params(
+  config: ModelConfig, key: jax.Array, mesh: Mesh | None = None, rules: AxisRules = AxisRules()
+) -> Params:
+  """Fresh float32 parameters; with a mesh each is made where it lives, never whole on one device."""
+
+  def init(key):
+    with nnx.use_eager_sharding(False):
+      module = Transformer(config, Compute(), rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.split(module)[1])
+
+  if mesh is None:
+    return jax.jit(init)(key)
+  _, shapes, axes = declare(config)
+  return jax.jit(init, out_shardings=param_shardings(shapes, axes, mesh, rules))(key)
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:
+  """An empty cache for `batch` rows of up to `length` tokens."""
+
+
+  shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+  zeros = jnp.zeros(shape, dtype)
+  return KVCache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+
+
+def _nest(flat: dict[tuple, Any]) -> Params:
+  tree: Params = {}
+  for path, value in flat.items():
+    node = tree
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = value
+  return tree

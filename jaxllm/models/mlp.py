@@ -1,0 +1,46 @@
+"""The feed-forward block: plain, or gated (Shazeer, arXiv 2002.05202)."""
+
+import functools
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jaxllm.kernels import backends
+from jaxllm.models.config import MLPS, Compute, ModelConfig
+from jaxllm.models.initializers import matrix_init
+from jaxllm.models.linear import Linear
+from jaxllm.parallel.sharding import constrain
+
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "relu2": lambda x: jax.numpy.square(jax.nn.relu(x)),
+}
+
+
+class MLP(nnx.Module):
+  """down(activation(gate(x)) * up(x)), or down(activation(up(x))) when not gated."""
+
+  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+    self.activation, gated = MLPS[c.mlp]
+    backend = backends.choose("matmul", compute.matmul, compute.target)
+
+    def linear(inputs, outputs, axes, residual=False):
+      init = matrix_init(c, inputs, residual=residual)
+      return Linear(inputs, outputs, axes, init=init, bias=c.mlp_bias, backend=backend, rngs=rngs)
+
+    self.gate = linear(c.embed_dim, c.mlp_dim, ("embed", "mlp")) if gated else None
+    self.up = linear(c.embed_dim, c.mlp_dim, ("embed", "mlp"))
+    self.down = linear(c.mlp_dim, c.embed_dim, ("mlp", "embed"), residual=True)
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    activation = ACTIVATIONS[self.activation]
+    up = checkpoint_name(constrain(self.up(x), "batch", "seq", "mlp"), "mlp_up")
+    if self.gate is None:
+      return self.down(activation(up))
+    gate = checkpoint_name(constrain(self.gate(x), "batch", "seq", "mlp"), "mlp_gate")
+    return self.down(activation(gate) * up)

@@ -1,0 +1,31 @@
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm (Ba et al., arXiv 1607.06450)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.linear import parameter
+
+
+class Norm(nnx.Module):
+  """Normalises the last dimension, in float32; the result has the input's dtype."""
+
+  def __init__(self, c: ModelConfig, dim: int | None = None, *, rngs):
+    dim = dim or c.embed_dim
+    self.kind, self.eps, self.offset = c.norm, c.norm_eps, 1.0 if c.norm_unit_offset else 0.0
+    init = nnx.initializers.zeros if c.norm_unit_offset else nnx.initializers.ones
+    self.scale = parameter(rngs, (dim,), (None,), init)
+    biased = c.norm == "layernorm" and c.norm_bias
+    self.bias = parameter(rngs, (dim,), (None,), nnx.initializers.zeros) if biased else None
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    y = x.astype(jnp.float32)
+    if self.kind == "layernorm":
+      y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+    y = y * (self.scale[...].astype(jnp.float32) + self.offset)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)
+    return y.astype(x.dtype)

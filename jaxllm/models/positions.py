@@ -1,0 +1,78 @@
+"""Where a token stands: rotary, learned, sinusoidal and ALiBi positions."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxllm.models.config import ModelConfig, RopeScaling
+
+
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+  """Angular frequencies [dim / 2] in radians per position, and the factor on cos and sin.
+
+  Su et al., arXiv 2104.09864; the scalings' sources stand at `RopeScaling`.
+  """
+  exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
+  if scaling is None:
+    return theta**-exponent, 1.0
+  if scaling.kind == "linear":
+    return theta**-exponent / scaling.factor, 1.0
+  if scaling.kind == "ntk":
+    return (theta * scaling.factor ** (dim / (dim - 2))) ** -exponent, 1.0
+  base = theta**-exponent
+  if scaling.kind == "llama3":
+    wavelength = 2 * math.pi / base
+    low = scaling.original_max_seq_len / scaling.low_freq_factor
+    high = scaling.original_max_seq_len / scaling.high_freq_factor
+    smooth = (scaling.original_max_seq_len / wavelength - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - smooth) * base / scaling.factor + smooth * base
+    return np.where(wavelength > low, base / scaling.factor, np.where(wavelength < high, base, blended)), 1.0
+
+  def dimension(rotations):  # that turns so many times within the original context (eq. 17 of YaRN)
+    return dim * math.log(scaling.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+  low = max(math.floor(dimension(scaling.beta_fast)), 0)
+  high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+  ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+  factor = scaling.attention_factor
+  if factor is None:
+    factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+  return base / scaling.factor * ramp + base * (1 - ramp), factor
+
+
+def rope_table(c: ModelConfig, positions: Int[Array, "B T"], local: bool) -> tuple[Array, Array]:
+  """cos and sin [B, T, rotary_dim / 2] of every position's angles, float32."""
+  theta = c.rope_local_theta if local and c.rope_local_theta else c.rope_theta
+  # Gemma 3 stretches its global layers only; a model with one theta stretches all.
+  scaling = None if local and c.rope_local_theta else c.rope_scaling
+  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling)
+  angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+  return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+  """Rotates the pairs (i, i + rotary_dim / 2) of the first rotary_dim dimensions of every head."""
+  cos, sin = (t[:, :, None, :] for t in table)
+  half = cos.shape[-1]
+  first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+  rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:
+  """sin in the first half, cos in the second (Vaswani et al., arXiv 1706.03762, section 3.5)."""
+  frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+  angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+  """A slope per head [N]: a geometric sequence, interleaved when N is no power of two (arXiv 2108.12409)."""
+  power = 2 ** math.floor(math.log2(num_heads))
+  slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+  extra = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
+  return np.concatenate([slopes, extra]).astype(np.float32)
