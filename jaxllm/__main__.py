@@ -1,0 +1,32 @@
+"""`jaxllm COMMAND …`, the same as `python -m jaxllm.COMMAND …`."""
+
+import importlib
+import sys
+
+from jaxllm.cli import run_door
+
+COMMANDS = {
+  "prepare": "corpus -> tokenizer -> shards",
+  "train": "train a model from a config",
+  "generate": "write text with a model",
+  "evaluate": "held-out bits per byte of a model",
+}
+
+
+def main() -> int:
+  """Hands the rest of the command line to the door it names."""
+  argv = sys.argv[1:]
+  if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
+    print("usage: jaxllm COMMAND [--help] …\n\ncommands:")
+    for name, what in COMMANDS.items():
+      print(f"  {name:10} {what}")
+    if argv and argv[0] not in ("-h", "--help"):
+      print(f"error: no command {argv[0]!r}", file=sys.stderr)
+      return 2
+    return 0
+  door = importlib.import_module(f"jaxllm.{argv[0]}")
+  return run_door(door.main, argv[1:])
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,68 @@
+"""What the doors share: reading `--config`, reporting errors, exit codes."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxllm.errors import UserError
+
+
+def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+  """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  debug = "--debug" in argv
+  argv = [a for a in argv if a != "--debug"]
+  logging.basicConfig(format="%(message)s", level=logging.WARNING)
+  logging.getLogger("jaxllm").setLevel(logging.INFO)
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  try:
+    return main(argv) or 0
+  except UserError as error:
+    if debug:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    return 130
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:
+  """The parser of a door that takes a config file; parse with `parse_config_args`."""
+  parser = argparse.ArgumentParser(
+    prog=f"python -m jaxllm.{door}",
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog="Any key of the config can be set: --config.training.steps=100 --config.optimizer.learning_rate=1e-3",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", required=True, metavar="FILE", help="a config file, like configs/quickstart.py")
+  if workdir:
+    parser.add_argument("--workdir", metavar="DIR", help="the run directory (default: runs/<config name>)")
+  parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
+  return parser
+
+
+def parse_config_args(
+  parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[tuple[str, Any]]]:
+  """Splits --config.KEY=VALUE (or --config.KEY VALUE) overrides from the other arguments."""
+  overrides, rest, words = [], [], list(argv)
+  while words:
+    word = words.pop(0)
+    if not word.startswith("--config."):
+      rest.append(word)
+      continue
+    key, equals, value = word.removeprefix("--config.").partition("=")
+    if not equals:
+      if not words or words[0].startswith("--"):
+        parser.error(f"{word} needs a value: {word}=VALUE")
+      value = words.pop(0)
+    overrides.append((key, value))
+  return parser.parse_args(rest), overrides
