@@ -13,7 +13,11 @@ quickstart: $(VENV)/.package
 	$(RUN) -m jaxllm.prepare --config=$(CONFIG)
 	$(RUN) -m jaxllm.train --config=$(CONFIG) --workdir=$(RUN_DIR) $(TRAIN_FLAGS)
 	$(RUN) -m jaxllm.evaluate --model=$(RUN_DIR) --baselines
-	$(RUN) tools/next_steps.py $(RUN_DIR)
+	@echo
+	@echo "everything is in $(RUN_DIR): metrics.jsonl, samples/, checkpoints/, tensorboard/. Next, try:"
+	@echo "  $(RUN) -m jaxllm.generate --model=$(RUN_DIR) --prompt='def main('"
+	@echo "  $(RUN) -m jaxllm.train --config=$(CONFIG) --workdir=$(RUN_DIR)2 --config.model.num_layers=6"
+	@echo "  $(RUN) -m jaxllm.train --help"
 
 test: $(VENV)/.test
 	$(RUN) -m pytest

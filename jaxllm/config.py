@@ -12,45 +12,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
-from jaxllm.models.config import ModelConfig
-from jaxllm.parallel.config import MeshConfig
-from jaxllm.training.config import (
-  CheckpointConfig,
-  LoggingConfig,
-  OptimizerConfig,
-  ProfileConfig,
-  TrainingConfig,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-  """Everything a job needs to know, one field per config group."""
-
-  model: ModelConfig = ModelConfig()
-  data: DataConfig = DataConfig()
-  training: TrainingConfig = TrainingConfig()
-  optimizer: OptimizerConfig = OptimizerConfig()
-  mesh: MeshConfig = MeshConfig()
-  checkpoint: CheckpointConfig = CheckpointConfig()
-  logging: LoggingConfig = LoggingConfig()
-  profile: ProfileConfig = ProfileConfig()
-
-  def __post_init__(self):
-    model, training = self.model, self.training
-    if training.seq_len > model.max_seq_len:
-      raise ConfigError(
-        f"training.seq_len {training.seq_len} is over the model's limit model.max_seq_len "
-        f"{model.max_seq_len}; lower the first or raise the second"
-      )
-    tokenizer = self.data.tokenizer
-    if not tokenizer.path and tokenizer.vocab_size > model.vocab_size:
-      raise ConfigError(
-        f"data.tokenizer.vocab_size {tokenizer.vocab_size} is over model.vocab_size {model.vocab_size}; "
-        "the model needs a row for every token"
-      )
+from jaxllm.training.config import RunConfig
 
 
 def default_config() -> ConfigDict:

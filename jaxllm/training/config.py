@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
+from jaxllm.models.config import ModelConfig
+from jaxllm.parallel.config import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,3 +109,31 @@ class LoggingConfig:
 class ProfileConfig:
   steps: int = 0  # trace so many steps into <run>/profile
   start: int = 10  # the first of them, counted from the start of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """Everything a job needs to know, one field per config group."""
+
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  training: TrainingConfig = TrainingConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  logging: LoggingConfig = LoggingConfig()
+  profile: ProfileConfig = ProfileConfig()
+
+  def __post_init__(self):
+    model, training = self.model, self.training
+    if training.seq_len > model.max_seq_len:
+      raise ConfigError(
+        f"training.seq_len {training.seq_len} is over the model's limit model.max_seq_len "
+        f"{model.max_seq_len}; lower the first or raise the second"
+      )
+    tokenizer = self.data.tokenizer
+    if not tokenizer.path and tokenizer.vocab_size > model.vocab_size:
+      raise ConfigError(
+        f"data.tokenizer.vocab_size {tokenizer.vocab_size} is over model.vocab_size {model.vocab_size}; "
+        "the model needs a row for every token"
+      )

@@ -1,0 +1,137 @@
+"""The train step as a compiled program: what is sharded how, and what it costs before it runs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxllm.kernels import backends
+from jaxllm.models.build import declare
+from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.objectives.causal_lm import causal_lm
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import target_of
+from jaxllm.parallel.sharding import (
+  activation_sharding,
+  batch_sharding,
+  param_shardings,
+  replicated,
+)
+from jaxllm.training.config import OptimizerConfig, TrainingConfig
+from jaxllm.training.optimizer import make_optimizer, state_shardings
+from jaxllm.training.schedules import make_schedule
+from jaxllm.training.state import TrainState, init_state
+from jaxllm.training.step import make_train_step
+
+BATCH_DTYPES = {
+  "inputs": jnp.int32,
+  "targets": jnp.int32,
+  "positions": jnp.int32,
+  "segment_ids": jnp.int32,
+  "loss_weights": jnp.float32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Everything static about a run's computation; nothing in it holds memory on a device."""
+
+  model: ModelConfig
+  compute: Compute
+  mesh: Mesh
+  graph: nnx.GraphDef
+  axes: Any  # logical axes of every parameter
+  state: TrainState  # ShapeDtypeStructs with shardings
+  batch: dict[str, jax.ShapeDtypeStruct]
+  init: Any  # jitted: key -> TrainState
+  step: Any  # jitted: (state, batch) -> (state, metrics)
+  evaluate: Any  # jitted: (params, batch) -> (sum of nll in nats, number of target tokens)
+
+
+def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
+  """How the run computes, with the target taken from the mesh unless the config names one."""
+  return Compute(
+    target=target_of(mesh) if training.target == "auto" else training.target,
+    dtype=training.dtype,
+    remat=training.remat,
+    remat_names=training.remat_names,
+    attention=training.attention,
+    matmul=training.matmul,
+    cross_entropy=training.cross_entropy,
+    unroll_layers=training.unroll_layers,
+  )
+
+
+def make_program(
+  model: ModelConfig,
+  training: TrainingConfig,
+  optimizer_config: OptimizerConfig,
+  mesh_config: MeshConfig,
+  mesh: Mesh,
+) -> Program:
+  """Builds the jitted functions of a run; nothing is compiled or allocated yet.
+
+  Raises:
+    ConfigError: the model or the batch does not divide over the mesh.
+  """
+  compute = compute_of(training, mesh)
+  rules = mesh_config.rules
+  graph, shapes, axes = declare(model, compute)
+  shardings = param_shardings(shapes, axes, mesh, rules)
+  optimizer = make_optimizer(optimizer_config, training.steps, shapes)
+  schedule = make_schedule(optimizer_config, training.steps)
+
+  def loss_fn(params, batch, key):
+    return causal_lm(nnx.merge(graph, params), batch, key, z_loss=training.z_loss)
+
+  step = make_train_step(loss_fn, optimizer, schedule, training, optimizer_config)
+
+  def sharded_step(state, batch):
+    with activation_sharding(mesh, rules):
+      return step(state, batch)
+
+  def init(key):
+    with nnx.use_eager_sharding(False):
+      from jaxllm.models.transformer import Transformer
+
+      module = Transformer(model, compute, rngs=nnx.Rngs(params=key))
+    params = nnx.to_pure_dict(nnx.split(module)[1])
+    return init_state(params, optimizer, training, optimizer_config)
+
+  def evaluate(params, batch):
+    with activation_sharding(mesh, rules):
+      _, _, metrics = causal_lm(nnx.merge(graph, params), batch)
+      return metrics["nll"]
+
+  abstract = jax.eval_shape(init, jax.random.key(0))
+  specs = state_shardings(abstract, shapes, shardings)
+  state = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, specs)
+  rows = batch_sharding(mesh, rules)
+  shape = (training.batch_size, training.seq_len)
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
+  whole = replicated(mesh)
+  return Program(
+    model=model,
+    compute=compute,
+    mesh=mesh,
+    graph=graph,
+    axes=axes,
+    state=state,
+    batch=batch,
+    init=jax.jit(init, out_shardings=specs),
+    step=jax.jit(
+      sharded_step,
+      in_shardings=(specs, {name: rows for name in batch}),
+      out_shardings=(specs, whole),
+      donate_argnums=0,
+    ),
+    evaluate=jax.jit(evaluate, in_shardings=(shardings, {name: rows for name in batch}), out_shardings=whole),
+  )
+
+
+def put_batch(batch: dict[str, Any], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """A host's rows of the batch, as arrays over all hosts."""
+  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
