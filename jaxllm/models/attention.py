@@ -33,11 +33,12 @@ class Placement:
 class KVCache:
   """Keys and values of the tokens so far; slot s of row b holds the token at position s.
 
-  key, value: [L, B, S, K, H] (one layer's: [B, S, K, H]); length: [B], the tokens that each row holds.
+  key, value: a [B, S, K, H] for each layer, apart so that a step writes its token where it lies and copies
+  nothing (one layer's cache: the array itself). length: [B], the tokens that each row holds.
   """
 
-  key: Array
-  value: Array
+  key: tuple[Array, ...] | Array
+  value: tuple[Array, ...] | Array
   length: Int[Array, " B"]
 
 

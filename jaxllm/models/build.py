@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxllm.errors import ConfigError
 from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.transformer import Transformer
+from jaxllm.models.transformer import PerLayer, Transformer, is_per_layer
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -79,9 +79,20 @@ def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = Axis
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:
   """An empty cache for `batch` rows of up to `length` tokens."""
-  shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-  zeros = jnp.zeros(shape, dtype)
-  return KVCache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+  shape = (batch, length, config.num_kv_heads, config.head_dim)
+  empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))  # noqa: E731
+  return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+
+
+def unstack_layers(params: Params) -> Params:
+  """The same parameters with a `PerLayer` for every stacked array under "blocks": what decoding wants."""
+  return {**params, "blocks": jax.tree.map(lambda w: PerLayer(tuple(w)), params["blocks"])}
+
+
+def stack_layers(params: Params) -> Params:
+  """The inverse of `unstack_layers`: plain arrays with a leading layer axis."""
+  blocks = jax.tree.map(lambda w: jnp.stack(w.arrays), params["blocks"], is_leaf=is_per_layer)
+  return {**params, "blocks": blocks}
 
 
 def _nest(flat: dict[tuple, Any]) -> Params:

@@ -1,5 +1,6 @@
 """The Transformer: embedding, a scanned stack of one block, head."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,22 @@ from jaxllm.parallel.sharding import constrain
 
 # XLA:CPU is faster on straight code than in a loop; beyond this depth its compile time is not worth it.
 CPU_UNROLL = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+  """A parameter of all layers as one array a layer, in place of one array with a leading layer axis."""
+
+  arrays: tuple[Array, ...]
+
+  def __getitem__(self, layer: int) -> Array:
+    return self.arrays[layer]
+
+
+def is_per_layer(value) -> bool:
+  """Whether a parameter is kept layer by layer."""
+  return isinstance(value, PerLayer)
 
 
 class Block(nnx.Module):
@@ -133,40 +150,46 @@ class Transformer(nnx.Module):
     return x if self.final_norm is None else self.final_norm(x), cache
 
   def _layers(self, x, place, cache):
-    """Scans the stack, one repetition of the layer pattern per step; a rest runs after the scan."""
-    c, kinds = self.config, self.config.layer_kinds
+    """The stack: scanned in training, straight code for a cache or for layers that are not stacked."""
     graph, weights = nnx.split(self.blocks)
+    straight = cache is not None or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer)))
+    return (self._straight if straight else self._scanned)(graph, weights, x, place, cache)
 
-    def layer(x, weights, kind, cache):
-      return nnx.merge(graph, weights)(x, place, kind, cache)
+  def _straight(self, graph, weights, x, place, cache):
+    """One layer after the other: in a loop XLA would copy each layer's weights and cache for every token."""
+    kinds, caches = self.config.layer_kinds, []
+    for i in range(self.config.num_layers):
+      one = jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=is_per_layer)
+      before = None if cache is None else KVCache(cache.key[i], cache.value[i], cache.length)
+      x, after = nnx.merge(graph, one)(x, place, kinds[i % len(kinds)], before)
+      caches.append(after)
+    if cache is not None:
+      keys, values = tuple(c.key for c in caches), tuple(c.value for c in caches)
+      cache = KVCache(keys, values, cache.length + x.shape[1])
+    return x, cache
 
-    def group(carry, weights, kinds=kinds):
-      x, cache, first = carry
+  def _scanned(self, graph, weights, x, place, cache):
+    """One repetition of the layer pattern per scan step; a rest runs after the scan."""
+    c, kinds = self.config, self.config.layer_kinds
+
+    def layer(x, weights, kind):
+      return nnx.merge(graph, weights)(x, place, kind)[0]
+
+    def group(x, weights, kinds=kinds):
       for j, kind in enumerate(kinds):
         one = jax.tree.map(lambda w, j=j: w[j], weights)
-        run = remat(functools.partial(layer, kind=kind), self.compute)
-        if cache is None:
-          x, _ = run(x, one, cache=None)
-        else:  # the layer's slice is read and written in the carried buffer: no copy of the whole
-          row = functools.partial(jax.lax.dynamic_index_in_dim, index=first + j, keepdims=False)
-          x, new = run(x, one, cache=KVCache(row(cache.key), row(cache.value), cache.length))
-          put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=first + j, axis=0)
-          cache = KVCache(put(cache.key, new.key), put(cache.value, new.value), cache.length)
-      return (x, cache, first + len(kinds)), None
+        x = remat(functools.partial(layer, kind=kind), self.compute)(x, one)
+      return x, None
 
     steps, rest = divmod(c.num_layers, len(kinds))
-    carry = (x, cache, 0)
     if steps:
       grouped = jax.tree.map(
         lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights
       )
-      carry, _ = jax.lax.scan(group, carry, grouped, unroll=self._unroll(steps))
+      x, _ = jax.lax.scan(group, x, grouped, unroll=self._unroll(steps))
     if rest:
       last = jax.tree.map(lambda w: w[steps * len(kinds) :], weights)
-      carry, _ = group(carry, last, kinds=kinds[:rest])
-    x, cache, _ = carry
-    if cache is not None:
-      cache = KVCache(cache.key, cache.value, cache.length + x.shape[1])
+      x, _ = group(x, last, kinds=kinds[:rest])
     return x, cache
 
   def _unroll(self, steps: int) -> int:
@@ -188,7 +211,11 @@ class Transformer(nnx.Module):
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """float32 logits of hidden states."""
     backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
-    logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
+    if self.config.tie_embeddings and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
+      # Contracted as it lies: XLA:CPU would copy the transposed matrix for every token.
+      logits = jnp.einsum("BTD,VD->BTV", x, tokens.astype(x.dtype)).astype(jnp.float32)
+    else:
+      logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
     if self.config.head_bias:
       logits = logits + self.head_bias()
     if self.config.logit_softcap is not None:
