@@ -12,9 +12,12 @@ LossSums = tuple[Float[Array, ""], Float[Array, ""]]  # nll in nats, and the wei
 
 
 def heldout_metrics(
-  loss_sums: Callable[[dict[str, Any]], LossSums], batches: Iterable[dict[str, np.ndarray]], total_bytes: float
+  loss_sums: Callable[[dict[str, Any]], LossSums],
+  batches: Iterable[dict[str, np.ndarray]],
+  total_bytes: float,
+  prefix: str = "eval/",
 ) -> dict[str, float]:
-  """eval/loss (nats per token), eval/perplexity and eval/bits_per_byte over all batches.
+  """<prefix>loss (nats per token), <prefix>perplexity and <prefix>bits_per_byte over all batches.
 
   Args:
     loss_sums: the summed loss of a batch; sums over all hosts.
@@ -26,7 +29,7 @@ def heldout_metrics(
   nll, tokens = (math.fsum(float(x) for x in column) for column in zip(*jax.device_get(sums)))
   loss = nll / tokens
   return {
-    "eval/loss": loss,
-    "eval/perplexity": math.exp(min(loss, 700.0)),
-    "eval/bits_per_byte": nll / math.log(2) / total_bytes,
+    f"{prefix}loss": loss,
+    f"{prefix}perplexity": math.exp(min(loss, 700.0)),
+    f"{prefix}bits_per_byte": nll / math.log(2) / total_bytes,
   }

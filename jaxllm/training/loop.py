@@ -3,30 +3,30 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
 
-from jaxllm.data.heldout import HeldoutBatches, heldout_batches
+from jaxllm.data.heldout import heldout_batches
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import train_batches
-from jaxllm.errors import CheckpointError, DataError, UserError
+from jaxllm.errors import DataError, UserError
+from jaxllm.evaluation.bits_per_byte import heldout_metrics
+from jaxllm.models.build import check_model_on_mesh
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.sharding import check_model_on_mesh
-from jaxllm.training import flops
 from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.compile import Program, make_program, put_batch
+from jaxllm.training.compile import make_program, put_batch
 from jaxllm.training.config import RunConfig
-from jaxllm.training.metrics import RunDirectory
+from jaxllm.training.meter import Meter
+from jaxllm.training.metrics import MetricsLogger, open_run_directory
 from jaxllm.training.profiling import Profiler
-from jaxllm.training.progress import Progress
-from jaxllm.training.samples import write_samples
+from jaxllm.training.progress import Progress, print_table
+from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.startup import startup_table
+from jaxllm.training.trackers import make_trackers
 
 log = logging.getLogger("jaxllm")
 
@@ -39,15 +39,18 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
   """Trains as `run` says in `workdir`, from its last checkpoint if it has one.
 
   Returns:
-    The last metrics of training and evaluation, "step", and "stopped": whether a signal ended it early.
+    The last value of every metric, "step", and "stopped": whether a signal ended the run early.
 
   Raises:
     ConfigError, DataError, CheckpointError: the run cannot start, or the disk is full.
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
-  training = run.training
+  training, settings = run.training, dataclasses.asdict(run)
+
+  # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
-  check_model_on_mesh(run.model, mesh)
+  check_model_on_mesh(run.model, mesh, run.mesh.rules)
+  program = make_program(run.model, training, run.optimizer, run.mesh, mesh)
   prepared = open_prepared(run.data)
   tokenizer = prepared.tokenizer()
   if tokenizer.vocab_size > run.model.vocab_size:
@@ -59,106 +62,121 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
   sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len)
   batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
   heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh)
 
+  directory = open_run_directory(workdir, settings)
+  if jax.process_index() == 0:
+    tokenizer.save(directory / "tokenizer")
   with (
-    RunDirectory(workdir, run, tokenizer) as directory,
-    Checkpoints(directory.checkpoints, run.checkpoint) as checkpoints,
     StopRequest() as stop,
-    Profiler(run.profile, workdir) as profiler,
+    Checkpoints(directory / "checkpoints", run.checkpoint) as checkpoints,
+    Profiler(run.profile, directory) as profiler,
   ):
+    # Where it starts: the last good checkpoint, or fresh weights.
     if checkpoints.latest_step() is None:
-      state = program.init(jax.random.key(training.seed))
-      step = 0
+      resumed, step, state = None, 0, program.init(jax.random.key(training.seed))
     else:
       step, state, data_state = checkpoints.restore(program.state)
       batches.set_state(data_state)
+      resumed = step
       log.info("resuming from step %d", step)
-    directory.resume_at(step)
-    started = time.monotonic()
+    began = time.monotonic()
     compiled = program.step.lower(program.state, program.batch).compile()
-    directory.print_table(startup_table(program, compiled, run, prepared, time.monotonic() - started))
+    if jax.process_index() == 0:
+      print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 
-    meter = _Meter(program, run)
-    saved: int | None = step or None
-    results: dict[str, Any] = {}
-    pending = None  # the last step's metrics, read when the next one is on its way
-    positions = {step: batches.get_state()}  # where the data stood before each step that may be undone
-    with Progress(training.steps, step) as progress:
+    trackers = make_trackers(run.logging, directory, settings, resumed)
+    meter = Meter(program, training.batch_size * training.seq_len, training.seq_len)
+    latest: dict[str, float] = {}  # the last value of every metric
+    positions = {step: batches.get_state()}  # where the data stood after the last few steps
+    running = None  # the last dispatched step and its metrics, read while the next one computes
+    with (
+      MetricsLogger(directory, resumed, trackers) as metrics_logger,
+      Progress(training.steps) as progress,
+    ):
 
-      def report(number: int, device_metrics: dict[str, jax.Array]) -> None:
-        """Waits for step `number`, logs it, and stops the run if it was bad."""
+      def finish(number: int, device_metrics: dict[str, jax.Array]) -> None:
+        """Waits for a step, logs it, and ends the run if it was bad."""
         metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
         meter.step()
         halted = metrics.pop("halted")
-        if metrics["skipped"] > results.get("skipped", 0):
-          log.warning("step %d was skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
-        metrics |= {"epoch": batches.epochs, "tokens": number * training.batch_size * training.seq_len}
-        results.update(metrics)
-        if halted or number % run.logging.every == 0 or number in (1, training.steps):
-          metrics |= meter.rates()
-          results.update(metrics)
-          directory.log(number, metrics)
-        progress.update(number, results)
+        if metrics["skipped"] > latest.get("skipped", metrics["skipped"]) or (number == 1 and metrics["skipped"]):
+          log.warning(
+            "step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"]
+          )
+        logged = halted or number % run.logging.every == 0 or number in (1, training.steps)
+        if logged:
+          tokens = number * training.batch_size * training.seq_len
+          metrics |= {"tokens": tokens, "epoch": batches.epochs} | meter.rates()
+          metrics_logger.log(number, metrics)
+        latest.update(metrics)
+        progress.update(number, metrics if logged else None)
         if halted:
-          save(number - 1, metrics={})
+          save(number - 1)
           raise TrainingStopped(
-            f"step {number} is bad (loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}); the state "
-            f"before it is saved as step {number - 1} in {directory.checkpoints}. Lower "
-            "optimizer.learning_rate, or resume with --config.training.on_bad_step=skip"
+            f"step {number} is bad: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}. The state "
+            f"before it is saved as step {number - 1} in {checkpoints.directory}; lower "
+            "optimizer.learning_rate in a new run, or resume with --config.training.on_bad_step=skip"
           )
 
-      def save(number: int, metrics: dict[str, float]) -> None:
-        nonlocal saved
-        if saved != number:
-          good = dataclasses.replace(state, halted=jax.numpy.zeros_like(state.halted))
-          checkpoints.save(number, good, positions[number], metrics)
-          saved = number
+      def save(number: int) -> None:
+        if number != checkpoints.latest_step():
+          good = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
+          checkpoints.save(number, good, positions[number], latest)
 
-      def evaluate_and_sample(number: int, samples: bool) -> None:
-        with meter.pause():
-          values = evaluate(program, state.params, heldout)
-          if state.ema is not None:
-            averaged = evaluate(program, state.ema, heldout)
-            values |= {name.replace("eval/", "eval/ema_"): value for name, value in averaged.items()}
-          results.update(values)
-          directory.log(number, values)
-          progress.note(f"step {number}: held-out loss {values['eval/loss']:.4f}, "
-                        f"{values['eval/bits_per_byte']:.4f} bits per byte")
-          if samples:
-            write_samples(directory, number, program, state.params, tokenizer, training)
+      def evaluate(number: int, params: Any, prefix: str = "eval/") -> None:
+        def loss_sums(batch):
+          return program.evaluate(params, put_batch(batch, program.batch))
 
-      while step < training.steps and not _any_host(stop.requested):
-        profiler.before_step()
+        values = heldout_metrics(loss_sums, heldout, heldout.bytes, prefix)
+        latest.update(values)
+        metrics_logger.log(number, values)
+        bits = values[f"{prefix}bits_per_byte"]
+        progress.say(f"step {number}: {prefix}loss {values[f'{prefix}loss']:.4f}, {bits:.4f} bits per byte")
+
+      def look(number: int) -> None:
+        """Held-out loss, of the averaged weights too where there are any."""
+        evaluate(number, state.params)
+        if state.ema is not None:
+          evaluate(number, state.ema, "eval_ema/")
+
+      def sample(number: int) -> None:
+        text = sample_text(program, state.params, tokenizer, training)
+        if text:
+          metrics_logger.log_text(number, "sample", text)
+
+      def due(every: int) -> bool:
+        return every > 0 and step % every == 0 and step < training.steps
+
+      while step < training.steps and not stop.anywhere():
         batch = next(batches, None)
         if batch is None:
-          log.info("the data ended after %g epochs, at step %d", batches.epochs, step)
+          log.info("the data ended at step %d, after %g epochs", step, batches.epochs)
           break
-        state, device_metrics = compiled(state, put_batch(batch, program.batch["inputs"].sharding))
+        profiler.before_step()
+        state, device_metrics = compiled(state, put_batch(batch, program.batch))
+        profiler.after_step(device_metrics)
         step += 1
         positions[step] = batches.get_state()
         positions.pop(step - 3, None)
-        if pending is not None:
-          report(*pending)
-        pending = (step, device_metrics)
-        profiler.after_step(device_metrics)
+        if running is not None:
+          finish(*running)
+        running = step, device_metrics
 
-        evaluates = training.eval_every and step % training.eval_every == 0
-        samples = training.sample_every and step % training.sample_every == 0
-        saves = run.checkpoint.every and step % run.checkpoint.every == 0
-        if (evaluates or samples or saves) and step < training.steps:
-          report(*pending)
-          pending = None
-          if evaluates or samples:
-            evaluate_and_sample(step, samples)
-          if saves:
-            with meter.pause():
-              save(step, {k: v for k, v in results.items() if isinstance(v, float)})
+        periodic = ((training.eval_every, look), (training.sample_every, sample), (run.checkpoint.every, save))
+        if any(due(every) for every, _ in periodic):
+          finish(*running)
+          running = None
+          with meter.pause():
+            for every, action in periodic:
+              if due(every):
+                action(step)
 
-      if pending is not None:
-        report(*pending)
+      if running is not None:
+        finish(*running)
       if not stop.requested:
-        evaluate_and_sample(step, samples=True)
-      save(step, {k: v for k, v in results.items() if isinstance(v, float)})
+        look(step)
+        sample(step)
+      save(step)
       checkpoints.wait()
-  return results | {"step": step, "stopped": bool(stop.requested)}
+  batches.close()
+  return latest | {"step": step, "stopped": stop.requested}

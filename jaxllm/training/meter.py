@@ -16,9 +16,8 @@ class Meter:
 
   def __init__(self, program: Program, tokens_per_step: int, seq_len: int):
     self._tokens_per_step = tokens_per_step
-    self._flops_per_token = flops.flops_per_token(program.model, seq_len)
-    self._chip, self._devices = program.compute.target, program.mesh.size
-    self._dtype = program.compute.dtype
+    self._flops_per_token = flops.training_flops(program.model, seq_len).total
+    self._chip, self._devices = flops.chip_in_use(program.compute.dtype), program.mesh.size
     self._device = program.mesh.local_devices[0]
     self._start, self._steps = time.monotonic(), 0
 
@@ -38,12 +37,14 @@ class Meter:
     step_time = (time.monotonic() - self._start) / max(self._steps, 1)
     tokens_per_second = self._tokens_per_step / max(step_time, 1e-9)
     self._start, self._steps = time.monotonic(), 0
-    return {
+    rates = {
       "tokens_per_second": tokens_per_second,
       "step_time_s": step_time,
-      "mfu": flops.mfu(tokens_per_second, self._flops_per_token, self._devices, self._chip),
       "memory_gib": _peak_memory(self._device) / 2**30,
     }
+    if self._chip is not None:  # of an unknown chip the peak is unknown too
+      rates["mfu"] = flops.mfu(tokens_per_second, self._flops_per_token, self._devices, self._chip)
+    return rates
 
 
 def _peak_memory(device: jax.Device) -> float:

@@ -1,6 +1,5 @@
 """Text that the model writes while it is trained."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +11,8 @@ from jaxllm.training.compile import Program
 from jaxllm.training.config import TrainingConfig
 
 
-def write_samples(
-  directory: Path, step: int, program: Program, params: Any, tokenizer: Tokenizer, training: TrainingConfig
-) -> str:
-  """Continues each of `training.sample_prompts` and writes the result to `<directory>/<step>.txt`.
-
-  Returns:
-    The text of all samples; "" on several hosts, which do not sample.
-  """
+def sample_text(program: Program, params: Any, tokenizer: Tokenizer, training: TrainingConfig) -> str:
+  """Continues each of `training.sample_prompts`; "" on several hosts, which do not sample."""
   if jax.process_count() > 1:
     return ""
   model = Model(program.model, params, tokenizer, compute=program.compute)
@@ -27,8 +20,5 @@ def write_samples(
     temperature=training.sample_temperature, max_tokens=training.sample_tokens, seed=training.seed
   )
   completions = model.generate(list(training.sample_prompts), sampling)
-  pairs = zip(training.sample_prompts, completions)
-  text = "\n".join(f"----- {prompt!r}\n{prompt}{completion.text}" for prompt, completion in pairs) + "\n"
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / f"{step:08d}.txt").write_text(text, encoding="utf-8")
-  return text
+  pairs = zip(training.sample_prompts, completions, strict=True)
+  return "\n".join(f"----- {prompt!r}\n{prompt}{completion.text}" for prompt, completion in pairs) + "\n"

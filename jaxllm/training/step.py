@@ -66,7 +66,7 @@ def make_train_step(
     grad_norm = optax.global_norm([g for g in grads if g is not None]) * factor
     if optimizer_config.clip_norm is not None:
       factor = factor * jnp.minimum(1, optimizer_config.clip_norm / jnp.maximum(grad_norm, 1e-30))
-    grads = [optax.MaskedNode() if g is None else g * factor for g in grads]
+    grads = [jnp.zeros_like(p) if g is None else g * factor for g, p in zip(grads, leaves)]
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if scale is None:
@@ -80,7 +80,7 @@ def make_train_step(
     applied = ~(bad | overflow | halted)
 
     updates, opt_state = optimizer.update(
-      jax.tree.unflatten(treedef, grads), state.opt_state, state.params, step=state.step, applied=applied
+      jax.tree.unflatten(treedef, grads), state.opt_state, state.params, step=state.step
     )
     # The choice between old and new is elementwise, so it joins the update's pass over memory.
     choose = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
@@ -102,7 +102,7 @@ def make_train_step(
     new_state = TrainState(
       step=state.step + ~halted,
       params=jax.tree.unflatten(treedef, params),
-      opt_state=opt_state,
+      opt_state=jax.tree.map(choose, opt_state, state.opt_state),
       ema=ema,
       loss_scale=loss_scale,
       loss_statistics=state.loss_statistics.update(loss, applied & (weight_sum > 0)),
