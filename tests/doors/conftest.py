@@ -24,7 +24,8 @@ def get_config():
   c.training.seq_len = 32
   c.training.sample_tokens = 8
   c.training.eval_batches = 2
-  c.optimizer.warmup_steps = 2
+  c.optimizer.learning_rate = 1e-2
+  c.optimizer.warmup_steps = 1
   c.checkpoint.every = 2
   c.logging.every = 1
   c.logging.tensorboard = False
