@@ -21,9 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import CheckpointError
@@ -31,6 +29,7 @@ from jaxllm.training import manifest as manifests
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.files import write_atomically
 from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form, unnest
+from jaxllm.training.processes import everywhere
 
 
 class Restored(NamedTuple):
@@ -54,7 +53,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       self.directory.mkdir(parents=True, exist_ok=True)
       self._remove_unfinished()
-    _everywhere(True)
+    everywhere(True)
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -93,7 +92,7 @@ class Checkpoints:
         place.rename(_aside(place))
     except OSError as e:
       error = e
-    if not _everywhere(error is None):
+    if not everywhere(error is None):
       self._fail(step, error)
     try:
       place.mkdir(exist_ok=True)
@@ -136,7 +135,7 @@ class Checkpoints:
       return
     (step, future), self._pending = self._pending, None
     error = future.exception()
-    if not _everywhere(error is None):
+    if not everywhere(error is None):
       self._fail(step, error)
 
   def close(self) -> None:
@@ -253,7 +252,7 @@ def _good_step(directory: Path, step: int | None, part: str | None = None) -> tu
       manifests.verify(place, manifest, wanted, (jax.process_index(), jax.process_count()))
     except manifests.DamagedError as e:
       error = e
-    if _everywhere(error is None):
+    if everywhere(error is None):
       if damage:
         logging.warning("%s; using checkpoint step %d instead", damage, candidate)
       return candidate, manifest
@@ -328,13 +327,6 @@ def _read_data_state(place: Path, manifest: manifests.Manifest) -> Any:
 
 def _aside(place: Path) -> Path:
   return place.with_name(place.name + ".replaced")
-
-
-def _everywhere(ok: bool) -> bool:
-  """Whether `ok` holds on every process; a barrier as well."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def _disk_trouble(error: BaseException) -> str | None:
