@@ -11,6 +11,7 @@ step means (commit, verification, fallback, retention) is here. All processes mu
 import concurrent.futures
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import CheckpointError
@@ -30,6 +30,9 @@ from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.files import write_atomically
 from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form, unnest
 from jaxllm.training.processes import everywhere
+
+
+log = logging.getLogger("jaxllm")
 
 
 class Restored(NamedTuple):
@@ -64,7 +67,7 @@ class Checkpoints:
     except CheckpointError as failure:
       if kind is None:
         raise
-      logging.error("%s", failure)  # the error that ended the run is the one to report
+      log.error("%s", failure)  # the error that ended the run is the one to report
 
   def steps(self) -> list[int]:
     """The committed steps, oldest first; a save still in flight is not among them."""
@@ -254,7 +257,7 @@ def _good_step(directory: Path, step: int | None, part: str | None = None) -> tu
       error = e
     if everywhere(error is None):
       if damage:
-        logging.warning("%s; using checkpoint step %d instead", damage, candidate)
+        log.warning("%s; using checkpoint step %d instead", damage, candidate)
       return candidate, manifest
     damage = damage or f"checkpoint step {candidate} is damaged: {error or 'another process found it so'}"
   raise CheckpointError(

@@ -19,9 +19,21 @@ from jaxllm.errors import ConfigError
 from jaxllm.training.files import read_metrics, write_atomically
 from jaxllm.training.trackers import Tracker, flatten
 
-# What a resumed run may change: nothing here alters what the next step computes, except the number of
-# steps (it may grow, and the schedule stretches with it) and, within float tolerance, the mesh.
-MAY_CHANGE = ("logging.*", "checkpoint.*", "profile.*", "mesh.*", "data.workers", "data.prefetch")
+# What a resumed run may change: how it is watched, where it runs (equal within float tolerance on another
+# mesh), and what becomes of bad steps. The number of steps may grow, and the schedule stretches with it.
+MAY_CHANGE = (
+  "logging.*",
+  "checkpoint.*",
+  "profile.*",
+  "mesh.*",
+  "data.workers",
+  "data.prefetch",
+  "training.eval_*",
+  "training.sample_*",
+  "training.remat*",
+  "training.on_bad_step",
+  "training.spike_sigmas",
+)
 MAY_GROW = ("training.steps",)
 
 
@@ -35,12 +47,17 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Pa
   file = directory / "config.json"
   if file.exists():
     try:
-      check_same_run(json.loads(file.read_text())["config"], config)
+      saved = json.loads(file.read_text())
+    except json.JSONDecodeError:
+      raise ConfigError(f"{file} is damaged; restore it, or choose another --workdir") from None
+    saved.pop("environment", None)
+    try:
+      check_same_run(saved, config)
     except ConfigError as error:
       raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
   if jax.process_index() == 0:
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"config": config, **environment()}, indent=2) + "\n")
+    write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
   return directory
 
 

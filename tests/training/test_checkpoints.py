@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import os
 import random
 import shutil
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import logging as absl_logging
 
 from jaxllm.errors import CheckpointError
 from jaxllm.training.checkpoints import Checkpoints, committed_steps, restore_params, steps_to_keep
@@ -102,7 +102,7 @@ def data_files(place):
 @pytest.fixture
 def warnings(monkeypatch):
   lines = []
-  monkeypatch.setattr(absl_logging, "warning", lambda text, *args: lines.append(text % args))
+  monkeypatch.setattr(logging.getLogger("jaxllm"), "warning", lambda text, *args: lines.append(text % args))
   return lines
 
 
