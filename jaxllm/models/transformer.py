@@ -80,11 +80,13 @@ class Embedding(nnx.Module):
     self.norm = Norm(c, rngs=rngs) if c.embedding_norm else None
 
   def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    x = jnp.take(self.tokens.get_value().astype(self.dtype), tokens, axis=0)
+    # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
+    table = constrain(self.tokens.get_value().astype(self.dtype), "vocab", None)
+    x = constrain(jnp.take(table, tokens, axis=0), "batch", "seq", None)
     if self.c.embedding_scale is not None:
       x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
     if self.c.position == "learned":
-      x = x + jnp.take(self.positions[...].astype(x.dtype), positions, axis=0)
+      x = x + jnp.take(constrain(self.positions[...].astype(x.dtype), None, None), positions, axis=0)
     elif self.c.position == "sinusoidal":
       x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
     return x if self.norm is None else self.norm(x)
@@ -145,7 +147,7 @@ class Transformer(nnx.Module):
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
     place = Placement(rope, segment_ids, positions)
-    x = constrain(self.embedding(tokens, positions), "batch", "seq", None)
+    x = self.embedding(tokens, positions)
     x, cache = self._layers(x, place, cache)
     return x if self.final_norm is None else self.final_norm(x), cache
 

@@ -86,7 +86,16 @@ def test_packed(name):
   np.testing.assert_allclose(got[first : first + T], want[1], rtol=0, atol=3e-5)
 
 
-GRADIENTS = ["learned-sinks-window", "softcaps", "qk-norm-full", "sandwich", "post", "alibi", *MLPS]
+GRADIENTS = [
+  "learned-sinks-window",
+  "softcaps",
+  "qk-norm-full",
+  "sandwich",
+  "post",
+  "alibi",
+  "mlp-geglu",
+  "mlp-relu2",
+]
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

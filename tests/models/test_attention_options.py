@@ -103,8 +103,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("block", [512, 8])
-@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("segmented, block", [(False, 512), (True, 512), (True, 8)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, segmented, block, monkeypatch):
   monkeypatch.setattr(module, "QUERY_BLOCK", block)
