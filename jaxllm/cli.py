@@ -1,6 +1,7 @@
 """What the doors share: reading `--config`, reporting errors, exit codes."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -66,3 +67,14 @@ def parse_config_args(
       value = words.pop(0)
     overrides.append((key, value))
   return parser.parse_args(rest), overrides
+
+
+def print_config(config: Any, prefix: str = "") -> None:
+  """Prints every key of a dataclass of settings with its value, one `config.KEY=VALUE` a line."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    key = f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(value):
+      print_config(value, f"{key}.")
+    else:
+      print(f"config.{key}={value!r}")

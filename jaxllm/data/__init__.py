@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, preparation, packing and the grain pipeline."""

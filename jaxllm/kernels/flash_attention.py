@@ -48,6 +48,9 @@ def flash_attention(
   """softmax(scale * query key^T + bias) value over the keys that each query may see.
 
   Query head n reads key head n // G. The softmax runs in float32. A query that sees no key gives zeros.
+  Hidden keys and values never reach a result or a gradient, as long as they are finite; those of segment 0
+  may be anything, NaN included. (Slots of a cache past its length are not cleaned, because that would copy
+  the cache at every step: whoever hands on a row that may hold NaN zeroes it.)
 
   Args:
     query_offset: index of the first query among the keys, for each row (0 by default); a cached step
@@ -66,6 +69,10 @@ def flash_attention(
     ConfigError: the backend cannot compute what is asked.
   """
   scale = query.shape[-1] ** -0.5 if scale is None else scale
+  if segment_ids is not None:  # probability 0 times NaN is NaN, so padding is cleared and not only masked
+    real_query, real_key = (ids[:, :, None, None] != 0 for ids in segment_ids)
+    query = jnp.where(real_query, query, 0)
+    key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
   if backend != "xla":
     extras = softcap is not None or sinks is not None or alibi_slopes is not None or visibility.sink_tokens
     if extras or query_offset is not None or query.shape[1] != key.shape[1]:

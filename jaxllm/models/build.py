@@ -1,5 +1,6 @@
 """A model as the rest of the package uses it: a static graph and a plain dict of parameters."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm.errors import ConfigError
 from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.transformer import PerLayer, Transformer, is_per_layer
@@ -45,8 +47,34 @@ def init_params(
 
   if mesh is None:
     return jax.jit(init)(key)
+  check_model_on_mesh(config, mesh, rules)
   _, shapes, axes = declare(config)
   return jax.jit(init, out_shardings=param_shardings(shapes, axes, mesh, rules))(key)
+
+
+def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = AxisRules()) -> None:
+  """That every device gets whole heads, and equal parts of the other dimensions.
+
+  Raises:
+    ConfigError: a size that its mesh axes do not divide; the message names the two settings.
+  """
+  sizes = {
+    "num_kv_heads": "kv_heads",
+    "num_heads": "heads",
+    "embed_dim": "embed",
+    "mlp_dim": "mlp",
+    "vocab_size": "vocab",
+  }
+  for name, axis in sizes.items():
+    mesh_axes = getattr(rules, axis)
+    ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    size = getattr(config, name)
+    if size % ways:
+      split = " x ".join(f"mesh.{mesh_axis}" for mesh_axis in mesh_axes)
+      raise ConfigError(
+        f"model.{name} {size} is not divisible by {split} = {ways}; change one, "
+        f"or keep it whole with mesh.rules.{axis} = ()"
+      )
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:

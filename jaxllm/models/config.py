@@ -135,6 +135,10 @@ class ModelConfig:
     for kind in self.layer_pattern:
       if kind not in ("global", "local"):
         raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global' or 'local'")
+    if self.parallel_residual and self.norm_placement != "pre":
+      raise ConfigError(
+        f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}"
+      )
     scaling = self.rope_scaling
     if scaling and scaling.kind in ("yarn", "llama3") and not scaling.original_max_seq_len:
       raise ConfigError(f"model.rope_scaling.original_max_seq_len must be set for {scaling.kind} scaling")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,7 +20,7 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: LogicalAxes, init: C
 
 def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"], *, backend: str) -> Float[Array, "*B O"]:
   """x @ weight, in x's dtype; a weight that is not a plain array carries its own multiplication."""
-  if isinstance(weight, jax.Array):
+  if isinstance(weight, (jax.Array, np.ndarray)):
     return matmul(x, weight.astype(x.dtype), backend=backend)
   return weight.project(x, backend=backend)
 

@@ -60,7 +60,7 @@ class Block(nnx.Module):
     h, cache = self.attention(self.attention_norm(x) if before else x, place, kind, cache)
     h = self.attention_post_norm(h) if after else h
     if self.parallel:
-      return x + h + self.mlp(self.mlp_norm(x)), cache
+      return constrain(x + h + self.mlp(self.mlp_norm(x)), "batch", "seq", None), cache
     x = x + h
     x = self.attention_post_norm(x) if self.placement == "post" else x
     h = self.mlp(self.mlp_norm(x) if before else x)

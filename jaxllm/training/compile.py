@@ -1,15 +1,17 @@
 """The train step as a compiled program: what is sharded how, and what it costs before it runs."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxllm.kernels import backends
-from jaxllm.models.build import declare
+from jaxllm.errors import ConfigError
+from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.objectives.causal_lm import causal_lm
 from jaxllm.parallel.config import MeshConfig
@@ -53,14 +55,19 @@ class Program:
 
 def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
   """How the run computes, with the target taken from the mesh unless the config names one."""
+  target = target_of(mesh) if training.target == "auto" else training.target
+  # The CPU's own kernels are calls that the compiler cannot split over devices.
+  auto = "xla" if target == "cpu" and mesh.size > 1 else "auto"
+  requested = {
+    op: auto if getattr(training, op) == "auto" else getattr(training, op)
+    for op in ("attention", "matmul", "cross_entropy")
+  }
   return Compute(
-    target=target_of(mesh) if training.target == "auto" else training.target,
+    target=target,
     dtype=training.dtype,
     remat=training.remat,
     remat_names=training.remat_names,
-    attention=training.attention,
-    matmul=training.matmul,
-    cross_entropy=training.cross_entropy,
+    **requested,
     unroll_layers=training.unroll_layers,
   )
 
@@ -94,18 +101,21 @@ def make_program(
       return step(state, batch)
 
   def init(key):
-    with nnx.use_eager_sharding(False):
-      from jaxllm.models.transformer import Transformer
-
-      module = Transformer(model, compute, rngs=nnx.Rngs(params=key))
-    params = nnx.to_pure_dict(nnx.split(module)[1])
-    return init_state(params, optimizer, training, optimizer_config)
+    return init_state(init_params(model, key), optimizer, training, optimizer_config)
 
   def evaluate(params, batch):
     with activation_sharding(mesh, rules):
       _, _, metrics = causal_lm(nnx.merge(graph, params), batch)
       return metrics["nll"]
 
+  batch_ways = math.prod(mesh.shape[axis] for axis in rules.batch)
+  if training.batch_size // training.accumulation % batch_ways:
+    raise ConfigError(
+      f"training.batch_size {training.batch_size} in {training.accumulation} micro-batches does not divide over "
+      f"{' x '.join('mesh.' + axis for axis in rules.batch)} = {batch_ways} devices; change one of them"
+    )
+  if training.seq_len % math.prod(mesh.shape[axis] for axis in rules.seq):
+    raise ConfigError(f"training.seq_len {training.seq_len} does not divide over mesh.context")
   abstract = jax.eval_shape(init, jax.random.key(0))
   specs = state_shardings(abstract, shapes, shardings)
   state = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, specs)
@@ -132,6 +142,10 @@ def make_program(
   )
 
 
-def put_batch(batch: dict[str, Any], sharding: NamedSharding) -> dict[str, jax.Array]:
-  """A host's rows of the batch, as arrays over all hosts."""
-  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def put_batch(
+  batch: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """A host's rows of the batch, as arrays over all hosts, sharded as in `like`."""
+  return {
+    name: jax.make_array_from_process_local_data(like[name].sharding, rows) for name, rows in batch.items()
+  }

@@ -101,7 +101,7 @@ class LoggingConfig:
   wandb_project: str = "jaxllm"
   wandb_mode: Literal["online", "offline"] = "online"
   mlflow: bool = False
-  mlflow_uri: str = ""  # "": ./mlruns under the run directory
+  mlflow_uri: str = ""  # "": sqlite file mlflow.db in the run directory
   mlflow_experiment: str = "jaxllm"
 
 

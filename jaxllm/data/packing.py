@@ -1,0 +1,179 @@
+"""Which pieces of which documents make up each row: pure index arithmetic over document lengths.
+
+A document of n tokens fills n + 1 positions: it starts with the start token (BOS, or EOS where there is no BOS)
+and ends by predicting EOS. So each of its tokens, EOS included, is a target exactly once, and no target ever
+crosses into another document.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+Packing = Literal["split", "first_fit", "best_fit", "none"]
+Order = Int[np.ndarray, " documents"]
+_OPEN_ROWS = 512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
+
+
+class Piece(NamedTuple):
+  """`size` positions of a document, from position `start` on."""
+
+  document: int
+  start: int
+  size: int
+
+
+class Plan(Protocol):
+  num_rows: int
+  dropped_tokens: int  # targets per epoch that no row holds ("none" only)
+
+  def pieces(self, epoch: int, row: int) -> list[Piece]: ...
+
+
+def make_plan(packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None) -> Plan:
+  """How documents of `lengths` positions fill rows of `seq_len`.
+
+  "split": documents one after another, cut wherever a row ends; order and cuts change each epoch. "first_fit",
+  "best_fit": documents stay whole where seq_len allows, longer ones are cut into pieces of seq_len and a rest.
+  "none": one document a row, truncated. `seed` None keeps the corpus' order.
+  """
+  if packing == "split":
+    return SplitPlan(np.asarray(lengths, np.int64), seq_len, seed)
+  if packing == "none":
+    documents = np.arange(len(lengths))
+    sizes = np.minimum(lengths, seq_len)
+    dropped = int(np.sum(lengths) - np.sum(sizes))
+    return TablePlan(documents, np.zeros_like(documents), sizes, np.arange(len(lengths) + 1), dropped)
+  order = np.arange(len(lengths)) if seed is None else random_order(len(lengths), seed, 0)
+  return _fit(np.asarray(lengths, np.int64), order, seq_len, tightest=packing == "best_fit")
+
+
+def random_order(count: int, seed: int, stream: int) -> Order:
+  """A permutation that is the same in every numpy version: Philox's raw stream is specified."""
+  bits = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(count)
+  return np.argsort(bits, kind="stable")
+
+
+@dataclasses.dataclass
+class SplitPlan:
+  """One stream of all documents per epoch, cut every seq_len.
+
+  With a seed, each epoch has its own document order, and its stream starts at its own place in the first row, so
+  that even a corpus of one document is cut elsewhere each time. Row counts allow for the latest start, so an
+  epoch's last row may be empty.
+  """
+
+  lengths: Int[np.ndarray, " documents"]
+  seq_len: int
+  seed: int | None
+  dropped_tokens: int = 0
+
+  def __post_init__(self):
+    slack = 0 if self.seed is None else self.seq_len - 1
+    self.num_rows = -(-(int(self.lengths.sum()) + slack) // self.seq_len)
+    self._epoch: Callable = functools.lru_cache(maxsize=2)(self._make_epoch)  # two: reading ahead
+
+  def __getstate__(self):
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+  def __setstate__(self, state):
+    self.__init__(**state)
+
+  def _make_epoch(self, epoch: int) -> tuple[Order, Int[np.ndarray, " documents_plus_1"]]:
+    """Document order, and where in the epoch's stream each starts (the last entry: where it ends)."""
+    order, offset = np.arange(len(self.lengths)), 0
+    if self.seed is not None:
+      order = random_order(len(self.lengths), self.seed, 2 * epoch)
+      draw = np.random.Philox(key=np.array([self.seed, 2 * epoch + 1], np.uint64)).random_raw()
+      offset = int(draw % self.seq_len)
+    return order, np.concatenate([[0], np.cumsum(self.lengths[order])]) + offset
+
+  def pieces(self, epoch, row):
+    order, starts = self._epoch(epoch)
+    begin = max(row * self.seq_len, int(starts[0]))
+    end = min((row + 1) * self.seq_len, int(starts[-1]))
+    pieces = []
+    index = int(np.searchsorted(starts, begin, side="right")) - 1
+    while begin < end:
+      size = min(end, int(starts[index + 1])) - begin
+      pieces.append(Piece(int(order[index]), begin - int(starts[index]), size))
+      begin += size
+      index += 1
+    return pieces
+
+
+@dataclasses.dataclass
+class TablePlan:
+  """Rows spelled out; the same in each epoch (only their order changes), since segments see only themselves."""
+
+  documents: Int[np.ndarray, " pieces"]
+  starts: Int[np.ndarray, " pieces"]
+  sizes: Int[np.ndarray, " pieces"]
+  row_offsets: Int[np.ndarray, " rows_plus_1"]
+  dropped_tokens: int = 0
+
+  def __post_init__(self):
+    self.num_rows = len(self.row_offsets) - 1
+
+  def pieces(self, epoch, row):
+    first, last = self.row_offsets[row], self.row_offsets[row + 1]
+    return [
+      Piece(int(d), int(s), int(n))
+      for d, s, n in zip(self.documents[first:last], self.starts[first:last], self.sizes[first:last])
+    ]
+
+
+def _fit(lengths: Int[np.ndarray, " documents"], order: Order, seq_len: int, tightest: bool) -> TablePlan:
+  """First-fit, or best-fit (the fullest row that has room), over the last `_OPEN_ROWS` opened rows."""
+  counts = -(-lengths[order] // seq_len)
+  documents = np.repeat(order, counts)
+  within = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+  starts = within * seq_len
+  sizes = np.minimum(lengths[documents] - starts, seq_len)
+
+  rows = np.empty(len(documents), np.int64)
+  room = np.zeros(_OPEN_ROWS, np.int64)
+  row_of_slot = np.zeros(_OPEN_ROWS, np.int64)
+  num_rows, next_slot = 0, 0
+  for piece, size in enumerate(sizes.tolist()):
+    if size == seq_len:
+      rows[piece] = num_rows
+      num_rows += 1
+      continue
+    slots = np.flatnonzero(room >= size)
+    if len(slots) == 0:
+      slot, next_slot = next_slot, (next_slot + 1) % _OPEN_ROWS
+      room[slot], row_of_slot[slot] = seq_len, num_rows
+      num_rows += 1
+    elif tightest:
+      slot = slots[np.argmin(room[slots])]
+    else:
+      slot = slots[np.argmin(row_of_slot[slots])]
+    room[slot] -= size
+    rows[piece] = row_of_slot[slot]
+  by_row = np.argsort(rows, kind="stable")
+  offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+  return TablePlan(documents[by_row], starts[by_row], sizes[by_row], offsets)
+
+
+def fill_row(
+  pieces: list[Piece], framed: Callable[[int], Int32[np.ndarray, " positions_plus_1"]], seq_len: int
+) -> dict[str, np.ndarray]:
+  """One row of a batch, each entry [seq_len]; `framed(document)` is start token, tokens, EOS.
+
+  Segments count from 1 in each row, positions from 0 in each segment; segment 0 is padding, with weight 0.
+  """
+  row = {name: np.zeros(seq_len, np.int32) for name in ("inputs", "targets", "positions", "segment_ids")}
+  at = 0
+  for segment, (document, start, size) in enumerate(pieces, 1):
+    ids = framed(document)
+    row["inputs"][at : at + size] = ids[start : start + size]
+    row["targets"][at : at + size] = ids[start + 1 : start + size + 1]
+    row["positions"][at : at + size] = np.arange(size)
+    row["segment_ids"][at : at + size] = segment
+    at += size
+  row["loss_weights"] = (row["segment_ids"] > 0).astype(np.float32)
+  return row

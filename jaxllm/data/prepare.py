@@ -1,0 +1,275 @@
+"""From a corpus to tokenized shards: split, train or load the tokenizer, tokenize, write, publish.
+
+Everything goes into a build directory that nothing refers to until the manifest, written last, names it; a run
+killed at any moment leaves the previous build, or none.
+"""
+
+import array
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt64
+
+from jaxllm.data import manifest as manifests
+from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
+from jaxllm.data.shards import Record, file_sizes, write_shards
+from jaxllm.data.sources import Document, Source, open_source
+from jaxllm.data.text import is_utf8
+from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
+from jaxllm.data.train_tokenizer import train_sentencepiece
+from jaxllm.errors import DataError
+
+_BATCH_BYTES = 4 << 20  # tokenized at once
+_PART_BYTES = 128 << 20  # of text per TFDS split: one split's records must stay under 1 GB
+_RECORD_BYTES = 256  # counted for what a record holds besides its text
+
+
+class PreparedInfo(NamedTuple):
+  prepared: Prepared
+  already: bool  # nothing had to be done
+  seconds: float
+
+
+class _Survey(NamedTuple):
+  """What one pass over a source found; arrays are per non-empty document."""
+
+  source: Source
+  hashes: UInt64[np.ndarray, " documents"]
+  sizes: UInt64[np.ndarray, " documents"]
+  empty: int
+  not_utf8: int
+  first_not_utf8: str
+  fingerprint: str
+
+
+def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedInfo:
+  """Makes `config.dir` hold the corpus, tokenized; does nothing when it already does.
+
+  The work is skipped when the settings and the corpus' files (names, sizes, times) are those of the last build.
+  Raises DataError for anything wrong with the corpus, the tokenizer or the directory.
+  """
+  started = time.monotonic()
+  _check(config)
+  directory = Path(config.dir).expanduser()
+  sources = [open_source(source) for source in config.sources]
+  names = [_slug(source.name) for source in sources]
+  for name in names:
+    if names.count(name) > 1:
+      raise DataError(f"two data sources are called {name!r}: give them different names with their `name`")
+  content = manifests.content_config(config)
+  key = manifests.digest([manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)])
+  with _locked(directory):
+    prepared = manifests.read_manifest(directory)
+    already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
+    try:
+      if not already:
+        prepared = _build(config, directory, key, [s._replace(name=n) for s, n in zip(sources, names)], log)
+    finally:
+      _remove_other_builds(directory, keep=prepared.build if prepared else None)
+  return PreparedInfo(prepared, already, time.monotonic() - started)
+
+
+def _check(config: DataConfig) -> None:
+  if not config.sources:
+    raise DataError("data.sources is empty: name at least one corpus")
+  if not 0 <= config.heldout_fraction < 1:
+    raise DataError(f"data.heldout_fraction is {config.heldout_fraction}; it must be at least 0 and below 1")
+
+
+def _slug(name: str) -> str:
+  """TFDS dataset names are lower-case identifiers."""
+  slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+  return slug if slug[:1].isalpha() else f"source_{slug}".rstrip("_")
+
+
+def _tokenizer_stamp(config: DataConfig) -> str:
+  return load_tokenizer(config.tokenizer.path).fingerprint if config.tokenizer.path else ""
+
+
+@contextlib.contextmanager
+def _locked(directory: Path):
+  """Two processes that prepare the same directory take turns; the second finds the work done."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      yield
+  except OSError as error:
+    raise DataError(f"cannot write the data directory {directory}: {error.strerror or error}") from error
+
+
+def _remove_other_builds(directory: Path, keep: str | None) -> None:
+  for path in directory.glob("build-*"):
+    if path.name != keep:
+      shutil.rmtree(path)
+
+
+def _build(config: DataConfig, directory: Path, key: str, sources: list[Source], log) -> Prepared:
+  surveys = [_survey(source, log) for source in sources]
+  heldout = _choose_heldout(surveys, config)
+  if not sum(int(survey.sizes[~held].sum()) for survey, held in zip(surveys, heldout)):
+    raise DataError("the corpus has no text to train on: every document is empty or held out")
+  if config.heldout_fraction and not any(held.any() for held in heldout):
+    log(
+      "warning: no document is held out, so there is nothing to evaluate on: split the corpus into more "
+      "documents, or raise data.heldout_fraction or data.max_heldout_bytes"
+    )
+
+  name = f"build-{key[:8]}-{time.time_ns():x}"
+  root = directory / name
+  root.mkdir()
+  tokenizer = _make_tokenizer(config, surveys, heldout)
+  tokenizer.start_id  # noqa: B018  raises where documents cannot be told apart
+  tokenizer.save(root / "tokenizer")
+  infos = []
+  with open(root / "heldout.bin", "wb") as raw:
+    for survey, held in zip(surveys, heldout):
+      infos.append(_write_source(survey, held, tokenizer, root, raw))
+  np.save(root / "heldout_lengths.npy", np.concatenate([s.sizes[held] for s, held in zip(surveys, heldout)]))
+  prepared = Prepared(
+    dir=directory,
+    build=name,
+    key=key,
+    sources=tuple(infos),
+    tokenizer_fingerprint=tokenizer.fingerprint,
+    vocab_size=tokenizer.vocab_size,
+    start_id=tokenizer.start_id,
+    eos_id=tokenizer.eos_id,
+    files=file_sizes(root),
+    config=manifests.content_config(config),
+  )
+  os.sync()  # the files must be on disk before the manifest that vouches for them
+  manifests.write_manifest(prepared)
+  return prepared
+
+
+def _survey(source: Source, log) -> _Survey:
+  hashes, sizes = array.array("Q"), array.array("Q")
+  content = hashlib.sha256()
+  empty, not_utf8, first = 0, 0, ""
+  for document in source.documents():
+    content.update(f"{document.id!r} {len(document.data)}\n".encode())
+    content.update(document.data)
+    if not document.data:
+      empty += 1
+      continue
+    if not is_utf8(document.data):
+      not_utf8 += 1
+      first = first or document.id
+    hashes.append(int.from_bytes(hashlib.blake2b(_id_bytes(document), digest_size=8).digest(), "big"))
+    sizes.append(len(document.data))
+  if not hashes:
+    raise DataError(f"data source {source.name!r} is empty: it has {empty} documents, none with text")
+  if not_utf8:
+    log(f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; their bytes are kept")
+  as_array = [np.frombuffer(values, np.uint64) for values in (hashes, sizes)]
+  return _Survey(source, *as_array, empty, not_utf8, first, content.hexdigest())
+
+
+def _id_bytes(document: Document) -> bytes:
+  return document.id.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+
+
+def _choose_heldout(surveys: list[_Survey], config: DataConfig) -> list[Bool[np.ndarray, " documents"]]:
+  """Which documents are held out: those whose id hashes below the fraction, lowest first up to the byte limit.
+
+  With a fraction above 0 and two documents or more, the lowest hash is held out whatever the fraction.
+  """
+  hashes = np.concatenate([survey.hashes for survey in surveys])
+  sizes = np.concatenate([survey.sizes for survey in surveys])
+  held = np.zeros(len(hashes), bool)
+  room = float("inf") if config.max_heldout_bytes is None else config.max_heldout_bytes
+  if config.heldout_fraction > 0 and len(hashes) > 1:
+    limit = config.heldout_fraction * 2.0**64
+    for rank, document in enumerate(np.argsort(hashes, kind="stable")):
+      if rank and hashes[document] >= limit:
+        break
+      if sizes[document] <= room:
+        held[document] = True
+        room -= int(sizes[document])
+  return np.split(held, np.cumsum([len(survey.hashes) for survey in surveys])[:-1])
+
+
+def _select(survey: _Survey, wanted: Bool[np.ndarray, " documents"]) -> Iterator[Document]:
+  documents = (document for document in survey.source.documents() if document.data)
+  for document, size, take in zip(documents, survey.sizes, wanted):
+    if len(document.data) != size:
+      raise DataError(f"{document.id} changed while it was being read: run python -m jaxllm.prepare again")
+    if take:
+      yield document
+
+
+def _make_tokenizer(config: DataConfig, surveys: list[_Survey], heldout) -> Tokenizer:
+  if config.tokenizer.path:
+    return load_tokenizer(config.tokenizer.path)
+  texts = (document.data for survey, held in zip(surveys, heldout) for document in _select(survey, ~held))
+  total = sum(int(survey.sizes[~held].sum()) for survey, held in zip(surveys, heldout))
+  return train_sentencepiece(texts, config.tokenizer, total)
+
+
+def _write_source(survey: _Survey, held, tokenizer: Tokenizer, root: Path, raw) -> SourceInfo:
+  wanted = {"train": ~held, "heldout": held}
+  parts: dict[str, dict[str, np.ndarray]] = {split: _parts(split, mask, survey) for split, mask in wanted.items()}
+  counts = {split: array.array("q") for split in wanted}
+  generators = {
+    part: _records(survey, mask, tokenizer, counts[split], raw if split == "heldout" else None)
+    for split in wanted
+    for part, mask in parts[split].items()
+  }
+  shards = write_shards(root / "shards", survey.source.name, generators)
+  infos = {}
+  for split, mask in wanted.items():
+    np.save(manifests.counts_path(root, survey.source.name, split), np.frombuffer(counts[split], np.int64))
+    infos[split] = SplitInfo(
+      documents=int(mask.sum()),
+      bytes=int(survey.sizes[mask].sum()),
+      tokens=sum(counts[split]),
+      shards=sum(shards[part] for part in parts[split]),
+      parts=tuple(parts[split]),
+    )
+  return SourceInfo(
+    name=survey.source.name,
+    **infos,
+    fingerprint=survey.fingerprint,
+    empty_documents=survey.empty,
+    not_utf8_documents=survey.not_utf8,
+  )
+
+
+def _parts(split: str, wanted, survey: _Survey) -> dict[str, Bool[np.ndarray, " documents"]]:
+  """TFDS splits of bounded size: "train", "train_1", … and the documents of each."""
+  cost = np.where(wanted, survey.sizes + _RECORD_BYTES, 0).astype(np.int64)
+  part = (np.cumsum(cost) - cost) // _PART_BYTES
+  used = np.unique(part[wanted])
+  return {f"{split}_{n}" if n else split: wanted & (part == number) for n, number in enumerate(used)}
+
+
+def _records(survey: _Survey, wanted, tokenizer: Tokenizer, counts: array.array, raw) -> Iterator[Record]:
+  for batch in _batches(_select(survey, wanted)):
+    for document, tokens in zip(batch, tokenizer.encode_batch([document.data for document in batch])):
+      counts.append(len(tokens))
+      if raw is not None:
+        raw.write(document.data)
+      yield Record(_id_bytes(document), len(document.data), tokens)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+  batch, size = [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document.data)
+    if size >= _BATCH_BYTES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch

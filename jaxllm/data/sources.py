@@ -1,0 +1,289 @@
+"""Documents out of files, TFDS and Hugging Face datasets, always in the same order.
+
+A document is bytes with a stable id (source name, path relative to the source, row), so that the split into
+training and held-out documents survives moving the corpus or adding to it.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jaxllm.data.config import SourceConfig
+from jaxllm.data.text import to_bytes
+from jaxllm.errors import DataError
+
+
+class Document(NamedTuple):
+  id: str
+  data: bytes
+
+
+class Source(NamedTuple):
+  """An opened corpus: `documents()` starts a new pass, `stamp` changes when the corpus (probably) did."""
+
+  name: str
+  documents: Callable[[], Iterator[Document]]
+  stamp: str
+
+
+def stdlib_sources() -> SourceConfig:
+  """The running Python's own standard library, 20 to 30 MB of code that every machine has.
+
+  Some Linux distributions strip its tests, which leaves about a third less.
+  """
+  root = sysconfig.get_paths()["stdlib"]
+  path = f"{root}/**/*.py,!{root}/site-packages/**,!{root}/dist-packages/**,!**/__pycache__/**"
+  return SourceConfig(kind="text", path=path, name="stdlib")
+
+
+def source_name(config: SourceConfig) -> str:
+  """What reports call the source: `config.name`, or one made from its path."""
+  if config.name:
+    return config.name
+  if config.kind in ("tfds", "huggingface"):
+    base = config.path.rstrip("/")
+    return os.path.basename(base) if os.path.exists(base) else base
+  include, _ = _patterns(config)
+  if len(include) == 1 and not glob.has_magic(include[0]):
+    return os.path.splitext(os.path.basename(include[0]))[0]
+  return os.path.basename(_root(include)) or "text"
+
+
+def open_source(config: SourceConfig) -> Source:
+  """Opens one corpus.
+
+  Raises DataError when nothing matches the path, a line or row does not parse, the field is missing, or the
+  library that the kind needs is not installed.
+  """
+  if not config.path:
+    raise DataError(f"data.sources has a {config.kind} source without a path: set its `path`")
+  name = source_name(config)
+  if config.kind in ("tfds", "huggingface"):
+    rows, stamp = (_open_tfds if config.kind == "tfds" else _open_huggingface)(config)
+    documents = _keyed_rows(rows, name, config)
+  else:
+    files = _match_files(config)
+    stamp = _stamp([(relative, *_stat(path)) for relative, path in files])
+    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[config.kind]
+    if config.kind == "parquet":
+      _import("pyarrow")
+    documents = _keyed_files(files, read, name, config)
+
+  def limited() -> Iterator[Document]:
+    for count, document in enumerate(documents()):
+      if count == config.max_documents:
+        return
+      yield document
+
+  return Source(name, limited, stamp)
+
+
+def _keyed_files(files, read, name: str, config: SourceConfig) -> Callable[[], Iterator[Document]]:
+  def documents():
+    for relative, path in files:
+      try:
+        for row, data in read(path, config.field):
+          yield Document(f"{name}/{relative}" if row is None else f"{name}/{relative}:{row}", data)
+      except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+  return documents
+
+
+def _keyed_rows(rows, name: str, config: SourceConfig) -> Callable[[], Iterator[Document]]:
+  def documents():
+    for row in range(len(rows)):
+      where = f"{name}:{row}"
+      try:
+        example = rows[row]
+      except Exception as error:  # whatever the library raises for a damaged record
+        raise DataError(f"cannot read {where} of {config.path}: {_first_line(error)}") from error
+      yield Document(where, _field(example, config.field, f"{config.path} row {row}"))
+
+  return documents
+
+
+# Files
+
+
+def _patterns(config: SourceConfig) -> tuple[list[str], list[str]]:
+  """Globs to include and, those written with a leading "!", to exclude."""
+  parts = [os.path.expanduser(part.strip()) for part in config.path.split(",") if part.strip()]
+  return [p for p in parts if not p.startswith("!")], [p[1:] for p in parts if p.startswith("!")]
+
+
+def _root(patterns: list[str]) -> str:
+  """The deepest directory above everything that the globs can match."""
+  fixed = []
+  for pattern in patterns:
+    parts = os.path.abspath(pattern).split(os.sep)
+    magic = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    fixed.append(os.sep.join(parts[:magic]) or os.sep)
+  return os.path.commonpath(fixed)
+
+
+def _match_files(config: SourceConfig) -> list[tuple[str, str]]:
+  """(path relative to the source's root, path), sorted, each file once."""
+  include, exclude = _patterns(config)
+  if not include:
+    raise DataError(f"data source path {config.path!r} names no file: add a glob without a leading '!'")
+  excluded = [re.compile(_glob_regex(pattern)) for pattern in exclude]
+  root = _root(include)
+  found = {}
+  for pattern in include:
+    if os.path.isdir(pattern):
+      raise DataError(f"data source path {pattern} is a directory: write a glob such as {pattern}/**/*.txt")
+    matches = [os.path.abspath(m) for m in glob.glob(pattern, recursive=True) if os.path.isfile(m)]
+    if not matches:
+      what = "glob matches no file" if glob.has_magic(pattern) else "file does not exist"
+      raise DataError(f"data source {what}: {pattern} (in {os.getcwd()}); mend the source's `path`")
+    for path in matches:
+      if not any(regex.fullmatch(path) for regex in excluded):
+        found[os.path.relpath(path, root)] = path
+  if not found:
+    raise DataError(f"data source path {config.path!r} excludes every file that it includes")
+  return sorted(found.items())
+
+
+def _glob_regex(pattern: str) -> str:
+  """A regex of absolute paths for the exclusions; glob.translate needs Python 3.13."""
+  if not pattern.startswith("**"):
+    pattern = os.path.abspath(pattern)
+  pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+  wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+  return "".join(
+    wild.get(piece, piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece)) for piece in pieces
+  )
+
+
+def _stat(path: str) -> tuple[int, int]:
+  status = os.stat(path)
+  return status.st_size, status.st_mtime_ns
+
+
+def _stamp(facts: Any) -> str:
+  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _read_text(path: str, field: str) -> Iterator[tuple[None, bytes]]:
+  with open(path, "rb") as file:
+    yield None, file.read()
+
+
+def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, bytes]]:
+  with open(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      where = f"{path}:{number}"
+      try:
+        row = json.loads(line.decode("utf-8", "surrogateescape"))
+      except ValueError as error:
+        raise DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line") from error
+      yield number, _field(row, field, where)
+
+
+def _read_parquet(path: str, field: str) -> Iterator[tuple[int, bytes]]:
+  pyarrow = _import("pyarrow")
+  parquet = _import("pyarrow.parquet")
+  try:
+    with parquet.ParquetFile(path) as file:
+      if field not in file.schema_arrow.names:
+        raise _missing_field(path, field, file.schema_arrow.names)
+      row = 0
+      for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        # As binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
+        for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+          yield row, _field({field: value}, field, f"{path} row {row}")
+          row += 1
+  except pyarrow.ArrowException as error:
+    raise DataError(f"{path}: not a readable Parquet file of text: {_first_line(error)}") from error
+
+
+def _field(row: Any, field: str, where: str) -> bytes:
+  if not isinstance(row, dict):
+    raise DataError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
+  if field not in row:
+    raise _missing_field(where, field, row)
+  value = row[field]
+  if not isinstance(value, str | bytes):
+    raise DataError(f"{where}: field {field!r} must be text, this is {type(value).__name__}")
+  return to_bytes(value)
+
+
+def _missing_field(where: str, field: str, names) -> DataError:
+  return DataError(f"{where}: no field {field!r}; set the source's `field` to one of: {', '.join(names)}")
+
+
+# Libraries
+
+
+def _import(module: str) -> Any:
+  import importlib
+
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.split(".")[0]
+    raise DataError(f"{package} is not installed: pip install 'jaxllm[data]'") from error
+
+
+def _first_line(error: BaseException) -> str:
+  return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _open_tfds(config: SourceConfig) -> tuple[Any, str]:
+  """Rows of a TFDS dataset: a prepared directory (with dataset_info.json) or a name under TFDS_DATA_DIR."""
+  tfds = _import("tensorflow_datasets")
+  path = os.path.expanduser(config.path)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      if os.path.isdir(path):
+        builder = tfds.builder_from_directory(path)
+      else:
+        builder = tfds.builder(config.path, file_format="array_record")
+        builder.download_and_prepare()
+    stamp = _stamp([[str(builder.data_dir), config.split], _directory_facts(str(builder.data_dir))])
+    return builder.as_data_source(config.split), stamp
+  except Exception as error:  # TFDS raises many kinds for an unknown name, split, format or a failed download
+    raise DataError(
+      f"cannot open TFDS dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; give a name that "
+      "TFDS knows or a directory prepared with file_format='array_record'"
+    ) from error
+
+
+def _open_huggingface(config: SourceConfig) -> tuple[Any, str]:
+  """Rows of a directory written by save_to_disk, of a folder of data files, or of a hub name."""
+  datasets = _import("datasets")
+  path = os.path.expanduser(config.path)
+  try:
+    if os.path.isdir(path):
+      saved = {"state.json", "dataset_dict.json"} & set(os.listdir(path))
+      data = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=config.split)
+      if isinstance(data, datasets.DatasetDict):
+        if config.split not in data:
+          raise DataError(f"{path} has no split {config.split!r}; it has: {', '.join(data)}")
+        data = data[config.split]
+      return data, _stamp([config.split, _directory_facts(path)])
+    name, _, subset = config.path.partition(":")
+    data = datasets.load_dataset(name, subset or None, split=config.split)
+    return data, _stamp([config.path, config.split, data._fingerprint])
+  except DataError:
+    raise
+  except Exception as error:  # the library has no common base for unknown names, splits and broken files
+    raise DataError(
+      f"cannot open Hugging Face dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; give a "
+      "directory from save_to_disk, a folder of data files, or a hub name"
+    ) from error
+
+
+def _directory_facts(root: str) -> list:
+  files = sorted(glob.glob("**", root_dir=root, recursive=True, include_hidden=True))
+  return [(name, *_stat(os.path.join(root, name))) for name in files if os.path.isfile(os.path.join(root, name))]

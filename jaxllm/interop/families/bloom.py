@@ -1,0 +1,53 @@
+"""BLOOM (arXiv 2211.05100): ALiBi and a norm after the embedding."""
+
+from jaxllm.interop.families import table as t
+
+LAYER = "transformer.h.{layer}"
+
+BLOOM = t.Family(
+  "bloom",
+  "BloomForCausalLM",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+    "max_seq_len": "seq_length",
+  },
+  (
+    t.embedding("embedding/tokens", "transformer.word_embeddings"),
+    *t.norm("embedding/norm", "transformer.word_embeddings_layernorm"),
+    *t.norm("blocks/attention_norm", f"{LAYER}.input_layernorm"),
+    *t.linear(
+      ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value"),
+      f"{LAYER}.self_attention.query_key_value",
+      t.BY_HEAD,
+    ),
+    *t.linear("blocks/attention/output", f"{LAYER}.self_attention.dense"),
+    *t.norm("blocks/mlp_norm", f"{LAYER}.post_attention_layernorm"),
+    *t.linear("blocks/mlp/up", f"{LAYER}.mlp.dense_h_to_4h"),
+    *t.linear("blocks/mlp/down", f"{LAYER}.mlp.dense_4h_to_h"),
+    *t.norm("final_norm", "transformer.ln_f"),
+    *t.linear("head", "lm_head"),
+  ),
+  fields={
+    "position": "alibi",
+    "norm": "layernorm",
+    "embedding_norm": True,
+    "mlp": "gelu_tanh",
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+  },
+  defaults={
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "seq_length": 2048,
+  },
+  requires={"apply_residual_connection_post_layernorm": False},
+  prefix="transformer.",
+)

@@ -1,0 +1,59 @@
+"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, biases everywhere."""
+
+from jaxllm.interop.families import table as t
+
+LAYER = "transformer.h.{layer}"
+
+GPT2 = t.Family(
+  "gpt2",
+  "GPT2LMHeadModel",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "mlp_dim": "n_inner",
+    "max_seq_len": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+  },
+  (
+    t.embedding("embedding/tokens", "transformer.wte"),
+    t.embedding("embedding/positions", "transformer.wpe"),
+    *t.norm("blocks/attention_norm", f"{LAYER}.ln_1"),
+    *t.linear(
+      ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value"),
+      f"{LAYER}.attn.c_attn",
+      t.COLUMNS,
+    ),
+    *t.linear("blocks/attention/output", f"{LAYER}.attn.c_proj", t.SAME),
+    *t.norm("blocks/mlp_norm", f"{LAYER}.ln_2"),
+    *t.linear("blocks/mlp/up", f"{LAYER}.mlp.c_fc", t.SAME),
+    *t.linear("blocks/mlp/down", f"{LAYER}.mlp.c_proj", t.SAME),
+    *t.norm("final_norm", "transformer.ln_f"),
+    *t.linear("head", "lm_head"),
+  ),
+  fields={
+    "position": "learned",
+    "norm": "layernorm",
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+  },
+  defaults={
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+  },
+  requires={
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+  },
+  read=lambda hf: {"mlp": t.mlp_name(hf["activation_function"], gated=False)},
+  write=lambda c: {"activation_function": "gelu_new" if c.mlp == "gelu_tanh" else t.activation_name(c.mlp)},
+  prefix="transformer.",
+)

@@ -1,0 +1,94 @@
+"""RoPE settings of config.json: `rope_theta` and `rope_scaling`, or (from 2026) `rope_parameters`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.errors import ConfigError
+from jaxllm.models.config import ModelConfig, RopeScaling
+
+# ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.
+_NUMBERS = {
+  "linear": {},
+  "llama3": {
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+  },
+  "yarn": {
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+  },
+}
+
+
+def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """The RoPE fields of a ModelConfig.
+
+  Raises:
+    ConfigError: a kind of scaling that is not fixed numbers (dynamic NTK, LongRoPE) or is unknown.
+  """
+  settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  kind = settings.get("rope_type", settings.get("type", "default"))
+  fields: dict[str, Any] = {}
+  theta = settings.get("rope_theta", hf.get("rope_theta"))
+  if theta is not None:
+    fields["rope_theta"] = float(theta)
+  fraction = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+  if fraction is not None:
+    fields["rope_fraction"] = float(fraction)
+  if kind == "default":
+    return fields
+  if kind not in _NUMBERS:
+    raise ConfigError(
+      f"config.json has RoPE scaling of type {kind!r}; those known are {', '.join(_NUMBERS)} "
+      "(remove it to run at the trained length)"
+    )
+  if settings.get("truncate") is False:
+    raise ConfigError("config.json has yarn RoPE scaling with truncate false, which is not supported")
+  names = _NUMBERS[kind].items()
+  numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
+  if "original_max_seq_len" in _NUMBERS[kind]:
+    numbers.setdefault("original_max_seq_len", hf["max_position_embeddings"])
+  factor = settings.get("factor")
+  if factor is None:
+    factor = hf["max_position_embeddings"] / numbers["original_max_seq_len"]
+  if kind == "yarn" and settings.get("mscale") and settings.get("mscale_all_dim"):
+    # DeepSeek: the ratio of two temperatures; an explicit attention_factor goes first.
+    grow = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+    numbers.setdefault("attention_factor", grow(settings["mscale"]) / grow(settings["mscale_all_dim"]))
+  fields["rope_scaling"] = RopeScaling(kind=kind, factor=float(factor), **numbers)
+  return fields
+
+
+def write_rope(c: ModelConfig) -> dict[str, Any]:
+  """`rope_theta`, and `rope_scaling` where there is one: the form that every version reads."""
+  hf: dict[str, Any] = {"rope_theta": c.rope_theta}
+  if c.rope_scaling is not None:
+    kind = c.rope_scaling.kind
+    hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | {
+      theirs: getattr(c.rope_scaling, ours)
+      for ours, theirs in _NUMBERS[kind].items()
+      if getattr(c.rope_scaling, ours) is not None
+    }
+  return hf
+
+
+def canonical_rope(c: ModelConfig) -> ModelConfig:
+  """The same model with NTK scaling written as the theta that it amounts to, and unused numbers reset."""
+  scaling = c.rope_scaling
+  if c.position != "rope":
+    unused = {
+      name: getattr(ModelConfig, name) for name in ("rope_theta", "rope_local_theta", "rope_fraction")
+    }
+    return dataclasses.replace(c, **unused, rope_scaling=None)
+  if scaling is None:
+    return c
+  if scaling.kind == "ntk":
+    theta = c.rope_theta * scaling.factor ** (c.rotary_dim / (c.rotary_dim - 2))
+    return dataclasses.replace(c, rope_theta=theta, rope_scaling=None)
+  used = {name: getattr(scaling, name) for name in _NUMBERS[scaling.kind]}
+  return dataclasses.replace(c, rope_scaling=RopeScaling(scaling.kind, scaling.factor, **used))

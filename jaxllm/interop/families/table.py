@@ -1,0 +1,156 @@
+"""What a family declares, and the pieces that families share.
+
+A family is a `Family`: how config.json corresponds to `ModelConfig`, and one table of weight names that
+serves both directions. A new family is one file with such a value, listed in `families/__init__.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import ConfigError
+from jaxllm.models.config import MLPS, ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """How one of their tensors holds our weights (of one layer): both directions.
+
+  read: (config, tensor, shapes of our weights) -> our weights. write: (config, our weights) -> tensor.
+  """
+
+  read: Callable[[ModelConfig, np.ndarray, list[Shape]], list[np.ndarray]]
+  write: Callable[[ModelConfig, list[np.ndarray]], np.ndarray]
+
+
+def _columns(c, x, shapes):
+  return np.split(x, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
+
+
+def _from_groups(c, x, shapes):
+  # [..., K, G + 2, H]: each key/value head after the query heads that read it
+  groups = x.T.reshape(*x.T.shape[:-1], c.num_kv_heads, -1, c.head_dim)
+  parts = groups[..., :-2, :], groups[..., -2:-1, :], groups[..., -1:, :]
+  return [part.reshape(*x.T.shape[:-1], -1) for part in parts]
+
+
+def _to_groups(c, weights):
+  heads = [w.reshape(*w.shape[:-1], c.num_kv_heads, -1, c.head_dim) for w in weights]
+  return np.concatenate(heads, axis=-2).reshape(*weights[0].shape[:-1], -1).T
+
+
+SAME = Transform(lambda c, x, shapes: [x], lambda c, weights: weights[0])
+# torch.nn.Linear holds [outputs, inputs]
+TRANSPOSED = Transform(lambda c, x, shapes: [x.T], lambda c, weights: weights[0].T)
+# several matrices [inputs, outputs] side by side (GPT-2's Conv1D)
+COLUMNS = Transform(_columns, lambda c, weights: np.concatenate(weights, axis=-1))
+# the same of torch.nn.Linear (Phi-3)
+ROWS = Transform(
+  lambda c, x, shapes: _columns(c, x.T, shapes), lambda c, weights: np.concatenate(weights, axis=-1).T
+)
+# query, key and value interleaved by key/value head (GPT-NeoX, BLOOM, Falcon)
+BY_HEAD = Transform(_from_groups, _to_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """One of their tensors; "{layer}" in its name stands for the index in our stacked weights."""
+
+  ours: tuple[str, ...]
+  theirs: str
+  transform: Transform = SAME
+
+
+def linear(ours: str | tuple[str, ...], theirs: str, transform: Transform = TRANSPOSED) -> tuple[Weight, ...]:
+  """The matrix and the bias of a projection, or of several fused into one tensor."""
+  paths = (ours,) if isinstance(ours, str) else ours
+  return (
+    Weight(tuple(f"{path}/weight" for path in paths), f"{theirs}.weight", transform),
+    Weight(tuple(f"{path}/bias" for path in paths), f"{theirs}.bias", transform),
+  )
+
+
+def norm(ours: str, theirs: str) -> tuple[Weight, ...]:
+  """The scale and the bias of a norm."""
+  return Weight((f"{ours}/scale",), f"{theirs}.weight"), Weight((f"{ours}/bias",), f"{theirs}.bias")
+
+
+def embedding(ours: str, theirs: str) -> Weight:
+  return Weight((ours,), f"{theirs}.weight")
+
+
+def _nothing(_) -> dict[str, Any]:
+  return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A Hugging Face architecture.
+
+  The table of weights may name more than a config has (biases, an untied head): what `ModelConfig` does
+  not declare is not expected. What it declares must be in the table once.
+  """
+
+  name: str  # `model_type` in config.json
+  architecture: str  # in `architectures`: the class with the language-modelling head
+  keys: Mapping[str, str]  # ModelConfig field -> the key that means the same
+  weights: tuple[Weight, ...]
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of absent keys
+  requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
+  read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing  # config.json -> further fields
+  write: Callable[[ModelConfig], dict[str, Any]] = _nothing  # and back
+  prefix: str = "model."  # of every tensor but the head; checkpoints of the bare model lack it
+  head: str = "lm_head.weight"
+
+
+_ACTIVATIONS = {
+  "silu": "silu",
+  "swish": "silu",
+  "gelu": "gelu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "relu": "relu",
+  "relu2": "relu2",
+}
+
+
+def mlp_name(activation: str, gated: bool) -> str:
+  """`ModelConfig.mlp` of a Hugging Face activation name."""
+  for name, choice in MLPS.items():
+    if choice == (_ACTIVATIONS.get(activation), gated):
+      return name
+  known = ", ".join(_ACTIVATIONS)
+  raise ConfigError(f"config.json has the activation {activation!r} ({gated=}); those known are {known}")
+
+
+def activation_name(mlp: str) -> str:
+  """The Hugging Face activation name of a `ModelConfig.mlp`."""
+  return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == MLPS[mlp][0])
+
+
+def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:
+  """The shortest `layer_pattern` that repeats into these `layer_types`."""
+  kinds = {"full_attention": "global", "sliding_attention": "local"}
+  for kind in layer_types:
+    if kind not in kinds:
+      raise ConfigError(f"config.json has a layer of type {kind!r}; those known are {', '.join(kinds)}")
+  layers = tuple(kinds[kind] for kind in layer_types)
+  return shortest_period(layers)
+
+
+def shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:
+  """The shortest start of `layers` that repeats into it."""
+  periods = range(1, len(layers) + 1)
+  return next(layers[:p] for p in periods if all(k == layers[i % p] for i, k in enumerate(layers)))
+
+
+def types_from_pattern(c: ModelConfig) -> list[str]:
+  """`layer_types`: one entry a layer."""
+  names = {"global": "full_attention", "local": "sliding_attention"}
+  return [names[c.layer_kinds[i % len(c.layer_kinds)]] for i in range(c.num_layers)]

@@ -1,0 +1,77 @@
+"""Train a language model from a config file.
+
+  python -m jaxllm.train --config=configs/quickstart.py
+  python -m jaxllm.train --config=configs/quickstart.py --workdir=runs/small --config.model.num_layers=2
+  python -m jaxllm.train --config=configs/quickstart.py --sweep
+
+The run directory gets config.json, metrics.jsonl, checkpoints/, samples/ and tensorboard/. Starting the same
+command again resumes from the last checkpoint; Ctrl-C saves one first. `training.steps` may grow.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.cli import config_parser, parse_config_args, print_config, run_door
+from jaxllm.config import load_config, sweep_points
+from jaxllm.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+  """Parses the command line and trains; see the module's text."""
+  parser = config_parser("train", __doc__)
+  parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(add)")
+  parser.add_argument("--print-config", action="store_true", help="print every key with its value, and exit")
+  args, overrides = parse_config_args(parser, argv)
+  workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
+  if args.print_config:
+    print_config(load_config(args.config, overrides))
+    return 0
+  if args.sweep:
+    return _sweep(args.config, overrides, workdir)
+  run = load_config(args.config, overrides)
+
+  from jaxllm.training.loop import train  # jax starts here, after what can fail without it
+
+  result = train(run, workdir)
+  command = f"python -m jaxllm.train {' '.join(argv)}"
+  if result["stopped"]:
+    print(f"stopped at step {result['step']}, which is saved; to go on: {command}")
+  else:
+    print(f"done: step {result['step']}, held-out {result['eval/bits_per_byte']:.4f} bits per byte, in {workdir}")
+  return 0
+
+
+def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> int:
+  """One run directory per point; a point that fails is reported and the others still run."""
+  from jaxllm.training.loop import train
+
+  points = sweep_points(path)
+  runs = [load_config(path, [*overrides, *point.items()]) for point in points]  # all mistakes before any run
+  rows, failed = [], False
+  for number, (point, run) in enumerate(zip(points, runs)):
+    label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())
+    directory = workdir / f"{number:02d}-{label}".replace("/", "_").replace(" ", "")
+    print(f"== {number + 1} of {len(points)}: {label} -> {directory}", flush=True)
+    try:
+      result = train(run, directory)
+    except UserError as error:
+      failed = True
+      print(f"error: {error}", file=sys.stderr)
+      rows.append((label, "failed", "", "", directory))
+      continue
+    scores = [f"{result.get(key, float('nan')):.4f}" for key in ("loss", "eval/loss", "eval/bits_per_byte")]
+    rows.append((label, *scores, directory))
+    if result["stopped"]:
+      break
+  header = ("point", "loss", "eval/loss", "eval/bits_per_byte", "run directory")
+  table = [header, *[tuple(map(str, row)) for row in rows]]
+  widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+  for row in table:
+    print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+  return 2 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(run_door(main))

@@ -1,0 +1,162 @@
+"""How much arithmetic a token costs, what a chip could do, and the share of it that was used (MFU)."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.models.config import MLPS, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFlops:
+  """FLOPs per token of one training step, a multiply-add counting as two."""
+
+  matmul: float  # weights times activations
+  attention: float  # queries times keys, probabilities times values
+  formula: str  # with the sizes filled in, for the start-up table
+
+  @property
+  def total(self) -> float:
+    return self.matmul + self.attention
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+  """Weights that multiply activations: attention, feed-forward and the head, tied or not.
+
+  The embedding is a lookup, norms and biases are elementwise; they are left out, as PaLM does.
+  """
+  query = config.embed_dim * config.num_heads * config.head_dim
+  key = config.embed_dim * config.num_kv_heads * config.head_dim
+  matrices = 3 if MLPS[config.mlp][1] else 2
+  layer = 2 * query + 2 * key + matrices * config.embed_dim * config.mlp_dim
+  return config.num_layers * layer + config.embed_dim * config.vocab_size
+
+
+def visible_keys(seq_len: int, window: int | None = None, sinks: int = 0, causal: bool = True) -> float:
+  """Keys that a query attends to, on average over the `seq_len` positions of a full sequence."""
+  if not causal:
+    return float(seq_len)
+  reach = seq_len if window is None else min(window + sinks, seq_len)
+  return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
+
+
+def training_flops(
+  config: ModelConfig, seq_len: int, causal: bool = True, train_weights: bool = True
+) -> TokenFlops:
+  """FLOPs per token of forward and backward: 6 N + 12 n_heads head_dim (sum of keys seen over the layers).
+
+  N are the `matmul_parameters`: 2 N forward, 2 N for the gradient of the activations, 2 N for that of the
+  weights (PaLM, arXiv 2204.02311, appendix B); `train_weights=False` leaves the last out, as with LoRA on
+  a frozen base (whose own factors are too small to count). PaLM counts attention over all `seq_len` keys;
+  we count what the mask lets through (about half, and less in local layers), because that is all the
+  kernels compute; `causal=False` gives PaLM's number. Recomputation (remat) is not counted, so that MFU
+  measures useful work. Documents packed into one sequence are counted as one.
+  """
+  weights = matmul_parameters(config)
+  kinds = config.layer_kinds
+  keys = [
+    visible_keys(
+      seq_len, config.sliding_window if kinds[i % len(kinds)] == "local" else None, config.sink_tokens, causal
+    )
+    for i in range(config.num_layers)
+  ]
+  passes = 6 if train_weights else 4
+  mean_keys = sum(keys) / len(keys)
+  width = config.num_heads * config.head_dim
+  return TokenFlops(
+    matmul=float(passes * weights),
+    attention=12.0 * width * sum(keys),
+    formula=(
+      f"{passes} x {weights:,} weights + 12 x {config.num_layers} layers x {width} wide x {mean_keys:g} keys"
+    ),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What one JAX device can do at best: dense FLOP/s (no sparsity) and bytes/s of its memory."""
+
+  name: str
+  flops: float
+  bandwidth: float | None
+
+
+# bfloat16. NVIDIA's data sheets print twice the dense figure ("with sparsity"); sources:
+#   A100: A100 data sheet (SXM 80 GB). H100, H200: H100 and H200 data sheets (SXM; H100 PCIe apart).
+#   B200: HGX B200 data sheet, an eighth of it (18 PFLOP/s dense, 64 TB/s).
+#   TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. JAX sees a TPU7x chip as two devices, so
+#   its row is half a chip (2307 TFLOP/s, 7380 GB/s).
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip("a100", 312e12, 2039e9),
+    Chip("h100", 989.4e12, 3350e9),
+    Chip("h100_pcie", 756e12, 2000e9),
+    Chip("h200", 989.4e12, 4800e9),
+    Chip("b200", 2250e12, 8000e9),
+    Chip("v4", 275e12, 1228e9),
+    Chip("v5e", 197e12, 819e9),
+    Chip("v5p", 459e12, 2765e9),
+    Chip("v6e", 918e12, 1638e9),
+    Chip("v7x", 2307e12 / 2, 7380e9 / 2),
+  )
+}
+
+# Parts of `device_kind`, the longer names before those they contain.
+_KINDS = (
+  ("h100 pcie", "h100_pcie"),
+  ("h100", "h100"),
+  ("h200", "h200"),
+  ("a100", "a100"),
+  ("b200", "b200"),
+  ("tpu v4 lite", None),
+  ("tpu v4", "v4"),
+  ("tpu v5 lite", "v5e"),
+  ("tpu v5e", "v5e"),
+  ("tpu v5", "v5p"),
+  ("tpu v6", "v6e"),
+  ("tpu7x", "v7x"),
+  ("tpu v7x", "v7x"),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+  """The chip behind a `jax.Device.device_kind` such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+
+  None if it is not in the table. (On CPU use `measured_cpu`.)
+  """
+  kind = device_kind.lower()
+  name = next((name for part, name in _KINDS if part in kind), None)
+  return CHIPS[name] if name else None
+
+
+def chip_in_use(dtype: str = "bfloat16") -> Chip | None:
+  """The chip that this process computes on; a CPU is measured in `dtype`."""
+  device = jax.devices()[0]
+  return measured_cpu(dtype) if device.platform == "cpu" else chip_of(device.device_kind)
+
+
+@functools.cache
+def measured_cpu(dtype: str = "float32") -> Chip:
+  """The best of a few 1024 x 1024 matmuls, divided among the CPU's (perhaps forced) JAX devices.
+
+  Takes about 0.2 s, once for each process and dtype.
+  """
+  size = 1024
+  devices = jax.local_devices(backend="cpu")
+  matrix = jax.device_put(jnp.ones((size, size), dtype), devices[0])
+  multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+  seconds = []
+  for _ in range(8):
+    start = time.perf_counter()
+    jax.block_until_ready(multiply(matrix, matrix))
+    seconds.append(time.perf_counter() - start)
+  return Chip("cpu", 2 * size**3 / min(seconds) / len(devices), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, chip: Chip) -> float:
+  """Model FLOPs utilization: the share, 0 to 1, of the devices' peak that went into the model."""
+  return tokens_per_second * flops_per_token / (num_devices * chip.flops)

@@ -1,0 +1,24 @@
+"""Text that the model writes while it is trained."""
+
+from typing import Any
+
+import jax
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.inference.model import Model
+from jaxllm.inference.sampling import SamplingParams
+from jaxllm.training.compile import Program
+from jaxllm.training.config import TrainingConfig
+
+
+def sample_text(program: Program, params: Any, tokenizer: Tokenizer, training: TrainingConfig) -> str:
+  """Continues each of `training.sample_prompts`; "" on several hosts, which do not sample."""
+  if jax.process_count() > 1:
+    return ""
+  model = Model(program.model, params, tokenizer, compute=program.compute)
+  sampling = SamplingParams(
+    temperature=training.sample_temperature, max_tokens=training.sample_tokens, seed=training.seed
+  )
+  completions = model.generate(list(training.sample_prompts), sampling)
+  pairs = zip(training.sample_prompts, completions, strict=True)
+  return "\n".join(f"----- {prompt!r}\n{prompt}{completion.text}" for prompt, completion in pairs) + "\n"

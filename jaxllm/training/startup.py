@@ -1,0 +1,62 @@
+"""What a run is about to do, as rows of one table: the facts that one wants to know before step 0."""
+
+import math
+
+import jax
+
+from jaxllm.data.manifest import Prepared
+from jaxllm.kernels import backends
+from jaxllm.models.attention import attention_backend
+from jaxllm.training import flops
+from jaxllm.training.compile import Program
+from jaxllm.training.config import RunConfig
+from jaxllm.training.param_rules import plan_params
+
+
+def startup_table(
+  program: Program, compiled: jax.stages.Compiled, run: RunConfig, prepared: Prepared, compile_seconds: float
+) -> list[tuple[str, str]]:
+  """(name, value) rows: parameters, mesh, memory per device, FLOPs, kernels, data."""
+  training, compute = run.training, program.compute
+  shapes = jax.tree.leaves(program.state.params)
+  total = sum(math.prod(leaf.shape) for leaf in shapes)
+  plans = plan_params(run.optimizer, program.state.params)
+  trained = sum(math.prod(leaf.shape) for leaf, plan in zip(shapes, plans) if plan.algorithm != "frozen")
+  axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
+  state_bytes = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(program.state)
+  )
+  memory = compiled.memory_analysis()
+  per_token = flops.training_flops(program.model, training.seq_len)
+  chip = flops.chip_in_use(compute.dtype)
+  kernels = {
+    "attention": attention_backend(program.model, compute),
+    "matmul": backends.choose("matmul", compute.matmul, compute.target),
+    "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
+  }
+  tokens_per_step = training.batch_size * training.seq_len
+  train_tokens = prepared.total("train", "tokens")
+  rows = [
+    ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%})"),
+    ("mesh", f"{program.mesh.size} x {compute.target}" + (f": {axes}" if axes else "")),
+    ("state per device", _size(state_bytes)),
+  ]
+  if memory is not None:
+    rows.append(("step per device", f"{_size(memory.temp_size_in_bytes)} of temporaries"))
+  return rows + [
+    ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
+    ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
+    ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown chip: no MFU"),
+    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items())),
+    ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
+    (
+      "data",
+      f"{train_tokens:,} tokens in {run.data.dir}; {training.steps:,} steps are "
+      f"{training.steps * tokens_per_step / max(train_tokens, 1):.3g} epochs",
+    ),
+  ]
+
+
+def _size(count: float) -> str:
+  return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

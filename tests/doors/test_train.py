@@ -1,0 +1,155 @@
+"""`jaxllm.train` as its users meet it: what a run leaves behind, and every way it can refuse to start."""
+
+import json
+import shutil
+
+import pytest
+
+
+def read_metrics(run):
+  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(job, tmp_path_factory):
+  from jaxllm.cli import run_door
+  from jaxllm.train import main
+
+  run = tmp_path_factory.mktemp("runs") / "tiny"
+  assert run_door(main, [f"--config={job}", f"--workdir={run}"]) == 0
+  return run
+
+
+def test_a_run_leaves_its_config_curve_checkpoints_tokenizer_and_samples(trained):
+  saved = json.loads((trained / "config.json").read_text())
+  assert saved["model"]["embed_dim"] == 32 and saved["training"]["steps"] == 6
+  rows = read_metrics(trained)
+  losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+  assert list(losses) == [1, 2, 3, 4, 5, 6]
+  assert losses[6] < losses[1]
+  last = {key: value for row in rows for key, value in row.items()}
+  for key in ("learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_time_s", "mfu", "memory_gib",
+              "accuracy", "eval/loss", "eval/bits_per_byte"):  # fmt: skip
+    assert isinstance(last[key], float | int), key
+  assert last["tokens"] == 6 * 4 * 32
+  assert [path.read_text().strip() for path in (trained / "samples").glob("*6*.txt")] != [""]
+  assert (trained / "checkpoints" / "6" / "manifest.json").exists()
+  assert any((trained / "tokenizer").iterdir())
+
+
+def test_a_finished_run_starts_again_for_more_steps_only(door, job, trained, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  code, out, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.steps=8")
+  assert code == 0, err
+  assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_sweep_makes_a_run_directory_per_point_and_a_table(door, job, tmp_path):
+  code, out, err = door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
+  assert code == 0, err
+  runs = sorted(path.name for path in tmp_path.iterdir())
+  assert runs == ["00-learning_rate=0.001,steps=2", "01-learning_rate=0.01,steps=2"]
+  for run in runs:
+    assert read_metrics(tmp_path / run)[-1]["step"] == 2
+  table = out.splitlines()[-3:]
+  assert table[0].split()[:2] == ["point", "loss"]
+  assert all(run in line for run, line in zip(runs, table[1:]))
+
+
+BAD = [
+  (["--config.training.stepz=3"], ["unknown config key training.stepz", "training.steps"]),
+  (["--config.training.steps=soon"], ["training.steps", "whole number"]),
+  (["--config.training.seq_len=65"], ["training.seq_len 65", "model.max_seq_len 64"]),
+  (["--config.mesh.data=16"], ["needs 16 devices", "there are 8"]),
+  (["--config.mesh.data=-1", "--config.mesh.fsdp=3"], ["3 devices", "8"]),
+  (["--config.mesh.tensor=4"], ["model.num_kv_heads 2", "mesh.tensor"]),
+  (["--config.mesh.data=8"], ["training.batch_size 4", "8"]),
+  (["--config.mesh.stage=2"], ["mesh.stage"]),
+  (["--config.data.dir=nowhere"], ["nowhere", "jaxllm.prepare"]),
+  (["--config.training.attention=cudnn"], ["cudnn", "cpu"]),
+  (["--config.training.target=h1000"], ["h1000", "h100"]),
+  (["--config.optimizer.rules=[{'pattern':'nothing'}]"], ["nothing", "no parameter"]),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(door, job, tmp_path, flags, words):
+  code, out, err = door("train", f"--config={job}", f"--workdir={tmp_path / 'run'}", *flags)
+  errors = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert code == 2 and len(errors) == 1, err
+  assert "Traceback" not in err
+  for word in words:
+    assert word in errors[0]
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(door, job, tmp_path):
+  code, _, err = door(
+    "train", f"--config={job}", f"--workdir={tmp_path}", "--config.model.vocab_size=200",
+    "--config.data.tokenizer.vocab_size=200",
+  )  # fmt: skip
+  assert code == 2
+  assert "jaxllm.prepare" in err or "model.vocab_size" in err
+
+
+def test_a_run_directory_of_another_config_is_refused_and_kept(door, job, trained, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  before = (run / "config.json").read_text()
+  code, _, err = door("train", f"--config={job}", f"--workdir={run}", "--config.model.num_layers=1")
+  assert code == 2
+  assert "model.num_layers" in err and str(run) in err
+  assert (run / "config.json").read_text() == before
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(door, job, trained, tmp_path, caplog):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  files = [path for path in (run / "checkpoints" / "6").rglob("*") if path.is_file() and path.stat().st_size > 4000]
+  victim = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
+  victim.write_bytes(bytes(content))
+  code, out, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.steps=7")
+  assert code == 0, err
+  said = err + caplog.text
+  assert "checkpoint step 6 is damaged" in said and "step 4 instead" in said
+  assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_with_no_good_checkpoint_left_it_says_so(door, job, trained, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  for manifest in (run / "checkpoints").glob("*/manifest.json"):
+    manifest.write_text(manifest.read_text()[:100])
+  code, _, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.steps=7")
+  assert code == 2
+  assert "no good checkpoint" in err
+
+
+def test_a_divergence_stops_with_the_last_good_state_saved(door, job, tmp_path):
+  run = tmp_path / "run"
+  flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=None", "--config.optimizer.name=sgd"]
+  code, _, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.steps=20", *flags)
+  assert code == 2
+  assert "is bad" in err and "saved as step" in err
+  bad = int(err.split("error: step ")[1].split()[0])
+  assert (run / "checkpoints" / str(bad - 1) / "manifest.json").exists()
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(door, job, tmp_path):
+  run = tmp_path / "run"
+  flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=None", "--config.optimizer.name=sgd"]
+  code, _, err = door(
+    "train", f"--config={job}", f"--workdir={run}", "--config.training.on_bad_step=skip", *flags
+  )
+  rows = [row for row in read_metrics(run) if "loss" in row]
+  assert rows[-1]["step"] == 6 and rows[-1]["skipped"] >= 1, err
+
+
+def test_print_config_lists_every_key(door, job):
+  code, out, _ = door("train", f"--config={job}", "--print-config", "--config.training.steps=9")
+  assert code == 0
+  lines = out.splitlines()
+  assert "config.training.steps=9" in lines and "config.model.embed_dim=32" in lines

@@ -1,0 +1,166 @@
+"""A checkpoint that does not fit says which tensor or setting is wrong."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import oracle
+import pytest
+
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.huggingface import (
+  config_from_huggingface,
+  config_to_huggingface,
+  params_from_huggingface,
+  params_to_huggingface,
+)
+from jaxllm.models.config import ModelConfig, RopeScaling
+
+SMALL = ModelConfig(
+  vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32
+)
+GPT2 = dataclasses.replace(
+  SMALL, num_kv_heads=4, position="learned", norm="layernorm", mlp="gelu_tanh",
+  attention_bias=True, attention_out_bias=True, mlp_bias=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint():
+  return params_to_huggingface(SMALL, "llama", oracle.random_params(SMALL))
+
+
+def test_missing_tensor(checkpoint):
+  hf, tensors = checkpoint
+  del tensors["model.layers.1.mlp.up_proj.weight"]
+  with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+    params_from_huggingface(hf, tensors)
+
+
+def test_wrong_shape(checkpoint):
+  hf, tensors = checkpoint
+  tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((16, 16), np.float32)
+  with pytest.raises(
+    CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.weight has shape \(16, 16\).* \(8, 16\)"
+  ):
+    params_from_huggingface(hf, tensors)
+
+
+def test_unexpected_tensor(checkpoint):
+  hf, tensors = checkpoint
+  tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
+  with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
+    params_from_huggingface(hf, tensors)
+
+
+def test_layer_beyond_the_config(checkpoint):
+  hf, tensors = checkpoint
+  with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.1\.\S+ and \d+ more"):
+    params_from_huggingface(hf | {"num_hidden_layers": 1}, tensors)
+
+
+def test_buffers_and_the_copy_of_a_tied_head_are_not_unexpected(checkpoint):
+  hf, tensors = checkpoint
+  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  params_from_huggingface(hf, tensors)
+  tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+  with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+    params_from_huggingface(hf, tensors)
+
+
+@pytest.mark.parametrize("family, config", [("llama", SMALL), ("gpt2", GPT2)])
+def test_checkpoint_of_the_bare_model_has_no_prefix(family, config):
+  params = oracle.random_params(config)
+  hf, tensors = params_to_huggingface(config, family, params)
+  prefix = FAMILIES[family].prefix
+  assert all(name.startswith(prefix) for name in tensors)
+  _, again = params_from_huggingface(hf, {name.removeprefix(prefix): x for name, x in tensors.items()})
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_dtype_is_kept(checkpoint):
+  hf, tensors = checkpoint
+  import ml_dtypes
+
+  half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+  config, params = params_from_huggingface(hf, half)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(ml_dtypes.bfloat16)}
+  _, again = params_to_huggingface(config, "llama", params)
+  assert {x.dtype for x in again.values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_a_parameter_of_another_shape():
+  params = oracle.random_params(SMALL)
+  params["final_norm"]["scale"] = np.ones(17, np.float32)
+  with pytest.raises(CheckpointError, match=r"final_norm/scale has shape \(17,\)"):
+    params_to_huggingface(SMALL, "llama", params)
+  del params["final_norm"]
+  with pytest.raises(CheckpointError, match="final_norm/scale"):
+    params_to_huggingface(SMALL, "llama", params)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"model_type": "mamba"}, "model_type 'mamba'"),
+    ({"hidden_act": "tanh"}, "activation 'tanh'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+  ],
+)
+def test_config_that_cannot_be_read(checkpoint, change, message):
+  with pytest.raises(ConfigError, match=message):
+    config_from_huggingface(checkpoint[0] | change)
+
+
+def test_missing_key(checkpoint):
+  hf = {key: value for key, value in checkpoint[0].items() if key != "hidden_size"}
+  with pytest.raises(ConfigError, match="lacks 'hidden_size'"):
+    config_from_huggingface(hf)
+
+
+def test_setting_that_the_family_here_does_not_have():
+  hf = config_to_huggingface(GPT2, "gpt2")
+  with pytest.raises(ConfigError, match="scale_attn_by_inverse_layer_idx = True"):
+    config_from_huggingface(hf | {"scale_attn_by_inverse_layer_idx": True})
+
+
+@pytest.mark.parametrize(
+  "family, change, field",
+  [
+    ("llama", {"qk_norm": "head"}, "qk_norm"),
+    ("llama", {"sliding_window": 4}, "sliding_window"),
+    ("llama", {"logit_softcap": 30.0}, "logit_softcap"),
+    ("llama", {"attention_bias": True}, "attention_out_bias"),
+    ("mistral", {"sliding_window": 4, "layer_pattern": ("local", "global")}, "layer_pattern"),
+    ("mistral", {"sliding_window": 4, "sink_tokens": 2}, "sink_tokens"),
+    ("qwen2", {}, "attention_bias"),
+    ("gpt2", {}, "num_kv_heads"),
+    ("gemma2", {"norm_placement": "sandwich", "norm_unit_offset": True}, "embedding_scale"),
+  ],
+)
+def test_export_of_a_model_that_the_family_cannot_express(family, change, field):
+  with pytest.raises(ConfigError, match=rf"a {family} checkpoint cannot say model\.{field}"):
+    config_to_huggingface(dataclasses.replace(SMALL, **change), family)
+
+
+def test_ntk_scaling_is_exported_as_its_theta():
+  c = dataclasses.replace(SMALL, head_dim=8, rope_scaling=RopeScaling("ntk", factor=8.0))
+  hf = config_to_huggingface(c, "llama")
+  assert hf["rope_theta"] == pytest.approx(10000 * 8 ** (8 / 6)) and "rope_scaling" not in hf
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "bloom"}))
+def test_two_spellings_of_rope(family):
+  """Files from before 2026 and from after say the same."""
+  hf = dict(
+    model_type=family, vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+    intermediate_size=24, max_position_embeddings=32, sliding_window=4, rms_norm_eps=1e-6,
+  )  # fmt: skip
+  old = hf | {"rope_theta": 5e5, "rotary_emb_base": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+  new = hf | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
+  got = config_from_huggingface(old)
+  assert got == config_from_huggingface(new)
+  assert got.rope_theta == 5e5 and got.rope_scaling == RopeScaling("linear", 2.0)

@@ -1,0 +1,118 @@
+"""FLOPs against PyTorch's counter and hand-worked sizes; the chip table against device names."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.training.flops import (
+  CHIPS,
+  Chip,
+  chip_in_use,
+  chip_of,
+  matmul_parameters,
+  measured_cpu,
+  mfu,
+  training_flops,
+  visible_keys,
+)
+
+
+def test_gpt2_small_by_hand():
+  config = ModelConfig(
+    vocab_size=50257, embed_dim=768, num_layers=12, num_heads=12, mlp="gelu_tanh", position="learned"
+  )
+  # 12 layers of 12 d^2, and the head; PaLM's attention term is 12 L H Q T.
+  assert matmul_parameters(config) == 12 * 12 * 768**2 + 50257 * 768
+  palm = training_flops(config, 1024, causal=False)
+  assert palm.total == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 12 * 64 * 1024
+  ours = training_flops(config, 1024)
+  assert ours.attention == palm.attention * 1025 / 2048 and ours.matmul == palm.matmul
+  assert ours.formula == "6 x 123,532,032 weights + 12 x 12 layers x 768 wide x 512.5 keys"
+  assert training_flops(config, 1024, train_weights=False).matmul == palm.matmul * 4 / 6
+
+
+@pytest.mark.parametrize("seq_len, window, sinks", [(7, None, 0), (9, 4, 0), (9, 4, 2), (5, 8, 0), (6, 1, 0)])
+def test_visible_keys_by_counting_the_mask(seq_len, window, sinks):
+  query, key = np.indices((seq_len, seq_len))
+  mask = key <= query
+  if window is not None:
+    # With sinks a query sees its window and the first tokens; until they part, they overlap.
+    mask &= (query - key < window) | (key < sinks)
+  assert visible_keys(seq_len, window, sinks) == pytest.approx(mask.sum() / seq_len)
+
+
+def test_local_layers_are_cheaper():
+  sizes = dict(vocab_size=100, embed_dim=64, num_layers=5, num_heads=4, sliding_window=8)
+  mixed = training_flops(ModelConfig(**sizes, layer_pattern=("local", "local", "global")), 64)
+  local, full = visible_keys(64, 8), visible_keys(64)
+  assert mixed.attention == 12 * 64 * (4 * local + full)  # local, local, global, local, local
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_against_pytorchs_flop_counter(kv_heads):
+  torch = pytest.importorskip("torch")  # in the test extra of Python 3.11 only
+  from torch.utils.flop_counter import FlopCounterMode
+  from transformers import LlamaConfig, LlamaForCausalLM
+
+  config = ModelConfig(
+    vocab_size=96, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=kv_heads, head_dim=16, mlp_dim=48
+  )
+  llama = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=kv_heads,
+    head_dim=16,
+    attn_implementation="eager",
+  )
+  model = LlamaForCausalLM(llama)
+  model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+  tokens = torch.zeros((2, 24), dtype=torch.long)
+  with FlopCounterMode(display=False) as counter:
+    model(tokens).logits.sum().backward()
+  rope = 2 * 2 * 24 * 8  # the table of angles is an outer product, counted once, forward only
+  per_token = counter.get_total_flops() / 48
+  ours = training_flops(config, 24, causal=False).total
+  assert abs(per_token - ours) <= rope / 24, (per_token, ours)
+
+
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA H100 PCIe", "h100_pcie"),
+    ("NVIDIA H200", "h200"),
+    ("NVIDIA A100-SXM4-80GB", "a100"),
+    ("NVIDIA B200", "b200"),
+    ("TPU v4", "v4"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v5p", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("TPU v6e", "v6e"),
+    ("TPU7x", "v7x"),
+  ],
+)
+def test_chips_by_device_kind(kind, name):
+  assert chip_of(kind) is CHIPS[name]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4090", "TPU v3", "TPU v4 lite", "cpu"])
+def test_unknown_chips_have_no_peak(kind):
+  assert chip_of(kind) is None
+
+
+def test_mfu():
+  assert mfu(1000.0, 2e9, 4, Chip("x", 1e12, None)) == 0.5
+
+
+def test_the_cpu_is_measured_once():
+  chip = measured_cpu("float32")
+  assert chip is measured_cpu("float32") and chip.name == "cpu"
+  assert 1e8 < chip.flops < 1e15
+  if jax.devices()[0].platform == "cpu":
+    assert chip_in_use("float32") is chip

@@ -1,0 +1,361 @@
+"""Every algorithm against torch.optim (layer by layer) or its formula in float64; rules; shardings."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from toy_model import D, F, L, toy_params
+
+from jaxllm.errors import ConfigError
+from jaxllm.training.config import OptimizerConfig, ParamRule
+from jaxllm.training.optimizer import NEWTON_SCHULZ, make_optimizer, orthogonalize, state_shardings
+from jaxllm.training.param_rules import plan_params
+
+STEPS = 8
+BASE = OptimizerConfig(learning_rate=0.02, schedule="constant", warmup_steps=0, weight_decay=0.1)
+
+
+def gradients(params, step):
+  rng = np.random.default_rng(100 + step)
+  return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 10.0 ** rng.integers(-3, 2), jnp.float32), params)
+
+
+def run(config, params, steps=STEPS):
+  optimizer = make_optimizer(config, steps, params)
+  state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  for step in range(steps):
+    updates, state = update(gradients(params, step), state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def flat(params):
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+# Written out by hand: an independent statement of the default rule.
+DECAYS = {
+  "embedding/tokens": False,
+  "blocks/mlp/up": True,
+  "blocks/mlp/up_bias": False,
+  "blocks/mlp/down": True,
+  "blocks/mlp_norm/scale": False,
+  "blocks/mlp_norm/bias": False,
+  "final_norm/scale": False,
+  "head/kernel": True,
+}
+MATRICES = ("blocks/mlp/up", "blocks/mlp/down")
+STACKED = tuple(path for path in DECAYS if path.startswith("blocks"))
+
+
+def slices(path, array):
+  """The tensors that a framework without stacked layers would hold."""
+  return list(array) if path in STACKED else [array]
+
+
+def reference(params, make, steps=STEPS):
+  """Runs `make(path, initial) -> (grad -> new value)`, one instance per layer of each parameter."""
+  initial = flat(params)
+  runners = {path: [make(path, x) for x in slices(path, array)] for path, array in initial.items()}
+  result = initial
+  for step in range(steps):
+    grads = flat(gradients(params, step))
+    for path, layers in runners.items():
+      new = [layer(g) for layer, g in zip(layers, slices(path, grads[path]), strict=True)]
+      result[path] = np.stack(new) if path in STACKED else new[0]
+  return result
+
+
+def assert_same(actual, expected, **tolerance):
+  actual = flat(actual)
+  assert actual.keys() == expected.keys()
+  for path, value in expected.items():
+    np.testing.assert_allclose(actual[path], value, err_msg=path, **tolerance)
+
+
+def torch_runner(build):
+  torch = pytest.importorskip("torch")
+
+  def make(path, initial):
+    weight = torch.tensor(initial, dtype=torch.float64, requires_grad=True)
+    optimizer = build(torch, path, weight)
+
+    def step(grad):
+      weight.grad = torch.tensor(grad)
+      optimizer.step()
+      return weight.detach().numpy().copy()
+
+    return step
+
+  return make
+
+
+def test_adamw_is_torchs():
+  def build(torch, path, weight):
+    return torch.optim.AdamW(
+      [weight], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1 if DECAYS[path] else 0.0
+    )
+
+  params = toy_params()
+  expected = reference(params, torch_runner(build))
+  assert_same(run(BASE, params), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_sgd_without_decay_is_torchs():
+  def build(torch, path, weight):
+    return torch.optim.SGD([weight], lr=0.02, momentum=0.9)
+
+  params = toy_params()
+  expected = reference(params, torch_runner(build))
+  config = dataclasses.replace(BASE, name="sgd", weight_decay=0.0)
+  assert_same(run(config, params), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_sgd_decay_is_decoupled():
+  params = {"w": jnp.full((2, 2), 3.0)}
+  config = dataclasses.replace(BASE, name="sgd", b1=0.0)
+  optimizer = make_optimizer(config, 1, params)
+  updates, _ = optimizer.update({"w": jnp.full((2, 2), 5.0)}, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["w"], -0.02 * (5 + 0.1 * 3), rtol=1e-6)
+
+
+def test_adafactor_is_torchs_in_every_layer():
+  def build(torch, path, weight):
+    # torch caps the rate at 1/sqrt(step), which is higher than ours here.
+    return torch.optim.Adafactor([weight], lr=0.02, weight_decay=0.1 if DECAYS[path] else 0.0)
+
+  params = toy_params()
+  expected = reference(params, torch_runner(build))
+  assert_same(run(dataclasses.replace(BASE, name="adafactor"), params), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lion_is_its_formula():
+  def make(path, initial):
+    weight, mu = initial, np.zeros_like(initial)
+
+    def step(grad):
+      nonlocal weight, mu
+      direction = np.sign(0.9 * mu + 0.1 * grad)
+      weight = weight - 0.02 * (direction + (0.1 if DECAYS[path] else 0) * weight)
+      mu = 0.95 * mu + 0.05 * grad
+      return weight
+
+    return step
+
+  params = toy_params()
+  assert_same(run(dataclasses.replace(BASE, name="lion"), params), reference(params, make), rtol=1e-5, atol=1e-6)
+
+
+def newton_schulz(x):
+  a, b, c = 3.4445, -4.7750, 2.0315
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    gram = x @ x.T
+    x = a * x + b * gram @ x + c * gram @ gram @ x
+  return x
+
+
+def test_muon_is_its_formula_in_every_layer_and_adamw_elsewhere():
+  def make(path, initial):
+    weight, mu, nu, count = initial, np.zeros_like(initial), np.zeros_like(initial), 0
+    decay = 0.1 if DECAYS[path] else 0
+
+    def step(grad):
+      nonlocal weight, mu, nu, count
+      count += 1
+      if path in MATRICES:
+        mu = 0.95 * mu + 0.05 * grad
+        fan_in, fan_out = weight.shape
+        direction = newton_schulz(0.05 * grad + 0.95 * mu) * max(1, fan_out / fan_in) ** 0.5
+        weight = weight - 0.05 * (direction + decay * weight)
+      else:
+        mu, nu = 0.9 * mu + 0.1 * grad, 0.95 * nu + 0.05 * grad**2
+        direction = mu / (1 - 0.9**count) / (np.sqrt(nu / (1 - 0.95**count)) + 1e-8)
+        weight = weight - 0.02 * (direction + decay * weight)
+      return weight
+
+    return step
+
+  params = toy_params()
+  config = dataclasses.replace(BASE, name="muon", muon_learning_rate=0.05)
+  assert_same(run(config, params), reference(params, make), rtol=2e-3, atol=2e-4)
+
+
+def test_muon_is_torchs():
+  torch = pytest.importorskip("torch")
+  params = {"blocks": {"up": toy_params()["blocks"]["mlp"]["up"]}}
+  weights = [torch.tensor(np.asarray(w).T.copy(), requires_grad=True) for w in params["blocks"]["up"]]
+  oracle = torch.optim.Muon(weights, lr=0.05, weight_decay=0.1)
+  for step in range(STEPS):
+    for weight, grad in zip(weights, np.asarray(gradients(params, step)["blocks"]["up"])):
+      weight.grad = torch.tensor(grad.T.copy())  # torch's [out, in]
+    oracle.step()
+  config = dataclasses.replace(BASE, name="muon", muon_learning_rate=0.05)
+  expected = np.stack([w.detach().numpy().T for w in weights])
+  # torch iterates in bfloat16.
+  np.testing.assert_allclose(run(config, params)["blocks"]["up"], expected, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(L, D, F), (L, F, D), (2, 3, D, D)])
+def test_orthogonalize_treats_every_matrix_alone(shape):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  y = np.asarray(orthogonalize(jnp.asarray(x)))
+  singular = np.linalg.svd(y, compute_uv=False)
+  assert singular.min() > 0.3 and singular.max() < 1.3
+  for index in np.ndindex(shape[:-2]):
+    np.testing.assert_allclose(y[index], newton_schulz(x[index].astype(np.float64)), atol=2e-4)
+  # The size of one matrix does not reach its neighbours.
+  x[0] *= 1000
+  np.testing.assert_allclose(orthogonalize(jnp.asarray(x))[1:], y[1:], atol=1e-6)
+  assert NEWTON_SCHULZ == (3.4445, -4.7750, 2.0315)
+
+
+def test_default_decay_and_algorithms():
+  plans = plan_params(dataclasses.replace(BASE, name="muon"), toy_params())
+  assert {plan.path: plan.weight_decay > 0 for plan in plans} == DECAYS
+  assert [plan.path for plan in plans if plan.algorithm == "muon"] == sorted(MATRICES)
+  assert {plan.algorithm for plan in plans} == {"muon", "adamw"}
+
+
+@pytest.mark.parametrize("path, shape, decays, stack_axes", [
+  ("blocks/attention/query", (4, 8, 8), True, 1),
+  ("blocks/attention/query_norm/scale", (4, 8), False, 1),
+  ("blocks/attention/sinks", (4, 8), False, 1),
+  ("blocks/moe/up", (4, 2, 8, 16), True, 2),
+  ("blocks/moe/up_bias", (4, 2, 16), False, 1),
+  ("encoder/blocks/mlp/up", (4, 8, 16), True, 1),
+  ("embedding/positions", (32, 8), False, 0),
+  ("head/bias", (32,), False, 0),
+])  # fmt: skip
+def test_plans_go_by_name_not_by_rank(path, shape, decays, stack_axes):
+  tree = jax.ShapeDtypeStruct(shape, jnp.float32)
+  for part in reversed(path.split("/")):
+    tree = {part: tree}
+  (plan,) = plan_params(BASE, tree)
+  assert (plan.weight_decay > 0, plan.stack_axes) == (decays, stack_axes)
+
+
+def test_rules_first_match_wins_and_keeps_the_default_decay():
+  rules = (
+    ParamRule("mlp/up$", lr_scale=0.5, weight_decay=0.3),
+    ParamRule("^blocks/mlp/", lr_scale=2.0),
+    ParamRule("embedding", weight_decay=0.2),
+  )
+  plans = {p.path: (p.lr_scale, p.weight_decay) for p in plan_params(dataclasses.replace(BASE, rules=rules), toy_params())}
+  assert plans["blocks/mlp/up"] == (0.5, 0.3)
+  assert plans["blocks/mlp/down"] == (2.0, 0.1)
+  assert plans["blocks/mlp/up_bias"] == (2.0, 0.0)
+  assert plans["embedding/tokens"] == (1.0, 0.2)
+  assert plans["head/kernel"] == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("rules, message", [
+  ((ParamRule("blocks/mlq"),), "blocks/mlq"),
+  ((ParamRule(".*"), ParamRule("head")), "'head'"),
+  ((ParamRule("mlp("),), "not a regular expression"),
+  ((ParamRule("head", lr_scale=-1.0),), "lr_scale"),
+  ((ParamRule(".*", lr_scale=0.0),), "freeze every parameter"),
+])  # fmt: skip
+def test_mistaken_rules_are_named(rules, message):
+  with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    make_optimizer(dataclasses.replace(BASE, rules=rules), 10, toy_params())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_lr_scale_scales_and_freezes(name):
+  params = toy_params()
+  rules = (ParamRule("mlp/up$", lr_scale=0.25), ParamRule("head|embedding", lr_scale=0.0))
+  plain_config = dataclasses.replace(BASE, name=name)
+  config = dataclasses.replace(plain_config, rules=rules)
+  changes = {}
+  for key, c in {"plain": plain_config, "ruled": config}.items():
+    optimizer = make_optimizer(c, 10, params)
+    state = optimizer.init(params)
+    changes[key] = flat(optimizer.update(gradients(params, 0), state, params)[0])
+  assert not changes["ruled"]["head/kernel"].any() and changes["plain"]["head/kernel"].any()
+  np.testing.assert_allclose(changes["ruled"]["blocks/mlp/up"], 0.25 * changes["plain"]["blocks/mlp/up"], rtol=1e-6)
+  np.testing.assert_array_equal(changes["ruled"]["blocks/mlp/down"], changes["plain"]["blocks/mlp/down"])
+  assert not any("head" in path or "embedding" in path for path in flat(state.slots))  # no memory for the frozen
+
+
+def test_integer_weights_are_frozen():
+  params = {"blocks": {"w": jnp.ones((2, 4, 4))}, "quantized": jnp.ones((4, 4), jnp.int8)}
+  optimizer = make_optimizer(BASE, 10, params)
+  grads = {"blocks": {"w": jnp.ones((2, 4, 4))}, "quantized": optax.MaskedNode()}
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  assert updates["quantized"].dtype == jnp.int8 and not updates["quantized"].any()
+
+
+def test_step_places_the_rate_and_count_the_bias_correction():
+  params = {"w": jnp.zeros((2, 2))}
+  config = dataclasses.replace(BASE, schedule="linear", final_lr_fraction=0.0)
+  optimizer = make_optimizer(config, 11, params)
+  updates, state = optimizer.update({"w": jnp.ones((2, 2))}, optimizer.init(params), params, step=jnp.int32(5))
+  # The first update of Adam is sign(grad) times the rate, whatever the step.
+  np.testing.assert_allclose(updates["w"], -0.01, rtol=1e-5)
+  assert int(state.count) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_an_update_not_applied_keeps_the_state(name):
+  params = toy_params()
+  optimizer = make_optimizer(dataclasses.replace(BASE, name=name), 10, params)
+  _, state = optimizer.update(gradients(params, 0), optimizer.init(params), params)
+  nan = jax.tree.map(lambda p: jnp.full(p.shape, jnp.nan), params)
+  _, kept = optimizer.update(nan, state, params, applied=jnp.bool_(False))
+  jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+def shardings_of(params):
+  mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+  def spec(path, leaf):
+    sharded = path[0].key == "blocks" and leaf.ndim == 3
+    return NamedSharding(mesh, P(None, "fsdp", "tensor") if sharded else P())
+
+  return jax.tree_util.tree_map_with_path(spec, params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_state_shardings_follow_the_parameters(name):
+  params = toy_params()
+  wanted = shardings_of(params)
+  optimizer = make_optimizer(dataclasses.replace(BASE, name=name), 10, params)
+  found = state_shardings(jax.eval_shape(optimizer.init, params), params, wanted)
+  state = jax.jit(optimizer.init, out_shardings=found)(params)
+  assert state.count.sharding.is_fully_replicated
+  if name == "adafactor":  # the matrices have only factors
+    assert jax.tree.all(jax.tree.map(lambda x: x.sharding.is_fully_replicated, state.slots["nu_row"]))
+  else:
+    assert state.slots["mu"]["blocks"]["mlp"]["up"].sharding.spec == P(None, "fsdp", "tensor")
+    assert state.slots["mu"]["blocks"]["mlp_norm"]["scale"].sharding.is_fully_replicated
+
+
+def test_state_shardings_read_any_optax_state():
+  params = toy_params()
+  wanted = shardings_of(params)
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.masked(optax.trace(0.9), jax.tree.map(lambda p: p.ndim == 3, params)),
+    optax.adafactor(0.1, min_dim_size_to_factor=8),
+    optax.adamw(1e-3),
+  )
+  abstract = jax.eval_shape(tx.init, params)
+  found = state_shardings(abstract, params, wanted)
+  assert jax.tree.structure(found) == jax.tree.structure(abstract)
+  sharded = {
+    jax.tree_util.keystr(path)
+    for path, sharding in jax.tree_util.tree_leaves_with_path(found)
+    if not sharding.is_fully_replicated
+  }
+  assert len(sharded) == 6  # trace, mu and nu of the two stacked matrices
+  assert all("'up'" in path or "'down'" in path for path in sharded)

@@ -1,0 +1,160 @@
+"""Signals, progress, the start-up table and profiles: what surrounds the loop."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from jaxllm.training.config import ProfileConfig
+from jaxllm.training.profiling import Profiler
+from jaxllm.training.progress import Progress, print_table, progress_line, short_number
+from jaxllm.training.signals import StopRequest
+
+
+def test_the_first_signal_asks_and_the_handlers_come_back():
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  for number in before:
+    with StopRequest() as stop:
+      assert not stop.anywhere()
+      signal.raise_signal(number)
+      assert stop.anywhere()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+  with pytest.raises(KeyboardInterrupt), StopRequest():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_in_another_thread_nothing_is_installed():
+  before = signal.getsignal(signal.SIGTERM)
+  seen = []
+
+  def work():
+    with StopRequest() as stop:
+      seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert seen == [(before, False)]
+
+
+@pytest.mark.parametrize("signals, code", [(["TERM"], 0), (["INT"], 0), (["TERM", "TERM"], -signal.SIGTERM)])
+def test_exit_codes_of_a_process_that_is_told_to_stop(signals, code):
+  script = """
+    from jaxllm.training.signals import StopRequest
+    import sys, time
+    with StopRequest() as stop:
+      print("ready", flush=True)
+      while not stop.anywhere():
+        time.sleep(0.01)
+      print("saving", flush=True)
+      if sys.argv[1] == "2":
+        time.sleep(60)
+  """
+  process = subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(script), str(len(signals))],
+    env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for name, line in zip(signals, ("ready\n", "saving\n")):
+    assert process.stdout.readline() == line
+    process.send_signal(getattr(signal, f"SIG{name}"))
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == code
+  assert errors.count("stopping after this step") == 1
+
+
+METRICS = {"loss": 2.34567, "tokens_per_second": 18234.0, "mfu": 0.4127, "step_time_s": 0.5, "eval/loss": 2.5}
+
+
+def test_the_line():
+  assert progress_line(120, 1000, METRICS) == (
+    "step 120/1000  loss 2.3457  eval 2.5000  18.2k tokens/s  MFU 41.3%  ETA 0:07:20"
+  )
+  assert progress_line(0, 10, {"step_time_s": 3600 * 3.0}) == "step 0/10  ETA 30:00:00"
+
+
+@pytest.mark.parametrize(
+  "value, text",
+  [(0, "0"), (9.5, "9.5"), (950, "950"), (999.7, "1k"), (1000, "1k"), (18234, "18.2k"), (123456, "123k"),
+   (1.54e6, "1.54M"), (7e15, "7P"), (7e18, "7000P")],
+)  # fmt: skip
+def test_short_numbers(value, text):
+  assert short_number(value) == text
+
+
+def test_plain_lines_without_a_terminal():
+  file = io.StringIO()
+  with Progress(1000, Console(file=file)) as progress:
+    for step in range(1, 21):
+      progress.update(step, METRICS if step % 10 == 0 else None)
+    progress.say("saved [step 20]")
+  lines = file.getvalue().splitlines()
+  assert lines == [progress_line(10, 1000, METRICS), progress_line(20, 1000, METRICS), "saved [step 20]"]
+
+
+def test_one_live_line_on_a_terminal():
+  file = io.StringIO()
+  with Progress(40, Console(file=file, force_terminal=True, width=120)) as progress:
+    progress.update(10, METRICS)
+    progress.say("saved")
+    progress.update(20)
+  text = file.getvalue()
+  assert "step 10/40" in text and "step 20/40  loss 2.3457" in text and "━" in text
+  assert "saved\n" in text and text.count("\n") == 2, "what was said and the end, nothing else scrolls"
+
+
+def test_the_table_keeps_long_values_on_one_line_in_a_log():
+  file = io.StringIO()
+  long = "6 x 123,532,032 weights + 12 x 12 layers x 768 wide x 512.5 keys [of 1024]" * 2
+  print_table([("parameters", "10.7M"), ("FLOPs per token", long)], "plan", Console(file=file))
+  lines = [line.strip() for line in file.getvalue().splitlines() if line.strip()]
+  assert lines[0] == "plan"
+  assert [line.split(maxsplit=1) for line in lines[1:2]] == [["parameters", "10.7M"]]
+  assert lines[2].startswith("FLOPs per token") and lines[2].endswith(long)
+
+
+def test_a_trace_of_the_chosen_steps(tmp_path, monkeypatch):
+  calls, done = [], []
+  start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda d: (calls.append(len(done)), start(d)))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (calls.append(len(done)), stop()))
+  step = jax.jit(lambda x: x @ x)
+  state = jnp.eye(64)
+  with Profiler(ProfileConfig(steps=2, start=3), tmp_path) as profiler:
+    while len(done) < 8:
+      profiler.before_step()
+      state = step(state)
+      profiler.after_step(state)
+      done.append(state)
+  assert calls == [3, 4]
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_is_closed_when_the_run_ends_early(tmp_path):
+  with Profiler(ProfileConfig(steps=5, start=0), tmp_path) as profiler:
+    profiler.before_step()
+    profiler.after_step(jnp.ones(3))
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  jax.profiler.start_trace(str(tmp_path / "again"))  # raises if the first were still running
+  jax.profiler.stop_trace()
+
+
+def test_no_trace_unless_asked(tmp_path):
+  with Profiler(ProfileConfig(start=0), tmp_path) as profiler:
+    profiler.before_step()
+    profiler.after_step(None)
+  assert not (tmp_path / "profile").exists()
