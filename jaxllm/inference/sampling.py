@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 from jaxllm.errors import ConfigError
 
@@ -131,7 +131,7 @@ def sample(
 class SamplingRows:
   """The settings of a batch as arrays, one entry a row."""
 
-  keys: Key[Array, " B"]
+  seeds: UInt32[Array, "B 2"]
   temperature: Float[Array, " B"]
   top_k: Int[Array, " B"]
   top_p: Float[Array, " B"]
@@ -139,20 +139,20 @@ class SamplingRows:
 
   def draw(self, logits: Float[Array, "B V"], positions: Int[Array, " B"]) -> Int[Array, " B"]:
     """Tokens for these positions: a row's stream is a function of its seed and the position."""
-    keys = jax.vmap(jax.random.fold_in)(self.keys, positions)
+    keys = jax.random.wrap_key_data(self.seeds, impl="threefry2x32")
+    keys = jax.vmap(jax.random.fold_in)(keys, positions)
     return sample(logits, keys, self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def sampling_rows(settings: Sequence[SamplingParams], samples: Sequence[int]) -> SamplingRows:
   """Row i draws by settings[i], as completion number samples[i] of its prompt."""
-  words = []
-  for row in settings:
-    seed = secrets.randbits(64) if row.seed is None else int(row.seed)
-    words.append((seed >> 32, seed & 0xFFFFFFFF))
-  keys = jax.random.wrap_key_data(np.asarray(words, np.uint32), impl="threefry2x32")
+  entropy = [
+    (secrets.randbits(64) if row.seed is None else int(row.seed), sample)
+    for row, sample in zip(settings, samples, strict=True)
+  ]
   column = lambda name, dtype: np.asarray([getattr(row, name) for row in settings], dtype)  # noqa: E731
   return SamplingRows(
-    keys=jax.vmap(jax.random.fold_in)(keys, np.asarray(samples, np.uint32)),
+    seeds=np.stack([np.random.SeedSequence(words).generate_state(2) for words in entropy]),
     temperature=column("temperature", np.float32),
     top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
     top_p=column("top_p", np.float32),

@@ -86,7 +86,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float
 
 def unstack_layers(params: Params) -> Params:
   """The same parameters with a `PerLayer` for every stacked array under "blocks": what decoding wants."""
-  return {**params, "blocks": jax.tree.map(lambda w: PerLayer(tuple(w)), params["blocks"])}
+  # Indexed and not iterated over, which would bring every layer to one device.
+  layers = lambda w: PerLayer(tuple(w[i] for i in range(w.shape[0])))  # noqa: E731
+  return {**params, "blocks": jax.tree.map(layers, params["blocks"])}
 
 
 def stack_layers(params: Params) -> Params:

@@ -1,0 +1,200 @@
+"""Writes text with a model: `python -m jaxllm.generate --model=DIR --prompt=TEXT`."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.errors import ConfigError
+
+if TYPE_CHECKING:
+  from jaxllm.inference.model import Model
+  from jaxllm.inference.sampling import SamplingParams
+
+MAX_TOKENS = 256  # where neither the command nor the model says
+
+EXAMPLES = """
+examples:
+  python -m jaxllm.generate --model=runs/quickstart --prompt="def " --max-tokens=64
+  python -m jaxllm.generate --model=runs/quickstart --prompt="import " --num-samples=4 --seed=1
+  python -m jaxllm.generate --model=my-model --prompt="One" --prompt="Two" --temperature=0 --stop=$'\\n'
+  echo "Once upon a time" | python -m jaxllm.generate --model=my-model --prompt=-
+  python -m jaxllm.generate --model=my-model                   (interactive: every line is a prompt)
+
+The text goes to stdout, everything else to stderr. Settings that are left out are the model's own, from its
+generation_config.json.
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The command line's settings."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxllm.generate",
+    description="Continues prompts with a model; without a prompt it asks for one after the other.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=EXAMPLES,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--model", required=True, metavar="DIR", help="a model directory or a training run's directory")
+  add("--step", type=int, metavar="N", help="the run's checkpoint to load (default: the latest)")
+  add("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated; - reads stdin")
+  add("--prompt-file", action="append", metavar="FILE", help="a file to continue; may be repeated")
+  add("--num-samples", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
+  add("--max-tokens", type=int, metavar="N", help=f"longest completion, in tokens (default: {MAX_TOKENS})")
+  add("--temperature", type=float, metavar="T", help="0: always the most likely token (default: 1)")
+  add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
+  add("--top-p", type=float, metavar="P", help="draw from the most likely tokens that make up P only")
+  add("--min-p", type=float, metavar="P", help="draw from tokens at least P times the most likely one's")
+  add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+  add("--ignore-eos", action="store_true", help="write on past the end-of-text token")
+  add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
+  add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are stored)")
+  add("--echo", action="store_true", help="print each prompt before its completion")
+  add("--debug", action="store_true", help="show a traceback where an error is reported")
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the door; returns the exit code."""
+  args = parse(argv)
+  prompts = read_prompts(args)
+  from jaxllm.inference.model import load_model
+  from jaxllm.inference.sampling import SamplingParams
+
+  settings = dict(
+    n=args.num_samples,
+    max_tokens=args.max_tokens,
+    temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
+    min_p=args.min_p,
+    stop=args.stop,
+    seed=args.seed,
+  )
+  settings = {name: value for name, value in settings.items() if value is not None}
+  SamplingParams(**settings)  # a wrong setting is told before the model loads
+  model = load_model(args.model, step=args.step, dtype=args.dtype)
+  if "max_new_tokens" not in model.generation:
+    settings.setdefault("max_tokens", MAX_TOKENS)
+  sampling = model.sampling(ignore_eos=args.ignore_eos, **settings)
+  if not prompts:
+    return interact(model, sampling, args.echo)
+  if len(prompts) * sampling.n == 1:
+    write_stream(model, prompts[0], sampling, args.echo)
+  else:
+    write_all(model, prompts, sampling, args.echo)
+  return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+  """The prompts of the command line, files and stdin; none means the interactive mode.
+
+  Raises:
+    ConfigError: a file that cannot be read.
+  """
+  prompts = []
+  for prompt in args.prompt or ():
+    if prompt == "-":
+      prompt = sys.stdin.read().removesuffix("\n")
+    prompts.append(prompt)
+  for name in args.prompt_file or ():
+    try:
+      prompts.append(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(f"cannot read the prompt file {name}: {error}") from error
+  return prompts
+
+
+def write_stream(model: "Model", prompt: str, sampling: "SamplingParams", echo: bool) -> None:
+  """Prints a completion while it is drawn, then its speed."""
+  speed, deltas = Speed(), model.stream(prompt, sampling)
+  if echo:
+    print(prompt, end="", flush=True)
+  try:
+    for delta in deltas:
+      print(delta.text, end="", flush=True)
+      speed.add(len(delta.token_ids))
+  finally:  # an interrupted text ends its line too
+    print(flush=True)
+  speed.report()
+
+
+def write_all(model: "Model", prompts: list[str], sampling: "SamplingParams", echo: bool) -> None:
+  """Prints the completions of several prompts, or several of one, each under a line that names it."""
+  speed = Speed()
+  done = {}
+  for delta in model.stream(prompts, sampling, steps=8):
+    speed.add(len(delta.token_ids))
+    if delta.completion is not None:
+      done[delta.prompt_index, delta.index] = delta.completion
+  for (prompt, sample), completion in sorted(done.items()):
+    name = f"prompt {prompt + 1}" if len(prompts) > 1 else ""
+    name += f"{', ' if name else ''}sample {sample + 1}" if sampling.n > 1 else ""
+    print(f"--- {name}")
+    print((prompts[prompt] if echo else "") + completion.text)
+  sys.stdout.flush()
+  speed.report()
+
+
+def interact(model: "Model", sampling: "SamplingParams", echo: bool) -> int:
+  """Reads prompts, a line each, and writes their completions until the input ends."""
+  terminal = sys.stdin.isatty()
+  if terminal:
+    with contextlib.suppress(ImportError):  # Windows has none
+      import readline  # noqa: F401  (gives input() a history)
+    print("Every line is a prompt. Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+  failed = False
+  while True:
+    try:
+      line = input("> " if terminal else "")
+    except EOFError:
+      print(file=sys.stderr)
+      return 2 if failed and not terminal else 0
+    except KeyboardInterrupt:
+      print("\nCtrl-D ends.", file=sys.stderr)
+      continue
+    if not line:
+      continue
+    try:
+      if sampling.n == 1:
+        write_stream(model, line, sampling, echo)
+      else:
+        write_all(model, [line], sampling, echo)
+    except KeyboardInterrupt:
+      print("stopped", file=sys.stderr)
+    except ConfigError as error:  # this prompt's mistake; the next one may be fine
+      failed = True
+      print(f"error: {error}", file=sys.stderr)
+
+
+class Speed:
+  """Tokens per second of a generation; the first dispatch, which may compile, is told apart."""
+
+  def __init__(self):
+    self._start, self._first, self._tokens = time.monotonic(), None, 0
+
+  def add(self, tokens: int) -> None:
+    """Counts tokens that have just arrived."""
+    if self._first is None:
+      self._first = time.monotonic()
+    self._tokens += tokens
+
+  def report(self) -> None:
+    """Prints the figures to stderr."""
+    seconds = time.monotonic() - self._start
+    first = seconds if self._first is None else self._first - self._start
+    print(
+      f"{self._tokens} tokens in {seconds:.2f} s, {self._tokens / seconds:.1f} tokens/s "
+      f"(the first after {first:.2f} s)",
+      file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+  from jaxllm.cli import run_door
+
+  sys.exit(run_door(main))

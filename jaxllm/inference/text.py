@@ -1,0 +1,72 @@
+"""Tokens to text while they arrive: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
+CONTEXT = 8  # prompt tokens that the first decoded token sees before it
+
+
+class Decodes(Protocol):
+  """The part of `jaxllm.data.tokenizers.Tokenizer` that this file needs."""
+
+  vocab_size: int
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of some ids."""
+
+
+class TextStream:
+  """The text of one completion, handed out as its tokens arrive.
+
+  All that was handed out, joined, is the text of the whole completion up to the first stop string.
+  """
+
+  def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop: Sequence[str] = ()):
+    self._tokenizer, self._stop = tokenizer, stop
+    # A token's text can depend on its neighbours (a space is dropped at the start of a text, a character
+    # spans tokens), so tokens are decoded behind a few earlier ones whose text is known.
+    self._ids = [token for token in prompt[-CONTEXT:] if token < tokenizer.vocab_size]
+    self._read = len(self._ids)  # tokens whose text has been read
+    self._known = tokenizer.decode(self._ids).rstrip(UNFINISHED)
+    self._held = ""  # read, but perhaps the start of a stop string
+    self.stopped: str | None = None  # the stop string that ended the text
+
+  def push(self, token: int) -> str:
+    """The text that this token completes."""
+    if token >= self._tokenizer.vocab_size:  # a row that pads the model's vocabulary
+      return ""
+    self._ids.append(token)
+    text = self._tokenizer.decode(self._ids)
+    if text.endswith(UNFINISHED):
+      return ""
+    new = text[len(self._known) :]
+    last = self._tokenizer.decode(self._ids[self._read :])
+    if last:  # special tokens alone are no context
+      self._ids, text = self._ids[self._read :], last
+    self._read, self._known = len(self._ids), text
+    return self._release(new)
+
+  def finish(self) -> str:
+    """The rest of the text, when no more tokens come."""
+    if self.stopped is not None:
+      return ""
+    text = self._release(self._tokenizer.decode(self._ids)[len(self._known) :])
+    rest, self._held = ("" if self.stopped is not None else self._held), ""
+    return text + rest
+
+  def _release(self, new: str) -> str:
+    text = self._held + new
+    found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+    if found:
+      end, self.stopped = min(found)
+      self._held = ""
+      return text[:end]
+    held = max((_overlap(text, stop) for stop in self._stop), default=0)
+    self._held = text[len(text) - held :]
+    return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Length of the longest end of `text` that begins `stop`."""
+  return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

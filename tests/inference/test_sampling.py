@@ -1,0 +1,142 @@
+"""Sampling against exact probabilities and against transformers' logits processors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxllm.errors import ConfigError
+from jaxllm.inference.sampling import SamplingParams, filter_logits, sample, sampling_rows
+
+LOGITS = np.log(np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01]))
+
+
+def arrays(rows, **settings):
+  """[B] arrays of settings; one value is every row's."""
+  usual = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+  values = {k: np.broadcast_to(np.asarray(settings.get(k, d)), (rows,)) for k, d in usual.items()}
+  return {k: jnp.asarray(v, jnp.int32 if k == "top_k" else jnp.float32) for k, v in values.items()}
+
+
+@pytest.mark.parametrize(
+  "settings, weights",
+  [
+    (dict(), [0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01]),
+    (dict(temperature=0.5), [0.16, 0.0625, 0.0225, 0.01, 0.0036, 0.0009, 0.0001]),
+    (dict(top_k=3), [0.4, 0.25, 0.15, 0, 0, 0, 0]),
+    (dict(top_p=0.7), [0.4, 0.25, 0.15, 0, 0, 0, 0]),  # 0.65 is too little, 0.8 is enough
+    (dict(top_p=0.3), [0.4, 0, 0, 0, 0, 0, 0]),  # the first token always stays
+    (dict(top_k=2, top_p=0.6), [0.4, 0, 0, 0, 0, 0, 0]),  # 0.4 is 61% of what top-k leaves
+    (dict(min_p=0.2), [0.4, 0.25, 0.15, 0.1, 0, 0, 0]),
+    (dict(temperature=0.5, min_p=0.2), [0.16, 0.0625, 0, 0, 0, 0, 0]),  # the temperature comes first
+    (dict(temperature=2.0, top_k=4, top_p=0.9, min_p=0.55), [0.4**0.5, 0.25**0.5, 0.15**0.5, 0, 0, 0, 0]),
+  ],
+)
+def test_draws_follow_the_closed_form(settings, weights):
+  expected = np.asarray(weights) / np.sum(weights)
+  rows = 20_000
+  logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (rows, len(LOGITS)))
+  exact = jax.nn.softmax(filter_logits(logits[:1], **arrays(1, **settings)), axis=-1)[0]
+  np.testing.assert_allclose(exact, expected, atol=1e-6)
+  keys = jax.random.split(jax.random.key(3), rows)
+  drawn = np.bincount(jax.jit(sample)(logits, keys, **arrays(rows, **settings)), minlength=len(LOGITS))
+  assert drawn[expected == 0].sum() == 0
+  if (expected > 0).sum() > 1:
+    assert stats.chisquare(drawn[expected > 0], rows * expected[expected > 0]).pvalue > 1e-3
+
+
+def test_support_is_that_of_transformers():
+  torch = pytest.importorskip("torch")
+  from transformers.generation import logits_process as hf
+
+  rng = np.random.default_rng(0)
+  rows, vocab = 64, 100
+  logits = rng.normal(size=(rows, vocab)).astype(np.float32) * 3
+  settings = dict(
+    temperature=rng.uniform(0.3, 2.0, rows).astype(np.float32),
+    top_k=rng.integers(0, 120, rows),
+    top_p=rng.choice([1.0, 0.95, 0.7, 0.2], rows).astype(np.float32),
+    min_p=rng.choice([0.0, 0.02, 0.3], rows).astype(np.float32),
+  )
+  got = np.asarray(filter_logits(jnp.asarray(logits), **arrays(rows, **settings)))
+  for i in range(rows):
+    want = torch.tensor(logits[i : i + 1])
+    chain = [hf.TemperatureLogitsWarper(float(settings["temperature"][i]))]
+    chain += [hf.TopKLogitsWarper(int(settings["top_k"][i]))] if settings["top_k"][i] else []
+    chain += [hf.TopPLogitsWarper(float(settings["top_p"][i]))] if settings["top_p"][i] < 1 else []
+    chain += [hf.MinPLogitsWarper(float(settings["min_p"][i]))] if settings["min_p"][i] > 0 else []
+    for processor in chain:
+      want = processor(None, want)
+    np.testing.assert_allclose(jax.nn.softmax(got[i]), torch.softmax(want[0], -1).numpy(), atol=1e-6)
+
+
+def test_ties_stay_and_infinities_are_never_drawn():
+  logits = jnp.asarray([[1.0, 1.0, 1.0, -jnp.inf]])
+  kept = filter_logits(logits, **arrays(1, top_k=2))
+  assert jnp.isfinite(kept).tolist() == [[True, True, True, False]]
+
+
+def test_a_tiny_temperature_is_greedy_without_overflow():
+  logits = jnp.asarray([[100.0, -200.0, 100.5]])
+  assert sample(logits, jax.random.split(jax.random.key(0), 1), **arrays(1, temperature=1e-30)).tolist() == [
+    2
+  ]
+
+
+def test_mixed_rows_draw_what_they_draw_alone():
+  settings = [
+    SamplingParams(seed=1, temperature=0),
+    SamplingParams(seed=2, top_k=2),
+    SamplingParams(seed=3, top_p=0.5, temperature=2.0),
+    SamplingParams(seed=2**63 + 5, min_p=0.1),
+  ]
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 50)), jnp.float32)
+  positions = jnp.asarray([3, 9, 27, 4])
+  together = sampling_rows(settings, [0, 1, 2, 0]).draw(logits, positions)
+  for i, (one, number) in enumerate(zip(settings, [0, 1, 2, 0])):
+    alone = sampling_rows([one], [number]).draw(logits[i : i + 1], positions[i : i + 1])
+    assert alone[0] == together[i]
+  assert together[0] == logits[0].argmax()
+
+
+def test_streams_differ_by_seed_sample_and_position():
+  def draws(seed, number, start):
+    rows = sampling_rows([SamplingParams(seed=seed)] * 40, [number] * 40)
+    return rows.draw(jnp.zeros((40, 1000)), start + jnp.arange(40)).tolist()
+
+  assert draws(1, 0, 0) == draws(1, 0, 0)
+  assert draws(1, 0, 0)[1:] == draws(1, 0, 1)[:-1]
+  assert len({tuple(draws(*a)) for a in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1 << 32, 0, 0)]}) == 4
+  assert draws(None, 0, 0) != draws(None, 0, 0)
+
+
+@pytest.mark.parametrize(
+  "settings, name",
+  [
+    (dict(temperature=-0.1), "temperature"),
+    (dict(temperature=float("nan")), "temperature"),
+    (dict(temperature=float("inf")), "temperature"),
+    (dict(temperature="hot"), "temperature"),
+    (dict(top_k=-2), "top_k"),
+    (dict(top_k=1.5), "top_k"),
+    (dict(top_p=0), "top_p"),
+    (dict(top_p=1.1), "top_p"),
+    (dict(min_p=-0.1), "min_p"),
+    (dict(max_tokens=0), "max_tokens"),
+    (dict(n=0), "n is 0"),
+    (dict(stop=""), "stop"),
+    (dict(stop_token_ids=[-1]), "stop_token_ids"),
+    (dict(seed=-1), "seed"),
+    (dict(logprobs=-1), "logprobs"),
+  ],
+)
+def test_impossible_settings_are_named(settings, name):
+  with pytest.raises(ConfigError, match=name):
+    SamplingParams(**settings)
+
+
+def test_public_spellings():
+  assert SamplingParams(stop="\n").stop == ("\n",)
+  assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+  assert SamplingParams(stop=None, stop_token_ids=7).stop_token_ids == (7,)

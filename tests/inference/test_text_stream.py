@@ -1,0 +1,93 @@
+"""Streaming text: characters stay whole, stop strings never show."""
+
+import random
+
+import pytest
+from tiny_models import ByteTokenizer
+
+from jaxllm.inference.text import TextStream
+
+BYTES = ByteTokenizer()
+TEXT = "naïve 数学 🎉 e\u0301 end"
+
+
+class Pieces(ByteTokenizer):
+  """A vocabulary of whole strings."""
+
+  def __init__(self, *pieces):
+    self.pieces, self.vocab_size = [p if isinstance(p, bytes) else p.encode() for p in pieces], len(pieces)
+
+  def decode_bytes(self, ids):
+    return b"".join(self.pieces[i] for i in ids)
+
+
+def run(stream, ids):
+  parts = []
+  for token in ids:
+    parts.append(stream.push(token))
+    if stream.stopped is not None:
+      break
+  return [*parts, stream.finish()]
+
+
+def test_multi_byte_characters_arrive_whole():
+  parts = run(TextStream(BYTES, list(b"> ")), TEXT.encode())
+  assert "".join(parts) == TEXT and not any("\ufffd" in part for part in parts)
+  assert "🎉" in parts
+
+
+def test_bytes_that_are_no_text_become_replacements():
+  data = bytes(random.Random(0).choices(range(256), k=400))
+  assert "".join(run(TextStream(BYTES, list(b"ab")), data)) == data.decode("utf-8", "replace")
+  assert run(TextStream(BYTES, [65]), "é".encode()[:1]) == ["", "\ufffd"]
+
+
+def test_a_character_that_the_prompt_began():
+  whole = "é".encode()
+  assert "".join(run(TextStream(BYTES, [*b"x", whole[0]]), [whole[1], *b"y"])) == "éy"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_stop_string_across_tokens(size):
+  text = "one two STOP three"
+  tokenizer = Pieces(*[text[i : i + size] for i in range(0, len(text), size)])
+  stream = TextStream(tokenizer, [], ("STOP", "never"))
+  parts = run(stream, range(tokenizer.vocab_size))
+  assert "".join(parts) == "one two " and stream.stopped == "STOP"
+
+
+def test_nothing_of_a_stop_string_is_shown_too_early():
+  stream = TextStream(BYTES, [65], ("\n\nQ:",))
+  shown = ""
+  for token in b"a\nb\n\nc\n\nQ:":
+    shown += stream.push(token)
+    assert "a\nb\n\nc".startswith(shown)
+  assert shown == "a\nb\n\nc" and stream.stopped == "\n\nQ:"
+
+
+def test_what_only_began_like_a_stop_string_is_shown_in_the_end():
+  assert "".join(run(TextStream(BYTES, [65], ("###",)), b"a## b##")) == "a## b##"
+
+
+def test_the_first_of_several_stop_strings_wins():
+  stream = TextStream(Pieces("x", "a b c"), [0], ("c", "b", "zzz"))
+  assert stream.push(1) == "a " and stream.stopped == "b"
+
+
+def test_stop_strings_of_many_bytes():
+  stream = TextStream(BYTES, [65], ("数学",))
+  assert "".join(run(stream, TEXT.encode())) == "naïve " and stream.stopped == "数学"
+
+
+def test_a_space_that_depends_on_context_survives():
+  class Dummy(Pieces):  # drops the space that starts a text, as SentencePiece's dummy prefix asks
+    def decode_bytes(self, ids):
+      return super().decode_bytes(ids).removeprefix(b" ")
+
+  tokenizer = Dummy(" Once", " upon", "", " a")
+  assert "".join(run(TextStream(tokenizer, [0]), [1, 2, 3])) == " upon a"
+  assert "".join(run(TextStream(tokenizer, []), [0, 1])) == "Once upon"
+
+
+def test_tokens_outside_the_vocabulary_have_no_text():
+  assert "".join(run(TextStream(BYTES, [65, 300]), [66, 258, 67])) == "BC"
