@@ -26,13 +26,16 @@ NEWTON_SCHULZ_STEPS = 5
 Slots = dict[str, Float[Array, "..."]]
 
 
-class OptimizerState(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OptimizerState:
   count: Int[Array, ""]  # updates made
   # Slot name ("mu", "nu", ...) -> a tree like the parameters, optax.MaskedNode() where one has no such slot.
   slots: dict[str, PyTree]
 
 
-class Hyper(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Hyper:
   """What one update of one parameter depends on, besides the parameter."""
 
   config: OptimizerConfig
@@ -74,8 +77,8 @@ def lion_update(grad, slots, param, hyper):
   """Lion (Chen et al., arXiv 2302.06675, algorithm 2)."""
   config = hyper.config
   direction = jnp.sign(config.b1 * slots["mu"] + (1 - config.b1) * grad)
-  mu = config.b2 * slots["mu"] + (1 - config.b2) * grad
-  return -hyper.learning_rate * (direction + hyper.plan.weight_decay * param), _commit(hyper, {"mu": mu}, slots)
+  slots = _commit(hyper, {"mu": config.b2 * slots["mu"] + (1 - config.b2) * grad}, slots)
+  return -hyper.learning_rate * (direction + hyper.plan.weight_decay * param), slots
 
 
 def sgd_update(grad, slots, param, hyper):
@@ -197,14 +200,14 @@ def make_optimizer(
   ) -> tuple[PyTree, OptimizerState]:
     leaves, treedef = jax.tree.flatten(params)
     step = state.count if step is None else step
-    count = state.count + 1
+    count, applied = state.count + 1, jnp.asarray(applied)
     rate, muon_rate = schedule(step), muon_schedule(step)
     mu_correction = 1 / (1 - config.b1**count)
     nu_correction = jax.lax.rsqrt(1 - config.b2**count)
 
     updates, new_slots = [], []
-    inputs = zip(plans, treedef.flatten_up_to(grads), _trees_to_slots(state.slots, treedef), leaves, strict=True)
-    for plan, grad, slots, param in inputs:
+    grads, old_slots = treedef.flatten_up_to(grads), _trees_to_slots(state.slots, treedef)
+    for plan, grad, slots, param in zip(plans, grads, old_slots, leaves, strict=True):
       base_rate = muon_rate if plan.algorithm == "muon" else rate
       hyper = Hyper(config, plan, base_rate * plan.lr_scale, count, applied, mu_correction, nu_correction)
       leaf_update, leaf_slots = ALGORITHMS[plan.algorithm].update(grad, slots, param, hyper)
@@ -213,7 +216,8 @@ def make_optimizer(
     count = jnp.where(applied, count, state.count)
     return jax.tree.unflatten(treedef, updates), OptimizerState(count, _slots_to_trees(new_slots, treedef))
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  # Unlike optax's protocol, `params` are required.
+  return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _slots_to_trees(slots: list[Slots], treedef) -> dict[str, PyTree]:
