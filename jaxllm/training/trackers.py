@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from tensorboardX import SummaryWriter
 
 from jaxllm.errors import ConfigError
 from jaxllm.training.config import LoggingConfig
@@ -48,6 +47,8 @@ class TensorBoard:
   """Event files in <run>/tensorboard."""
 
   def __init__(self, run_directory: Path, resumed_step: int | None = None):
+    from tensorboardX import SummaryWriter  # imports PyTorch if that is installed
+
     # purge_step hides the points that a killed run had logged beyond its last checkpoint.
     purge = None if resumed_step is None else resumed_step + 1
     # tensorboardX names files by the second: a quick restart would overwrite what the first run wrote.
