@@ -86,6 +86,8 @@ class SentencePieceTokenizer(Tokenizer):
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # protobuf and the C++ side each raise their own
       raise DataError("not a SentencePiece model, or a damaged one") from error
+    if not spec.pieces:
+      raise DataError("a SentencePiece model without pieces")
     self._model = model
     self.fingerprint = hashlib.sha256(model).hexdigest()
     self.vocab_size = len(spec.pieces)
