@@ -125,9 +125,11 @@ def write_stream(model: "Model", prompt: str, sampling: "SamplingParams", echo: 
 
 def write_all(model: "Model", prompts: list[str], sampling: "SamplingParams", echo: bool) -> None:
   """Prints the completions of several prompts, or several of one, each under a line that names it."""
+  from jaxllm.inference.generate import STEPS
+
   speed = Speed()
   done = {}
-  for delta in model.stream(prompts, sampling, steps=8):
+  for delta in model.stream(prompts, sampling, steps=STEPS):
     speed.add(len(delta.token_ids))
     if delta.completion is not None:
       done[delta.prompt_index, delta.index] = delta.completion

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.inference.generate import Completion, Delta, generate_tokens, stream_tokens
 from jaxllm.inference.sampling import SamplingParams
@@ -20,9 +21,6 @@ from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
-
-if TYPE_CHECKING:
-  from jaxllm.data.tokenizers import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 Prompt = str | Sequence[int]
@@ -41,7 +39,7 @@ class Model:
     self,
     config: ModelConfig,
     params: Params,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     *,
     compute: Compute = Compute(),
     generation: dict[str, Any] | None = None,
@@ -218,10 +216,8 @@ def _placed(shapes: Params, shardings: Params | None, dtype: str | None) -> Para
   return jax.tree.map(leaf, shapes) if shardings is None else jax.tree.map(leaf, shapes, shardings)
 
 
-def _tokenizer(directory: Path) -> "Tokenizer | None":
+def _tokenizer(directory: Path) -> Tokenizer | None:
   """The tokenizer in a directory; None where there are no files of one (a model of bare token ids)."""
   if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
     return None
-  from jaxllm.data.tokenizers import load_tokenizer
-
   return load_tokenizer(directory)
