@@ -19,7 +19,7 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import activation_sharding, batch_sharding, param_shardings, partition_spec
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
-from oracle import cross_entropy
+from oracle import cross_entropy, jit
 
 RULES = AxisRules()
 C = ModelConfig(
@@ -44,16 +44,14 @@ def loss_and_grad(mesh=None):
     return cross_entropy(nnx.merge(graph, params)(tokens)[0], tokens)
 
   if mesh is None:
-    return jax.jit(jax.value_and_grad(loss))
+    return jit(jax.value_and_grad(loss))
   shardings = param_shardings(shapes, axes, mesh, RULES)
 
   def on_mesh(params, tokens):
     with activation_sharding(mesh, RULES):
       return jax.value_and_grad(loss)(params, tokens)
 
-  return jax.jit(
-    on_mesh, in_shardings=(shardings, batch_sharding(mesh, RULES)), out_shardings=(None, shardings)
-  )
+  return jit(on_mesh, in_shardings=(shardings, batch_sharding(mesh, RULES)), out_shardings=(None, shardings))
 
 
 @functools.cache
