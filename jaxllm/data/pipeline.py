@@ -43,9 +43,7 @@ class HostBatches(grain.MapDataset):
   make up a global array. The last batch is filled up with empty rows, so all hosts see equally many batches.
   """
 
-  def __init__(
-    self, rows: grain.MapDataset, batch_size: int, start: int, end: int, host_index: int, host_count: int
-  ):
+  def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, end: int, host_index: int, host_count: int):
     super().__init__(rows)
     self._batch_size, self._start, self._end = batch_size, start, end
     self._local = batch_size // host_count
@@ -114,9 +112,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     return batch
 
   def _open(self) -> grain.DatasetIterator:
-    batches = HostBatches(
-      self._rows, self._batch_size, self._consumed, self._end, self._host_index, self._host_count
-    )
+    batches = HostBatches(self._rows, self._batch_size, self._consumed, self._end, self._host_index, self._host_count)
     config = self._config
     if config.workers:
       _mark_flags_parsed()

@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.placement, self.parallel = c.norm_placement, c.parallel_residual
-    norm = functools.partial(Norm, c, rngs=rngs)
+    norm = functools.partial(Norm, c, compute, rngs=rngs)
     self.attention = Attention(c, compute, rngs=rngs)
     self.mlp = MLP(c, compute, rngs=rngs)
     if c.norm_placement in ("pre", "sandwich"):
@@ -77,7 +77,7 @@ class Embedding(nnx.Module):
     self.tokens = parameter(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), embedding_init(c))
     if c.position == "learned":
       self.positions = parameter(rngs, (c.max_seq_len, c.embed_dim), (None, "embed"), embedding_init(c))
-    self.norm = Norm(c, rngs=rngs) if c.embedding_norm else None
+    self.norm = Norm(c, compute, rngs=rngs) if c.embedding_norm else None
 
   def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
@@ -109,7 +109,7 @@ class Transformer(nnx.Module):
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, rngs=rngs)
     self.blocks = stack(lambda r: Block(c, compute, rngs=r), c.num_layers, rngs)
-    self.final_norm = Norm(c, rngs=rngs) if c.final_norm else None
+    self.final_norm = Norm(c, compute, rngs=rngs) if c.final_norm else None
     self.head = Head(c, rngs=rngs) if not c.tie_embeddings or c.head_bias else None
 
   def __call__(
@@ -185,9 +185,7 @@ class Transformer(nnx.Module):
 
     steps, rest = divmod(c.num_layers, len(kinds))
     if steps:
-      grouped = jax.tree.map(
-        lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights
-      )
+      grouped = jax.tree.map(lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights)
       x, _ = jax.lax.scan(group, x, grouped, unroll=self._unroll(steps))
     if rest:
       last = jax.tree.map(lambda w: w[steps * len(kinds) :], weights)

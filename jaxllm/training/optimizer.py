@@ -121,9 +121,7 @@ def state_shardings(abstract_state: PyTree, params_shapes: PyTree, param_shardin
   shardings = jax.tree.leaves(param_shardings)
   by_path = {
     path: (leaf.shape, sharding)
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params_shapes), shardings, strict=True
-    )
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params_shapes), shardings, strict=True)
   }
   replicated = jax.sharding.NamedSharding(shardings[0].mesh, jax.sharding.PartitionSpec())
 

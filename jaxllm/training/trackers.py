@@ -131,9 +131,7 @@ class MLflow:
       experiment = self._client.get_experiment_by_name(config.mlflow_experiment)
       artifacts = None if config.mlflow_uri else (place / "mlartifacts").as_uri()
       experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else self._client.create_experiment(config.mlflow_experiment, artifacts)
+        experiment.experiment_id if experiment else self._client.create_experiment(config.mlflow_experiment, artifacts)
       )
       self._run = self._client.create_run(experiment_id, run_name=run_directory.name).info.run_id
     except MlflowException as error:
@@ -167,9 +165,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _missing(package: str) -> ConfigError:
-  return ConfigError(
-    f"logging.{package} needs the package {package}: pip install 'jaxllm[trackers]', or switch it off"
-  )
+  return ConfigError(f"logging.{package} needs the package {package}: pip install 'jaxllm[trackers]', or switch it off")
 
 
 def _first_line(error: Exception) -> str:

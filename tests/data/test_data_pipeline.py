@@ -154,7 +154,9 @@ def test_hosts_share_the_batches_of_one(mixture, packing, hosts):
   whole = take(open_batches(config, batch_size=8))
   parts = [take(open_batches(config, batch_size=8, host_index=h, host_count=hosts)) for h in range(hosts)]
   assert parts[0][0]["inputs"].shape == (8 // hosts, 64)
-  joined = [{name: np.concatenate([b[name] for b in batches]) for name in NAMES} for batches in zip(*parts, strict=True)]
+  joined = [
+    {name: np.concatenate([b[name] for b in batches]) for name in NAMES} for batches in zip(*parts, strict=True)
+  ]
   same(joined, whole)
 
 
@@ -200,7 +202,10 @@ def test_resume_with_other_hosts_and_batch_size(mixture):
   resumed = open_batches(mixture, batch_size=4, host_index=1, host_count=2)
   resumed.set_state(iterator.get_state())
   rows = [expected[8 + i] for i in (2, 3, 6, 7)]
-  same([{name: np.concatenate([rows[i][name], rows[i + 1][name]]) for name in NAMES} for i in (0, 2)], take(resumed, 2))
+  same(
+    [{name: np.concatenate([rows[i][name], rows[i + 1][name]]) for name in NAMES} for i in (0, 2)],
+    take(resumed, 2),
+  )
 
 
 def test_resume_refuses_other_data(config, mixture):
@@ -221,7 +226,9 @@ def source_of(mixture):
   texts = {}
   for source in prepared.sources:
     documents = prepared.documents(source, "train")
-    texts[source.name] = b"\0".join(documents.record(i).tokens.astype(np.uint8).tobytes() for i in range(len(documents)))
+    texts[source.name] = b"\0".join(
+      documents.record(i).tokens.astype(np.uint8).tobytes() for i in range(len(documents))
+    )
 
   def which(row):
     piece = row["targets"][row["segment_ids"] == 1][:40]

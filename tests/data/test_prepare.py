@@ -69,9 +69,7 @@ def test_warns_of_bytes_that_are_not_utf8(corpus, byte_tokenizer, tmp_path):
   lines = []
   source = SourceConfig(path=f"{corpus}/odd*.txt", name="odd")
   prepare(DataConfig(str(tmp_path), (source,), TokenizerConfig(str(byte_tokenizer))), log=lines.append)
-  assert lines == [
-    "warning: 1 documents of 'odd' are not UTF-8, the first is 'odd/odd3.txt'; their bytes are kept"
-  ]
+  assert lines == ["warning: 1 documents of 'odd' are not UTF-8, the first is 'odd/odd3.txt'; their bytes are kept"]
   assert read_manifest(tmp_path).sources[0].not_utf8_documents == 1
 
 

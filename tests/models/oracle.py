@@ -34,9 +34,7 @@ def cached_step(config, compute=XLA):
 def loss_and_grad(config, compute=XLA):
   """(params, tokens) -> (mean next-token cross-entropy, gradients), compiled once a config."""
   graph = declare(config, compute)[0]
-  return jit(
-    jax.value_and_grad(lambda params, tokens: cross_entropy(nnx.merge(graph, params)(tokens)[0], tokens))
-  )
+  return jit(jax.value_and_grad(lambda params, tokens: cross_entropy(nnx.merge(graph, params)(tokens)[0], tokens)))
 
 
 def cross_entropy(logits, tokens):

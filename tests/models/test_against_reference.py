@@ -15,9 +15,7 @@ from jaxllm.models.build import init_cache
 from jaxllm.models.config import ModelConfig
 
 B, T, V = 2, 13, 29
-BASE = ModelConfig(
-  vocab_size=V, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32
-)
+BASE = ModelConfig(vocab_size=V, embed_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32)
 ALL_BIASES = dict(attention_bias=True, attention_out_bias=True, mlp_bias=True)
 WINDOW = dict(sliding_window=4, layer_pattern=("local", "global"))
 CASES = {

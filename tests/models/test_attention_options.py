@@ -98,9 +98,7 @@ OPTIONS = {
   "sinks": dict(sinks=SINKS),
   "alibi": dict(alibi_slopes=SLOPES),
   "bidirectional-alibi": dict(alibi_slopes=SLOPES, visibility=Visibility(causal=False)),
-  "all": dict(
-    visibility=Visibility(window=6, sink_tokens=1), scale=0.9, softcap=1.5, sinks=SINKS, alibi_slopes=SLOPES
-  ),
+  "all": dict(visibility=Visibility(window=6, sink_tokens=1), scale=0.9, softcap=1.5, sinks=SINKS, alibi_slopes=SLOPES),
 }
 
 

@@ -62,9 +62,7 @@ CASES = {
   "qwen3-biases-yarn": (
     "Qwen3",
     SMALL
-    | dict(
-      num_key_value_heads=1, head_dim=8, attention_bias=True, rope_scaling=YARN | dict(attention_factor=1.3)
-    ),
+    | dict(num_key_value_heads=1, head_dim=8, attention_bias=True, rope_scaling=YARN | dict(attention_factor=1.3)),
   ),
   "gemma2": (
     "Gemma2",

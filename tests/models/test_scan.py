@@ -85,9 +85,7 @@ def test_remat_computes_again(unroll):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_offload_lowers_for_accelerators(platform):
-  text = lowered_gradient(
-    C, Compute(attention="xla", remat="offload"), lowering_platforms=(platform,)
-  ).as_text()
+  text = lowered_gradient(C, Compute(attention="xla", remat="offload"), lowering_platforms=(platform,)).as_text()
   assert "pinned_host" in text
 
 

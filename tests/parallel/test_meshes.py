@@ -104,9 +104,7 @@ def test_there_are_ten_meshes():
 
 
 def test_unknown_logical_axis():
-  with pytest.raises(
-    ConfigError, match=r"blocks/x has the logical axis 'colour', which mesh\.rules does not name"
-  ):
+  with pytest.raises(ConfigError, match=r"blocks/x has the logical axis 'colour', which mesh\.rules does not name"):
     partition_spec(("embed", "colour"), RULES, "blocks/x")
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from toy_model import D, F, L, toy_params
+from toy_model import toy_params
 
 from jaxllm.errors import ConfigError
 from jaxllm.training.config import OptimizerConfig, ParamRule
@@ -104,9 +104,7 @@ def torch_runner(build):
 
 def test_adamw_is_torchs():
   def build(torch, path, weight):
-    return torch.optim.AdamW(
-      [weight], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1 if DECAYS[path] else 0.0
-    )
+    return torch.optim.AdamW([weight], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1 if DECAYS[path] else 0.0)
 
   params = toy_params()
   expected = reference(params, torch_runner(build))

@@ -32,7 +32,7 @@ def compiled_step(*args):
   return jax.jit(build(*args)[0])
 
 
-def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):  # noqa: B008
+def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
   params = toy_params() if params is None else params
   optimizer = make_optimizer(optimizer_config, TOTAL, params)
   schedule = make_schedule(optimizer_config, TOTAL)
@@ -40,7 +40,7 @@ def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=t
   return step, init_state(params, optimizer, training, optimizer_config)
 
 
-def run(batches, training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):  # noqa: B008
+def run(batches, training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
   step, state = build(training, optimizer_config, params, loss)
   step = compiled_step(training, optimizer_config) if params is None and loss is toy_loss else jax.jit(step)
   history = []

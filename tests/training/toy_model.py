@@ -48,7 +48,11 @@ def toy_loss(params, batch, key):
   weights = batch["loss_weights"]
   picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
   correct = (logits.argmax(-1) == batch["targets"]) * weights
-  return -(picked * weights).sum(), weights.sum(), {
-    "accuracy": (correct.sum(), weights.sum()),
-    "tokens": (weights > 0).sum().astype(jnp.float32),
-  }
+  return (
+    -(picked * weights).sum(),
+    weights.sum(),
+    {
+      "accuracy": (correct.sum(), weights.sum()),
+      "tokens": (weights > 0).sum().astype(jnp.float32),
+    },
+  )
