@@ -89,6 +89,15 @@ class Prepared:
     directory = shard_directory(self.root / "shards", source.name)
     return TokenDocuments(directory, list(info.parts), info.documents, self.start_id, self.eos_id)
 
+  def train_text(self) -> bytes:
+    """The training documents as text again, one after another: tokenizing loses nothing."""
+    tokenizer = self.tokenizer()
+    return b"".join(
+      tokenizer.decode_bytes(documents.record(i).tokens.tolist())
+      for documents in (self.documents(source, "train") for source in self.sources)
+      for i in range(len(documents))
+    )
+
   def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, " documents"]:
     """Tokens of each document, in the shards' order."""
     return np.load(counts_path(self.root, source.name, split))

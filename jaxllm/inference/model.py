@@ -19,6 +19,7 @@ from jaxllm.interop import model_directory
 from jaxllm.kernels.backends import target_from_device_kind
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.objectives.causal_lm import causal_lm
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -74,6 +75,10 @@ class Model:
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise ConfigError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
     return _forward(self.graph)(self._weights, tokens.astype(np.int32))
+
+  def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""
+    return _loss_sums(self.graph)(self._weights, batch)
 
   def generate(
     self,
@@ -147,6 +152,11 @@ class Model:
       ends = self.tokenizer.eos_id
     ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     return {"tokenizer": self.tokenizer, "eos_ids": ends}
+
+
+@functools.lru_cache(maxsize=8)
+def _loss_sums(graph):
+  return jax.jit(lambda weights, batch: causal_lm(nnx.merge(graph, weights), batch)[2]["nll"])
 
 
 @functools.lru_cache(maxsize=8)
