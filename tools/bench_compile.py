@@ -16,7 +16,6 @@ from flax import nnx
 from jaxllm.models.build import declare
 from jaxllm.models.config import Compute, ModelConfig
 
-
 DEPTHS = (6, 12, 48)
 
 
