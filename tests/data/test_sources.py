@@ -27,7 +27,12 @@ def fails(match, **settings):
 
 @pytest.fixture
 def tree(tmp_path):
-  for name, data in {"b.txt": b"B", "a/x.txt": b"AX", "a/deep/y.txt": b"\xff\xfe", "skip/z.txt": b"Z"}.items():
+  for name, data in {
+    "b.txt": b"B",
+    "a/x.txt": b"AX",
+    "a/deep/y.txt": b"\xff\xfe",
+    "skip/z.txt": b"Z",
+  }.items():
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(data)
   return tmp_path
@@ -35,7 +40,12 @@ def tree(tmp_path):
 
 def test_text_globs(tree):
   found = documents(path=f"{tree}/**/*.txt", name="s")
-  assert found == [("s/a/deep/y.txt", b"\xff\xfe"), ("s/a/x.txt", b"AX"), ("s/b.txt", b"B"), ("s/skip/z.txt", b"Z")]
+  assert found == [
+    ("s/a/deep/y.txt", b"\xff\xfe"),
+    ("s/a/x.txt", b"AX"),
+    ("s/b.txt", b"B"),
+    ("s/skip/z.txt", b"Z"),
+  ]
   # Two globs that both match a file read it once; a "!" glob leaves files out.
   found = documents(path=f"{tree}/a/**/*.txt, {tree}/a/x.txt,{tree}/skip/*,!{tree}/a/deep/**", name="s")
   assert [d.id for d in found] == ["s/a/x.txt", "s/skip/z.txt"]
@@ -70,7 +80,12 @@ def test_stamp_changes_with_the_files(tree):
 
 @pytest.mark.parametrize(
   "path, name",
-  [("books/*.txt", "books"), ("a/tiny.txt", "tiny"), ("/x/y/**/*.py,/x/z/*.py", "x"), ("org/set:en", "org/set:en")],
+  [
+    ("books/*.txt", "books"),
+    ("a/tiny.txt", "tiny"),
+    ("/x/y/**/*.py,/x/z/*.py", "x"),
+    ("org/set:en", "org/set:en"),
+  ],
 )
 def test_names_made_from_paths(path, name):
   kind = "huggingface" if ":" in path else "text"
@@ -187,7 +202,9 @@ def test_missing_extra(tmp_path, monkeypatch):
   (tmp_path / "t.parquet").write_bytes(b"")
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   monkeypatch.setitem(sys.modules, "datasets", None)
-  fails(r"pyarrow is not installed: pip install 'jaxllm\[data\]'", kind="parquet", path=f"{tmp_path}/t.parquet")
+  fails(
+    r"pyarrow is not installed: pip install 'jaxllm\[data\]'", kind="parquet", path=f"{tmp_path}/t.parquet"
+  )
   fails(r"datasets is not installed: pip install 'jaxllm\[data\]'", kind="huggingface", path="x")
 
 
