@@ -15,9 +15,9 @@ class HeldoutBatches:
   """Iterates, as often as wanted, over one host's share of the same batches.
 
   Documents are cut into windows of seq_len without overlap (a window's first token is predicted from the one
-  before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored tokens
-  stand for in the raw text, over all hosts: bits per byte is the sum of all hosts' losses in nats / ln 2 / bytes.
-  `tokens` counts the targets, each document's EOS included.
+  before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored
+  tokens stand for in the raw text, over all hosts: bits per byte is the sum of all hosts' losses in nats,
+  over ln 2 and over bytes. `tokens` counts the targets, each document's EOS included.
   """
 
   def __init__(
@@ -61,8 +61,7 @@ class HeldoutBatches:
     scored = np.zeros(len(positions), np.int64)
     for piece in pieces:
       scored[piece.document] += piece.size
-    whole = scored == positions
-    self.bytes = int(document_bytes[whole].sum()) + float((document_bytes * (scored / positions))[~whole].sum())
+    self.bytes = float((document_bytes * (scored / positions)).sum())
 
   def __len__(self) -> int:
     return -(-len(self._rows) // self._batch_size)

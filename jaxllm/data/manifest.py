@@ -179,8 +179,8 @@ def open_prepared(config: DataConfig) -> Prepared:
   changed = [name for name in wanted if wanted[name] != prepared.config.get(name)]
   if changed:
     raise DataError(
-      f"{config.dir} was prepared with another data.{changed[0]}: run python -m jaxllm.prepare again, or choose "
-      "another data.dir"
+      f"{config.dir} was prepared with another data.{changed[0]}: run python -m jaxllm.prepare again, or "
+      "choose another data.dir"
     )
   broken = missing_files(prepared)
   if broken:

@@ -1,8 +1,8 @@
 """Which pieces of which documents make up each row: pure index arithmetic over document lengths.
 
-A document of n tokens fills n + 1 positions: it starts with the start token (BOS, or EOS where there is no BOS)
-and ends by predicting EOS. So each of its tokens, EOS included, is a target exactly once, and no target ever
-crosses into another document.
+A document of n tokens fills n + 1 positions: it starts with the start token (BOS, or EOS where there is no
+BOS) and ends by predicting EOS. So each of its tokens, EOS included, is a target exactly once, and no target
+ever crosses into another document.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ from jaxtyping import Int, Int32
 
 Packing = Literal["split", "first_fit", "best_fit", "none"]
 Order = Int[np.ndarray, " documents"]
-_OPEN_ROWS = 512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
+_OPEN_ROWS = (
+  512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
+)
 
 
 class Piece(NamedTuple):
@@ -33,12 +35,14 @@ class Plan(Protocol):
   def pieces(self, epoch: int, row: int) -> list[Piece]: ...
 
 
-def make_plan(packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None) -> Plan:
+def make_plan(
+  packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None
+) -> Plan:
   """How documents of `lengths` positions fill rows of `seq_len`.
 
-  "split": documents one after another, cut wherever a row ends; order and cuts change each epoch. "first_fit",
-  "best_fit": documents stay whole where seq_len allows, longer ones are cut into pieces of seq_len and a rest.
-  "none": one document a row, truncated. `seed` None keeps the corpus' order.
+  "split": documents one after another, cut wherever a row ends; order and cuts change each epoch.
+  "first_fit", "best_fit": documents stay whole where seq_len allows, longer ones are cut into pieces of
+  seq_len and a rest. "none": one document a row, truncated. `seed` None keeps the corpus' order.
   """
   if packing == "split":
     return SplitPlan(np.asarray(lengths, np.int64), seq_len, seed)
@@ -107,7 +111,7 @@ class SplitPlan:
 
 @dataclasses.dataclass
 class TablePlan:
-  """Rows spelled out; the same in each epoch (only their order changes), since segments see only themselves."""
+  """Rows spelled out; each epoch has the same ones in another order, since segments see only themselves."""
 
   documents: Int[np.ndarray, " pieces"]
   starts: Int[np.ndarray, " pieces"]

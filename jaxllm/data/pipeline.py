@@ -1,8 +1,8 @@
 """Batches for training: packed rows, shuffled, mixed and dealt to hosts by index.
 
-Every row has an index in one global sequence that depends on the data, the settings and the seed alone. So the
-position in the data is one number, which a run can continue with other hosts, workers or batch sizes: batch b of
-a run with n hosts holds the very rows that one host would read.
+Every row has an index in one global sequence that depends on the data, the settings and the seed alone. So
+the position in the data is one number, which a run can continue with other hosts, workers or batch sizes:
+batch b of a run with n hosts holds the very rows that one host would read.
 """
 
 import math
@@ -94,13 +94,13 @@ class TrainBatches(grain.DatasetIterator[Batch]):
 
   @property
   def source_epochs(self) -> dict[str, float]:
-    """Passes over each source so far; they differ from `epochs` where weights are not in proportion to size."""
+    """Passes over each source so far; unlike `epochs` where weights are not in proportion to size."""
     rows = min(self._consumed, self._end)
     return {name: rows * self._shares[name] / plan.num_rows for name, plan in self._plans.items()}
 
   @property
   def dropped_tokens(self) -> dict[str, int]:
-    """Tokens per epoch that no row holds, by source: what packing "none" truncates; 0 with the other packings."""
+    """Tokens per epoch that no row holds, by source: what "none" truncates; 0 with other packings."""
     return {name: plan.dropped_tokens for name, plan in self._plans.items()}
 
   def __next__(self) -> Batch:
@@ -170,8 +170,8 @@ def train_batches(
   `inputs, targets, positions, segment_ids` are int32, `loss_weights` float32; segment 0 is padding, weight 0.
   A source's weight is its share of the rows. Rows are shuffled anew in each pass over a source.
 
-  Raises DataError when nothing (or something else) is prepared there, ConfigError when the hosts do not divide
-  the batch or no source has a weight above 0.
+  Raises DataError when nothing (or something else) is prepared there, ConfigError when the hosts do not
+  divide the batch or no source has a weight above 0.
   """
   if batch_size % host_count:
     raise ConfigError(f"training.batch_size {batch_size} is not divisible by the {host_count} hosts")
@@ -211,7 +211,9 @@ def _weights(config: DataConfig, prepared: Prepared) -> dict[str, float]:
     if source.weight < 0:
       raise ConfigError(f"data source {source.path!r} has weight {source.weight}; it must not be negative")
   pairs = zip(prepared.sources, config.sources)
-  weights = {info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents}
+  weights = {
+    info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents
+  }
   if not weights:
     raise ConfigError("no data source has a weight above 0 and documents to train on")
   return weights

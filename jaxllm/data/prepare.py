@@ -1,7 +1,7 @@
 """From a corpus to tokenized shards: split, train or load the tokenizer, tokenize, write, publish.
 
-Everything goes into a build directory that nothing refers to until the manifest, written last, names it; a run
-killed at any moment leaves the previous build, or none.
+Everything goes into a build directory that nothing refers to until the manifest, written last, names it; a
+run killed at any moment leaves the previous build, or none.
 """
 
 import array
@@ -55,8 +55,8 @@ class _Survey(NamedTuple):
 def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedInfo:
   """Makes `config.dir` hold the corpus, tokenized; does nothing when it already does.
 
-  The work is skipped when the settings and the corpus' files (names, sizes, times) are those of the last build.
-  Raises DataError for anything wrong with the corpus, the tokenizer or the directory.
+  The work is skipped when the settings and the corpus' files (names, sizes, times) are those of the last
+  build. Raises DataError for anything wrong with the corpus, the tokenizer or the directory.
   """
   started = time.monotonic()
   _check(config)
@@ -67,7 +67,9 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
     if names.count(name) > 1:
       raise DataError(f"two data sources are called {name!r}: give them different names with their `name`")
   content = manifests.content_config(config)
-  key = manifests.digest([manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)])
+  key = manifests.digest(
+    [manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)]
+  )
   with _locked(directory):
     prepared = manifests.read_manifest(directory)
     already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
@@ -171,7 +173,10 @@ def _survey(source: Source, log) -> _Survey:
   if not hashes:
     raise DataError(f"data source {source.name!r} is empty: it has {empty} documents, none with text")
   if not_utf8:
-    log(f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; their bytes are kept")
+    log(
+      f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; "
+      "their bytes are kept"
+    )
   as_array = [np.frombuffer(values, np.uint64) for values in (hashes, sizes)]
   return _Survey(source, *as_array, empty, not_utf8, first, content.hexdigest())
 
@@ -181,7 +186,7 @@ def _id_bytes(document: Document) -> bytes:
 
 
 def _choose_heldout(surveys: list[_Survey], config: DataConfig) -> list[Bool[np.ndarray, " documents"]]:
-  """Which documents are held out: those whose id hashes below the fraction, lowest first up to the byte limit.
+  """Which documents are held out: those whose id hashes below the fraction, lowest first up to the limit.
 
   With a fraction above 0 and two documents or more, the lowest hash is held out whatever the fraction.
   """
@@ -219,7 +224,9 @@ def _make_tokenizer(config: DataConfig, surveys: list[_Survey], heldout) -> Toke
 
 def _write_source(survey: _Survey, held, tokenizer: Tokenizer, root: Path, raw) -> SourceInfo:
   wanted = {"train": ~held, "heldout": held}
-  parts: dict[str, dict[str, np.ndarray]] = {split: _parts(split, mask, survey) for split, mask in wanted.items()}
+  parts: dict[str, dict[str, np.ndarray]] = {
+    split: _parts(split, mask, survey) for split, mask in wanted.items()
+  }
   counts = {split: array.array("q") for split in wanted}
   generators = {
     part: _records(survey, mask, tokenizer, counts[split], raw if split == "heldout" else None)

@@ -114,7 +114,7 @@ class TokenDocuments:
       raise
     except Exception as error:  # array_record and TFDS raise many kinds
       raise DataError(
-        f"prepared data in {self._directory} is damaged (record {index}): delete the directory above it and run "
+        f"prepared data in {self._directory} is damaged (record {index}): delete it and run "
         "python -m jaxllm.prepare again"
       ) from error
     return Record(example["id"], int(example["bytes"]), example["tokens"])

@@ -160,7 +160,8 @@ def _glob_regex(pattern: str) -> str:
   pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
   wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
   return "".join(
-    wild.get(piece, piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece)) for piece in pieces
+    wild.get(piece, piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
+    for piece in pieces
   )
 
 
@@ -187,7 +188,9 @@ def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, bytes]]:
       try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
       except ValueError as error:
-        raise DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line") from error
+        raise DataError(
+          f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line"
+        ) from error
       yield number, _field(row, field, where)
 
 
@@ -255,8 +258,8 @@ def _open_tfds(config: SourceConfig) -> tuple[Any, str]:
     return builder.as_data_source(config.split), stamp
   except Exception as error:  # TFDS raises many kinds for an unknown name, split, format or a failed download
     raise DataError(
-      f"cannot open TFDS dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; give a name that "
-      "TFDS knows or a directory prepared with file_format='array_record'"
+      f"cannot open TFDS dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; give a "
+      "name that TFDS knows or a directory prepared with file_format='array_record'"
     ) from error
 
 
@@ -280,11 +283,13 @@ def _open_huggingface(config: SourceConfig) -> tuple[Any, str]:
     raise
   except Exception as error:  # the library has no common base for unknown names, splits and broken files
     raise DataError(
-      f"cannot open Hugging Face dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; give a "
-      "directory from save_to_disk, a folder of data files, or a hub name"
+      f"cannot open Hugging Face dataset {config.path!r}, split {config.split!r}: {_first_line(error)}; "
+      "give a directory from save_to_disk, a folder of data files, or a hub name"
     ) from error
 
 
 def _directory_facts(root: str) -> list:
   files = sorted(glob.glob("**", root_dir=root, recursive=True, include_hidden=True))
-  return [(name, *_stat(os.path.join(root, name))) for name in files if os.path.isfile(os.path.join(root, name))]
+  return [
+    (name, *_stat(os.path.join(root, name))) for name in files if os.path.isfile(os.path.join(root, name))
+  ]

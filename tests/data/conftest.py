@@ -10,7 +10,8 @@ from jaxllm.data.prepare import prepare
 
 ODDITIES = [
   b"tab\tnewline\ncarriage\r\nreturn\r  two  spaces   ",
-  "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 \u2581literal\u2581 \u2585 \ufeff\ufffd\u2028".encode(),
+  "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 \u2581literal\u2581 \u2585".encode(),
+  "\ufeff\ufffd\u2028".encode(),
   b"\x00nul\x00\x00",
   b"latin1 \xe9\xe8 broken \xed\xa0\x80 \xf0\x9f\x98 tail\xff",
   b"<s></s><unk><pad><0x41> <|endoftext|>",
@@ -42,6 +43,7 @@ def byte_tokenizer(tmp_path_factory):
   from jaxllm.data.tokenizers import _byte_alphabet
 
   vocabulary = {char: byte for char, byte in sorted(_byte_alphabet().items(), key=lambda item: item[1])}
+  byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
   definition = {
     "version": "1.0",
     "truncation": None,
@@ -51,9 +53,9 @@ def byte_tokenizer(tmp_path_factory):
        "normalized": False, "special": True}
     ],
     "normalizer": None,
-    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "pre_tokenizer": byte_level,
     "post_processor": None,
-    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "decoder": byte_level,
     "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
               "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
               "merges": []},
