@@ -1,7 +1,7 @@
 """Measure a model on the held-out text of its corpus, beside what compressors make of the same bytes.
 
-  python -m jaxllm.evaluate --model=runs/quickstart --baselines
-  python -m jaxllm.evaluate --model=DIR --data=data/quickstart
+python -m jaxllm.evaluate --model=runs/quickstart --baselines
+python -m jaxllm.evaluate --model=DIR --data=data/quickstart
 """
 
 import argparse
@@ -63,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
   if args.json:
     print(json.dumps(metrics | {f"baselines/{name}": value for name, value in list(rows.items())[1:]}))
     return 0
-  print(f"held-out text: {prepared.total('heldout', 'documents'):,} documents, {heldout.bytes:,.0f} bytes, "
-        f"{heldout.tokens:,} tokens; loss {metrics['eval/loss']:.4f} nats per token")
+  print(
+    f"held-out text: {prepared.total('heldout', 'documents'):,} documents, {heldout.bytes:,.0f} bytes, "
+    f"{heldout.tokens:,} tokens; loss {metrics['eval/loss']:.4f} nats per token"
+  )
   print(f"{'':14}bits per byte")
   for name, value in sorted(rows.items(), key=lambda row: row[1]):
     print(f"{name:14}{value:.4f}")

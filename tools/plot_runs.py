@@ -91,9 +91,7 @@ def run_names(paths: list[Path]) -> list[str]:
 def plot(paths: list[Path], metrics: list[str], axis: str, out: Path, span: float | None, log: bool) -> None:
   """Draws one panel for each metric and one colour for each run. Raises DataError for what is missing."""
   runs = dict(zip(run_names(paths), map(load_run, paths)))
-  figure, panels = plt.subplots(
-    1, len(metrics), figsize=(6.4 * len(metrics), 4.4), squeeze=False, layout="constrained"
-  )
+  figure, panels = plt.subplots(1, len(metrics), figsize=(6.4 * len(metrics), 4.4), squeeze=False, layout="constrained")
   for metric, panel in zip(metrics, panels[0]):
     drawn = 0
     for number, (name, lines) in enumerate(runs.items()):
@@ -133,9 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--metrics", default="loss", help="comma-separated names, one panel each")
   parser.add_argument("--x", choices=AXES, default="step")
   parser.add_argument("--out", type=Path, default=Path("curves.png"))
-  parser.add_argument(
-    "--smooth", type=float, help="points that the average spans (default: 1/50 of the curve)"
-  )
+  parser.add_argument("--smooth", type=float, help="points that the average spans (default: 1/50 of the curve)")
   parser.add_argument("--log", action="store_true", help="logarithmic y axis")
   options = parser.parse_args(arguments)
   metrics = [name for name in options.metrics.split(",") if name]

@@ -62,6 +62,13 @@ class Prepared:
     return self.dir / self.build
 
   @property
+  def content(self) -> str:
+    """Digest of the documents, their split and their tokens; unlike `key` blind to paths and file times."""
+    facts = [[source.name, source.fingerprint, source.train.tokens] for source in self.sources]
+    split = [self.config["heldout_fraction"], self.config["max_heldout_bytes"]]
+    return digest([facts, split, self.tokenizer_fingerprint])
+
+  @property
   def tokenizer_dir(self) -> Path:
     return self.root / "tokenizer"
 

@@ -59,11 +59,10 @@ def random_order(count: int, seed: int, stream: int) -> Order:
 
 @dataclasses.dataclass
 class SplitPlan:
-  """One stream of all documents per epoch, cut every seq_len.
+  """One stream of all documents per epoch, cut every seq_len; only the last row may have padding.
 
-  With a seed, each epoch has its own document order, and its stream starts at its own place in the first row, so
-  that even a corpus of one document is cut elsewhere each time. Row counts allow for the latest start, so an
-  epoch's last row may be empty.
+  With a seed, each epoch has its own document order, and the first row starts at its own place in the stream
+  (what was before comes last), so that even a corpus of one document is cut elsewhere each time.
   """
 
   lengths: Int[np.ndarray, " documents"]
@@ -72,8 +71,8 @@ class SplitPlan:
   dropped_tokens: int = 0
 
   def __post_init__(self):
-    slack = 0 if self.seed is None else self.seq_len - 1
-    self.num_rows = -(-(int(self.lengths.sum()) + slack) // self.seq_len)
+    self._total = int(self.lengths.sum())
+    self.num_rows = -(-self._total // self.seq_len)
     self._epoch: Callable = functools.lru_cache(maxsize=2)(self._make_epoch)  # two: reading ahead
 
   def __getstate__(self):
@@ -82,26 +81,27 @@ class SplitPlan:
   def __setstate__(self, state):
     self.__init__(**state)
 
-  def _make_epoch(self, epoch: int) -> tuple[Order, Int[np.ndarray, " documents_plus_1"]]:
-    """Document order, and where in the epoch's stream each starts (the last entry: where it ends)."""
+  def _make_epoch(self, epoch: int) -> tuple[Order, Int[np.ndarray, " documents_plus_1"], int]:
+    """Document order, where in the stream each starts (the last entry: where it ends), and the first cut."""
     order, offset = np.arange(len(self.lengths)), 0
     if self.seed is not None:
       order = random_order(len(self.lengths), self.seed, 2 * epoch)
       draw = np.random.Philox(key=np.array([self.seed, 2 * epoch + 1], np.uint64)).random_raw()
-      offset = int(draw % self.seq_len)
-    return order, np.concatenate([[0], np.cumsum(self.lengths[order])]) + offset
+      offset = int(draw % self.seq_len) % self._total
+    return order, np.concatenate([[0], np.cumsum(self.lengths[order])]), offset
 
   def pieces(self, epoch, row):
-    order, starts = self._epoch(epoch)
-    begin = max(row * self.seq_len, int(starts[0]))
-    end = min((row + 1) * self.seq_len, int(starts[-1]))
+    order, starts, offset = self._epoch(epoch)
+    first = offset + row * self.seq_len
+    last = offset + min((row + 1) * self.seq_len, self._total)
     pieces = []
-    index = int(np.searchsorted(starts, begin, side="right")) - 1
-    while begin < end:
-      size = min(end, int(starts[index + 1])) - begin
-      pieces.append(Piece(int(order[index]), begin - int(starts[index]), size))
-      begin += size
-      index += 1
+    for begin, end in ((first, min(last, self._total)), (max(first - self._total, 0), last - self._total)):
+      index = int(np.searchsorted(starts, begin, side="right")) - 1
+      while begin < end:
+        size = min(end, int(starts[index + 1])) - begin
+        pieces.append(Piece(int(order[index]), begin - int(starts[index]), size))
+        begin += size
+        index += 1
     return pieces
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from jaxllm.data import manifest as manifests
-from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import Record, file_sizes, write_shards
 from jaxllm.data.sources import Document, Source, open_source

@@ -46,11 +46,13 @@ def write_shards(directory: Path, name: str, splits: dict[str, Iterator[Record]]
       code_path = None
 
       def _info(self):
-        features = tfds.features.FeaturesDict({
-          "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-          "bytes": tfds.features.Scalar(np.int64),
-          "id": tfds.features.Text(),
-        })
+        features = tfds.features.FeaturesDict(
+          {
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "bytes": tfds.features.Scalar(np.int64),
+            "id": tfds.features.Text(),
+          }
+        )
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
       def _split_generators(self, dl_manager):
@@ -76,7 +78,12 @@ class TokenDocuments:
   """
 
   def __init__(
-    self, directory: Path, splits: list[str], count: int, start_id: int | None = None, eos_id: int | None = None
+    self,
+    directory: Path,
+    splits: list[str],
+    count: int,
+    start_id: int | None = None,
+    eos_id: int | None = None,
   ):
     self._directory, self._splits, self._count = directory, splits, count
     self._start_id, self._eos_id = start_id, eos_id

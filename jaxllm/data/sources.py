@@ -116,7 +116,10 @@ def _keyed_rows(rows, name: str, config: SourceConfig) -> Callable[[], Iterator[
 def _patterns(config: SourceConfig) -> tuple[list[str], list[str]]:
   """Globs to include and, those written with a leading "!", to exclude."""
   parts = [os.path.expanduser(part.strip()) for part in config.path.split(",") if part.strip()]
-  return [p for p in parts if not p.startswith("!")], [p[1:] for p in parts if p.startswith("!")]
+  include = [part for part in parts if not part.startswith("!")]
+  if not include:
+    raise DataError(f"data source path {config.path!r} names no file: add a glob without a leading '!'")
+  return include, [part[1:] for part in parts if part.startswith("!")]
 
 
 def _root(patterns: list[str]) -> str:
@@ -132,8 +135,6 @@ def _root(patterns: list[str]) -> str:
 def _match_files(config: SourceConfig) -> list[tuple[str, str]]:
   """(path relative to the source's root, path), sorted, each file once."""
   include, exclude = _patterns(config)
-  if not include:
-    raise DataError(f"data source path {config.path!r} names no file: add a glob without a leading '!'")
   excluded = [re.compile(_glob_regex(pattern)) for pattern in exclude]
   root = _root(include)
   found = {}

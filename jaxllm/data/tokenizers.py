@@ -69,8 +69,10 @@ class Tokenizer(abc.ABC):
     """What stands before a document's first token: BOS, or EOS where there is no BOS (as GPT-2 does)."""
     start = self.eos_id if self.bos_id is None else self.bos_id
     if start is None or self.eos_id is None:
-      raise DataError("the tokenizer has no end-of-text token, which separates documents; name it as eos_token "
-                      f"in {SPECIAL_FILE} beside it")
+      raise DataError(
+        "the tokenizer has no end-of-text token, which separates documents; name it as eos_token "
+        f"in {SPECIAL_FILE} beside it"
+      )
     return start
 
 
@@ -86,6 +88,8 @@ class SentencePieceTokenizer(Tokenizer):
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # protobuf and the C++ side each raise their own
       raise DataError("not a SentencePiece model, or a damaged one") from error
+    if not spec.pieces:
+      raise DataError("a SentencePiece model without pieces")
     self._model = model
     self.fingerprint = hashlib.sha256(model).hexdigest()
     self.vocab_size = len(spec.pieces)
@@ -108,9 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
     self._byte_ids = {self._piece_bytes[i][0]: i for i, type in enumerate(types) if type == Type.BYTE}
     # A literal U+2581 would come back as a space. Where nothing else is normalized, its bytes keep it.
     self.lossless = bool(self._byte_ids) and not (
-      spec.normalizer_spec.precompiled_charsmap
-      or spec.normalizer_spec.remove_extra_whitespaces
-      or self._dummy_prefix
+      spec.normalizer_spec.precompiled_charsmap or spec.normalizer_spec.remove_extra_whitespaces or self._dummy_prefix
     )
     self._special = _NOT_UTF8_OR_SPACE if self.lossless else _NOT_UTF8
 

@@ -150,9 +150,7 @@ def generate_tokens(
   Raises:
     ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
   """
-  deltas = stream_tokens(
-    graph, params, config, prompts, sampling, tokenizer=tokenizer, eos_ids=eos_ids, steps=STEPS
-  )
+  deltas = stream_tokens(graph, params, config, prompts, sampling, tokenizer=tokenizer, eos_ids=eos_ids, steps=STEPS)
   done = [delta.completion for delta in deltas if delta.completion is not None]
   return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
 

@@ -69,8 +69,7 @@ class Model:
       raise ConfigError(f"a model takes integer tokens [B, T], not {tokens.dtype} of shape {tokens.shape}")
     if tokens.shape[1] > self.config.max_seq_len:
       raise ConfigError(
-        f"{tokens.shape[1]} tokens: the sequence length is over the model's limit of "
-        f"{self.config.max_seq_len}"
+        f"{tokens.shape[1]} tokens: the sequence length is over the model's limit of {self.config.max_seq_len}"
       )
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
       raise ConfigError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
@@ -108,9 +107,7 @@ class Model:
     """SamplingParams with the model's own defaults (from generation_config.json) and these settings."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names["max_new_tokens"] = "max_tokens"
-    own = {
-      ours: self.generation[name] for name, ours in names.items() if self.generation.get(name) is not None
-    }
+    own = {ours: self.generation[name] for name, ours in names.items() if self.generation.get(name) is not None}
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(settings.keys() - known):
       raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
@@ -179,8 +176,7 @@ def load_model(
     raise CheckpointError(f"no model at {directory}: there is no such path")
   if not directory.is_dir() or not (directory / model_directory.CONFIG_FILE).is_file():
     raise CheckpointError(
-      f"{directory} is not a model: a model directory or a training run's directory has a "
-      f"{model_directory.CONFIG_FILE}"
+      f"{directory} is not a model: a model directory or a training run's directory has a {model_directory.CONFIG_FILE}"
     )
   if dtype is not None and dtype not in DTYPES:
     raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")

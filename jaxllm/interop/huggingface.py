@@ -53,9 +53,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   hf = _Keys(dict(family.defaults) | dict(config))
   for key, value in family.requires.items():
     if config.get(key, value) != value:
-      raise ConfigError(
-        f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}"
-      )
+      raise ConfigError(f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}")
   fields = {ours: hf[theirs] for ours, theirs in family.keys.items()}
   fields = {name: value for name, value in fields.items() if value is not None}
   return ModelConfig(**(fields | dict(family.fields) | family.read(hf)))
@@ -76,15 +74,11 @@ def config_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
   for field in dataclasses.fields(ModelConfig):
     want, got = getattr(c, field.name), getattr(back, field.name)
     if want != got and field.name not in ("init", "init_std"):
-      raise ConfigError(
-        f"a {family} checkpoint cannot say model.{field.name} = {want!r}; it would say {got!r}"
-      )
+      raise ConfigError(f"a {family} checkpoint cannot say model.{field.name} = {want!r}; it would say {got!r}")
   return hf
 
 
-def params_from_huggingface(
-  config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> tuple[ModelConfig, Params]:
+def params_from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[ModelConfig, Params]:
   """The ModelConfig and the parameters of a checkpoint.
 
   Args:

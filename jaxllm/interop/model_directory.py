@@ -94,9 +94,7 @@ def write_model(
     raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
 
 
-def read_params(
-  directory: Path, shapes: Params, shardings: Params | None = None, dtype: str | None = None
-) -> Params:
+def read_params(directory: Path, shapes: Params, shardings: Params | None = None, dtype: str | None = None) -> Params:
   """The parameters of a model directory, checked against its checksums.
 
   Args:
@@ -149,9 +147,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
   config = read_json(directory / GENERATION_FILE)
   ends = config.get("eos_token_id")
   if ends is not None and not all(isinstance(i, int) for i in (ends if isinstance(ends, list) else [ends])):
-    raise ConfigError(
-      f"{directory / GENERATION_FILE}: eos_token_id is {ends!r}, not a token id or a list of them"
-    )
+    raise ConfigError(f"{directory / GENERATION_FILE}: eos_token_id is {ends!r}, not a token id or a list of them")
   return config
 
 

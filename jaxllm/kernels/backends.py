@@ -24,6 +24,7 @@ TARGETS = {
 BACKENDS = {
   "attention": {"cpu": ("cpu", "xla"), "gpu": ("cudnn", "xla"), "tpu": ("xla",)},
   "matmul": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},
+  "elementwise": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},  # RMSNorm, SwiGLU, RoPE
   "cross_entropy": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},
 }
 
@@ -37,7 +38,14 @@ def target_from_device_kind(platform: str, device_kind: str) -> str:
   kind = device_kind.lower()
   if platform in ("gpu", "cuda", "rocm"):
     return next((chip for chip in ("a100", "h100", "h200", "b200") if chip in kind), "gpu")
-  for mark, chip in (("v5 lite", "v5e"), ("v5e", "v5e"), ("v6", "v6e"), ("v5", "v5p"), ("v4", "v4"), ("7", "v7")):
+  for mark, chip in (
+    ("v5 lite", "v5e"),
+    ("v5e", "v5e"),
+    ("v6", "v6e"),
+    ("v5", "v5p"),
+    ("v4", "v4"),
+    ("7", "v7"),
+  ):
     if mark in kind:
       return chip
   return "tpu"

@@ -80,7 +80,13 @@ def flash_attention(
     if backend == "cudnn":
       return _cudnn(query, key, value, visibility, segment_ids, scale)
     return attention_cpu(
-      query, key, value, causal=visibility.causal, window=visibility.window, segment_ids=segment_ids, scale=scale
+      query,
+      key,
+      value,
+      causal=visibility.causal,
+      window=visibility.window,
+      segment_ids=segment_ids,
+      scale=scale,
     )
   options = dict(scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes)
   offset = jnp.zeros(query.shape[0], jnp.int32) if query_offset is None else query_offset
@@ -163,6 +169,12 @@ def _cudnn(query, key, value, visibility, segment_ids, scale):
   if visibility.window is not None:
     window = (visibility.window - 1, 0 if visibility.causal else visibility.window - 1)
   return jax.nn.dot_product_attention(
-    query, key, value, mask=mask, scale=scale, is_causal=visibility.causal, local_window_size=window,
+    query,
+    key,
+    value,
+    mask=mask,
+    scale=scale,
+    is_causal=visibility.causal,
+    local_window_size=window,
     implementation="cudnn",
   )

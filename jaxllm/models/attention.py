@@ -57,6 +57,7 @@ class Attention(nnx.Module):
     self.c = c
     self.kernel = attention_backend(c, compute)
     backend = backends.choose("matmul", compute.matmul, compute.target)
+    self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
     D, H = c.embed_dim, c.head_dim
     N, K = c.num_heads, c.num_kv_heads
 
@@ -70,8 +71,8 @@ class Attention(nnx.Module):
     self.output = linear(N * H, D, ("heads", "embed"), c.attention_out_bias, residual=True)
     if c.qk_norm != "none":
       full = c.qk_norm == "full"
-      self.query_norm = Norm(c, N * H if full else H, rngs=rngs)
-      self.key_norm = Norm(c, K * H if full else H, rngs=rngs)
+      self.query_norm = Norm(c, compute, N * H if full else H, rngs=rngs)
+      self.key_norm = Norm(c, compute, K * H if full else H, rngs=rngs)
     if c.attention_sinks:
       self.sinks = parameter(rngs, (N,), ("heads",), nnx.initializers.zeros)
 
@@ -87,7 +88,7 @@ class Attention(nnx.Module):
     if c.qk_norm == "head":
       query, key = self.query_norm(query), self.key_norm(key)
     if c.position == "rope":
-      query, key = pos.apply_rope(query, place.rope[kind]), pos.apply_rope(key, place.rope[kind])
+      query, key = (pos.apply_rope(y, place.rope[kind], backend=self.elementwise) for y in (query, key))
     query = checkpoint_name(constrain(query, "batch", "seq", "heads", None), "query")
     key = checkpoint_name(constrain(key, "batch", None, "kv_heads", None), "key")
     value = checkpoint_name(constrain(value, "batch", None, "kv_heads", None), "value")
@@ -109,7 +110,11 @@ class Attention(nnx.Module):
     else:
       cache = write_cache(cache, key, value)
       out = flash_attention(
-        query, cache.key.astype(query.dtype), cache.value.astype(query.dtype), query_offset=cache.length, **options
+        query,
+        cache.key.astype(query.dtype),
+        cache.value.astype(query.dtype),
+        query_offset=cache.length,
+        **options,
       )
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache

@@ -121,9 +121,7 @@ class ModelConfig:
     gated = MLPS[self.mlp][1]
     fill("mlp_dim", -(-8 * self.embed_dim // 3 // 64) * 64 if gated else 4 * self.embed_dim)
     if self.num_heads % self.num_kv_heads:
-      raise ConfigError(
-        f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {self.num_kv_heads}"
-      )
+      raise ConfigError(f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads {self.num_kv_heads}")
     if self.position == "rope" and self.rotary_dim % 2:
       raise ConfigError(f"RoPE rotates pairs: {self.rotary_dim} rotated dimensions is odd; change model.head_dim")
     if self.position == "sinusoidal" and self.embed_dim % 2:
@@ -136,9 +134,7 @@ class ModelConfig:
       if kind not in ("global", "local"):
         raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global' or 'local'")
     if self.parallel_residual and self.norm_placement != "pre":
-      raise ConfigError(
-        f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}"
-      )
+      raise ConfigError(f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}")
     scaling = self.rope_scaling
     if scaling and scaling.kind in ("yarn", "llama3") and not scaling.original_max_seq_len:
       raise ConfigError(f"model.rope_scaling.original_max_seq_len must be set for {scaling.kind} scaling")
@@ -169,5 +165,6 @@ class Compute:
   remat_names: tuple[str, ...] = ()  # for remat="names": the checkpoint names to keep
   attention: str = "auto"  # backend of each kernel; "auto": by target and shape
   matmul: str = "auto"
+  elementwise: str = "auto"
   cross_entropy: str = "auto"
   unroll_layers: int | None = None  # layers per scan step; None: by target

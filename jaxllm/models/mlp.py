@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
+from jaxllm.kernels.elementwise import swiglu
 from jaxllm.models.config import MLPS, Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear
@@ -28,6 +29,7 @@ class MLP(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.activation, gated = MLPS[c.mlp]
     backend = backends.choose("matmul", compute.matmul, compute.target)
+    self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
 
     def linear(inputs, outputs, axes, residual=False):
       init = matrix_init(c, inputs, residual=residual)
@@ -43,4 +45,6 @@ class MLP(nnx.Module):
     if self.gate is None:
       return self.down(activation(up))
     gate = checkpoint_name(constrain(self.gate(x), "batch", "seq", "mlp"), "mlp_gate")
+    if self.activation == "silu":
+      return self.down(swiglu(gate, up, backend=self.elementwise))
     return self.down(activation(gate) * up)

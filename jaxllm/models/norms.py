@@ -5,15 +5,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.kernels import backends
+from jaxllm.kernels.elementwise import rms_norm
+from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.linear import parameter
 
 
 class Norm(nnx.Module):
   """Normalises the last dimension, in float32; the result has the input's dtype."""
 
-  def __init__(self, c: ModelConfig, dim: int | None = None, *, rngs):
+  def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, rngs):
     dim = dim or c.embed_dim
+    self.backend = backends.choose("elementwise", compute.elementwise, compute.target)
     self.kind, self.eps, self.offset = c.norm, c.norm_eps, 1.0 if c.norm_unit_offset else 0.0
     init = nnx.initializers.zeros if c.norm_unit_offset else nnx.initializers.ones
     self.scale = parameter(rngs, (dim,), (None,), init)
@@ -21,9 +24,10 @@ class Norm(nnx.Module):
     self.bias = parameter(rngs, (dim,), (None,), nnx.initializers.zeros) if biased else None
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    if self.kind == "rmsnorm":
+      return rms_norm(x, self.scale[...].astype(jnp.float32) + self.offset, eps=self.eps, backend=self.backend)
     y = x.astype(jnp.float32)
-    if self.kind == "layernorm":
-      y = y - y.mean(-1, keepdims=True)
+    y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
     y = y * (self.scale[...].astype(jnp.float32) + self.offset)
     if self.bias is not None:

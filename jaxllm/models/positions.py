@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels.elementwise import rope
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 
@@ -54,13 +55,15 @@ def rope_table(c: ModelConfig, positions: Int[Array, "B T"], local: bool) -> tup
   return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
-def apply_rope(x: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+def apply_rope(
+  x: Float[Array, "B T N H"], table: tuple[Array, Array], *, backend: str = "xla"
+) -> Float[Array, "B T N H"]:
   """Rotates the pairs (i, i + rotary_dim / 2) of the first rotary_dim dimensions of every head."""
-  cos, sin = (t[:, :, None, :] for t in table)
-  half = cos.shape[-1]
-  first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+  cos, sin = table
+  rotary_dim = 2 * cos.shape[-1]
+  if rotary_dim == x.shape[-1]:
+    return rope(x, cos, sin, backend=backend)
+  return jnp.concatenate([rope(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]], axis=-1)
 
 
 def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:

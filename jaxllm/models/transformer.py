@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.placement, self.parallel = c.norm_placement, c.parallel_residual
-    norm = functools.partial(Norm, c, rngs=rngs)
+    norm = functools.partial(Norm, c, compute, rngs=rngs)
     self.attention = Attention(c, compute, rngs=rngs)
     self.mlp = MLP(c, compute, rngs=rngs)
     if c.norm_placement in ("pre", "sandwich"):
@@ -77,14 +77,16 @@ class Embedding(nnx.Module):
     self.tokens = parameter(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), embedding_init(c))
     if c.position == "learned":
       self.positions = parameter(rngs, (c.max_seq_len, c.embed_dim), (None, "embed"), embedding_init(c))
-    self.norm = Norm(c, rngs=rngs) if c.embedding_norm else None
+    self.norm = Norm(c, compute, rngs=rngs) if c.embedding_norm else None
 
   def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    x = jnp.take(self.tokens.get_value().astype(self.dtype), tokens, axis=0)
+    # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
+    table = constrain(self.tokens.get_value().astype(self.dtype), "vocab", None)
+    x = constrain(jnp.take(table, tokens, axis=0), "batch", "seq", None)
     if self.c.embedding_scale is not None:
       x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
     if self.c.position == "learned":
-      x = x + jnp.take(self.positions[...].astype(x.dtype), positions, axis=0)
+      x = x + jnp.take(constrain(self.positions[...].astype(x.dtype), None, None), positions, axis=0)
     elif self.c.position == "sinusoidal":
       x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
     return x if self.norm is None else self.norm(x)
@@ -107,7 +109,7 @@ class Transformer(nnx.Module):
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, rngs=rngs)
     self.blocks = stack(lambda r: Block(c, compute, rngs=r), c.num_layers, rngs)
-    self.final_norm = Norm(c, rngs=rngs) if c.final_norm else None
+    self.final_norm = Norm(c, compute, rngs=rngs) if c.final_norm else None
     self.head = Head(c, rngs=rngs) if not c.tie_embeddings or c.head_bias else None
 
   def __call__(
@@ -145,7 +147,7 @@ class Transformer(nnx.Module):
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
     place = Placement(rope, segment_ids, positions)
-    x = constrain(self.embedding(tokens, positions), "batch", "seq", None)
+    x = self.embedding(tokens, positions)
     x, cache = self._layers(x, place, cache)
     return x if self.final_norm is None else self.final_norm(x), cache
 
@@ -183,9 +185,7 @@ class Transformer(nnx.Module):
 
     steps, rest = divmod(c.num_layers, len(kinds))
     if steps:
-      grouped = jax.tree.map(
-        lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights
-      )
+      grouped = jax.tree.map(lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights)
       x, _ = jax.lax.scan(group, x, grouped, unroll=self._unroll(steps))
     if rest:
       last = jax.tree.map(lambda w: w[steps * len(kinds) :], weights)

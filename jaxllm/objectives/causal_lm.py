@@ -27,30 +27,25 @@ def causal_lm(
     The sum of weighted losses in nats, the sum of weights, and further metrics as such pairs.
   """
   del key
-  hidden, _ = model.hidden(
-    batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
-  )
-  compute = model.compute
-  result = cross_entropy(
+  hidden, _ = model.hidden(batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
+  head, layout, compute = model.head_weight(), "dv", model.compute
+  if model.config.tie_embeddings:  # as it lies in memory
+    head, layout = head.T, "vd"
+  if (bias := model.head_bias()) is not None:  # one more input that is always 1
+    hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
+    head = jnp.concatenate([head, bias[:, None] if layout == "vd" else bias[None]], axis=1 if layout == "vd" else 0)
+  sums = cross_entropy(
     hidden,
-    model.head_weight(),
+    head,
     batch["targets"],
     batch["loss_weights"],
-    bias=model.head_bias(),
     z_loss=z_loss,
     softcap=model.config.logit_softcap,
+    head_layout=layout,
     backend=backends.choose("cross_entropy", compute.cross_entropy, compute.target),
   )
-  weight = result.weight_sum
-  metrics = {"accuracy": (result.correct_sum, weight), "nll": (result.nll_sum, weight)}
+  weight = sums.weight_sum
+  metrics = {"accuracy": (sums.correct_sum, weight), "nll": (sums.loss_sum - sums.z_loss_sum, weight)}
   if z_loss:
-    metrics["z_loss"] = (z_loss * result.z_sum, weight)
-  return result.nll_sum + z_loss * result.z_sum, weight, metrics
-
-
-def per_token_nll(model: Transformer, batch: Batch) -> Float[Array, "B T"]:
-  """The loss of each target in nats, zero where its weight is; for evaluation."""
-  logits, _ = model(batch["inputs"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids"))
-  log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-  nll = -jnp.take_along_axis(log_probabilities, batch["targets"][..., None], axis=-1)[..., 0]
-  return jnp.where(batch["loss_weights"] > 0, nll * batch["loss_weights"], 0.0)
+    metrics["z_loss"] = (sums.z_loss_sum, weight)
+  return sums.loss_sum, weight, metrics

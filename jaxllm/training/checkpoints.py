@@ -31,7 +31,6 @@ from jaxllm.training.files import write_atomically
 from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form, unnest
 from jaxllm.training.processes import everywhere
 
-
 log = logging.getLogger("jaxllm")
 
 
@@ -76,9 +75,7 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return max(self.steps(), default=None)
 
-  def save(
-    self, step: int, state: Any, data_state: Any = None, metrics: Mapping[str, float] | None = None
-  ) -> None:
+  def save(self, step: int, state: Any, data_state: Any = None, metrics: Mapping[str, float] | None = None) -> None:
     """Saves `state` (a pytree of arrays), this process's `data_state` (bytes or JSON) and `metrics`.
 
     Returns when the arrays are safe from donation, before they are on disk, unless the config says
@@ -303,9 +300,7 @@ def _check_tree(manifest: manifests.Manifest, saved: dict, wanted: dict, same_dt
         )
   for path in saved:
     if path not in wanted:
-      raise CheckpointError(
-        f"checkpoint step {manifest.step} has {path}, which this model or optimizer has not"
-      )
+      raise CheckpointError(f"checkpoint step {manifest.step} has {path}, which this model or optimizer has not")
 
 
 def _write_data_state(place: Path, data_state: Any) -> None:

@@ -60,7 +60,7 @@ def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
   auto = "xla" if target == "cpu" and mesh.size > 1 else "auto"
   requested = {
     op: auto if getattr(training, op) == "auto" else getattr(training, op)
-    for op in ("attention", "matmul", "cross_entropy")
+    for op in ("attention", "matmul", "elementwise", "cross_entropy")
   }
   return Compute(
     target=target,
@@ -142,10 +142,6 @@ def make_program(
   )
 
 
-def put_batch(
-  batch: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
   """A host's rows of the batch, as arrays over all hosts, sharded as in `like`."""
-  return {
-    name: jax.make_array_from_process_local_data(like[name].sharding, rows) for name, rows in batch.items()
-  }
+  return {name: jax.make_array_from_process_local_data(like[name].sharding, rows) for name, rows in batch.items()}

@@ -22,6 +22,7 @@ class TrainingConfig:
   target: str = "auto"  # chip the step is compiled for; "auto": the mesh's devices
   attention: str = "auto"  # kernel backends
   matmul: str = "auto"
+  elementwise: str = "auto"
   cross_entropy: str = "auto"
   unroll_layers: int | None = None
   z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)

@@ -43,9 +43,7 @@ def visible_keys(seq_len: int, window: int | None = None, sinks: int = 0, causal
   return (reach * (reach + 1) / 2 + (seq_len - reach) * reach) / seq_len
 
 
-def training_flops(
-  config: ModelConfig, seq_len: int, causal: bool = True, train_weights: bool = True
-) -> TokenFlops:
+def training_flops(config: ModelConfig, seq_len: int, causal: bool = True, train_weights: bool = True) -> TokenFlops:
   """FLOPs per token of forward and backward: 6 N + 12 n_heads head_dim (sum of keys seen over the layers).
 
   N are the `matmul_parameters`: 2 N forward, 2 N for the gradient of the activations, 2 N for that of the
@@ -69,9 +67,7 @@ def training_flops(
   return TokenFlops(
     matmul=float(passes * weights),
     attention=12.0 * width * sum(keys),
-    formula=(
-      f"{passes} x {weights:,} weights + 12 x {config.num_layers} layers x {width} wide x {mean_keys:g} keys"
-    ),
+    formula=(f"{passes} x {weights:,} weights + 12 x {config.num_layers} layers x {width} wide x {mean_keys:g} keys"),
   )
 
 

@@ -100,9 +100,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
         meter.step()
         halted = metrics.pop("halted")
         if metrics["skipped"] > latest.get("skipped", metrics["skipped"]) or (number == 1 and metrics["skipped"]):
-          log.warning(
-            "step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"]
-          )
+          log.warning("step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
         logged = halted or number % run.logging.every == 0 or number in (1, training.steps)
         if logged:
           tokens = number * training.batch_size * training.seq_len
@@ -162,7 +160,11 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
           finish(*running)
         running = step, device_metrics
 
-        periodic = ((training.eval_every, look), (training.sample_every, sample), (run.checkpoint.every, save))
+        periodic = (
+          (training.eval_every, look),
+          (training.sample_every, sample),
+          (run.checkpoint.every, save),
+        )
         if any(due(every) for every, _ in periodic):
           finish(*running)
           running = None

@@ -36,10 +36,7 @@ def write(directory: Path, step: int, processes: int, metrics: Mapping[str, floa
   """Hashes every file under `directory`, the step's, and commits the step."""
   names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
   digests = _in_threads(lambda name: _sha256(directory / name), names)
-  files = {
-    name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
-    for name, digest in zip(names, digests)
-  }
+  files = {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests)}
   finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
   body = dataclasses.asdict(Manifest(step, processes, finite, tree, files))
   write_atomically(directory / NAME, json.dumps({**body, "sha256": _own_digest(body)}, indent=1))
@@ -56,9 +53,7 @@ def read(directory: Path) -> Manifest:
     raise DamagedError(f"{directory / NAME} cannot be read") from error
 
 
-def verify(
-  directory: Path, manifest: Manifest, wanted: Callable[[str], bool], share: tuple[int, int] = (0, 1)
-) -> None:
+def verify(directory: Path, manifest: Manifest, wanted: Callable[[str], bool], share: tuple[int, int] = (0, 1)) -> None:
   """Reads and hashes the `wanted` files; of n processes, process i with share (i, n) takes every n-th.
 
   Raises DamagedError for the first file that is missing, has another size, or another hash.

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -57,18 +56,25 @@ def _transform(config: OptimizerConfig, plan: ParamPlan, schedule: Schedule) -> 
     direction = optax.trace(config.b1)
   elif plan.algorithm == "adafactor":  # Shazeer and Stern, arXiv 1804.04235: relative steps, no momentum
     direction = optax.chain(
-      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+      optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+      optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms(),
     )
-  else:  # Jordan 2024, https://kellerjordan.github.io/posts/muon/
-    direction = optax.chain(
-      optax.contrib.scale_by_muon(beta=config.muon_momentum), optax.stateless(_scale_by_shape)
-    )
-  if plan.algorithm in ("adafactor", "muon"):  # these look at a tensor as a whole: a layer at a time
     for _ in range(plan.stack_axes):
       direction = _per_slice(direction)
+  else:  # Jordan 2024, https://kellerjordan.github.io/posts/muon/
+    direction = optax.chain(
+      optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=_matrices),
+      optax.stateless(_scale_by_shape),
+    )
   return optax.chain(
     direction, optax.add_decayed_weights(plan.weight_decay), _scale_by_schedule(schedule, plan.lr_scale)
   )
+
+
+def _matrices(updates: PyTree) -> PyTree:
+  """For Muon: the last two axes of every parameter are a matrix [in, out], those before count matrices."""
+  return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 2, u.ndim - 1), updates)
 
 
 def _scale_by_shape(updates: PyTree, params: PyTree) -> PyTree:
@@ -115,9 +121,7 @@ def state_shardings(abstract_state: PyTree, params_shapes: PyTree, param_shardin
   shardings = jax.tree.leaves(param_shardings)
   by_path = {
     path: (leaf.shape, sharding)
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params_shapes), shardings, strict=True
-    )
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params_shapes), shardings, strict=True)
   }
   replicated = jax.sharding.NamedSharding(shardings[0].mesh, jax.sharding.PartitionSpec())
 

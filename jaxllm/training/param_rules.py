@@ -36,8 +36,7 @@ class ParamPlan:
 def param_paths(params: PyTree) -> list[str]:
   """The path of every leaf, in the order of `jax.tree.leaves`."""
   return [
-    jax.tree_util.keystr(path, simple=True, separator="/")
-    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)
   ]
 
 

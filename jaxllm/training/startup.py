@@ -24,8 +24,7 @@ def startup_table(
   trained = sum(math.prod(leaf.shape) for leaf, plan in zip(shapes, plans) if plan.algorithm != "frozen")
   axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
   state_bytes = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(program.state)
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state)
   )
   memory = compiled.memory_analysis()
   per_token = flops.training_flops(program.model, training.seq_len)

@@ -47,19 +47,19 @@ def make_train_step(
   loss_scale (used in this step), and what `loss_fn` reports.
   """
   gradients = _make_gradients(loss_fn, training, optimizer_config)
-  base_key_seed = training.seed
+  seed = training.seed
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     leaves, treedef = jax.tree.flatten(state.params)
     plans = plan_params(optimizer_config, state.params)
     trained = [plan.algorithm != "frozen" for plan in plans]
-    key = jax.random.fold_in(jax.random.key(base_key_seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     scale = state.loss_scale.scale if state.loss_scale is not None else None
 
     grads, loss_sum, weight_sum, sums = gradients(leaves, treedef, trained, batch, key, scale)
 
     # One scalar turns the sums into the clipped mean gradient, so the update reads each gradient once.
-    factor = jnp.where(weight_sum > 0, 1 / jnp.where(weight_sum > 0, weight_sum, 1), 0)
+    factor = jnp.where(weight_sum == 0, 0, 1 / jnp.where(weight_sum == 0, 1, weight_sum))
     loss = loss_sum * factor
     if scale is not None:
       factor = factor * _static_loss_divisor(batch, training.accumulation) / scale
@@ -88,13 +88,13 @@ def make_train_step(
       choose((p + u).astype(p.dtype), p) if train else p
       for p, u, train in zip(leaves, jax.tree.leaves(updates), trained, strict=True)
     ]
-    ema = state.ema
-    if ema is not None:
-      old = jax.tree.leaves(ema)
-      ema = jax.tree.unflatten(treedef, [
-        choose(e + (1 - training.ema_decay) * (p - e), e) if train else e
-        for e, p, train in zip(old, params, trained, strict=True)
-      ])  # fmt: skip
+    ema, decay = state.ema, training.ema_decay
+    if decay is not None:
+      averaged = [
+        choose(e + (1 - decay) * (p - e), e) if train else e
+        for e, p, train in zip(jax.tree.leaves(ema), params, trained, strict=True)
+      ]
+      ema = jax.tree.unflatten(treedef, averaged)
     loss_scale = state.loss_scale
     if loss_scale is not None:
       loss_scale = loss_scale.update(overflow & ~halted, applied, optimizer_config.loss_scale_growth_steps)
@@ -129,7 +129,7 @@ def _mean(value):
   if not isinstance(value, tuple):
     return value
   total, weight = value
-  return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+  return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))
 
 
 def _static_loss_divisor(batch: Batch, accumulation: int) -> float:

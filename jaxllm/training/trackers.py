@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from tensorboardX import SummaryWriter
 
 from jaxllm.errors import ConfigError
 from jaxllm.training.config import LoggingConfig
@@ -48,6 +47,8 @@ class TensorBoard:
   """Event files in <run>/tensorboard."""
 
   def __init__(self, run_directory: Path, resumed_step: int | None = None):
+    from tensorboardX import SummaryWriter  # imports PyTorch if that is installed
+
     # purge_step hides the points that a killed run had logged beyond its last checkpoint.
     purge = None if resumed_step is None else resumed_step + 1
     # tensorboardX names files by the second: a quick restart would overwrite what the first run wrote.
@@ -130,9 +131,7 @@ class MLflow:
       experiment = self._client.get_experiment_by_name(config.mlflow_experiment)
       artifacts = None if config.mlflow_uri else (place / "mlartifacts").as_uri()
       experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else self._client.create_experiment(config.mlflow_experiment, artifacts)
+        experiment.experiment_id if experiment else self._client.create_experiment(config.mlflow_experiment, artifacts)
       )
       self._run = self._client.create_run(experiment_id, run_name=run_directory.name).info.run_id
     except MlflowException as error:
@@ -166,9 +165,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _missing(package: str) -> ConfigError:
-  return ConfigError(
-    f"logging.{package} needs the package {package}: pip install 'jaxllm[trackers]', or switch it off"
-  )
+  return ConfigError(f"logging.{package} needs the package {package}: pip install 'jaxllm[trackers]', or switch it off")
 
 
 def _first_line(error: Exception) -> str:

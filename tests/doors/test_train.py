@@ -130,7 +130,11 @@ def test_with_no_good_checkpoint_left_it_says_so(door, job, trained, tmp_path):
 
 def test_a_divergence_stops_with_the_last_good_state_saved(door, job, tmp_path):
   run = tmp_path / "run"
-  flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=None", "--config.optimizer.name=sgd"]
+  flags = [
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.clip_norm=None",
+    "--config.optimizer.name=sgd",
+  ]
   code, _, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.steps=20", *flags)
   assert code == 2
   assert "is bad" in err and "saved as step" in err
@@ -140,10 +144,12 @@ def test_a_divergence_stops_with_the_last_good_state_saved(door, job, tmp_path):
 
 def test_skipped_steps_are_counted_and_the_run_goes_on(door, job, tmp_path):
   run = tmp_path / "run"
-  flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=None", "--config.optimizer.name=sgd"]
-  code, _, err = door(
-    "train", f"--config={job}", f"--workdir={run}", "--config.training.on_bad_step=skip", *flags
-  )
+  flags = [
+    "--config.optimizer.learning_rate=1e30",
+    "--config.optimizer.clip_norm=None",
+    "--config.optimizer.name=sgd",
+  ]
+  code, _, err = door("train", f"--config={job}", f"--workdir={run}", "--config.training.on_bad_step=skip", *flags)
   rows = [row for row in read_metrics(run) if "loss" in row]
   assert rows[-1]["step"] == 6 and rows[-1]["skipped"] >= 1, err
 

@@ -90,9 +90,7 @@ def test_samples_of_one_prompt():
 def test_the_models_limit_ends_a_completion():
   name = "learned"  # has no vectors for positions past the limit
   prompts = [[5] * 47, [6] * 20, [7]]
-  done = generate_tokens(
-    *tiny.model(name), prompts, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-  )
+  done = generate_tokens(*tiny.model(name), prompts, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
   assert [len(c.token_ids) for c in done] == [1, 28, 47]
   assert {c.finish_reason for c in done} == {"length"}
   for prompt, completion in zip(prompts, done):
@@ -136,11 +134,7 @@ def test_text_streams_and_stops_at_a_string():
     done = deltas[-1].completion
     assert all(delta.completion is None for delta in deltas[:-1])
     assert "".join(delta.text for delta in deltas) == done.text == free.text[:4]
-    assert (
-      sum((delta.token_ids for delta in deltas), ())
-      == done.token_ids
-      == free.token_ids[: len(done.token_ids)]
-    )
+    assert sum((delta.token_ids for delta in deltas), ()) == done.token_ids == free.token_ids[: len(done.token_ids)]
     assert (done.finish_reason, done.stop_reason) == ("stop", stop)
 
 

@@ -104,9 +104,7 @@ def test_stream_joins_to_the_completion(saved):
   model = load_model(saved)
   deltas = list(model.stream("abc", GREEDY))
   assert len(deltas) == 8
-  assert (
-    "".join(d.text for d in deltas) == deltas[-1].completion.text == model.generate("abc", GREEDY)[0].text
-  )
+  assert "".join(d.text for d in deltas) == deltas[-1].completion.text == model.generate("abc", GREEDY)[0].text
 
 
 def test_other_dtypes(saved):

@@ -79,9 +79,7 @@ def test_ties_stay_and_infinities_are_never_drawn():
 
 def test_a_tiny_temperature_is_greedy_without_overflow():
   logits = jnp.asarray([[100.0, -200.0, 100.5]])
-  assert sample(logits, jax.random.split(jax.random.key(0), 1), **arrays(1, temperature=1e-30)).tolist() == [
-    2
-  ]
+  assert sample(logits, jax.random.split(jax.random.key(0), 1), **arrays(1, temperature=1e-30)).tolist() == [2]
 
 
 def test_mixed_rows_draw_what_they_draw_alone():

@@ -12,29 +12,29 @@ from jaxllm.models.config import Compute
 
 # The reference backend, whatever the target would choose; a loop over layers compiles in a third of the time.
 XLA = Compute(attention="xla", unroll_layers=1)
+# For programs that run once: LLVM's optimisations take a third of a compilation.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def forward(config, compute=XLA):
   """(params, tokens, positions=, segment_ids=) -> logits, compiled once a config."""
   graph = declare(config, compute)[0]
-  return jax.jit(lambda params, tokens, **arrays: nnx.merge(graph, params)(tokens, **arrays)[0])
+  return jit(lambda params, tokens, **arrays: nnx.merge(graph, params)(tokens, **arrays)[0])
 
 
 @functools.cache
 def cached_step(config, compute=XLA):
   """(params, tokens, cache) -> (logits, cache), compiled once a config and length."""
   graph = declare(config, compute)[0]
-  return jax.jit(lambda params, tokens, cache: nnx.merge(graph, params)(tokens, cache=cache))
+  return jit(lambda params, tokens, cache: nnx.merge(graph, params)(tokens, cache=cache))
 
 
 @functools.cache
 def loss_and_grad(config, compute=XLA):
   """(params, tokens) -> (mean next-token cross-entropy, gradients), compiled once a config."""
   graph = declare(config, compute)[0]
-  return jax.jit(
-    jax.value_and_grad(lambda params, tokens: cross_entropy(nnx.merge(graph, params)(tokens)[0], tokens))
-  )
+  return jit(jax.value_and_grad(lambda params, tokens: cross_entropy(nnx.merge(graph, params)(tokens)[0], tokens)))
 
 
 def cross_entropy(logits, tokens):

@@ -17,9 +17,7 @@ from jaxllm.interop.huggingface import (
 )
 from jaxllm.models.config import ModelConfig, RopeScaling
 
-SMALL = ModelConfig(
-  vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32
-)
+SMALL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32)
 GPT2 = dataclasses.replace(
   SMALL, num_kv_heads=4, position="learned", norm="layernorm", mlp="gelu_tanh",
   attention_bias=True, attention_out_bias=True, mlp_bias=True,
@@ -41,9 +39,7 @@ def test_missing_tensor(checkpoint):
 def test_wrong_shape(checkpoint):
   hf, tensors = checkpoint
   tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((16, 16), np.float32)
-  with pytest.raises(
-    CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.weight has shape \(16, 16\).* \(8, 16\)"
-  ):
+  with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.weight has shape \(16, 16\).* \(8, 16\)"):
     params_from_huggingface(hf, tensors)
 
 

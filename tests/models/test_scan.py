@@ -12,10 +12,8 @@ from flax import nnx
 from jaxllm.models.build import declare, init_cache, init_params
 from jaxllm.models.config import Compute, ModelConfig
 
-C = ModelConfig(vocab_size=31, embed_dim=16, num_layers=7, num_heads=2, mlp_dim=32, max_seq_len=32)
-PATTERN = dataclasses.replace(
-  C, sliding_window=3, layer_pattern=("local", "local", "global")
-)  # 7 = 2 * 3 + 1
+C = ModelConfig(vocab_size=31, embed_dim=16, num_layers=5, num_heads=2, mlp_dim=32, max_seq_len=32)
+PATTERN = dataclasses.replace(C, sliding_window=3, layer_pattern=("local", "global"))  # 5 = 2 * 2 + 1
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 12)))
 
 
@@ -35,18 +33,18 @@ def same(got, want, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("config", [C, PATTERN], ids=["plain", "pattern"])
-@pytest.mark.parametrize("unroll", [None, 3, 7])
+@pytest.mark.parametrize("unroll", [None, 3])
 def test_unrolling(config, unroll):
   params = oracle.random_params(config)
   want = oracle.loss_and_grad(config, Compute(attention="xla", unroll_layers=1))(params, TOKENS)
   same(oracle.loss_and_grad(config, Compute(attention="xla", unroll_layers=unroll))(params, TOKENS), want)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3])
 def test_layers_that_are_no_multiple_of_the_pattern(layers):
   """Against the same kinds written out layer by layer, as one repetition of a pattern."""
   config = dataclasses.replace(PATTERN, num_layers=layers)
-  kinds = tuple(config.layer_pattern[i % 3] for i in range(layers))
+  kinds = tuple(config.layer_pattern[i % 2] for i in range(layers))
   written_out = dataclasses.replace(config, layer_pattern=kinds)
   params = oracle.random_params(config)
   want = oracle.forward(written_out)(params, TOKENS)
@@ -72,7 +70,7 @@ def test_remat_changes_no_number(name, config):
   same(oracle.loss_and_grad(config, compute)(params, TOKENS), want)
 
 
-@pytest.mark.parametrize("unroll", [1, 7])
+@pytest.mark.parametrize("unroll", [1, 5])
 def test_remat_computes_again(unroll):
   """In a loop and in straight code: the more is dropped, the more is computed again."""
 
@@ -87,9 +85,7 @@ def test_remat_computes_again(unroll):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_offload_lowers_for_accelerators(platform):
-  text = lowered_gradient(
-    C, Compute(attention="xla", remat="offload"), lowering_platforms=(platform,)
-  ).as_text()
+  text = lowered_gradient(C, Compute(attention="xla", remat="offload"), lowering_platforms=(platform,)).as_text()
   assert "pinned_host" in text
 
 

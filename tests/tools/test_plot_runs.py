@@ -42,9 +42,7 @@ def run_tool(*arguments, cwd):
 
 def test_a_picture_of_two_runs(tmp_path):
   a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", 2.0)
-  result = run_tool(
-    a, b, "--metrics", "loss,eval/loss", "--x", "tokens", "--out", "out/curves.png", cwd=tmp_path
-  )
+  result = run_tool(a, b, "--metrics", "loss,eval/loss", "--x", "tokens", "--out", "out/curves.png", cwd=tmp_path)
   assert (result.returncode, result.stderr, result.stdout) == (0, "", "out/curves.png\n")
   import matplotlib.image
 

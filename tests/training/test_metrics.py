@@ -126,9 +126,7 @@ def test_every_line_is_json_and_floats_survive(tmp_path):
   assert np.isnan(recorder.calls[1][2]["loss"]), "trackers can show NaN"
 
 
-@pytest.mark.parametrize(
-  "resumed, expected", [(20, [10, 20]), (None, []), (25, [10, 20]), (99, [10, 20, 30])]
-)
+@pytest.mark.parametrize("resumed, expected", [(20, [10, 20]), (None, []), (25, [10, 20]), (99, [10, 20, 30])])
 def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path, resumed, expected):
   with MetricsLogger(tmp_path) as logger:
     for step in (10, 20, 30):

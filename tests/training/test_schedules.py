@@ -10,9 +10,7 @@ from jaxllm.training.config import OptimizerConfig
 from jaxllm.training.schedules import make_schedule
 
 PEAK, FINAL, WARMUP, TOTAL = 3e-3, 0.1, 10, 101
-CONFIG = OptimizerConfig(
-  learning_rate=PEAK, final_lr_fraction=FINAL, warmup_steps=WARMUP, decay_fraction=0.3
-)
+CONFIG = OptimizerConfig(learning_rate=PEAK, final_lr_fraction=FINAL, warmup_steps=WARMUP, decay_fraction=0.3)
 
 
 def values(total=TOTAL, upto=None, **changes):

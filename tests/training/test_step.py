@@ -1,6 +1,7 @@
 """The train step: token weighting, accumulation, sharding, precision, guards, averages, resume."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -25,7 +26,13 @@ PLAIN = OptimizerConfig(  # p <- p - 0.1 * gradient
 ADAMW = OptimizerConfig(learning_rate=0.01, warmup_steps=3)
 
 
-def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):  # noqa: B008
+@functools.cache
+def compiled_step(*args):
+  """One compilation for all tests with these settings."""
+  return jax.jit(build(*args)[0])
+
+
+def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
   params = toy_params() if params is None else params
   optimizer = make_optimizer(optimizer_config, TOTAL, params)
   schedule = make_schedule(optimizer_config, TOTAL)
@@ -33,9 +40,9 @@ def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=t
   return step, init_state(params, optimizer, training, optimizer_config)
 
 
-def run(batches, *args, **kwargs):
-  step, state = build(*args, **kwargs)
-  step = jax.jit(step)
+def run(batches, training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
+  step, state = build(training, optimizer_config, params, loss)
+  step = compiled_step(training, optimizer_config) if params is None and loss is toy_loss else jax.jit(step)
   history = []
   for batch in batches:
     state, metrics = step(state, batch)
@@ -52,11 +59,12 @@ def assert_close(a, b, **tolerance):
 
 
 def mean_gradient(params, batch):
+  @jax.value_and_grad
   def mean(params):
     loss, weight, _ = toy_loss(params, batch, None)
     return loss / weight
 
-  return jax.value_and_grad(mean)(params)
+  return jax.jit(mean)(params)
 
 
 def poisoned(batch):
@@ -78,16 +86,17 @@ def test_a_step_descends_the_weighted_mean():
   assert int(state.step) == 1 and metrics["skipped"] == 0 and not metrics["halted"]
 
 
-@pytest.mark.parametrize("clip", [1e-3, 1e3])
-def test_clipping_is_by_the_global_norm(clip):
-  params, batch = toy_params(), toy_batch()
-  state, (metrics,) = run([batch], optimizer_config=dataclasses.replace(PLAIN, clip_norm=clip))
-  grads = mean_gradient(params, batch)[1]
-  factor = min(1.0, clip / float(optax.global_norm(grads)))
-  assert (factor < 1) == (clip < 1)
-  expected = jax.tree.map(lambda g: -0.1 * factor * g, grads)
-  assert_close(jax.tree.map(jnp.subtract, state.params, params), expected, rtol=1e-2, atol=2e-7)
-  np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)  # before clipping
+@pytest.mark.parametrize("clip, factor", [(2.6, 0.2), (14.0, 1.0), (None, 1.0)])
+def test_clipping_is_by_the_global_norm(clip, factor):
+  def loss(params, batch, key):  # a sum of losses with gradients 6, 8 and 24, of norm 26 = 2 * 13
+    return 6 * params["a"].sum() + (params["b"] * batch).sum(), jnp.float32(2), {}
+
+  params, batch = {"a": jnp.zeros(1), "b": jnp.zeros(2)}, jnp.array([[8.0, 24.0]])
+  config = dataclasses.replace(PLAIN, clip_norm=clip)
+  state, (metrics,) = run([batch], TrainingConfig(), config, params, loss)
+  np.testing.assert_allclose(state.params["a"], [-0.1 * factor * 3], rtol=1e-5)
+  np.testing.assert_allclose(state.params["b"], [-0.1 * factor * 4, -0.1 * factor * 12], rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], 13, rtol=1e-6)  # before clipping
 
 
 def test_a_batch_without_weight_has_no_gradient():
@@ -97,10 +106,12 @@ def test_a_batch_without_weight_has_no_gradient():
   assert int(state.loss_statistics.count) == 0 and not metrics["halted"]
 
 
-def test_the_reported_rate_is_the_schedules():
-  _, history = run([toy_batch()] * 6)
+def test_the_rate_is_the_schedules_at_the_step_skipped_ones_included():
+  state, history = run([poisoned(toy_batch())] * 2 + [toy_batch()] * 4, TrainingConfig(on_bad_step="skip"))
+  assert int(optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1]) == 4
   schedule = make_schedule(ADAMW, TOTAL)
-  np.testing.assert_allclose([m["learning_rate"] for m in history], [schedule(i) for i in range(6)], rtol=1e-6)
+  rates = [m["learning_rate"] for m in history]
+  np.testing.assert_allclose(rates, [schedule(i) for i in range(6)], rtol=1e-6)
 
 
 def test_the_key_differs_by_step_and_micro_batch_but_not_by_run():
@@ -122,17 +133,17 @@ def test_frozen_and_integer_parameters_are_not_differentiated():
   config = dataclasses.replace(PLAIN, rules=(ParamRule("embedding|head", lr_scale=0.0),))
   state, (metrics,) = run([toy_batch()], TrainingConfig(ema_decay=0.5), config, params)
   grads = mean_gradient(toy_params(), toy_batch())[1]
-  norm = optax.global_norm([grads["blocks"], grads["final_norm"]])
+  norm = optax.global_norm(grads["blocks"])
   np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
   for name in ("embedding", "head", "codes"):
     assert_equal((state.params[name], state.ema[name]), (params[name], params[name]))
-  assert not np.array_equal(state.params["final_norm"]["scale"], params["final_norm"]["scale"])
+  assert not np.array_equal(state.params["blocks"]["mlp"]["up"], params["blocks"]["mlp"]["up"])
 
 
 # Accumulation and sharding
 
 
-@pytest.mark.parametrize("k", [2, 4, 16])
+@pytest.mark.parametrize("k", [4, 16])
 def test_accumulation_does_not_change_the_result(k):
   batches = [toy_batch(seed=i) for i in range(3)]
   sums = [split_batch(b, k)["loss_weights"].sum((1, 2)) for b in batches]
@@ -161,12 +172,10 @@ def test_split_batch_deals_rows_out_and_moves_nothing_between_devices():
   assert not re.search("all-to-all|all-gather|collective-permute|all-reduce", text)
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+@pytest.mark.parametrize("name, k", [("adafactor", 1), ("muon", 2)])
 def test_eight_devices_equal_one(name, k):
   training = TrainingConfig(batch_size=16, accumulation=k, ema_decay=0.9)
-  # Lion's signs would turn rounding noise into whole steps, so its rate is small.
-  config = dataclasses.replace(ADAMW, name=name, learning_rate=1e-4 if name == "lion" else 0.01)
+  config = dataclasses.replace(ADAMW, name=name)
   batches = [toy_batch(seed=i) for i in range(3)]
   expected, expected_metrics = run(batches, training, config)
 
@@ -186,15 +195,14 @@ def test_eight_devices_equal_one(name, k):
   for batch, wanted in zip(batches, expected_metrics, strict=True):
     state, metrics = step(state, jax.device_put(batch, rows))
     assert_close(metrics, wanted, rtol=1e-4)
-  assert_close(state.params, expected.params, rtol=1e-3, atol=3e-4 if name == "lion" else 3e-5)
-  assert_close(state.ema, expected.ema, rtol=1e-3, atol=3e-4 if name == "lion" else 3e-5)
+  assert_close(state.params, expected.params, rtol=1e-3, atol=3e-5)
+  assert_close(state.ema, expected.ema, rtol=1e-3, atol=3e-5)
 
 
 # Precision
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("dtype, k", [("bfloat16", 1), ("float16", 4)])
 def test_low_precision_computes_low_and_keeps_float32(dtype, k):
   seen = set()
 
@@ -203,7 +211,9 @@ def test_low_precision_computes_low_and_keeps_float32(dtype, k):
     return toy_loss(params, batch, key)
 
   batch = toy_batch()
-  state, (metrics,) = run([batch], TrainingConfig(batch_size=16, dtype=dtype, accumulation=k), PLAIN, loss=loss)
+  training = TrainingConfig(batch_size=16, dtype=dtype, accumulation=k)
+  config = dataclasses.replace(PLAIN, loss_scale=2.0**10)
+  state, (metrics,) = run([batch], training, config, loss=loss)
   assert seen == {dtype}
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
   exact, (exact_metrics,) = run([batch], optimizer_config=PLAIN)
@@ -251,24 +261,16 @@ def test_skip_equals_a_run_that_never_saw_the_bad_batch():
   training = TrainingConfig(on_bad_step="skip", ema_decay=0.9)
   state, history = run(good[:2] + [poisoned(good[0])] + good[2:], training, config)
   expected, _ = run(good, training, config)
-  assert_equal((state.params, state.opt_state, state.ema), (expected.params, expected.opt_state, expected.ema))
-  assert_equal(state.loss_statistics, expected.loss_statistics)
+  assert_equal(dataclasses.replace(state, step=expected.step, skipped=expected.skipped), expected)
   assert [m["skipped"] for m in history] == [0, 0, 1, 1, 1, 1]
   assert int(state.step) == 6 and int(expected.step) == 5 and not state.halted
 
 
-def test_a_skipped_step_moves_the_schedule_on():
-  _, history = run([poisoned(toy_batch())] * 2 + [toy_batch()], TrainingConfig(on_bad_step="skip"))
-  assert history[2]["learning_rate"] == float(make_schedule(ADAMW, TOTAL)(2))
-
-
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
-def test_stop_keeps_the_last_good_state_for_ever(name):
+def test_stop_keeps_the_last_good_state_for_ever():
   good = [toy_batch(seed=i) for i in range(3)]
   training = TrainingConfig(on_bad_step="stop", ema_decay=0.9, spike_sigmas=4.0)
-  config = dataclasses.replace(ADAMW, name=name)
-  state, history = run(good[:2] + [poisoned(good[2])] + good, training, config)
-  last_good, _ = run(good[:2], training, config)
+  state, history = run(good[:2] + [poisoned(good[2])] + good, training)
+  last_good, _ = run(good[:2], training)
   assert [m["halted"] for m in history] == [0, 0, 1, 1, 1, 1]
   assert_equal(dataclasses.replace(state, halted=last_good.halted), last_good)
   assert int(state.step) == 2 and history[-1]["skipped"] == 0
@@ -305,7 +307,8 @@ def test_no_spike_before_the_statistics_are_warm():
   training = TrainingConfig(spike_sigmas=3.0)
   batches = [jnp.full((1, 1), 1.0 + 0.01 * (i % 2)) for i in range(SPIKE_WARMUP)]
   batches[-1] = jnp.full((1, 1), 100.0)
-  _, history = run(batches, training, dataclasses.replace(PLAIN, learning_rate=0.0), {"w": jnp.zeros(1)}, level_loss)
+  config = dataclasses.replace(PLAIN, learning_rate=0.0)
+  _, history = run(batches, training, config, {"w": jnp.zeros(1)}, level_loss)
   assert not history[-1]["halted"]
 
 
@@ -313,53 +316,52 @@ def test_no_spike_before_the_statistics_are_warm():
 
 
 def test_ema_is_its_closed_form():
-  decay, batches = 0.8, [toy_batch(seed=i) for i in range(5)]
-  step, state = build(TrainingConfig(ema_decay=decay))
+  def loss(params, batch, key):
+    return jnp.square(params["w"] - batch).sum(), jnp.float32(1), {}
+
+  decay = 0.8
+  step, state = build(TrainingConfig(ema_decay=decay), params={"w": jnp.ones((4, 2))}, loss=loss)
   step = jax.jit(step)
   visited = [state.params]
-  for batch in batches:
-    state, _ = step(state, batch)
+  for level in range(5):
+    state, _ = step(state, jnp.full((4, 2), level, jnp.float32))
     visited.append(state.params)
   weights = [decay**5] + [(1 - decay) * decay ** (4 - i) for i in range(5)]
-  expected = jax.tree.map(lambda *ps: sum(w * np.asarray(p, np.float64) for w, p in zip(weights, ps)), *visited)
-  assert_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+  average = lambda *leaves: sum(w * np.asarray(p, np.float64) for w, p in zip(weights, leaves))  # noqa: E731
+  assert_close(state.ema, jax.tree.map(average, *visited), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, dtype", [
-  ("adamw", "float16"), ("adamw", "bfloat16"), ("muon", "float32"), ("adafactor", "float32")
-])  # fmt: skip
-def test_resume_is_bit_identical(name, dtype):
+def test_resume_is_bit_identical():
   training = TrainingConfig(
-    batch_size=16, accumulation=2, dtype=dtype, ema_decay=0.9, spike_sigmas=6.0, on_bad_step="skip"
+    batch_size=16, accumulation=2, dtype="float16", ema_decay=0.9, spike_sigmas=6.0, on_bad_step="skip"
   )
-  config = dataclasses.replace(ADAMW, name=name, loss_scale_growth_steps=2)
+  config = dataclasses.replace(ADAMW, name="muon", loss_scale=2.0**8, loss_scale_growth_steps=2)
   batches = [toy_batch(seed=i) for i in range(6)]
   batches[1] = poisoned(batches[1])
 
+  step = jax.jit(build(training, config)[0], donate_argnums=0)
+
   def continue_from(state, batches):
-    step = jax.jit(build(training, config)[0], donate_argnums=0)
+    history = []  # read at the end: donating the state must not take the metrics along
     for batch in batches:
       state, metrics = step(state, batch)
-    return jax.tree.map(np.asarray, (state, metrics))
+      history.append(metrics)
+    return jax.tree.map(np.asarray, (state, history))
 
   whole = continue_from(build(training, config)[1], batches)
-  half, _ = continue_from(build(training, config)[1], batches[:3])
-  resumed = continue_from(jax.tree.map(jnp.asarray, half), batches[3:])
-  assert_equal(resumed, whole)
+  half, first = continue_from(build(training, config)[1], batches[:3])
+  resumed, second = continue_from(jax.tree.map(jnp.asarray, half), batches[3:])
+  assert_equal((resumed, first + second), whole)
   assert int(whole[0].step) == 6 and int(whole[0].skipped) == 1
 
 
 @pytest.mark.parametrize("name, slots", [("adamw", 2), ("sgd", 1)])
-def test_the_update_is_in_place_and_copies_no_parameter(name, slots):
-  """A donated state must be overwritten, not copied first: XLA:CPU copies if an update reads old moments."""
-
+def test_the_donated_state_is_overwritten(name, slots):
   def loss(params, batch, key):
     return jnp.square(batch @ params["w"]).sum(), jnp.float32(1), {}
 
   config = dataclasses.replace(ADAMW, name=name)
   step, state = build(TrainingConfig(ema_decay=0.9), config, {"w": jnp.ones((64, 96))}, loss)
   compiled = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((8, 64))).compile()
-  assert not re.search(r"= f32\[64,96\]\S* copy\(", compiled.as_text())
-  size = 4 * 64 * 96
-  assert compiled.memory_analysis().alias_size_in_bytes >= size * (2 + slots)  # weights, average, moments
-  assert compiled.memory_analysis().temp_size_in_bytes < 2 * size  # one gradient
+  # Weights, average and moments.
+  assert compiled.memory_analysis().alias_size_in_bytes >= 4 * 64 * 96 * (2 + slots)

@@ -103,6 +103,4 @@ def test_mlflow_in_the_run_directory(tmp_path):
   ]
   assert (next((tmp_path / "mlartifacts").rglob("5.txt"))).read_text() == "once upon a time"
   with pytest.raises(ConfigError, match="logging.mlflow_uri: "):
-    make_trackers(
-      LoggingConfig(tensorboard=False, mlflow=True, mlflow_uri=str(tmp_path / "files")), tmp_path, {}
-    )
+    make_trackers(LoggingConfig(tensorboard=False, mlflow=True, mlflow_uri=str(tmp_path / "files")), tmp_path, {})

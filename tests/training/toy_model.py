@@ -13,10 +13,9 @@ def toy_params(seed=0):
   return {
     "embedding": {"tokens": normal(V, D)},
     "blocks": {
-      "mlp": {"up": normal(L, D, F), "up_bias": normal(L, F), "down": normal(L, F, D)},
+      "mlp": {"up": normal(L, D, F), "down": normal(L, F, D)},
       "mlp_norm": {"scale": 1 + normal(L, D), "bias": normal(L, D)},
     },
-    "final_norm": {"scale": jnp.ones(D)},
     "head": {"kernel": normal(D, V)},
   }
 
@@ -27,7 +26,7 @@ def toy_batch(batch=16, length=6, seed=0, weights=None):
     "inputs": jnp.asarray(rng.integers(0, V, (batch, length)), jnp.int32),
     "targets": jnp.asarray(rng.integers(0, V, (batch, length)), jnp.int32),
     "loss_weights": jnp.asarray(
-      rng.integers(0, 2, (batch, length)) * np.arange(1, batch + 1)[:, None] / batch
+      rng.integers(0, 2, (batch, length)) * rng.exponential(size=(batch, 1))  # uneven on purpose
       if weights is None
       else np.broadcast_to(weights, (batch, length)),
       jnp.float32,
@@ -42,14 +41,18 @@ def toy_loss(params, batch, key):
   def block(x, layer):
     h = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5)
     h = h * layer["mlp_norm"]["scale"] + layer["mlp_norm"]["bias"]
-    return x + jax.nn.gelu(h @ layer["mlp"]["up"] + layer["mlp"]["up_bias"]) @ layer["mlp"]["down"], None
+    return x + jax.nn.silu(h @ layer["mlp"]["up"]) @ layer["mlp"]["down"], None
 
   x, _ = jax.lax.scan(block, params["embedding"]["tokens"][batch["inputs"]], params["blocks"])
-  logits = ((x * params["final_norm"]["scale"]) @ params["head"]["kernel"]).astype(jnp.float32)
+  logits = (x @ params["head"]["kernel"]).astype(jnp.float32)
   weights = batch["loss_weights"]
   picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
   correct = (logits.argmax(-1) == batch["targets"]) * weights
-  return -(picked * weights).sum(), weights.sum(), {
-    "accuracy": (correct.sum(), weights.sum()),
-    "tokens": (weights > 0).sum().astype(jnp.float32),
-  }
+  return (
+    -(picked * weights).sum(),
+    weights.sum(),
+    {
+      "accuracy": (correct.sum(), weights.sum()),
+      "tokens": (weights > 0).sum().astype(jnp.float32),
+    },
+  )

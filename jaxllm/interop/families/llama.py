@@ -93,9 +93,7 @@ def _write_qwen(c):
   }
 
 
-LLAMA = t.Family(
-  "llama", "LlamaForCausalLM", KEYS, WEIGHTS + PRE_NORMS, defaults=DEFAULTS, read=read, write=write
-)
+LLAMA = t.Family("llama", "LlamaForCausalLM", KEYS, WEIGHTS + PRE_NORMS, defaults=DEFAULTS, read=read, write=write)
 MISTRAL = t.Family(
   "mistral",
   "MistralForCausalLM",

@@ -81,9 +81,7 @@ def canonical_rope(c: ModelConfig) -> ModelConfig:
   """The same model with NTK scaling written as the theta that it amounts to, and unused numbers reset."""
   scaling = c.rope_scaling
   if c.position != "rope":
-    unused = {
-      name: getattr(ModelConfig, name) for name in ("rope_theta", "rope_local_theta", "rope_fraction")
-    }
+    unused = {name: getattr(ModelConfig, name) for name in ("rope_theta", "rope_local_theta", "rope_fraction")}
     return dataclasses.replace(c, **unused, rope_scaling=None)
   if scaling is None:
     return c

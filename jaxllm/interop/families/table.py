@@ -49,9 +49,7 @@ TRANSPOSED = Transform(lambda c, x, shapes: [x.T], lambda c, weights: weights[0]
 # several matrices [inputs, outputs] side by side (GPT-2's Conv1D)
 COLUMNS = Transform(_columns, lambda c, weights: np.concatenate(weights, axis=-1))
 # the same of torch.nn.Linear (Phi-3)
-ROWS = Transform(
-  lambda c, x, shapes: _columns(c, x.T, shapes), lambda c, weights: np.concatenate(weights, axis=-1).T
-)
+ROWS = Transform(lambda c, x, shapes: _columns(c, x.T, shapes), lambda c, weights: np.concatenate(weights, axis=-1).T)
 # query, key and value interleaved by key/value head (GPT-NeoX, BLOOM, Falcon)
 BY_HEAD = Transform(_from_groups, _to_groups)
 

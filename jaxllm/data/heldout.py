@@ -1,0 +1,110 @@
+"""Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxllm.data.config import DataConfig
+from jaxllm.data.manifest import Prepared, open_prepared
+from jaxllm.data.packing import fill_row, make_plan, random_order
+from jaxllm.data.pipeline import Batch
+from jaxllm.errors import ConfigError, DataError
+
+
+class HeldoutBatches:
+  """Iterates, as often as wanted, over one host's share of the same batches.
+
+  Documents are cut into windows of seq_len without overlap (a window's first token is predicted from the one
+  before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored tokens
+  stand for in the raw text, over all hosts: bits per byte is the sum of all hosts' losses in nats / ln 2 / bytes.
+  `tokens` counts the targets, each document's EOS included.
+  """
+
+  def __init__(
+    self,
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_batches: int = 0,
+    source: str = "",
+    host_index: int = 0,
+    host_count: int = 1,
+  ):
+    self._local, self._seq_len = batch_size // host_count, seq_len
+    self._offset, self._batch_size = host_index * self._local, batch_size
+    self._documents, counts, sizes = [], [], []  # sources one after another, numbered on
+    first_byte_length = 0
+    lengths = prepared.heldout_lengths()
+    for info in prepared.sources:
+      last = first_byte_length + info.heldout.documents
+      if info.heldout.documents and source in ("", info.name):
+        documents = prepared.documents(info, "heldout")
+        self._documents += [(documents, index) for index in range(info.heldout.documents)]
+        counts.append(prepared.token_counts(info, "heldout") + 1)
+        sizes.append(lengths[first_byte_length:last])
+      first_byte_length = last
+    if not counts:
+      raise DataError(
+        f"no held-out documents{f' of source {source!r}' if source else ''} in {prepared.dir}: raise "
+        "data.heldout_fraction and prepare again"
+      )
+    positions, document_bytes = np.concatenate(counts), np.concatenate(sizes)
+    self._plan = make_plan("best_fit", positions, seq_len, None)
+    # In a fixed shuffled order, so that the first batches are a fair sample.
+    self._rows = random_order(self._plan.num_rows, 0, 0)
+    if max_batches:
+      self._rows = self._rows[: max_batches * batch_size]
+    pieces = [piece for row in self._rows for piece in self._plan.pieces(0, int(row))]
+    self.tokens = sum(piece.size for piece in pieces)
+    # A document that is scored in part counts in part; with all batches this is the exact sum.
+    scored = np.zeros(len(positions), np.int64)
+    for piece in pieces:
+      scored[piece.document] += piece.size
+    whole = scored == positions
+    self.bytes = int(document_bytes[whole].sum()) + float((document_bytes * (scored / positions))[~whole].sum())
+
+  def __len__(self) -> int:
+    return -(-len(self._rows) // self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    for start in range(0, len(self._rows), self._batch_size):
+      first = start + self._offset
+      rows = [self._row(int(row)) for row in self._rows[first : first + self._local]]
+      rows += [fill_row([], self._framed, self._seq_len)] * (self._local - len(rows))
+      yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  def _row(self, row: int) -> Batch:
+    return fill_row(self._plan.pieces(0, row), self._framed, self._seq_len)
+
+  def _framed(self, document: int):
+    documents, index = self._documents[document]
+    return documents.framed(index)
+
+
+def heldout_batches(
+  config: DataConfig,
+  *,
+  batch_size: int,
+  seq_len: int,
+  max_batches: int = 0,
+  source: str = "",
+  host_index: int = 0,
+  host_count: int = 1,
+  prepared: Prepared | None = None,
+) -> HeldoutBatches:
+  """The held-out split of `config.dir` in batches as `train_batches` gives them.
+
+  `max_batches` 0 takes everything, `source` "" all sources. Raises DataError when nothing is held out.
+  """
+  if batch_size % host_count:
+    raise ConfigError(f"a batch of {batch_size} is not divisible by the {host_count} hosts")
+  return HeldoutBatches(
+    open_prepared(config) if prepared is None else prepared,
+    batch_size=batch_size,
+    seq_len=seq_len,
+    max_batches=max_batches,
+    source=source,
+    host_index=host_index,
+    host_count=host_count,
+  )

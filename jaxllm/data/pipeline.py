@@ -1,0 +1,217 @@
+"""Batches for training: packed rows, shuffled, mixed and dealt to hosts by index.
+
+Every row has an index in one global sequence that depends on the data, the settings and the seed alone. So the
+position in the data is one number, which a run can continue with other hosts, workers or batch sizes: batch b of
+a run with n hosts holds the very rows that one host would read.
+"""
+
+import math
+import sys
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxllm.data.config import DataConfig
+from jaxllm.data.manifest import Prepared, digest, open_prepared
+from jaxllm.data.packing import Plan, fill_row, make_plan
+from jaxllm.data.shards import TokenDocuments
+from jaxllm.errors import ConfigError, DataError
+
+Batch = dict[str, np.ndarray]
+
+
+class PackedRows(grain.MapDataset):
+  """The rows of one source; index // len(self) is the epoch, as in grain's own datasets."""
+
+  def __init__(self, documents: TokenDocuments, plan: Plan, seq_len: int):
+    super().__init__()
+    self._documents, self._plan, self._seq_len = documents, plan, seq_len
+
+  def __len__(self) -> int:
+    return self._plan.num_rows
+
+  def __getitem__(self, index):
+    epoch, row = divmod(index, self._plan.num_rows)
+    return fill_row(self._plan.pieces(epoch, row), self._documents.framed, self._seq_len)
+
+
+class HostBatches(grain.MapDataset):
+  """One host's share of consecutive global batches, from global row `start` up to `end`.
+
+  Host h takes the h-th of `host_count` equal runs of rows in each batch, the order in which processes' arrays
+  make up a global array. The last batch is filled up with empty rows, so all hosts see equally many batches.
+  """
+
+  def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, end: int, host_index: int, host_count: int):
+    super().__init__(rows)
+    self._batch_size, self._start, self._end = batch_size, start, end
+    self._local = batch_size // host_count
+    self._offset = host_index * self._local
+
+  def __len__(self) -> int:
+    return max(0, -(-(self._end - self._start) // self._batch_size))
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    first = self._start + index * self._batch_size + self._offset
+    rows = [self._parent[row] for row in range(first, min(first + self._local, self._end))]
+    if len(rows) < self._local:
+      empty = {name: np.zeros_like(array) for name, array in (rows or [self._parent[0]])[0].items()}
+      rows += [empty] * (self._local - len(rows))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class TrainBatches(grain.DatasetIterator[Batch]):
+  """Iterator over batches; its state is small, JSON, and independent of hosts, workers and batch size."""
+
+  def __init__(
+    self,
+    rows: grain.MapDataset,
+    *,
+    key: str,
+    batch_size: int,
+    host_index: int,
+    host_count: int,
+    config: DataConfig,
+    plans: dict[str, Plan],
+    shares: dict[str, float],
+  ):
+    super().__init__()
+    self._rows, self._key, self._config = rows, key, config
+    self._batch_size, self._host_index, self._host_count = batch_size, host_index, host_count
+    self._plans, self._shares = plans, shares
+    self.rows_per_epoch = sum(plan.num_rows for plan in plans.values())
+    self._end = sys.maxsize if config.epochs is None else math.ceil(config.epochs * self.rows_per_epoch)
+    self._consumed = 0
+    self._iterator: grain.DatasetIterator | None = None
+
+  @property
+  def epochs(self) -> float:
+    """Passes over the mixture so far: rows read, of as many rows as all sources have together."""
+    return min(self._consumed, self._end) / self.rows_per_epoch
+
+  @property
+  def source_epochs(self) -> dict[str, float]:
+    """Passes over each source so far; they differ from `epochs` where weights are not in proportion to size."""
+    rows = min(self._consumed, self._end)
+    return {name: rows * self._shares[name] / plan.num_rows for name, plan in self._plans.items()}
+
+  @property
+  def dropped_tokens(self) -> dict[str, int]:
+    """Tokens per epoch that no row holds, by source: what packing "none" truncates; 0 with the other packings."""
+    return {name: plan.dropped_tokens for name, plan in self._plans.items()}
+
+  def __next__(self) -> Batch:
+    self._assert_not_closed()
+    if self._iterator is None:
+      self._iterator = self._open()
+    batch = next(self._iterator)
+    self._consumed += self._batch_size
+    return batch
+
+  def _open(self) -> grain.DatasetIterator:
+    batches = HostBatches(self._rows, self._batch_size, self._consumed, self._end, self._host_index, self._host_count)
+    config = self._config
+    if config.workers:
+      _mark_flags_parsed()
+      dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+      ahead = max(1, config.prefetch // config.workers)
+      options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=ahead)
+      return iter(dataset.mp_prefetch(options))
+    # One thread: more would only fight over the interpreter lock and the document cache.
+    threads = 1 if config.prefetch else 0
+    return iter(batches.to_iter_dataset(grain.ReadOptions(threads, config.prefetch)))
+
+  def get_state(self) -> dict[str, Any]:
+    return {"rows": self._consumed, "key": self._key}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Raises DataError when the state belongs to other data, another seed or another sequence length."""
+    if state["key"] != self._key:
+      raise DataError(
+        "the checkpoint's place in the data belongs to other data settings (data, training.seq_len or "
+        "training.seed): restore them, or start a new run directory"
+      )
+    self._release()
+    self._consumed = int(state["rows"])
+
+  def close(self) -> None:
+    self._release()
+    super().close()
+
+  def _release(self) -> None:
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+
+def _mark_flags_parsed() -> None:
+  """Grain's workers read absl flags, which only absl programs parse."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def train_batches(
+  config: DataConfig,
+  *,
+  batch_size: int,
+  seq_len: int,
+  seed: int,
+  host_index: int = 0,
+  host_count: int = 1,
+  prepared: Prepared | None = None,
+) -> TrainBatches:
+  """Batches of the training split of `config.dir`: dicts of [batch_size // host_count, seq_len] arrays.
+
+  `inputs, targets, positions, segment_ids` are int32, `loss_weights` float32; segment 0 is padding, weight 0.
+  A source's weight is its share of the rows. Rows are shuffled anew in each pass over a source.
+
+  Raises DataError when nothing (or something else) is prepared there, ConfigError when the hosts do not divide
+  the batch or no source has a weight above 0.
+  """
+  if batch_size % host_count:
+    raise ConfigError(f"training.batch_size {batch_size} is not divisible by the {host_count} hosts")
+  if config.epochs is not None and config.epochs <= 0:
+    raise ConfigError(f"data.epochs is {config.epochs}; it must be above 0, or None for no limit")
+  prepared = open_prepared(config) if prepared is None else prepared
+  weights = _weights(config, prepared)
+  datasets, plans = [], {}
+  for index, source in enumerate(prepared.sources):
+    if source.name not in weights:
+      continue
+    # Grain shuffles pass n with seed + n, so sources must be far apart.
+    source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    lengths = prepared.token_counts(source, "train") + 1
+    plan = make_plan(config.packing, lengths, seq_len, source_seed if config.shuffle else None)
+    rows = PackedRows(prepared.documents(source, "train"), plan, seq_len)
+    datasets.append((rows.shuffle(source_seed) if config.shuffle else rows).repeat())
+    plans[source.name] = plan
+  shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+  mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
+  facts = [prepared.content, config.packing, config.shuffle, seq_len, seed, weights]
+  return TrainBatches(
+    mixture,
+    key=digest(facts),
+    batch_size=batch_size,
+    host_index=host_index,
+    host_count=host_count,
+    config=config,
+    plans=plans,
+    shares=shares,
+  )
+
+
+def _weights(config: DataConfig, prepared: Prepared) -> dict[str, float]:
+  """Weight by source name, of the sources that take part: weight above 0 and something to train on."""
+  for source in config.sources:
+    if source.weight < 0:
+      raise ConfigError(f"data source {source.path!r} has weight {source.weight}; it must not be negative")
+  pairs = zip(prepared.sources, config.sources)
+  weights = {info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents}
+  if not weights:
+    raise ConfigError("no data source has a weight above 0 and documents to train on")
+  return weights

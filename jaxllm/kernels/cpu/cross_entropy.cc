@@ -1,0 +1,102 @@
+// Cross-entropy of a language-model head with its gradients, a chunk of tokens at a time.
+//
+// The logits of a chunk exist once, in scratch, and become their own gradient there (Liger kernel, Hsu et al. 2024).
+// loss_t = lse_t - logit_t[target] + z_loss * lse_t^2, weighted by w_t.
+#include "gemm.h"
+
+// Row of V logits -> per-token statistics; with gradients, the row is overwritten by w * dloss/dlogits.
+static void row(float* z, int64_t V, int32_t target, float w, float z_loss, float* stats, int64_t M, bool grad) {
+  __m512 top = _mm512_set1_ps(-INFINITY);
+  for (int64_t c = 0; c < V; c += 16)
+    top = _mm512_max_ps(top, _mm512_mask_loadu_ps(top, first(V - c), z + c));
+  float mx = _mm512_reduce_max_ps(top), at = target >= 0 && target < V ? z[target] : 0.f;
+  __m512 m = _mm512_set1_ps(mx), sum = _mm512_setzero_ps();
+  for (int64_t c = 0; c < V; c += 16) {
+    __mmask16 k = first(V - c);
+    __m512 e = _mm512_maskz_mov_ps(k, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(k, z + c), m)));
+    if (grad) _mm512_mask_storeu_ps(z + c, k, e);
+    sum = _mm512_add_ps(sum, e);
+  }
+  float total = _mm512_reduce_add_ps(sum), lse = mx + std::log(total);
+  stats[0] = lse - at, stats[M] = lse * lse, stats[2 * M] = at >= mx;
+  if (!grad) return;
+  __m512 s = _mm512_set1_ps(w * (1.f + 2.f * z_loss * lse) / total);
+  for (int64_t c = 0; c < V; c += 16) {
+    __mmask16 k = first(V - c);
+    _mm512_mask_storeu_ps(z + c, k, _mm512_mul_ps(_mm512_maskz_loadu_ps(k, z + c), s));
+  }
+  if (target >= 0 && target < V) z[target] -= w;
+}
+
+template <typename G>
+static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, const int32_t* targets, const float* w,
+                int64_t M, int64_t D, int64_t V, float z_loss, float* stats, void* dx_, float* dhead, bool grad) {
+  using T = typename G::T;
+  static thread_local Scratch sl, sb, sf, sg;
+  const int64_t C = std::min<int64_t>(M, 512), MB = 64, panels = (V + NR - 1) / NR, stride = G::panel(D);
+  const T* x = (const T*)x_;
+  T* dx = (T*)dx_;
+  T* fwd = sf.get<T>(panels * stride);  // head packed for x @ head
+  auto pack = [&](T* dst, int64_t st, bool trans, int64_t K, int64_t N) {
+    int64_t np = (N + NR - 1) / NR;
+    parallel_for(pool, (int)std::min<int64_t>(np, 16), [&](int i) {
+      int64_t n = std::min<int64_t>(np, 16);
+      for (int64_t p = np * i / n; p < np * (i + 1) / n; p++) {
+        if constexpr (std::is_same_v<T, float>) f32_pack_panel(dst + p * st, (const float*)head.p, head.ld, trans, K, N, p * NR);
+        else if (head.is_bf16) bf16_pack_panel(dst + p * st, (const bf16*)head.p, head.ld, trans, K, N, p * NR);
+        else bf16_pack_panel(dst + p * st, (const float*)head.p, head.ld, trans, K, N, p * NR);
+      }
+    });
+  };
+  pack(fwd, stride, head_vd, D, V);
+  const int64_t dpanels = (D + NR - 1) / NR, dstride = G::panel(V);
+  T* bwd = nullptr;
+  if (grad) bwd = sg.get<T>(dpanels * dstride), pack(bwd, dstride, !head_vd, V, D);
+  const int64_t ld = (V + 31) / 32 * 32;
+  float* z = sl.get<float>(C * ld);
+  T* zt = std::is_same_v<T, float> ? (T*)z : sb.get<T>(C * ld);
+  for (int64_t c0 = 0; c0 < M; c0 += C) {
+    int64_t n = std::min(C, M - c0);
+    parallel_for(pool, (int)((n + MB - 1) / MB), [&](int i) {
+      AmxScope amx;
+      int64_t r0 = i * MB, rows = std::min(MB, n - r0);
+      G::block(rows, V, D, x + (c0 + r0) * D, D, false, fwd, stride, z + r0 * ld, ld, false);
+      for (int64_t r = r0; r < r0 + rows; r++) {
+        row(z + r * ld, V, targets[c0 + r], w[c0 + r], z_loss, stats + c0 + r, M, grad);
+        if constexpr (!std::is_same_v<T, float>)
+          if (grad)
+            for (int64_t v = 0; v < ld; v += 32) _mm512_storeu_si512(zt + r * ld + v, row32(z + r * ld + v, first32(V - v)));
+      }
+      if (!grad) return;
+      if constexpr (std::is_same_v<T, float>) {  // in pieces of V, so that a packed panel stays in the first-level cache
+        for (int64_t k = 0; k < V; k += 256)
+          G::block(rows, D, std::min<int64_t>(256, V - k), zt + r0 * ld + k, ld, false, bwd + G::k_offset(k), dstride,
+                   dx + (c0 + r0) * D, D, k > 0);
+      } else {
+        G::block(rows, D, V, zt + r0 * ld, ld, false, bwd, dstride, dx + (c0 + r0) * D, D, false);
+      }
+    });
+    if (!grad) continue;
+    const bool b = !std::is_same_v<T, float>;
+    Mat zm{zt, ld, false, b}, xm{x + c0 * D, D, false, b};
+    if (head_vd) zm.trans = true, gemm(pool, b, V, D, n, zm, xm, dhead, D, false, c0 > 0);
+    else xm.trans = true, gemm(pool, b, D, V, n, xm, zm, dhead, V, false, c0 > 0);
+  }
+}
+
+static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head,
+                                   ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> weights,
+                                   ffi::Result<ffi::Buffer<ffi::F32>> stats, ffi::Result<ffi::AnyBuffer> dx,
+                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool head_vd, bool grad, float z_loss) {
+  int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[head_vd ? 0 : 1];
+  bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
+  auto f = xb ? run<BF16> : run<F32>;
+  f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, head_vd, targets.typed_data(),
+    weights.typed_data(), M, D, V, z_loss, stats->typed_data(), dx->untyped_data(), dhead->typed_data(), grad);
+  return ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("head_vd").Attr<bool>("grad").Attr<float>("z_loss"));

@@ -1,0 +1,150 @@
+"""Builds and registers the C++ kernels of `kernels/cpu/` as XLA custom calls (CPU only).
+
+The sources are compiled with the machine's own `g++ -march=native` at first use, into a cache folder whose name
+holds a hash of the sources, the compiler, jaxlib and the CPU's features; later processes load the file. Where there
+is no compiler or the CPU lacks AVX-512, `available()` is False and callers use their plain XLA form.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from typing import Any
+
+import jax
+import jaxlib
+from jaxtyping import Array
+
+SOURCES = pathlib.Path(__file__).with_name("cpu")
+TARGETS = (
+  "cpu_matmul",
+  "cpu_attention",
+  "cpu_attention_grad",
+  "cpu_cross_entropy",
+  "cpu_rms_norm",
+  "cpu_rms_norm_grad",
+  "cpu_swiglu",
+  "cpu_swiglu_grad",
+  "cpu_rope",
+)
+NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+
+
+class BuildError(RuntimeError):
+  """The compiler refused the kernels; the message holds what it said."""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+  """Feature flags of this CPU as Linux names them; empty where that is unknown."""
+  try:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith("flags"):
+        return frozenset(line.split(":", 1)[1].split())
+  except OSError:
+    pass
+  return frozenset()
+
+
+def why_unavailable() -> str | None:
+  """One line that says why the C++ kernels cannot run here, or None if they can (as far as is known unbuilt)."""
+  if platform.system() != "Linux" or platform.machine() != "x86_64":
+    return f"the C++ kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+  if missing := NEEDED - cpu_flags():
+    return f"this CPU lacks {', '.join(sorted(missing))}"
+  if compiler() is None:
+    return "no C++ compiler (g++) was found; set CXX or install one"
+  return None
+
+
+def compiler() -> str | None:
+  """Path of the C++ compiler: $CXX, else g++."""
+  return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def cache_dir() -> pathlib.Path:
+  """Where built libraries are kept: $JAXLLM_CACHE_DIR, else ~/.cache/jaxllm."""
+  root = os.environ.get("JAXLLM_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "jaxllm")
+  return pathlib.Path(root) / "cpu_kernels"
+
+
+def _key() -> str:
+  """Hash of everything that the built library depends on."""
+  version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+  h = hashlib.sha256("\n".join([version, jaxlib.__version__, *FLAGS, *sorted(cpu_flags())]).encode())
+  for path in sorted(SOURCES.iterdir()):
+    h.update(path.name.encode() + path.read_bytes())
+  return h.hexdigest()[:16]
+
+
+def build() -> pathlib.Path:
+  """Compiles the kernels unless this CPU's build is in the cache. Returns the library; raises BuildError."""
+  library = cache_dir() / f"{_key()}.so"
+  if library.exists():
+    return library
+  library.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=library.parent) as tmp:  # then an atomic rename: builds may race
+    objects, running = [], []
+    for source in sorted(SOURCES.glob("*.cc")):
+      objects.append(f"{tmp}/{source.stem}.o")
+      flags = [f for f in FLAGS if f != "-shared"]
+      running.append(
+        subprocess.Popen(
+          [compiler(), *flags, f"-I{jax.ffi.include_dir()}", "-c", str(source), "-o", objects[-1]],
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+      )
+    errors = [p.communicate()[1] for p in running]
+    if any(p.returncode for p in running):
+      raise BuildError("compiling the CPU kernels failed:\n" + "\n".join(errors)[-4000:])
+    subprocess.run([compiler(), "-shared", *objects, "-o", f"{tmp}/out.so"], check=True)
+    os.replace(f"{tmp}/out.so", library)
+  return library
+
+
+@functools.cache
+def load() -> None:
+  """Builds (if need be), loads and registers every kernel once per process. Raises BuildError or RuntimeError."""
+  if reason := why_unavailable():
+    raise RuntimeError(reason)
+  lib = ctypes.cdll.LoadLibrary(str(build()))
+  for name in TARGETS:
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(lib, name)), platform="cpu")
+
+
+@functools.cache
+def available() -> bool:
+  """True if the C++ kernels run here (builds them at the first call). JAXLLM_CPU_KERNELS=0 switches them off."""
+  if os.environ.get("JAXLLM_CPU_KERNELS", "1") == "0" or why_unavailable():
+    return False
+  try:
+    load()
+  except BuildError:
+    return False
+  return True
+
+
+def keep_memory_resident() -> bool:
+  """Tells glibc to keep freed memory instead of returning it, so a step's buffers are not faulted in again each step.
+
+  For programs whose main business is a training loop; worth several percent. False where there is no glibc.
+  """
+  try:
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+  except (OSError, AttributeError):
+    return False
+  M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+  return all((mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 << 20)))
+
+
+def call(name: str, result: Any, *args: Array, **attributes: Any) -> Any:
+  """`jax.ffi.ffi_call` of one of TARGETS; `result`: ShapeDtypeStruct(s). vmap runs it once per element."""
+  load()
+  return jax.ffi.ffi_call(name, result, vmap_method="sequential")(*args, **attributes)

@@ -1,0 +1,126 @@
+"""RMSNorm, SwiGLU and RoPE with one-pass CPU kernels (`kernels/cpu/elementwise.cc`), forward and backward.
+
+Each function's 'xla' backend is the reference; 'cpu' computes in float32 inside and rounds once at the end.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxllm.kernels import cpu_ffi
+
+Backend = Literal["xla", "cpu"]
+FEW_ROWS = 32  # below this a call costs more than it saves
+
+
+def _native(backend: str, *arrays) -> bool:
+  rows = arrays[0].shape[0] * arrays[0].shape[1] if arrays[0].ndim > 2 else arrays[0].shape[0]
+  return (
+    backend == "cpu"
+    and rows >= FEW_ROWS
+    and all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
+    and cpu_ffi.available()
+  )
+
+
+def _like(a):
+  return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
+# ---------------------------------------------------------------- RMSNorm
+
+
+def rms_norm(
+  x: Float[Array, "*batch D"], w: Float[Array, "D"], *, eps: float, backend: Backend = "xla"
+) -> Float[Array, "*batch D"]:
+  """x / sqrt(mean(x^2) + eps) * w over the last axis, in float32, returned in x's dtype (Zhang & Sennrich 2019)."""
+  if not _native(backend, x, w):
+    x32 = x.astype(jnp.float32)
+    y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (y * w.astype(jnp.float32)).astype(x.dtype)
+  return _rms_norm(float(eps), x.reshape(-1, x.shape[-1]), w.astype(jnp.float32)).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rms_norm(eps, x, w):
+  return _rms_norm_fwd(eps, x, w)[0]
+
+
+def _rms_norm_fwd(eps, x, w):
+  out = (_like(x), jax.ShapeDtypeStruct(x.shape[:1], jnp.float32))
+  y, rstd = cpu_ffi.call("cpu_rms_norm", out, x, w, eps=np.float32(eps))
+  return y, (x, w, rstd)
+
+
+def _rms_norm_bwd(eps, saved, dy):
+  x, w, rstd = saved
+  out = (_like(x), jax.ShapeDtypeStruct((16, x.shape[1]), jnp.float32))  # 16 partial sums of dw, one per task
+  dx, dw = cpu_ffi.call("cpu_rms_norm_grad", out, x, w, rstd, dy)
+  return dx, dw.sum(0)
+
+
+_rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+# ---------------------------------------------------------------- SwiGLU
+
+
+def swiglu(
+  gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], *, backend: Backend = "xla"
+) -> Float[Array, "*batch F"]:
+  """silu(gate) * up (Shazeer 2020). Saves only its inputs."""
+  if not _native(backend, gate, up):
+    return jax.nn.silu(gate) * up
+  return _swiglu(gate, up)
+
+
+@jax.custom_vjp
+def _swiglu(gate, up):
+  return cpu_ffi.call("cpu_swiglu", _like(gate), gate, up)
+
+
+def _swiglu_bwd(saved, dy):
+  gate, up = saved
+  return cpu_ffi.call("cpu_swiglu_grad", (_like(gate), _like(up)), gate, up, dy)
+
+
+_swiglu.defvjp(lambda gate, up: (_swiglu(gate, up), (gate, up)), _swiglu_bwd)
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def rope(
+  x: Float[Array, "B T N H"],
+  cos: Float[Array, "B T H/2"],
+  sin: Float[Array, "B T H/2"],
+  *,
+  backend: Backend = "xla",
+) -> Float[Array, "B T N H"]:
+  """Rotates the halves (a, b) of the head dimension: (a cos - b sin, b cos + a sin) (Su et al. 2021, Llama layout).
+
+  cos and sin are constants (no gradient). Computed in float32, returned in x's dtype.
+  """
+  if not _native(backend, x):
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    c, s = cos[:, :, None].astype(jnp.float32), sin[:, :, None].astype(jnp.float32)
+    return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(x.dtype)
+  B, T, N, H = x.shape
+  flat = (a.astype(jnp.float32).reshape(B * T, H // 2) for a in (cos, sin))
+  return _rope(x.reshape(B * T, N, H), *flat).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _rope(x, cos, sin):
+  return cpu_ffi.call("cpu_rope", _like(x), x, cos, sin, sign=np.float32(1))
+
+
+_rope.defvjp(
+  lambda x, cos, sin: (_rope(x, cos, sin), (cos, sin)),
+  lambda saved, dy: (cpu_ffi.call("cpu_rope", _like(dy), dy, *saved, sign=np.float32(-1)), None, None),
+)

@@ -1,0 +1,92 @@
+"""A small corpus of every kind of text, prepared once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from jaxllm.data.prepare import prepare
+
+ODDITIES = [
+  b"tab\tnewline\ncarriage\r\nreturn\r  two  spaces   ",
+  "caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 \u2581literal\u2581 \u2585 \ufeff\ufffd\u2028".encode(),
+  b"\x00nul\x00\x00",
+  b"latin1 \xe9\xe8 broken \xed\xa0\x80 \xf0\x9f\x98 tail\xff",
+  b"<s></s><unk><pad><0x41> <|endoftext|>",
+]
+
+
+def words(rng: np.random.Generator, count: int) -> bytes:
+  vocabulary = [f"word{i}" for i in range(40)] + ["def", "return", "\n    ", "x = 1", "(", ")"]
+  return " ".join(rng.choice(vocabulary, count)).encode()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+  """60 files of 1 to 400 words, and the oddities."""
+  root = tmp_path_factory.mktemp("corpus")
+  rng = np.random.default_rng(0)
+  for i in range(60):
+    path = root / f"part{i % 3}" / f"{i:03d}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(words(rng, int(rng.integers(1, 400))))
+  for i, data in enumerate(ODDITIES):
+    (root / f"odd{i}.txt").write_bytes(data)
+  return root
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory):
+  """A tokenizer.json of the 256 byte-level characters and <|endoftext|>, without merges."""
+  from jaxllm.data.tokenizers import _byte_alphabet
+
+  vocabulary = {char: byte for char, byte in sorted(_byte_alphabet().items(), key=lambda item: item[1])}
+  definition = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [
+      {"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False,
+       "normalized": False, "special": True}
+    ],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
+              "merges": []},
+  }  # fmt: skip
+  path = tmp_path_factory.mktemp("bytes") / "tokenizer.json"
+  path.write_text(json.dumps(definition))
+  return path
+
+
+@pytest.fixture(scope="session")
+def config(corpus, tmp_path_factory):
+  """Prepared: one source, trained tokenizer, a fifth held out."""
+  config = DataConfig(
+    dir=str(tmp_path_factory.mktemp("prepared")),
+    sources=(SourceConfig(path=f"{corpus}/**/*.txt", name="words"),),
+    tokenizer=TokenizerConfig(vocab_size=340),
+    heldout_fraction=0.2,
+  )
+  prepare(config, log=lambda line: None)
+  return config
+
+
+@pytest.fixture(scope="session")
+def mixture(corpus, byte_tokenizer, tmp_path_factory):
+  """Prepared: two sources of different size, byte tokenizer."""
+  config = DataConfig(
+    dir=str(tmp_path_factory.mktemp("mixture")),
+    sources=(
+      SourceConfig(path=f"{corpus}/part0/*.txt", name="first", weight=3.0),
+      SourceConfig(path=f"{corpus}/part1/*.txt,{corpus}/part2/*.txt", name="second", weight=1.0),
+    ),
+    tokenizer=TokenizerConfig(path=str(byte_tokenizer)),
+    heldout_fraction=0.2,
+  )
+  prepare(config, log=lambda line: None)
+  return config

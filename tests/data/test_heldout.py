@@ -1,0 +1,112 @@
+"""Held-out batches: every token scored once, and bits per byte of a known model."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from jaxllm.data.heldout import heldout_batches
+from jaxllm.data.manifest import open_prepared
+from jaxllm.errors import ConfigError, DataError
+
+
+def framed(config, name=""):
+  prepared = open_prepared(config)
+  for source in prepared.sources:
+    documents = prepared.documents(source, "heldout")
+    for i in range(len(documents) if name in ("", source.name) else 0):
+      yield [prepared.start_id, *documents.record(i).tokens.tolist(), prepared.eos_id]
+
+
+def scored(batches):
+  return sorted(
+    (int(i), int(t), float(w))
+    for batch in batches
+    for i, t, w, s in zip(*(batch[n].ravel() for n in ("inputs", "targets", "loss_weights", "segment_ids")))
+    if s
+  )
+
+
+def expected(config, name=""):
+  return sorted((i, t, 1.0) for ids in framed(config, name) for i, t in zip(ids[:-1], ids[1:]))
+
+
+@pytest.mark.parametrize("seq_len", [16, 100, 5000])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_each_token_is_scored_once(config, seq_len, batch_size):
+  batches = heldout_batches(config, batch_size=batch_size, seq_len=seq_len)
+  rows = list(batches)
+  assert len(rows) == len(batches)
+  assert all(array.shape == (batch_size, seq_len) for batch in rows for array in batch.values())
+  assert scored(rows) == expected(config)
+  assert sum(batch["loss_weights"].sum() for batch in rows) == batches.tokens
+  assert batches.bytes == len(open_prepared(config).heldout_path.read_bytes())
+  assert isinstance(batches.bytes, int) or float(batches.bytes).is_integer()
+
+
+def test_windows_restart_positions_and_do_not_overlap(config):
+  for batch in heldout_batches(config, batch_size=4, seq_len=32):
+    for row in range(4):
+      ids, positions = batch["segment_ids"][row], batch["positions"][row]
+      for segment in range(1, ids.max() + 1):
+        assert positions[ids == segment].tolist() == list(range((ids == segment).sum()))
+
+
+def test_iterates_again_the_same(config):
+  batches = heldout_batches(config, batch_size=4, seq_len=32)
+  for first, second in zip(batches, batches, strict=True):
+    for name in first:
+      np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_sources_apart(mixture):
+  both = heldout_batches(mixture, batch_size=2, seq_len=64)
+  parts = {
+    s.name: heldout_batches(mixture, batch_size=2, seq_len=64, source=s.name) for s in open_prepared(mixture).sources
+  }
+  for name, part in parts.items():
+    assert scored(part) == expected(mixture, name)
+    # The byte tokenizer has one token a byte, and EOS stands for none.
+    assert part.bytes == part.tokens - len(list(framed(mixture, name)))
+  assert sum(part.bytes for part in parts.values()) == both.bytes
+  assert scored(both) == expected(mixture)
+
+
+def test_hosts_share_the_batches(mixture):
+  whole = heldout_batches(mixture, batch_size=4, seq_len=64)
+  hosts = [heldout_batches(mixture, batch_size=4, seq_len=64, host_index=h, host_count=2) for h in range(2)]
+  assert [host.bytes for host in hosts] == [whole.bytes] * 2
+  for batch, *parts in zip(whole, *hosts, strict=True):
+    for name in batch:
+      np.testing.assert_array_equal(batch[name], np.concatenate([part[name] for part in parts]))
+
+
+def test_part_of_the_batches_counts_part_of_the_bytes(mixture):
+  """One token is one byte here, so bytes must follow the tokens that were scored (EOS apart)."""
+  whole = heldout_batches(mixture, batch_size=2, seq_len=64)
+  part = heldout_batches(mixture, batch_size=2, seq_len=64, max_batches=3)
+  assert len(part) == len(list(part)) == 3 < len(whole)
+  assert sum(batch["loss_weights"].sum() for batch in part) == part.tokens
+  assert part.bytes == pytest.approx(part.tokens, rel=0.02)
+  many = heldout_batches(mixture, batch_size=2, seq_len=64, max_batches=10**6)
+  assert (len(many), many.bytes) == (len(whole), whole.bytes)
+
+
+def test_bits_per_byte_of_the_uniform_model(config):
+  """Closed form: log2(vocabulary) bits per token, EOS included, over the raw bytes."""
+  prepared = open_prepared(config)
+  batches = heldout_batches(config, batch_size=4, seq_len=64)
+  nats = sum(float(batch["loss_weights"].sum()) * math.log(prepared.vocab_size) for batch in batches)
+  info = prepared.sources[0].heldout
+  wanted = math.log2(prepared.vocab_size) * (info.tokens + info.documents) / info.bytes
+  assert nats / math.log(2) / batches.bytes == pytest.approx(wanted)
+
+
+def test_errors(config, mixture):
+  with pytest.raises(DataError, match="no held-out documents of source 'third'"):
+    heldout_batches(mixture, batch_size=2, seq_len=8, source="third")
+  with pytest.raises(ConfigError, match="not divisible by the 2 hosts"):
+    heldout_batches(mixture, batch_size=3, seq_len=8, host_count=2)
+  with pytest.raises(DataError, match="prepared with another data.heldout_fraction"):
+    heldout_batches(dataclasses.replace(config, heldout_fraction=0.0), batch_size=2, seq_len=8)
