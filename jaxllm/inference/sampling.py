@@ -2,12 +2,12 @@
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxllm.errors import ConfigError
 
@@ -87,20 +87,39 @@ def filter_logits(
   scaled = scaled - scaled.max(-1, keepdims=True)  # before the division, which could overflow
   scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
 
-  def lowest_kept(_):
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    last = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab) - 1
-    kth = jnp.take_along_axis(ordered, last[:, None], axis=-1)
-    probabilities = jax.nn.softmax(jnp.where(ordered >= kth, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the tokens that come first
-    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    kept = kept & (ordered >= kth)
-    return jnp.where(kept, ordered, jnp.inf).min(-1)
+  def cut(_):
+    order = _ordered_bits(scaled)
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    kth = _highest(lambda low: (order >= low).sum(-1) >= count, order)
+    weights = jnp.where(order >= kth, jnp.exp(scaled), 0.0)
+    enough = top_p * weights.sum(-1)
+    nucleus = _highest(lambda low: jnp.where(order >= low, weights, 0.0).sum(-1) >= enough, order)
+    lowest = jnp.where(top_p[:, None] < 1, jnp.maximum(kth, nucleus), kth)
+    return jnp.where(order >= lowest, scaled, -jnp.inf)
 
-  cuts = jnp.any(top_k > 0) | jnp.any(top_p < 1)
-  lowest = jax.lax.cond(cuts, lowest_kept, lambda _: jnp.full(scaled.shape[:1], -jnp.inf), None)
-  lowest = jnp.maximum(lowest, jnp.log(min_p))  # the highest of `scaled` is 0
-  return jnp.where(scaled >= lowest[:, None], scaled, -jnp.inf)
+  kept = jax.lax.cond(jnp.any(top_k > 0) | jnp.any(top_p < 1), cut, lambda _: scaled, None)
+  return jnp.where(scaled >= jnp.log(min_p)[:, None], kept, -jnp.inf)  # the highest of `scaled` is 0
+
+
+def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+  """Integers in the order of the floats."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _highest(
+  holds: Callable[[UInt32[Array, "B 1"]], Bool[Array, " B"]], order: UInt32[Array, "B V"]
+) -> UInt32[Array, "B 1"]:
+  """The highest value of each row for which `holds`, which is true below it and false above.
+
+  Found bit by bit: 32 passes over the row take an eighth of the time that XLA:CPU needs to sort it.
+  """
+
+  def settle(i, low):
+    higher = low | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    return jnp.where(holds(higher)[:, None], higher, low)
+
+  return jax.lax.fori_loop(0, 32, settle, jnp.zeros((order.shape[0], 1), jnp.uint32))
 
 
 def sample(
