@@ -15,9 +15,7 @@ from jaxtyping import Int, Int32
 
 Packing = Literal["split", "first_fit", "best_fit", "none"]
 Order = Int[np.ndarray, " documents"]
-_OPEN_ROWS = (
-  512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
-)
+_OPEN_ROWS = 512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
 
 
 class Piece(NamedTuple):
@@ -35,9 +33,7 @@ class Plan(Protocol):
   def pieces(self, epoch: int, row: int) -> list[Piece]: ...
 
 
-def make_plan(
-  packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None
-) -> Plan:
+def make_plan(packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None) -> Plan:
   """How documents of `lengths` positions fill rows of `seq_len`.
 
   "split": documents one after another, cut wherever a row ends; order and cuts change each epoch.

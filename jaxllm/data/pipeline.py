@@ -211,9 +211,7 @@ def _weights(config: DataConfig, prepared: Prepared) -> dict[str, float]:
     if source.weight < 0:
       raise ConfigError(f"data source {source.path!r} has weight {source.weight}; it must not be negative")
   pairs = zip(prepared.sources, config.sources)
-  weights = {
-    info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents
-  }
+  weights = {info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents}
   if not weights:
     raise ConfigError("no data source has a weight above 0 and documents to train on")
   return weights

@@ -67,9 +67,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
     if names.count(name) > 1:
       raise DataError(f"two data sources are called {name!r}: give them different names with their `name`")
   content = manifests.content_config(config)
-  key = manifests.digest(
-    [manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)]
-  )
+  key = manifests.digest([manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)])
   with _locked(directory):
     prepared = manifests.read_manifest(directory)
     already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
@@ -173,10 +171,7 @@ def _survey(source: Source, log) -> _Survey:
   if not hashes:
     raise DataError(f"data source {source.name!r} is empty: it has {empty} documents, none with text")
   if not_utf8:
-    log(
-      f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; "
-      "their bytes are kept"
-    )
+    log(f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; their bytes are kept")
   as_array = [np.frombuffer(values, np.uint64) for values in (hashes, sizes)]
   return _Survey(source, *as_array, empty, not_utf8, first, content.hexdigest())
 
@@ -224,9 +219,7 @@ def _make_tokenizer(config: DataConfig, surveys: list[_Survey], heldout) -> Toke
 
 def _write_source(survey: _Survey, held, tokenizer: Tokenizer, root: Path, raw) -> SourceInfo:
   wanted = {"train": ~held, "heldout": held}
-  parts: dict[str, dict[str, np.ndarray]] = {
-    split: _parts(split, mask, survey) for split, mask in wanted.items()
-  }
+  parts: dict[str, dict[str, np.ndarray]] = {split: _parts(split, mask, survey) for split, mask in wanted.items()}
   counts = {split: array.array("q") for split in wanted}
   generators = {
     part: _records(survey, mask, tokenizer, counts[split], raw if split == "heldout" else None)

@@ -160,8 +160,7 @@ def _glob_regex(pattern: str) -> str:
   pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
   wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
   return "".join(
-    wild.get(piece, piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
-    for piece in pieces
+    wild.get(piece, piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece)) for piece in pieces
   )
 
 
@@ -188,9 +187,7 @@ def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, bytes]]:
       try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
       except ValueError as error:
-        raise DataError(
-          f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line"
-        ) from error
+        raise DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line") from error
       yield number, _field(row, field, where)
 
 
@@ -290,6 +287,4 @@ def _open_huggingface(config: SourceConfig) -> tuple[Any, str]:
 
 def _directory_facts(root: str) -> list:
   files = sorted(glob.glob("**", root_dir=root, recursive=True, include_hidden=True))
-  return [
-    (name, *_stat(os.path.join(root, name))) for name in files if os.path.isfile(os.path.join(root, name))
-  ]
+  return [(name, *_stat(os.path.join(root, name))) for name in files if os.path.isfile(os.path.join(root, name))]

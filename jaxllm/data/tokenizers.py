@@ -132,9 +132,7 @@ class SentencePieceTokenizer(Tokenizer):
   def encode_batch(self, texts):
     texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
     plain = [not self._special.search(text) for text in texts]
-    encoded = iter(
-      self._processor.encode([t for t, ok in zip(texts, plain) if ok], num_threads=os.cpu_count())
-    )
+    encoded = iter(self._processor.encode([t for t, ok in zip(texts, plain) if ok], num_threads=os.cpu_count()))
     return [np.array(next(encoded) if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
 
   def _encode_runs(self, text: str) -> list[int]:
@@ -203,9 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
       self._byte_ids = {b: vocabulary[c] for c, b in alphabet.items() if c in vocabulary}
       added = {token["id"]: token for token in parsed.get("added_tokens") or ()}
       self._piece_bytes = {
-        i: (b"" if added[i]["special"] else token.encode())
-        if i in added
-        else bytes(alphabet[c] for c in token)
+        i: (b"" if added[i]["special"] else token.encode()) if i in added else bytes(alphabet[c] for c in token)
         for token, i in vocabulary.items()
         if i in added or all(c in alphabet for c in token)
       }
@@ -222,9 +218,7 @@ class HuggingFaceTokenizer(Tokenizer):
     # A vocabulary without byte pieces can only know such bytes as U+FFFD.
     valid = [_NOT_UTF8.sub("\ufffd", t) for t, ok in zip(texts, plain) if ok]
     encoded = iter(self._tokenizer.encode_batch_fast(valid, add_special_tokens=False))
-    return [
-      np.array(next(encoded).ids if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)
-    ]
+    return [np.array(next(encoded).ids if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
 
   def _encode_runs(self, text: str) -> list[int]:
     ids = []
@@ -276,9 +270,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   try:
     data = path.read_bytes()
   except OSError as error:
-    raise DataError(
-      f"cannot read the tokenizer {path}: {error.strerror}; mend data.tokenizer.path"
-    ) from error
+    raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; mend data.tokenizer.path") from error
   try:
     if path.suffix == ".json":
       return HuggingFaceTokenizer(data.decode(), _special_tokens_beside(path))

@@ -113,9 +113,9 @@ def _xla_sums(z_loss, softcap, vd, chunk, x, head, targets, weights, grad):
   pad = -M % chunk
   x, targets, weights = (jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)) for a in (x, targets, weights))
   w = head.astype(x.dtype)
+
   def split(a):
     return a.reshape(-1, chunk, *a.shape[1:])
-
 
   def body(carry, part):
     sums, dhead = carry

@@ -118,9 +118,7 @@ def test_epochs_are_reshuffled_and_counted(config, packing):
   assert iterator.epochs == 2.0
   order = [[batch["inputs"].tobytes() for batch in epoch] for epoch in (rows, second)]
   assert order[0] != order[1]
-  tokens = [
-    sorted(np.concatenate([b["targets"][b["segment_ids"] > 0] for b in epoch])) for epoch in (rows, second)
-  ]
+  tokens = [sorted(np.concatenate([b["targets"][b["segment_ids"] > 0] for b in epoch])) for epoch in (rows, second)]
   np.testing.assert_array_equal(*tokens)
 
 
@@ -157,8 +155,7 @@ def test_hosts_share_the_batches_of_one(mixture, packing, hosts):
   parts = [take(open_batches(config, batch_size=8, host_index=h, host_count=hosts)) for h in range(hosts)]
   assert parts[0][0]["inputs"].shape == (8 // hosts, 64)
   joined = [
-    {name: np.concatenate([b[name] for b in batches]) for name in NAMES}
-    for batches in zip(*parts, strict=True)
+    {name: np.concatenate([b[name] for b in batches]) for name in NAMES} for batches in zip(*parts, strict=True)
   ]
   same(joined, whole)
 
@@ -181,9 +178,7 @@ def test_resume_continues_identically(request, name, packing):
   same(take(iterator, 5), head)
 
 
-@pytest.mark.parametrize(
-  "packing", ["split", *(pytest.param(p, marks=pytest.mark.slow) for p in PACKINGS[1:])]
-)
+@pytest.mark.parametrize("packing", ["split", *(pytest.param(p, marks=pytest.mark.slow) for p in PACKINGS[1:])])
 def test_workers_give_the_same_batches_and_resume(mixture, packing):
   config = dataclasses.replace(mixture, packing=packing, epochs=2)
   expected = take(open_batches(config))
@@ -301,9 +296,7 @@ def test_batches_are_the_same_everywhere(packing, byte_tokenizer, tmp_path):
     (tmp_path / f"{i}.txt").write_text(f"document {i} " * (7 * i % 13 + 1))
   source = SourceConfig(path=f"{tmp_path}/*.txt", name="golden")
   tokenizer = TokenizerConfig(path=str(byte_tokenizer))
-  config = DataConfig(
-    f"{tmp_path}/out", (source,), tokenizer, heldout_fraction=0.1, packing=packing, epochs=2
-  )
+  config = DataConfig(f"{tmp_path}/out", (source,), tokenizer, heldout_fraction=0.1, packing=packing, epochs=2)
   prepare(config, log=lambda line: None)
   digest = hashlib.sha256()
   for batch in open_batches(config, batch_size=2, seq_len=48, seed=7):

@@ -62,8 +62,7 @@ def test_iterates_again_the_same(config):
 def test_sources_apart(mixture):
   both = heldout_batches(mixture, batch_size=2, seq_len=64)
   parts = {
-    s.name: heldout_batches(mixture, batch_size=2, seq_len=64, source=s.name)
-    for s in open_prepared(mixture).sources
+    s.name: heldout_batches(mixture, batch_size=2, seq_len=64, source=s.name) for s in open_prepared(mixture).sources
   }
   for name, part in parts.items():
     assert scored(part) == expected(mixture, name)

@@ -126,6 +126,4 @@ def test_row_by_hand():
   assert rest["inputs"].tolist() == [6, 7, 0]
   assert rest["targets"].tolist() == [7, 8, 0]
   assert rest["positions"].tolist() == [0, 1, 0]
-  assert all(
-    array.dtype == (np.float32 if name == "loss_weights" else np.int32) for name, array in row.items()
-  )
+  assert all(array.dtype == (np.float32 if name == "loss_weights" else np.int32) for name, array in row.items())

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ODDITIES
+from oddities import ODDITIES
 
 from jaxllm.data import prepare as prepare_module
 from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -57,9 +57,7 @@ def test_shards_hold_each_document_once_and_losslessly(config):
     assert info.documents == len(rows)
     assert info.bytes == sum(record.num_bytes for record in rows) == prepared.total(split, "bytes")
     assert info.tokens == sum(len(record.tokens) for record in rows)
-    assert prepared.token_counts(prepared.sources[0], split).tolist() == [
-      len(record.tokens) for record in rows
-    ]
+    assert prepared.token_counts(prepared.sources[0], split).tolist() == [len(record.tokens) for record in rows]
   raw = b"".join(corpus[record.id] for record in found["heldout"])
   assert prepared.heldout_path.read_bytes() == raw
   assert prepared.heldout_lengths().tolist() == [record.num_bytes for record in found["heldout"]]
@@ -71,9 +69,7 @@ def test_warns_of_bytes_that_are_not_utf8(corpus, byte_tokenizer, tmp_path):
   lines = []
   source = SourceConfig(path=f"{corpus}/odd*.txt", name="odd")
   prepare(DataConfig(str(tmp_path), (source,), TokenizerConfig(str(byte_tokenizer))), log=lines.append)
-  assert lines == [
-    "warning: 1 documents of 'odd' are not UTF-8, the first is 'odd/odd4.txt'; their bytes are kept"
-  ]
+  assert lines == ["warning: 1 documents of 'odd' are not UTF-8, the first is 'odd/odd4.txt'; their bytes are kept"]
   assert read_manifest(tmp_path).sources[0].not_utf8_documents == 1
 
 
@@ -89,9 +85,7 @@ def files(tmp_path):
 @pytest.fixture
 def base(files, byte_tokenizer, tmp_path):
   source = SourceConfig(path=f"{files}/*.txt", name="s")
-  return DataConfig(
-    str(tmp_path / "out"), (source,), TokenizerConfig(str(byte_tokenizer)), heldout_fraction=0.1
-  )
+  return DataConfig(str(tmp_path / "out"), (source,), TokenizerConfig(str(byte_tokenizer)), heldout_fraction=0.1)
 
 
 def heldout_ids(prepared):
@@ -281,9 +275,7 @@ def test_errors(base, files, tmp_path):
   fails(dataclasses.replace(base, dir=f"{tmp_path}/file"), "cannot write the data directory")
   fails(dataclasses.replace(base, tokenizer=TokenizerConfig(path="/none")), "cannot read the tokenizer /none")
   # A build that fails leaves nothing behind.
-  fails(
-    dataclasses.replace(base, tokenizer=TokenizerConfig(vocab_size=9999)), "too small for .*vocab_size 9999"
-  )
+  fails(dataclasses.replace(base, tokenizer=TokenizerConfig(vocab_size=9999)), "too small for .*vocab_size 9999")
   assert not list((tmp_path / "out").glob("build-*"))
 
 
@@ -340,9 +332,7 @@ def test_tfds_reads_what_was_written(config):
 def test_nothing_of_the_oddities_is_lost(config):
   prepared = open_prepared(config)
   tokenizer = prepared.tokenizer()
-  texts = {
-    tokenizer.decode_bytes(r.tokens) for split in ("train", "heldout") for r in records(prepared, split)
-  }
+  texts = {tokenizer.decode_bytes(r.tokens) for split in ("train", "heldout") for r in records(prepared, split)}
   assert set(ODDITIES) <= texts
 
 

@@ -202,9 +202,7 @@ def test_missing_extra(tmp_path, monkeypatch):
   (tmp_path / "t.parquet").write_bytes(b"")
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   monkeypatch.setitem(sys.modules, "datasets", None)
-  fails(
-    r"pyarrow is not installed: pip install 'jaxllm\[data\]'", kind="parquet", path=f"{tmp_path}/t.parquet"
-  )
+  fails(r"pyarrow is not installed: pip install 'jaxllm\[data\]'", kind="parquet", path=f"{tmp_path}/t.parquet")
   fails(r"datasets is not installed: pip install 'jaxllm\[data\]'", kind="huggingface", path="x")
 
 

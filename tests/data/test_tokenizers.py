@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import ODDITIES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oddities import ODDITIES
 
 from jaxllm.data.config import TokenizerConfig
 from jaxllm.data.sources import open_source, stdlib_sources
@@ -18,19 +18,13 @@ from jaxllm.data.train_tokenizer import _chunks, _sample, train_sentencepiece
 from jaxllm.errors import DataError
 
 TEXT = [
-  (
-    "def f(x):\n    return x + 1\n\n\n"
-    + "caf\u00e9 \u4e2d\u6587 na\u00efve 123 the quick brown fox\t\tjumps\r\n"
-  )
-  * 20,
+  ("def f(x):\n    return x + 1\n\n\n" + "caf\u00e9 \u4e2d\u6587 na\u00efve 123 the quick brown fox\t\tjumps\r\n") * 20,
   "".join(f"line {i}: some other words about token number {i}\n" for i in range(100)),
 ]
 DOCUMENTS = [text.encode() for text in TEXT]
 # Unlike st.text(), also runs of what the tokenizers treat specially.
 TRICKY = st.lists(
-  st.sampled_from(
-    ["\u2581", " ", "  ", "\t", "\n", "\r\n", "\0", "\u2585", "<s>", "<0x41>", "\U0001f600", "a", "fox"]
-  )
+  st.sampled_from(["\u2581", " ", "  ", "\t", "\n", "\r\n", "\0", "\u2585", "<s>", "<0x41>", "\U0001f600", "a", "fox"])
   | st.text(max_size=5)
 ).map("".join)
 
@@ -161,9 +155,7 @@ def test_vocabularies_without_byte_level():
 
   vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "</s>": 257}
   fallback = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
-  fallback.decoder = tokenizers.decoders.Sequence(
-    [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-  )
+  fallback.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
   tokenizer = HuggingFaceTokenizer(fallback.to_str())
   assert tokenizer.encode(b"a\xff").tolist() == [256, 255]
   assert tokenizer.decode(tokenizer.encode("a\u4e2d")) == "a\u4e2d"
