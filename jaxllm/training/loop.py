@@ -14,6 +14,7 @@ from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import train_batches
 from jaxllm.errors import DataError, UserError
 from jaxllm.evaluation.bits_per_byte import heldout_metrics
+from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.checkpoints import Checkpoints
@@ -49,6 +50,8 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
+  if mesh.devices.flat[0].platform == "cpu":
+    keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
   program = make_program(run.model, training, run.optimizer, run.mesh, mesh)
   prepared = open_prepared(run.data)

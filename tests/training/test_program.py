@@ -1,0 +1,97 @@
+"""The compiled step of the real model: it learns, whatever the mesh and the micro-batches."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.training.compile import make_program, put_batch
+from jaxllm.training.config import OptimizerConfig, TrainingConfig
+
+MODEL = ModelConfig(
+  vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=64, max_seq_len=16
+)
+TRAINING = TrainingConfig(steps=200, batch_size=8, seq_len=16)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.0)
+
+
+def batch(seed=0, uneven=True):
+  """Two documents a row, and rows with very different numbers of targets."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, MODEL.vocab_size, (8, 17)).astype(np.int32)
+  segments = np.repeat([[1] * 7 + [2] * 9], 8, axis=0).astype(np.int32)
+  positions = np.concatenate([np.arange(7), np.arange(9)])[None].repeat(8, axis=0).astype(np.int32)
+  weights = np.ones((8, 16), np.float32)
+  weights[:, 6] = 0  # the last token of a document predicts nothing here
+  if uneven:
+    for row in range(8):
+      weights[row, : 2 * row] = 0
+  return {
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "positions": positions,
+    "segment_ids": segments,
+    "loss_weights": weights,
+  }
+
+
+def losses(steps=4, training=TRAINING, mesh=MeshConfig(data=1), model=MODEL, repeat=False):
+  program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh))
+  state = program.init(jax.random.key(0))
+  history = []
+  for i in range(steps):
+    state, metrics = program.step(state, put_batch(batch(0 if repeat else i), program.batch))
+    history.append(metrics["loss"])
+  return np.array(jax.device_get(history))
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return losses()
+
+
+def test_one_batch_is_learnt_by_heart():
+  history = losses(steps=150, repeat=True)
+  assert history[0] == pytest.approx(np.log(64), abs=0.2)
+  assert history[-1] < 0.01
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_micro_batches_change_nothing(reference, accumulation):
+  training = dataclasses.replace(TRAINING, accumulation=accumulation)
+  np.testing.assert_allclose(losses(training=training), reference, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=2, fsdp=2, context=2),
+  ],
+  ids=["data", "fsdp", "data x fsdp x tensor", "data x fsdp x context"],
+)
+def test_every_mesh_trains_alike(reference, mesh):
+  np.testing.assert_allclose(losses(mesh=mesh), reference, rtol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows(reference, dtype):
+  training = dataclasses.replace(TRAINING, dtype=dtype)
+  np.testing.assert_allclose(losses(training=training), reference, rtol=2e-2)
+
+
+def test_the_cpu_kernels_and_xla_train_alike(reference):
+  plain = dict.fromkeys(("attention", "matmul", "elementwise", "cross_entropy"), "xla")
+  np.testing.assert_allclose(losses(training=dataclasses.replace(TRAINING, **plain)), reference, rtol=2e-5)
+
+
+def test_a_head_bias_and_soft_cap_train(reference):
+  model = dataclasses.replace(MODEL, head_bias=True, logit_softcap=20.0, tie_embeddings=False)
+  history = losses(steps=30, model=model, repeat=True)
+  assert history[-1] < history[0] - 1
