@@ -42,9 +42,7 @@ class Side:
     self.name, self.rounds, self.losses, self.foreign = name, [], [], []
     command = [python, str(SIDES / script), json.dumps(settings)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SIDES.parent.parent)}
-    self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     self.version = json.loads(self.process.stdout.readline())
 
   def own_seconds(self) -> float:

@@ -48,7 +48,6 @@ class _Survey(NamedTuple):
   sizes: UInt64[np.ndarray, " documents"]
   empty: int
   not_utf8: int
-  first_not_utf8: str
   fingerprint: str
 
 
@@ -72,7 +71,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
     prepared = manifests.read_manifest(directory)
     already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
     try:
-      if not already:
+      if prepared is None or not already:
         prepared = _build(config, directory, key, [s._replace(name=n) for s, n in zip(sources, names)], log)
     finally:
       _remove_other_builds(directory, keep=prepared.build if prepared else None)
@@ -129,7 +128,8 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
   root = directory / name
   root.mkdir()
   tokenizer = _make_tokenizer(config, surveys, heldout)
-  tokenizer.start_id  # noqa: B018  raises where documents cannot be told apart
+  start_id, eos_id = tokenizer.start_id, tokenizer.eos_id
+  assert eos_id is not None  # start_id has raised where documents cannot be told apart
   tokenizer.save(root / "tokenizer")
   infos = []
   with open(root / "heldout.bin", "wb") as raw:
@@ -143,8 +143,8 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
     sources=tuple(infos),
     tokenizer_fingerprint=tokenizer.fingerprint,
     vocab_size=tokenizer.vocab_size,
-    start_id=tokenizer.start_id,
-    eos_id=tokenizer.eos_id,
+    start_id=start_id,
+    eos_id=eos_id,
     files=file_sizes(root),
     config=manifests.content_config(config),
   )
@@ -172,8 +172,14 @@ def _survey(source: Source, log) -> _Survey:
     raise DataError(f"data source {source.name!r} is empty: it has {empty} documents, none with text")
   if not_utf8:
     log(f"warning: {not_utf8} documents of {source.name!r} are not UTF-8, the first is {first!r}; their bytes are kept")
-  as_array = [np.frombuffer(values, np.uint64) for values in (hashes, sizes)]
-  return _Survey(source, *as_array, empty, not_utf8, first, content.hexdigest())
+  return _Survey(
+    source,
+    np.frombuffer(hashes, np.uint64),
+    np.frombuffer(sizes, np.uint64),
+    empty,
+    not_utf8,
+    content.hexdigest(),
+  )
 
 
 def _id_bytes(document: Document) -> bytes:

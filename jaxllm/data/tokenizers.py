@@ -43,6 +43,7 @@ class Tokenizer(abc.ABC):
   pad_id: int | None
   unk_id: int | None
   fingerprint: str
+  _byte_ids: dict[int, int]  # single-byte pieces, where the vocabulary has them
 
   def encode(self, text: str | bytes) -> Ids:
     """Ids of one text; adds no special tokens and reads none in the text (they are plain characters)."""
@@ -64,6 +65,14 @@ class Tokenizer(abc.ABC):
   def save(self, directory: str | os.PathLike) -> None:
     """Writes the files that `load_tokenizer(directory)` reads."""
 
+  def _encode_bytes(self, run: str) -> list[int]:
+    """Ids of bytes that are not UTF-8, given as surrogates, or of a SentencePiece space."""
+    ids = [self._byte_ids.get(byte, self.unk_id) for byte in to_bytes(run)]
+    known = [i for i in ids if i is not None]
+    if len(known) < len(ids):
+      raise DataError(f"the tokenizer has no piece for the bytes {to_bytes(run)[:8]!r}, nor one for what is unknown")
+    return known
+
   @property
   def start_id(self) -> int:
     """What stands before a document's first token: BOS, or EOS where there is no BOS (as GPT-2 does)."""
@@ -84,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
     try:
-      spec = model_pb2.ModelProto.FromString(model)
+      spec = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # protobuf and the C++ side each raise their own
       raise DataError("not a SentencePiece model, or a damaged one") from error
@@ -96,7 +105,7 @@ class SentencePieceTokenizer(Tokenizer):
     ids = {name: getattr(self._processor, name)() for name in ("bos_id", "eos_id", "pad_id", "unk_id")}
     self.bos_id, self.eos_id, self.pad_id, self.unk_id = (None if i < 0 else i for i in ids.values())
     self._dummy_prefix = spec.normalizer_spec.add_dummy_prefix
-    Type = model_pb2.ModelProto.SentencePiece
+    Type = model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]  # made at run time
     self._piece_bytes = []
     for piece in spec.pieces:
       if piece.type == Type.BYTE:
@@ -125,7 +134,7 @@ class SentencePieceTokenizer(Tokenizer):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-    spec = model_pb2.ModelProto.FromString(self._model)
+    spec = model_pb2.ModelProto.FromString(self._model)  # type: ignore[attr-defined]
     spec.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
@@ -139,7 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
     ids, processor = [], self._processor
     for index, run in enumerate(self._special.split(text)):
       if index % 2:
-        ids += [self._byte_ids.get(byte, self.unk_id) for byte in run.encode("utf-8", "surrogateescape")]
+        ids += self._encode_bytes(run)
       elif run:
         ids += processor.encode(run)
       processor = self._continuation
@@ -224,7 +233,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ids = []
     for index, run in enumerate(_NOT_UTF8.split(text)):
       if index % 2:
-        ids += [self._byte_ids.get(byte, self.unk_id) for byte in run.encode("utf-8", "surrogateescape")]
+        ids += self._encode_bytes(run)
       elif run:
         ids += self._tokenizer.encode(run, add_special_tokens=False).ids
     return ids

@@ -159,6 +159,10 @@ def test_vocabularies_without_byte_level():
   tokenizer = HuggingFaceTokenizer(fallback.to_str())
   assert tokenizer.encode(b"a\xff").tolist() == [256, 255]
   assert tokenizer.decode(tokenizer.encode("a\u4e2d")) == "a\u4e2d"
+  del vocabulary["<0xFF>"]
+  without = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+  with pytest.raises(DataError, match="no piece for the bytes"):
+    HuggingFaceTokenizer(without.to_str()).encode(b"a\xff")
 
 
 def test_save_load_pickle_keep_the_fingerprint(trained, byte_bpe, tmp_path):

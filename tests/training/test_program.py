@@ -12,9 +12,7 @@ from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.compile import make_program, put_batch
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 
-MODEL = ModelConfig(
-  vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=64, max_seq_len=16
-)
+MODEL = ModelConfig(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=64, max_seq_len=16)
 TRAINING = TrainingConfig(steps=200, batch_size=8, seq_len=16)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0, weight_decay=0.0)
 
