@@ -2,6 +2,7 @@
 
 Run on every host of the slice: python -m jaxllm.train --config=configs/llama3_8b.py
 On 8 H100s: … --config.mesh.fsdp=8 --config.training.batch_size=128 --config.training.accumulation=16
+Hardware: 32 TPU v5p chips (a v5p-64 slice) or 8 H100s of 80 GB.
 Memory: 8.03 B parameters take 16 bytes of state and gradient each, 128 GB over the fsdp axis.
 Time, estimated: 1 B tokens take about 30 minutes on 32 v5p chips at 50 % MFU. Not yet run.
 """

@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
   if result["stopped"]:
     print(f"stopped at step {result['step']}, which is saved; to go on: {command}")
   else:
-    print(f"done: step {result['step']}, held-out {result['eval/bits_per_byte']:.4f} bits per byte, in {workdir}")
+    score = result.get("eval/bits_per_byte")
+    heldout = f", held-out {score:.4f} bits per byte" if score is not None else ""
+    print(f"done: step {result['step']}{heldout}, in {workdir}")
   return 0
 
 

@@ -64,7 +64,9 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
   hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
   sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len)
   batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
-  heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
+  heldout = None  # where nothing is held out there is nothing to evaluate
+  if prepared.total("heldout", "documents"):
+    heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
 
   directory = open_run_directory(workdir, settings)
   if jax.process_index() == 0:
@@ -136,6 +138,8 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
 
       def look(number: int) -> None:
         """Held-out loss, of the averaged weights too where there are any."""
+        if heldout is None:
+          return
         evaluate(number, state.params)
         if state.ema is not None:
           evaluate(number, state.ema, "eval_ema/")

@@ -59,7 +59,7 @@ class Llama(nn.Module):
       matrices = [weights[f"blocks/{name}/weight"][i] for name in names]
       linear.weight.data.copy_(torch.tensor(np.concatenate(matrices, axis=1)).T)
 
-    for i, block in enumerate(self.blocks):
+    for i, block in enumerate(self.blocks):  # noqa: B007, used by `put`
       put(block.qkv, "attention/query", "attention/key", "attention/value")
       put(block.out, "attention/output")
       put(block.gate_up, "mlp/gate", "mlp/up")
