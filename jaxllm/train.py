@@ -32,8 +32,10 @@ def main(argv: Sequence[str]) -> int:
     return _sweep(args.config, overrides, workdir)
   run = load_config(args.config, overrides)
 
-  from jaxllm.training.loop import train  # jax starts here, after what can fail without it
+  from jaxllm.parallel.hosts import join_hosts  # jax starts here, after what can fail without it
+  from jaxllm.training.loop import train
 
+  join_hosts()
   result = train(run, workdir)
   command = f"python -m jaxllm.train {' '.join(argv)}"
   if result["stopped"]:
@@ -47,8 +49,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> int:
   """One run directory per point; a point that fails is reported and the others still run."""
+  from jaxllm.parallel.hosts import join_hosts
   from jaxllm.training.loop import train
 
+  join_hosts()
   points = sweep_points(path)
   runs = [load_config(path, [*overrides, *point.items()]) for point in points]  # all mistakes before any run
   rows, failed = [], False

@@ -65,16 +65,16 @@ class Model:
     Raises:
       ConfigError: the tokens are not [B, T], too long, or not in the vocabulary.
     """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-      raise ConfigError(f"a model takes integer tokens [B, T], not {tokens.dtype} of shape {tokens.shape}")
-    if tokens.shape[1] > self.config.max_seq_len:
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+      raise ConfigError(f"a model takes integer tokens [B, T], not {ids.dtype} of shape {ids.shape}")
+    if ids.shape[1] > self.config.max_seq_len:
       raise ConfigError(
-        f"{tokens.shape[1]} tokens: the sequence length is over the model's limit of {self.config.max_seq_len}"
+        f"{ids.shape[1]} tokens: the sequence length is over the model's limit of {self.config.max_seq_len}"
       )
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+    if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
       raise ConfigError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
-    return _forward(self.graph)(self._weights, tokens.astype(np.int32))
+    return _forward(self.graph)(self._weights, ids.astype(np.int32))
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""

@@ -58,14 +58,14 @@ def why_unavailable() -> str | None:
     return f"the C++ kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
   if missing := NEEDED - cpu_flags():
     return f"this CPU lacks {', '.join(sorted(missing))}"
-  if compiler() is None:
+  if not compiler():
     return "no C++ compiler (g++) was found; set CXX or install one"
   return None
 
 
-def compiler() -> str | None:
-  """Path of the C++ compiler: $CXX, else g++."""
-  return shutil.which(os.environ.get("CXX", "g++"))
+def compiler() -> str:
+  """The C++ compiler: $CXX, else g++; "" if there is none."""
+  return shutil.which(os.environ.get("CXX", "g++")) or ""
 
 
 def cache_dir() -> pathlib.Path:

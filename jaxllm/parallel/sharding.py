@@ -20,7 +20,8 @@ def partition_spec(axes: LogicalAxes, rules: AxisRules, name: str = "array") -> 
   Raises:
     ConfigError: a logical name that the rules do not know, or two dimensions on one mesh axis.
   """
-  entries, used = [], {}
+  entries: list[str | tuple[str, ...] | None] = []
+  used: dict[str, str] = {}
   for axis in axes:
     if axis is None:
       entries.append(None)

@@ -67,8 +67,7 @@ def plan_params(config: OptimizerConfig, params: PyTree) -> list[ParamPlan]:
   for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True):
     index = next((i for i, pattern in enumerate(patterns) if pattern.search(path)), None)
     used.add(index)
-    rule = None if index is None else config.rules[index]
-    plans.append(_plan(config, rule, path, leaf))
+    plans.append(_plan(config, None if index is None else config.rules[index], path, leaf))
 
   for i, rule in enumerate(config.rules):
     if i not in used:

@@ -155,7 +155,7 @@ class MLflow:
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """{"model": {"embed_dim": 8}} -> {"model.embed_dim": 8}"""
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in config.items():
     if isinstance(value, Mapping) and value:
       flat |= flatten(value, f"{prefix}{name}.")

@@ -1,0 +1,39 @@
+"""Two processes train as one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+def losses(run):
+  rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  return {row["step"]: row["loss"] for row in rows if "loss" in row}, rows[-1]["eval/bits_per_byte"]
+
+
+def start(job, run, data, **environment):
+  flags = [f"--config={job}", f"--workdir={run}", f"--config.mesh.data={data}"]
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | environment
+  command = [sys.executable, "-m", "jaxllm.train", *flags]
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(job, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+  pair = [start(job, tmp_path / "two", 2, **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+  outputs = [process.communicate(timeout=300)[0] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], outputs
+  alone = start(job, tmp_path / "one", 1)
+  out = alone.communicate(timeout=300)[0]
+  assert alone.returncode == 0, out
+  (two, two_bits), (one, one_bits) = losses(tmp_path / "two"), losses(tmp_path / "one")
+  assert two.keys() == one.keys()
+  assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+  assert two_bits == pytest.approx(one_bits, rel=1e-4)
