@@ -8,6 +8,7 @@ is no compiler or the CPU lacks AVX-512, `available()` is False and callers use 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import platform
@@ -20,6 +21,7 @@ import jax
 import jaxlib
 from jaxtyping import Array
 
+log = logging.getLogger("jaxllm")
 SOURCES = pathlib.Path(__file__).with_name("cpu")
 TARGETS = (
   "cpu_matmul",
@@ -88,6 +90,7 @@ def build() -> pathlib.Path:
   library = cache_dir() / f"{_key()}.so"
   if library.exists():
     return library
+  log.info("compiling the CPU kernels, once for this machine")
   library.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=library.parent) as tmp:  # then an atomic rename: builds may race
     objects, running = [], []
@@ -121,14 +124,19 @@ def load() -> None:
 
 @functools.cache
 def available() -> bool:
-  """True if the C++ kernels run here (builds them at the first call). JAXLLM_CPU_KERNELS=0 switches them off."""
-  if os.environ.get("JAXLLM_CPU_KERNELS", "1") == "0" or why_unavailable():
-    return False
-  try:
-    load()
-  except BuildError:
-    return False
-  return True
+  """True if the C++ kernels run here (builds them at the first call); what stands in the way is logged once.
+
+  JAXLLM_CPU_KERNELS=0 switches them off.
+  """
+  reason = "JAXLLM_CPU_KERNELS is 0" if os.environ.get("JAXLLM_CPU_KERNELS", "1") == "0" else why_unavailable()
+  if reason is None:
+    try:
+      load()
+      return True
+    except (BuildError, OSError) as error:
+      reason = str(error)
+  log.warning("the CPU runs without its C++ kernels, at about half the speed: %s", reason)
+  return False
 
 
 def keep_memory_resident() -> bool:

@@ -1,0 +1,175 @@
+"""CPU training kernels against float64 references: forward and gradients, float32 and bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.kernels import attention_cpu as attention_lib
+from jaxllm.kernels import cpu_ffi, elementwise
+from jaxllm.kernels import cross_entropy as ce_lib
+from jaxllm.kernels import matmul as matmul_lib
+
+TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
+
+
+def close(got, want, dtype):
+  want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
+  assert got.shape == want.shape and np.isfinite(got).all()
+  assert np.abs(got - want).max() <= TOLERANCE[dtype] * max(np.abs(want).max(), 1e-6)
+
+
+def check(f, reference, args, dtype):
+  """f and its gradients (random cotangent) against `reference` in float64 on the same, already rounded, inputs."""
+  got, pull = jax.vjp(jax.jit(f), *args)
+  ct = jnp.asarray(np.random.default_rng(7).standard_normal(got.shape), got.dtype)
+  grads = jax.jit(pull)(ct)
+  with jax.enable_x64(True):
+    want, pull64 = jax.vjp(reference, *(jnp.asarray(np.asarray(a, np.float64)) for a in args))
+    want_grads = pull64(jnp.asarray(np.asarray(ct, np.float64)))
+  for a, b in zip((got, *grads), (want, *want_grads), strict=True):
+    close(a, b, dtype)
+
+
+def normal(seed, *shape, dtype=jnp.float32, scale=1.0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+@pytest.fixture(params=["native", "fallback"])
+def build(request, monkeypatch):
+  """Both with the C++ kernels and as on a machine without a compiler."""
+  if request.param == "native":
+    if not cpu_ffi.available():
+      pytest.skip(str(cpu_ffi.why_unavailable()))
+  else:
+    monkeypatch.setattr(cpu_ffi, "available", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7, 33, 5), (2, 50, 96, 130), (3, 129, 64, 384)])
+def test_matmul(build, shape, dtype):
+  B, T, I, O = shape
+  x, w = normal(0, B, T, I, dtype=dtype), normal(1, I, O, dtype=dtype)
+  check(lambda x, w: matmul_lib.matmul(x, w, backend="cpu"), lambda x, w: x @ w, (x, w), dtype)
+
+
+def test_matmul_master_weights(build):
+  x, w = normal(0, 4, 33, 64, dtype=jnp.bfloat16), normal(1, 64, 96)
+  y, pull = jax.vjp(lambda x, w: matmul_lib.matmul(x, w, backend="cpu"), x, w)
+  dx, dw = pull(y)
+  assert y.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+
+
+def reference_attention(q, k, v, causal, window, seg, scale):
+  g = q.shape[2] // k.shape[2]
+  k, v = jnp.repeat(k, g, 2), jnp.repeat(v, g, 2)
+  z = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+  i, j = np.arange(q.shape[1])[:, None], np.arange(k.shape[1])[None]
+  m = np.ones((q.shape[0], 1, len(i), j.shape[1]), bool)
+  m &= (j <= i) if causal else True
+  if window:
+    m &= (j > i - window) & (causal or (j < i + window))
+  if seg is not None:
+    a, b = (np.asarray(s) for s in seg)
+    m &= ((a[:, :, None] == b[:, None]) & (a[:, :, None] != 0))[:, None]
+  p = jnp.where(m, jax.nn.softmax(jnp.where(m, z, -1e30), -1), 0.0)
+  return jnp.einsum("bnts,bsnh->btnh", p, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+  "case",
+  [  # B, T, S, N, K, H, causal, window, segments
+    (2, 64, 64, 2, 2, 64, True, None, False),
+    (1, 100, 100, 4, 2, 64, True, None, True),
+    (1, 70, 130, 4, 1, 40, False, None, False),
+    (2, 150, 150, 2, 2, 32, True, 37, True),
+    (1, 90, 90, 2, 1, 64, False, 20, True),
+    (1, 5, 5, 1, 1, 16, True, None, False),
+  ],
+)
+def test_attention(build, case, dtype):
+  B, T, S, N, K, H, causal, window, segments = case
+  args = [normal(i, *s, dtype=dtype) for i, s in enumerate([(B, T, N, H), (B, S, K, H), (B, S, K, H)])]
+  seg = None
+  if segments:
+    s = np.sort(np.random.default_rng(3).integers(1, 4, (B, T)), -1)
+    s[:, -7:] = 0
+    seg = (jnp.asarray(s), jnp.asarray(s))
+  check(
+    lambda *a: attention_lib.attention_cpu(*a, causal=causal, window=window, segment_ids=seg, scale=H**-0.5),
+    lambda *a: reference_attention(*a, causal, window, seg, H**-0.5),
+    args,
+    dtype,
+  )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout,z_loss,softcap", [("dv", 0.0, None), ("vd", 1e-3, None), ("vd", 1e-3, 8.0)])
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_cross_entropy(dtype, layout, z_loss, softcap, backend):
+  B, T, D, V = 2, 300, 40, 515
+  x, head = normal(0, B, T, D, dtype=dtype), normal(1, *((V, D) if layout == "vd" else (D, V)), scale=0.3)
+  rng = np.random.default_rng(2)
+  targets, weights = rng.integers(0, V, (B, T)), rng.integers(0, 3, (B, T)).astype(np.float32)
+
+  def reference(x, head):
+    z = x @ (head.T if layout == "vd" else head)
+    z = softcap * jnp.tanh(z / softcap) if softcap else z
+    lse = jax.nn.logsumexp(z, -1)
+    at = jnp.take_along_axis(z, jnp.asarray(targets)[..., None], -1)[..., 0]
+    return ((lse - at + z_loss * lse * lse) * weights).sum()
+
+  def f(x, h):
+    return ce_lib.cross_entropy(
+      x,
+      h,
+      jnp.asarray(targets),
+      jnp.asarray(weights),
+      z_loss=z_loss,
+      softcap=softcap,
+      head_layout=layout,
+      backend=backend,
+      chunk=64,
+    )
+
+  check(lambda x, h: f(x, h).loss_sum, reference, (x, head), dtype)
+  sums = f(x, head)
+  assert sums.weight_sum == weights.sum() and 0 <= sums.correct_sum <= sums.weight_sum
+  assert (sums.z_loss_sum > 0) == (z_loss > 0)
+  np.testing.assert_allclose(
+    sums.loss_sum, reference(x.astype(jnp.float32), head), rtol=1e-5 if dtype == jnp.float32 else 1e-2
+  )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise(build, dtype):
+  x, w = normal(0, 3, 37, 72, dtype=dtype), normal(1, 72) + 1.0
+  check(
+    lambda x, w: elementwise.rms_norm(x, w, eps=1e-6, backend="cpu"),
+    lambda x, w: x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w,
+    (x, w),
+    dtype,
+  )
+  up = normal(4, 3, 37, 72, dtype=dtype)
+  check(lambda x, up: elementwise.swiglu(x, up, backend="cpu"), lambda x, up: jax.nn.silu(x) * up, (x, up), dtype)
+  q, angle = normal(2, 2, 19, 3, 40, dtype=dtype), np.random.default_rng(3).uniform(0, 6, (2, 19, 20))
+  c, s = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+  def rotate(q):
+    a, b = q[..., :20], q[..., 20:]
+    return jnp.concatenate([a * c[:, :, None] - b * s[:, :, None], b * c[:, :, None] + a * s[:, :, None]], -1)
+
+  check(lambda q: elementwise.rope(q, jnp.asarray(c), jnp.asarray(s), backend="cpu"), rotate, (q,), dtype)
+
+
+def test_cross_entropy_memory_does_not_grow_with_the_vocabulary_times_tokens():
+  def temporaries(vocab):
+    x, head = jax.ShapeDtypeStruct((1, 8192, 16), jnp.float32), jax.ShapeDtypeStruct((16, vocab), jnp.float32)
+    t, w = jax.ShapeDtypeStruct((1, 8192), jnp.int32), jax.ShapeDtypeStruct((1, 8192), jnp.float32)
+    f = jax.grad(lambda x, h, t, w: ce_lib.cross_entropy(x, h, t, w, chunk=256).loss_sum, argnums=(0, 1))
+    return jax.jit(f).lower(x, head, t, w).compile().memory_analysis().temp_size_in_bytes
+
+  logits = 4 * 8192 * 4096
+  assert temporaries(4096) < logits / 4
