@@ -35,6 +35,15 @@ def machine_seconds() -> float:
   return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
+def cpu_name() -> str:
+  """The processor's name, with the features that decide its speed (Linux)."""
+  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  facts = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
+  facts = {key.strip(): value.strip() for key, value in facts.items()}
+  features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+  return f"{facts.get('model name', platform.machine())} ({', '.join(features)})"
+
+
 class Side:
   """One framework in its own process, idle on a pipe while another one runs."""
 
@@ -98,7 +107,7 @@ def main():
   quiet = [i for i in range(args.rounds) if max(side.foreign[i] for side in sides) <= args.max_foreign]
   tokens = SHAPE["batch"] * SHAPE["length"]
   medians = [statistics.median(t for i in quiet or range(args.rounds) for t in side.rounds[i]) for side in sides]
-  print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.dtype}, {SHAPE}")
+  print(f"{cpu_name()}, {os.cpu_count()} cores, {args.dtype}, {SHAPE}")
   print(f"{len(quiet)} of {args.rounds} rounds quiet, {args.steps} steps each" + ("" if quiet else ": NOT QUIET"))
   rows = []
   for side, median in zip(sides, medians):
@@ -111,7 +120,14 @@ def main():
     print(f"{side.name:28}{side.version:24}{speed:8.0f} tokens/s {1e3 * median:8.1f} ms   "
           f"jaxllm is {median / medians[0]:.2f}x   loss gap {gap:.1e}")  # fmt: skip
   if args.out:
-    facts = {"dtype": args.dtype, "shape": SHAPE, "quiet_rounds": len(quiet), "rounds": args.rounds, "rows": rows}
+    command = ["git", "-C", str(SIDES), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    machine = f"{cpu_name()}, {os.cpu_count()} cores"
+    facts = {"machine": machine, "commit": commit, "dtype": args.dtype, "shape": SHAPE} | {
+      "quiet_rounds": len(quiet),
+      "rounds": args.rounds,
+      "rows": rows,
+    }
     pathlib.Path(args.out).write_text(json.dumps(facts, indent=2) + "\n")
 
 
