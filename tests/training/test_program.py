@@ -21,6 +21,7 @@ def batch(seed=0, uneven=True):
   """Two documents a row, and rows with very different numbers of targets."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, MODEL.vocab_size, (8, 17)).astype(np.int32)
+  tokens[:, 0], tokens[:, 7] = np.arange(8), np.arange(8, 16)  # every context differs, so nothing is left to chance
   segments = np.repeat([[1] * 7 + [2] * 9], 8, axis=0).astype(np.int32)
   positions = np.concatenate([np.arange(7), np.arange(9)])[None].repeat(8, axis=0).astype(np.int32)
   weights = np.ones((8, 16), np.float32)
