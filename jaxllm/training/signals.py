@@ -38,11 +38,9 @@ class StopRequest:
     return not everywhere(not self.requested)
 
   def _receive(self, number, frame) -> None:
-    if self.requested:
-      self._restore()
-      signal.raise_signal(number)
-      return
     self.requested = True
+    # Handed back at once: the second signal then works even inside a long call that never returns to Python.
+    self._restore()
     # Not print: the signal may have come in the middle of one.
     os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
