@@ -43,6 +43,7 @@ def flash_attention(
   softcap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   alibi_slopes: Float[Array, " N"] | None = None,
+  bias: Float[Array, "#B N T S"] | None = None,
   backend: str = "xla",
 ) -> Float[Array, "B T N H"]:
   """softmax(scale * query key^T + bias) value over the keys that each query may see.
@@ -62,8 +63,10 @@ def flash_attention(
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
     sinks: a logit per head that joins the softmax and carries no value (gpt-oss, arXiv 2508.10925).
     alibi_slopes: scores lose slope * distance (Press et al., arXiv 2108.12409).
+    bias: added to the scores (T5's relative positions).
     backend: "xla" (anywhere), "cpu" (scores kept in cache), "cudnn" (NVIDIA, 16 bits). The last two
-      compute plain self-attention: no soft-cap, sinks, ALiBi or offset.
+      compute plain attention: no soft-cap, sinks, ALiBi, bias or offset; "cudnn" only of a sequence to
+      itself, "cpu" also from one to another where every key is visible.
 
   Raises:
     ConfigError: the backend cannot compute what is asked.
@@ -74,8 +77,9 @@ def flash_attention(
     query = jnp.where(real_query, query, 0)
     key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
   if backend != "xla":
-    extras = softcap is not None or sinks is not None or alibi_slopes is not None or visibility.sink_tokens
-    if extras or query_offset is not None or query.shape[1] != key.shape[1]:
+    extras = any(option is not None for option in (softcap, sinks, alibi_slopes, bias, query_offset))
+    whole = not visibility.causal and visibility.window is None
+    if extras or visibility.sink_tokens or (query.shape[1] != key.shape[1] and not (backend == "cpu" and whole)):
       raise ConfigError(f"attention backend {backend!r} computes plain self-attention only; use 'xla' here")
     if backend == "cudnn":
       return _cudnn(query, key, value, visibility, segment_ids, scale)
@@ -92,7 +96,7 @@ def flash_attention(
   offset = jnp.zeros(query.shape[0], jnp.int32) if query_offset is None else query_offset
   length = query.shape[1]
   if length <= QUERY_BLOCK:
-    return _dense(query, key, value, visibility, offset, segment_ids, key_positions, **options)
+    return _dense(query, key, value, visibility, offset, segment_ids, key_positions, bias, **options)
 
   # Longer than a block: queries go block by block and scores are recomputed in the backward pass, so
   # that memory grows with T and not with T * S.
@@ -105,12 +109,15 @@ def flash_attention(
 
   @jax.checkpoint
   def one(block):
-    q, start, q_segments = block
+    q, start, q_segments, rows = block
+    rows = None if rows is None else jnp.moveaxis(rows, 1, 2)
     segments = None if segment_ids is None else (q_segments, segment_ids[1])
-    return _dense(q, key, value, visibility, offset + start, segments, key_positions, **options)
+    return _dense(q, key, value, visibility, offset + start, segments, key_positions, rows, **options)
 
   q_segments = jnp.zeros((query.shape[0], length), jnp.int32) if segment_ids is None else segment_ids[0]
-  out = jax.lax.map(one, (in_blocks(query), jnp.arange(blocks) * QUERY_BLOCK, in_blocks(q_segments)))
+  bias_rows = None if bias is None else in_blocks(jnp.moveaxis(bias, 2, 1))
+  starts = jnp.arange(blocks) * QUERY_BLOCK
+  out = jax.lax.map(one, (in_blocks(query), starts, in_blocks(q_segments), bias_rows))
   return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + pad, *query.shape[2:])[:, :length]
 
 
@@ -132,7 +139,9 @@ def _visible(visibility, offset, T, S, segment_ids, key_positions):
   return visible
 
 
-def _dense(query, key, value, visibility, offset, segment_ids, key_positions, *, scale, softcap, sinks, alibi_slopes):
+def _dense(
+  query, key, value, visibility, offset, segment_ids, key_positions, bias, *, scale, softcap, sinks, alibi_slopes
+):
   """The reference: all scores of the block at once."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -144,6 +153,8 @@ def _dense(query, key, value, visibility, offset, segment_ids, key_positions, *,
     distance = jnp.abs(offset[:, None, None] + jnp.arange(T)[None, :, None] - jnp.arange(S)[None, None, :])
     slopes = alibi_slopes.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
     scores -= slopes * distance[:, None, None].astype(jnp.float32)
+  if bias is not None:
+    scores += bias.astype(jnp.float32).reshape(bias.shape[0], K, N // K, T, S)
   visible = _visible(visibility, offset, T, S, segment_ids, key_positions)[:, None, None]
   scores = jnp.where(visible, scores, MASKED)
   top = scores.max(-1, keepdims=True)
@@ -156,7 +167,7 @@ def _dense(query, key, value, visibility, offset, segment_ids, key_positions, *,
   if sinks is not None:
     total += jnp.exp(sink - top)
   probabilities = (weights / jnp.maximum(total, 1e-30)).astype(value.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, value).reshape(B, T, N, H)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, value).reshape(B, T, N, -1)
 
 
 def _cudnn(query, key, value, visibility, segment_ids, scale):

@@ -18,22 +18,30 @@ constexpr int NR = 32;  // columns of a packed panel
 
 constexpr int MR = 12;  // rows of the register block: 12 x 32 floats are 24 of the 32 vector registers
 
-// R rows of C; element (r, k) of A is a[r * rs + k * cs], panel row k is b[k * 32 ...].
-template <int R>
+// R rows of C; element (r, k) of A is a[r * rs + k * cs], panel row k is b[k * 32 ...]. PACKED: rs is 1, cs is 12.
+// Meanwhile `ahead` bytes a step are fetched from `soon`, the panel after this one, into the second-level cache.
+template <int R, bool PACKED>
 static void f32_micro(int64_t K, const float* a, int64_t rs, int64_t cs, const float* b, float* c, int64_t ldc,
-                      bool acc, __mmask16 m0, __mmask16 m1) {
+                      bool acc, __mmask16 m0, __mmask16 m1, const char* soon, int64_t ahead) {
+  if (PACKED) rs = 1, cs = MR;
   __m512 c0[R], c1[R];
 #pragma GCC unroll 12
-  for (int r = 0; r < R; r++) c0[r] = c1[r] = _mm512_setzero_ps();
+  for (int r = 0; r < R; r++) {
+    c0[r] = c1[r] = _mm512_setzero_ps();
+    _mm_prefetch((const char*)(c + r * ldc), _MM_HINT_T0);
+    _mm_prefetch((const char*)(c + r * ldc + 16), _MM_HINT_T0);
+  }
   constexpr int G = (R + 2) / 3;  // one pointer per three rows: x86 addresses base + {0, 1, 2} * stride
   const float* p[G];
 #pragma GCC unroll 4
   for (int g = 0; g < G; g++) p[g] = a + 3 * g * rs;
+#pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++, b += NR) {
     __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
+    _mm_prefetch(soon + k * ahead, _MM_HINT_T1);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      __m512 x = _mm512_set1_ps(p[r / 3][(r % 3) * rs]);
+      __m512 x = _mm512_set1_ps(PACKED ? a[k * MR + r] : p[r / 3][(r % 3) * rs]);
       c0[r] = _mm512_fmadd_ps(x, b0, c0[r]);
       c1[r] = _mm512_fmadd_ps(x, b1, c1[r]);
     }
@@ -51,14 +59,36 @@ static void f32_micro(int64_t K, const float* a, int64_t rs, int64_t cs, const f
   }
 }
 
+template <bool PACKED>
 static inline void f32_rows(int rows, int64_t K, const float* a, int64_t rs, int64_t cs, const float* b, float* c,
-                            int64_t ldc, bool acc, __mmask16 m0, __mmask16 m1) {
+                            int64_t ldc, bool acc, __mmask16 m0, __mmask16 m1, const char* soon, int64_t ahead) {
   switch (rows) {
 #define ROWS(R) \
-  case R: return f32_micro<R>(K, a, rs, cs, b, c, ldc, acc, m0, m1);
+  case R: return f32_micro<R, PACKED>(K, a, rs, cs, b, c, ldc, acc, m0, m1, soon, ahead);
     ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
 #undef ROWS
   }
+}
+
+// A -> blocks of 12 rows, [block][k][12], `stride` floats apart; rows past M hold anything.
+static void f32_pack_a(float* dst, int64_t stride, const float* a, int64_t lda, bool trans, int64_t M, int64_t K) {
+  if (trans) {  // rows of A run along M: whole rows are read, so that the memory is walked in order
+    for (int64_t k = 0; k < K; k++)
+      for (int64_t m = 0; m < M; m += MR) {
+        __mmask16 mask = first(std::min<int64_t>(MR, M - m));
+        _mm512_mask_storeu_ps(dst + m / MR * stride + k * MR, first(MR), load16(a + k * lda + m, mask));
+      }
+    return;
+  }
+  for (int64_t m = 0; m < M; m += MR, dst += stride)
+    for (int64_t k = 0; k < K; k += 16) {
+      __m512i t[16];
+      for (int i = 0; i < 16; i++)
+        t[i] = _mm512_castps_si512(i < MR && m + i < M ? load16(a + (m + i) * lda + k, first(K - k)) : _mm512_setzero_ps());
+      transpose16(t);
+      for (int i = 0; i < 16 && k + i < K; i++)
+        _mm512_mask_storeu_ps(dst + (k + i) * MR, first(MR), _mm512_castsi512_ps(t[i]));
+    }
 }
 
 // One panel (columns n0 .. n0+31) of B[K, N]; columns past N become 0.
@@ -93,24 +123,28 @@ struct F32 {
   static void pack(float* dst, const float* p, int64_t ld, bool trans, int64_t K, int64_t N) {
     for (int64_t n = 0; n < N; n += NR) f32_pack_panel(dst + n * K, p, ld, trans, K, N, n);
   }
-  // C[M,N] (+)= A B. bp: packed panels, `stride` floats apart. A with trans: packed here first.
+  // C[M,N] (+)= A B. bp: packed panels, `stride` floats apart. A is packed here too, unless few panels would use it.
   static void block(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, bool trans, const float* bp,
                     int64_t stride, float* c, int64_t ldc, bool acc) {
     static thread_local Scratch s;
-    int64_t rs = lda, cs = 1, step = MR * lda;
-    if (trans) {  // [K, M] rows of M: gather blocks of 12 columns
-      float* t = s.get<float>((M + MR) * K + 16);
-      for (int64_t m = 0; m < M; m += MR) {
-        __mmask16 mask = first(std::min<int64_t>(MR, M - m));
-        float* d = t + m * K;
-        for (int64_t k = 0; k < K; k++) _mm512_mask_storeu_ps(d + k * MR, first(MR), load16(a + k * lda + m, mask));
-      }
-      a = t, rs = 1, cs = MR, step = MR * K;
+    const bool packed = trans || N >= 8 * NR;
+    int64_t step = MR * lda;
+    if (packed) {
+      step = MR * K + 16;  // not a multiple of 4096 bytes: the blocks must not compete for the same cache lines
+      float* t = s.get<float>((M + MR) / MR * step);
+      f32_pack_a(t, step, a, lda, trans, M, K);
+      a = t;
     }
+    const int64_t ahead = NR * sizeof(float) * MR / std::max<int64_t>(M, MR);
     for (int64_t n = 0; n < N; n += NR, bp += stride) {
       __mmask16 m0 = first(N - n), m1 = first(N - n - 16);
-      for (int64_t m = 0; m < M; m += MR)
-        f32_rows((int)std::min<int64_t>(MR, M - m), K, a + m / MR * step, rs, cs, bp, c + m * ldc + n, ldc, acc, m0, m1);
+      for (int64_t m = 0; m < M; m += MR) {
+        int rows = (int)std::min<int64_t>(MR, M - m);
+        const float* am = a + m / MR * step;
+        const char* soon = (const char*)(bp + stride) + m / MR * K * ahead;
+        if (packed) f32_rows<true>(rows, K, am, 1, MR, bp, c + m * ldc + n, ldc, acc, m0, m1, soon, ahead);
+        else f32_rows<false>(rows, K, am, lda, 1, bp, c + m * ldc + n, ldc, acc, m0, m1, soon, ahead);
+      }
     }
   }
 };

@@ -6,7 +6,7 @@ static int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, float* C, int64_t ldc,
                      bool acc) {
   static thread_local Scratch sb;
-  const int64_t KC = 256, panels = (N + NR - 1) / NR, chunks = (K + KC - 1) / KC;
+  const int64_t panels = (N + NR - 1) / NR, chunks = (K + 319) / 320, KC = round_up((K + chunks - 1) / chunks, 16);
   float* bp = sb.get<float>(panels * NR * K);
   const float *a = (const float*)A.p, *b = (const float*)B.p;
   // packed: [chunk of K][panel][k][32]
@@ -14,11 +14,19 @@ static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat
     int64_t lo = panels * i / std::min<int64_t>(panels, 16), hi = panels * (i + 1) / std::min<int64_t>(panels, 16);
     for (int64_t ch = 0; ch < chunks; ch++) {
       int64_t k0 = ch * KC, kc = std::min(KC, K - k0);
-      for (int64_t p = lo; p < hi; p++)
-        f32_pack_panel(bp + panels * NR * k0 + p * NR * kc, b + (B.trans ? k0 : k0 * B.ld), B.ld, B.trans, kc, N, p * NR);
+      const float* bk = b + (B.trans ? k0 : k0 * B.ld);
+      float* dst = bp + panels * NR * k0;
+      // Rows of B are read whole, 16 at a time: a panel's own 128 bytes of each would touch a page for each row.
+      int64_t rows = B.trans ? kc : 16;
+      for (int64_t k = 0; k < kc; k += rows)
+        for (int64_t p = lo; p < hi; p++)
+          f32_pack_panel(dst + (p * kc + k) * NR, bk + (B.trans ? k : k * B.ld), B.ld, B.trans, std::min(rows, kc - k), N, p * NR);
     }
   });
-  int64_t mc = std::min<int64_t>(192, std::max<int64_t>(MR, round_up((M + 7) / 8, MR)));
+  // Blocks of up to 192 rows, whose packed chunk fits the second-level cache; as many for each thread.
+  int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  int64_t mc = round_up((M + threads - 1) / threads, MR);
+  if (mc > 192) mc = round_up((M + round_up((M + 191) / 192, threads) - 1) / round_up((M + 191) / 192, threads), MR);
   parallel_for(pool, (int)((M + mc - 1) / mc), [&](int i) {
     int64_t m0 = i * mc, m = std::min(mc, M - m0);
     for (int64_t ch = 0; ch < chunks; ch++) {
