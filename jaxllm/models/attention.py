@@ -1,4 +1,4 @@
-"""Self-attention with grouped key/value heads, for training and for cached decoding."""
+"""Self- and cross-attention with grouped key/value heads, for training and for cached decoding."""
 
 import dataclasses
 
@@ -26,6 +26,19 @@ class Placement:
   rope: dict[str, tuple[Array, Array]]  # layer kind -> cos and sin [B, T, rotary_dim / 2]
   segment_ids: Int[Array, "B T"] | None  # None: one document a row
   positions: Int[Array, "B T"]
+  bias: Float[Array, "#B N T S"] | None = None  # of the scores, where positions are relative
+  encoded: Float[Array, "B S D"] | None = None  # the encoder's states, for cross-attention
+  encoded_segment_ids: Int[Array, "B S"] | None = None  # None: every state belongs to its row's document
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossCache:
+  """Keys and values of the encoder's states, a [B, S, K, H] for each layer, and the states' segments."""
+
+  key: tuple[Array, ...] | Array
+  value: tuple[Array, ...] | Array
+  segment_ids: Int[Array, "B S"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -40,22 +53,41 @@ class KVCache:
   key: tuple[Array, ...] | Array
   value: tuple[Array, ...] | Array
   length: Int[Array, " B"]
+  cross: CrossCache | None = None  # of an encoder_decoder, from its first call on
+
+  def of_layer(self, i: int) -> "KVCache":
+    """One layer's cache."""
+    cross = self.cross
+    if cross is not None:
+      cross = CrossCache(cross.key[i], cross.value[i], cross.segment_ids)
+    return KVCache(self.key[i], self.value[i], self.length, cross)
+
+  @staticmethod
+  def of_layers(layers: list["KVCache"], length: Int[Array, " B"]) -> "KVCache":
+    """The cache of all layers."""
+    cross = layers[0].cross
+    if cross is not None:
+      keys, values = tuple(c.cross.key for c in layers), tuple(c.cross.value for c in layers)
+      cross = CrossCache(keys, values, cross.segment_ids)
+    return KVCache(tuple(c.key for c in layers), tuple(c.value for c in layers), length, cross)
 
 
-def attention_backend(c: ModelConfig, compute: Compute) -> str:
-  """The backend that can compute this model's attention on the target."""
-  special = c.attention_softcap is not None or c.attention_sinks or c.sink_tokens or c.position == "alibi"
-  wide = compute.dtype == "float32" and backends.TARGETS.get(compute.target) == "gpu"
-  requested = "xla" if compute.attention == "auto" and (special or wide) else compute.attention
+def attention_backend(c: ModelConfig, compute: Compute, cross: bool = False) -> str:
+  """The backend that can compute this model's (cross-)attention on the target."""
+  special = c.attention_softcap is not None or c.attention_sinks or c.sink_tokens or c.mla
+  special = special or (c.position in ("alibi", "relative") and not cross)
+  gpu = backends.TARGETS.get(compute.target) == "gpu"
+  special = special or (gpu and (cross or compute.dtype == "float32"))
+  requested = "xla" if compute.attention == "auto" and special else compute.attention
   return backends.choose("attention", requested, compute.target)
 
 
 class Attention(nnx.Module):
   """softmax(q k^T) v with the config's heads, positions, norms and window."""
 
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+  def __init__(self, c: ModelConfig, compute: Compute, *, cross: bool = False, rngs):
     self.c = c
-    self.kernel = attention_backend(c, compute)
+    self.kernel = attention_backend(c, compute, cross)
     backend = backends.choose("matmul", compute.matmul, compute.target)
     self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
     D, H = c.embed_dim, c.head_dim
@@ -87,13 +119,14 @@ class Attention(nnx.Module):
     query, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (query, key, value))
     if c.qk_norm == "head":
       query, key = self.query_norm(query), self.key_norm(key)
-    if c.position == "rope":
+    if c.position == "rope" and kind != "nope":
       query, key = (pos.apply_rope(y, place.rope[kind], backend=self.elementwise) for y in (query, key))
     query = checkpoint_name(constrain(query, "batch", "seq", "heads", None), "query")
     key = checkpoint_name(constrain(key, "batch", None, "kv_heads", None), "key")
     value = checkpoint_name(constrain(value, "batch", None, "kv_heads", None), "value")
     options = dict(
       visibility=Visibility(
+        causal=c.architecture != "encoder",
         window=c.sliding_window if kind == "local" else None,
         sink_tokens=c.sink_tokens if kind == "local" else 0,
       ),
@@ -101,6 +134,7 @@ class Attention(nnx.Module):
       softcap=c.attention_softcap,
       sinks=self.sinks[...] if c.attention_sinks else None,
       alibi_slopes=jnp.asarray(pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
+      bias=place.bias,
     )
     if cache is None:
       segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
@@ -120,6 +154,47 @@ class Attention(nnx.Module):
     return self.output(out), cache
 
 
+class CrossAttention(Attention):
+  """softmax(q k^T) v with the keys and values of an encoder's states: no positions, no causal order."""
+
+  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+    super().__init__(c, compute, cross=True, rngs=rngs)
+
+  def __call__(  # type: ignore[override]
+    self, x: Float[Array, "B T D"], place: Placement, cache: KVCache | None = None
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Attends to `place.encoded`, whose keys and values join the cache; without it, to the cache's."""
+    c = self.c
+    heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
+    query = constrain(heads(self.query(x)), "batch", "seq", "heads", None)
+    if place.encoded is None:
+      key, value, segment_ids = cache.cross.key, cache.cross.value, cache.cross.segment_ids
+    else:
+      key, value = (heads(linear(place.encoded)) for linear in (self.key, self.value))
+      key, value = (constrain(y, "batch", None, "kv_heads", None) for y in (key, value))
+      segment_ids = place.encoded_segment_ids
+      if cache is not None:
+        cache = dataclasses.replace(cache, cross=CrossCache(key, value, segment_ids))
+    segments = None
+    if segment_ids is not None or place.segment_ids is not None:
+      ones = lambda y: jnp.ones(y.shape[:2], jnp.int32)  # noqa: E731
+      segments = (
+        ones(query) if place.segment_ids is None else place.segment_ids,
+        ones(key) if segment_ids is None else segment_ids,
+      )
+    out = flash_attention(
+      query,
+      key.astype(query.dtype),
+      value.astype(query.dtype),
+      visibility=Visibility(causal=False),
+      segment_ids=segments,
+      scale=c.query_scale,
+      softcap=c.attention_softcap,
+      backend="xla" if cache is not None else self.kernel,
+    )
+    return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+
 def write_cache(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]) -> KVCache:
   """One layer's cache with T new tokens written after each row's `length` (which the model advances)."""
 
@@ -127,4 +202,4 @@ def write_cache(cache: KVCache, key: Float[Array, "B T K H"], value: Float[Array
     put = lambda row, tokens, start: jax.lax.dynamic_update_slice_in_dim(row, tokens, start, axis=0)  # noqa: E731
     return jax.vmap(put)(buffer, new.astype(buffer.dtype), cache.length)
 
-  return KVCache(write(cache.key, key), write(cache.value, value), cache.length)
+  return dataclasses.replace(cache, key=write(cache.key, key), value=write(cache.value, value))

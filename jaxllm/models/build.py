@@ -1,6 +1,7 @@
 """A model as the rest of the package uses it: a static graph and a plain dict of parameters."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ from jax.sharding import Mesh
 from jaxllm.errors import ConfigError
 from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.transformer import PerLayer, Transformer, is_per_layer
+from jaxllm.models.stack import PerLayer, is_per_layer
+from jaxllm.models.transformer import Transformer
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -65,10 +67,14 @@ def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = Axis
     "mlp_dim": "mlp",
     "vocab_size": "vocab",
   }
+  values = {name: getattr(config, name) for name in sizes}
+  if config.moe is not None:
+    sizes |= {"moe.num_experts": "expert", "moe.mlp_dim": "mlp"}
+    values |= {"moe.num_experts": config.moe.num_experts, "moe.mlp_dim": config.moe.mlp_dim}
   for name, axis in sizes.items():
     mesh_axes = getattr(rules, axis)
     ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
-    size = getattr(config, name)
+    size = values[name]
     if size % ways:
       split = " x ".join(f"mesh.{mesh_axis}" for mesh_axis in mesh_axes)
       raise ConfigError(
@@ -79,22 +85,36 @@ def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = Axis
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:
   """An empty cache for `batch` rows of up to `length` tokens."""
-  shape = (batch, length, config.num_kv_heads, config.head_dim)
-  empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))  # noqa: E731
-  return KVCache(empty(), empty(), jnp.zeros((batch,), jnp.int32))
+  heads, key_dim, value_dim = config.num_kv_heads, config.head_dim, config.head_dim
+  if config.mla is not None:  # one vector a token, see `LatentAttention`
+    heads, key_dim, value_dim = 1, config.mla.kv_lora_rank + config.mla.rope_head_dim, 0
+  empty = lambda dim: tuple(jnp.zeros((batch, length, heads, dim), dtype) for _ in range(config.num_layers))  # noqa: E731
+  return KVCache(empty(key_dim), empty(value_dim), jnp.zeros((batch,), jnp.int32))
 
 
 def unstack_layers(params: Params) -> Params:
-  """The same parameters with a `PerLayer` for every stacked array under "blocks": what decoding wants."""
-  # Indexed and not iterated over, which would bring every layer to one device.
-  layers = lambda w: PerLayer(tuple(w[i] for i in range(w.shape[0])))  # noqa: E731
-  return {**params, "blocks": jax.tree.map(layers, params["blocks"])}
+  """The same parameters with a `PerLayer` for every stacked array under "blocks": what decoding wants.
+
+  Those that are `PerLayer` already stay as they are.
+  """
+
+  def layers(w):
+    # Indexed and not iterated over, which would bring every layer to one device.
+    return w if is_per_layer(w) else PerLayer(tuple(w[i] for i in range(w.shape[0])))
+
+  return _map_blocks(lambda blocks: jax.tree.map(layers, blocks, is_leaf=is_per_layer), params)
 
 
 def stack_layers(params: Params) -> Params:
   """The inverse of `unstack_layers`: plain arrays with a leading layer axis."""
-  blocks = jax.tree.map(lambda w: jnp.stack(w.arrays), params["blocks"], is_leaf=is_per_layer)
-  return {**params, "blocks": blocks}
+  whole = lambda w: jnp.stack(w.arrays)  # noqa: E731
+  return _map_blocks(lambda blocks: jax.tree.map(whole, blocks, is_leaf=is_per_layer), params)
+
+
+def _map_blocks(change: Callable[[Params], Params], params: Params) -> Params:
+  """The parameters with `change` applied to the decoder's blocks and the encoder's."""
+  params = {**params, "blocks": change(params["blocks"])}
+  return params | {"encoder": _map_blocks(change, params["encoder"])} if "encoder" in params else params
 
 
 def _nest(flat: dict[tuple, Any]) -> Params:

@@ -1,6 +1,7 @@
 """What a model is (`ModelConfig`), and how it is to be computed (`Compute`)."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxllm.errors import ConfigError
@@ -36,11 +37,68 @@ class RopeScaling:
   beta_fast: float = 32.0  # yarn
   beta_slow: float = 1.0  # yarn
   attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+  mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Experts in place of the feed-forward block: each token goes to a few of them.
+
+  Mixtral (arXiv 2401.04088), Qwen3-MoE (2505.09388), DeepSeek-V2 (2405.04434) and V3 (2412.19437).
+  """
+
+  num_experts: int = 8
+  top_k: int = 2  # experts of a token
+  mlp_dim: int = 0  # of one expert; 0: model.mlp_dim
+  shared_mlp_dim: int = 0  # of the experts that every token goes through, together; 0: none
+  first_dense_layers: int = 0  # these keep the plain feed-forward block
+  every: int = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
+
+  scoring: Literal["softmax", "sigmoid"] = "softmax"
+  correction_bias: bool = False  # per expert, added to the scores where experts are chosen (DeepSeek-V3)
+  normalize: bool = True  # the weights of a token's experts are divided by their sum
+  scale: float = 1.0  # and multiplied by this
+  # Experts are chosen from `top_groups` of these groups: those with the best expert, or, with sigmoid
+  # scores, with the best sum of two.
+  num_groups: int = 1
+  top_groups: int = 1
+
+  # None: dropless. Else an expert takes so many times its even share of a sequence; tokens beyond that pass
+  # it by on the residual stream. A training measure: cached decoding drops nothing.
+  capacity_factor: float | None = None
+  load_balance_weight: float = 0.01  # of the two auxiliary losses, see `jaxllm.models.moe.router_losses`
+  z_weight: float = 0.001
+
+  def __post_init__(self):
+    if not 1 <= self.top_k <= self.num_experts:
+      raise ConfigError(f"model.moe.top_k is {self.top_k}; it must be between 1 and num_experts {self.num_experts}")
+    if self.every < 1:
+      raise ConfigError(f"model.moe.every is {self.every}; it must be at least 1")
+    size, rest = divmod(self.num_experts, self.num_groups)
+    if rest or not 1 <= self.top_groups <= self.num_groups or self.top_groups * size < self.top_k:
+      raise ConfigError(
+        f"model.moe cannot choose {self.top_k} of {self.num_experts} experts in {self.top_groups} of "
+        f"{self.num_groups} groups; change num_groups or top_groups"
+      )
+    if self.capacity_factor is not None and self.capacity_factor <= 0:
+      raise ConfigError(f"model.moe.capacity_factor is {self.capacity_factor}; it must be over 0, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values are made
+  from a short vector per token, and only that is cached."""
+
+  kv_lora_rank: int = 512
+  q_lora_rank: int | None = None  # None: queries come straight from the residual stream
+  nope_head_dim: int = 128  # of a query or key head: the part without position
+  rope_head_dim: int = 64  # and the rotated part, which all key heads share
+  value_head_dim: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder Transformer, as orthogonal choices; a model family is a preset of these.
+  """A Transformer, as orthogonal choices; a model family is a preset of these.
 
   Zero in `num_kv_heads`, `head_dim` or `mlp_dim` means the usual value: `num_heads`,
   `embed_dim / num_heads`, and 4 x embed_dim (gated: 8/3 x, rounded up to a multiple of 64).
@@ -55,6 +113,12 @@ class ModelConfig:
   mlp_dim: int = 0
   max_seq_len: int = 2048
 
+  # decoder: a token sees those before it. encoder: it sees all. encoder_decoder: a decoder that also attends
+  # to an encoder's states; both read the same token vectors.
+  architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+  num_encoder_layers: int = 0  # of an encoder_decoder; 0: num_layers
+  decoder_start_id: int = 0  # the token before an encoder_decoder's first one
+
   # Attention
   attention_bias: bool = False  # on query, key and value
   attention_out_bias: bool = False
@@ -62,12 +126,17 @@ class ModelConfig:
   query_scale: float | None = None  # None: head_dim ** -0.5
   attention_softcap: float | None = None
   sliding_window: int | None = None  # a query sees this many keys, itself included
-  layer_pattern: tuple[Literal["global", "local"], ...] = ()  # repeats; (): local if there is a window
+  # Repeats; (): local if there is a window. nope: global, and not rotated (SmolLM3).
+  layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ()
+  mla: MLAConfig | None = None  # then head_dim is its nope_head_dim + rope_head_dim
   attention_sinks: bool = False  # a learned logit per head that takes probability and gives no value
   sink_tokens: int = 0  # the first tokens of a segment stay visible past the window (arXiv 2309.17453)
 
   # Positions
-  position: Literal["rope", "learned", "sinusoidal", "alibi", "none"] = "rope"
+  position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
+  position_offset: int = 0  # learned: the table's row of position 0 (RoBERTa, BART)
+  relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
+  relative_max_distance: int = 128  # from which on all distances share the last bucket
   rope_theta: float = 10000.0
   rope_local_theta: float | None = None  # of the local layers; None: rope_theta
   rope_fraction: float = 1.0  # of head_dim that is rotated
@@ -83,15 +152,28 @@ class ModelConfig:
   parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
   embedding_norm: bool = False
   final_norm: bool = True
+  first_norm: bool = True  # False: the first layer's attention reads the embedding as it is (ModernBERT)
 
   # Feed-forward
   mlp: str = "swiglu"
   mlp_bias: bool = False
+  moe: MoEConfig | None = None
 
-  # Embedding and head
+  # Embedding
   tie_embeddings: bool = True
-  head_bias: bool = False
+  num_token_types: int = 0  # kinds of segment that a token's vector tells apart (BERT)
   embedding_scale: float | None = None  # Gemma: embed_dim ** 0.5
+
+  # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token.
+  head: Literal["lm", "sequence", "token", "none"] = "lm"
+  num_labels: int = 0
+  head_bias: bool = False
+  # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
+  # has a bias where mlp_bias is set.
+  head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"] | None = None
+  head_norm: bool = False  # and a norm after it
+  pooling: Literal["first", "mean"] = "first"  # which hidden state stands for a text
+  logit_scale: float | None = None  # T5 with a tied head: embed_dim ** -0.5
   logit_softcap: float | None = None
 
   # Initialisation of the matrices. normal: std init_std (BERT, OPT). gpt2: also divides the std of the
@@ -102,9 +184,12 @@ class ModelConfig:
   init_std: float = 0.02
 
   def __post_init__(self):
+    def put(name, value):
+      object.__setattr__(self, name, value)
+
     def fill(name, value):
       if not getattr(self, name):
-        object.__setattr__(self, name, value)
+        put(name, value)
 
     for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "max_seq_len"):
       if getattr(self, name) < 1:
@@ -112,6 +197,18 @@ class ModelConfig:
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
+    if self.architecture == "encoder_decoder":
+      fill("num_encoder_layers", self.num_layers)
+      if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks:
+        raise ConfigError("cross-attention goes with neither model.parallel_residual, qk_norm nor attention_sinks")
+    elif self.num_encoder_layers:
+      raise ConfigError(f"model.num_encoder_layers is of an encoder_decoder; this is a model of {self.architecture!r}")
+    if self.head in ("sequence", "token") and self.num_labels < 1:
+      raise ConfigError(f"model.head {self.head!r} needs model.num_labels of at least 1, not {self.num_labels}")
+    if (self.moe or self.mla) and (self.architecture != "decoder" or not self.first_norm):
+      raise ConfigError("model.moe and model.mla are for model.architecture 'decoder' with model.first_norm")
+    if self.mla is not None:
+      self._check_mla()
     if not self.head_dim and self.embed_dim % self.num_heads:
       raise ConfigError(
         f"model.embed_dim {self.embed_dim} is not divisible by model.num_heads {self.num_heads}; "
@@ -131,24 +228,74 @@ class ModelConfig:
     if self.sliding_window is not None and self.sliding_window < 1:
       raise ConfigError(f"model.sliding_window is {self.sliding_window}; it must be at least 1, or None")
     for kind in self.layer_pattern:
-      if kind not in ("global", "local"):
-        raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global' or 'local'")
+      if kind not in ("global", "local", "nope"):
+        raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global', 'local' or 'nope'")
+    if self.moe is not None:
+      if self.mlp_bias:
+        raise ConfigError("experts have no biases: set model.mlp_bias to False, or model.moe to None")
+      if not self.moe_layers:
+        raise ConfigError("model.moe leaves no layer with experts; change its first_dense_layers or every")
+      put("moe", dataclasses.replace(self.moe, mlp_dim=self.moe.mlp_dim or self.mlp_dim))
     if self.parallel_residual and self.norm_placement != "pre":
       raise ConfigError(f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}")
     scaling = self.rope_scaling
     if scaling and scaling.kind in ("yarn", "llama3") and not scaling.original_max_seq_len:
       raise ConfigError(f"model.rope_scaling.original_max_seq_len must be set for {scaling.kind} scaling")
 
+  def _check_mla(self):
+    width = self.mla.nope_head_dim + self.mla.rope_head_dim
+    if self.head_dim not in (0, width):
+      raise ConfigError(f"model.head_dim is {self.head_dim}, but model.mla makes heads of {width}; leave it 0")
+    object.__setattr__(self, "head_dim", width)
+    if self.num_kv_heads != self.num_heads or self.position != "rope" or self.qk_norm != "none":
+      raise ConfigError("model.mla has as many key as query heads, RoPE and no qk_norm; change those or drop it")
+    if self.attention_softcap is not None or self.attention_sinks or self.sliding_window or self.layer_pattern:
+      raise ConfigError("model.mla goes with neither a soft-cap, sinks, a window nor a layer_pattern")
+
   @property
   def rotary_dim(self) -> int:
-    return int(self.head_dim * self.rope_fraction)
+    return self.mla.rope_head_dim if self.mla else int(self.head_dim * self.rope_fraction)
+
+  @property
+  def encoder(self) -> "ModelConfig":
+    """Of an encoder_decoder: its encoder, as a model of its own that has no head."""
+    return dataclasses.replace(
+      self,
+      architecture="encoder",
+      num_layers=self.num_encoder_layers,
+      num_encoder_layers=0,
+      head="none",
+      head_bias=False,
+      head_dense=None,
+      head_norm=False,
+    )
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
-    """The repeating group of layer kinds; its length is the scan's stride."""
-    if self.sliding_window is None:
-      return ("global",)
-    return tuple(self.layer_pattern) or ("local",)
+    """The repeating group of layer kinds."""
+    return tuple(self.layer_pattern) or ("global" if self.sliding_window is None else "local",)
+
+  @property
+  def moe_layers(self) -> tuple[int, ...]:
+    """The layers that have experts."""
+    if self.moe is None:
+      return ()
+    return tuple(i for i in range(self.moe.first_dense_layers, self.num_layers) if (i + 1) % self.moe.every == 0)
+
+  def layers_with(self, part: str) -> tuple[int, ...]:
+    """The layers that have this part of a block: "mlp" or "moe" may be in some only, the others are in all."""
+    sparse, layers = self.moe_layers, range(self.num_layers)
+    return tuple(i for i in layers if part not in ("mlp", "moe") or (i in sparse) == (part == "moe"))
+
+  @property
+  def layer_runs(self) -> tuple[tuple[int, int, int], ...]:
+    """Runs of layers that repeat: (first layer, layer after the last, period: the scan's stride)."""
+    kinds = len(self.layer_kinds)
+    first = self.moe.first_dense_layers if self.moe else 0
+    first = min(first if self.first_norm else kinds, self.num_layers)  # a layer without a norm is like no other
+    period = math.lcm(kinds, self.moe.every) if self.moe else kinds
+    runs = (0, first, kinds), (first, self.num_layers, period)
+    return tuple(run for run in runs if run[0] < run[1])
 
 
 @dataclasses.dataclass(frozen=True)

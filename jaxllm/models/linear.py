@@ -25,6 +25,11 @@ def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"], *, backend: st
   return weight.project(x, backend=backend)
 
 
+def dense(weight, dtype) -> Array:
+  """A weight as a plain array, for the products that `project` does not know (experts, latent attention)."""
+  return jnp.asarray(weight if isinstance(weight, (jax.Array, np.ndarray)) else weight.dense(), dtype)
+
+
 class Linear(nnx.Module):
   """x @ weight [I, O] (+ bias [O])."""
 

@@ -19,6 +19,7 @@ ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
+  "tanh": jax.numpy.tanh,
   "relu2": lambda x: jax.numpy.square(jax.nn.relu(x)),
 }
 
@@ -26,7 +27,8 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
   """down(activation(gate(x)) * up(x)), or down(activation(up(x))) when not gated."""
 
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+  def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, rngs):
+    dim = dim or c.mlp_dim
     self.activation, gated = MLPS[c.mlp]
     backend = backends.choose("matmul", compute.matmul, compute.target)
     self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
@@ -35,9 +37,9 @@ class MLP(nnx.Module):
       init = matrix_init(c, inputs, residual=residual)
       return Linear(inputs, outputs, axes, init=init, bias=c.mlp_bias, backend=backend, rngs=rngs)
 
-    self.gate = linear(c.embed_dim, c.mlp_dim, ("embed", "mlp")) if gated else None
-    self.up = linear(c.embed_dim, c.mlp_dim, ("embed", "mlp"))
-    self.down = linear(c.mlp_dim, c.embed_dim, ("mlp", "embed"), residual=True)
+    self.gate = linear(c.embed_dim, dim, ("embed", "mlp")) if gated else None
+    self.up = linear(c.embed_dim, dim, ("embed", "mlp"))
+    self.down = linear(dim, c.embed_dim, ("mlp", "embed"), residual=True)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     activation = ACTIVATIONS[self.activation]

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary, learned, sinusoidal and ALiBi positions."""
+"""Where a token stands: rotary, learned, sinusoidal, ALiBi and bucketed relative positions."""
 
 import math
 
@@ -79,3 +79,29 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
   extra = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
   return np.concatenate([slopes, extra]).astype(np.float32)
+
+
+def relative_bias(
+  c: ModelConfig, table: Float[Array, "R N"], queries: Int[Array, "#B T"], num_keys: int
+) -> Float[Array, "#B N T S"]:
+  """What is added to the scores of queries in these slots and keys in the slots from 0 on; float32.
+
+  Distances share R buckets: one each for the near ones, growing logarithmically for those farther away; an
+  encoder spends half of them on keys after the query (T5, arXiv 1910.10683, section 2.1, and its code).
+  """
+  distance = queries[:, :, None] - jnp.arange(num_keys)
+  buckets = c.relative_buckets
+  first: int | Array = 0
+  if c.architecture == "encoder":
+    buckets //= 2
+    first = jnp.where(distance < 0, buckets, 0)
+    distance = jnp.abs(distance)
+  distance = jnp.maximum(distance, 0)
+  exact = buckets // 2
+  # A table made on the host: a device's logarithm may fall on the other side of a boundary.
+  farthest = np.arange(c.relative_max_distance + 1)
+  steps = np.log(np.maximum(farthest, 1) / exact) / math.log(c.relative_max_distance / exact)
+  far = np.minimum(exact + (steps * (buckets - exact)).astype(np.int32), buckets - 1)
+  bucket_of = jnp.asarray(np.where(farthest < exact, farthest, far), jnp.int32)
+  bucket = first + bucket_of[jnp.minimum(distance, c.relative_max_distance)]
+  return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)

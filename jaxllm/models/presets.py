@@ -1,6 +1,14 @@
 """Published models as ModelConfigs."""
 
 from jaxllm.models.config import ModelConfig, RopeScaling
+from jaxllm.models.presets_encoders import (  # noqa: F401
+  bart_base,
+  bert_base,
+  flan_t5_small,
+  modernbert_base,
+  roberta_base,
+  t5_small,
+)
 
 
 def gpt2_124m() -> ModelConfig:
@@ -133,4 +141,169 @@ def gemma2_2b() -> ModelConfig:
     sliding_window=4096,
     layer_pattern=("local", "global"),
     embedding_scale=2304**0.5,
+  )
+
+
+def gemma_2b() -> ModelConfig:
+  """Gemma 2B: arXiv 2403.08295, table 1, and config.json of google/gemma-2b."""
+  return ModelConfig(
+    vocab_size=256000,
+    embed_dim=2048,
+    num_layers=18,
+    num_heads=8,
+    num_kv_heads=1,
+    head_dim=256,
+    mlp_dim=16384,
+    max_seq_len=8192,
+    mlp="geglu_tanh",
+    norm_eps=1e-6,
+    norm_unit_offset=True,
+    embedding_scale=2048**0.5,
+  )
+
+
+def gemma3_270m() -> ModelConfig:
+  """Gemma 3 270M: config.json of google/gemma-3-270m."""
+  return _gemma3(embed_dim=640, num_layers=18, mlp_dim=2048)
+
+
+def gemma3_1b() -> ModelConfig:
+  """Gemma 3 1B: arXiv 2503.19786, table 1, and config.json of google/gemma-3-1b-pt."""
+  return _gemma3(embed_dim=1152, num_layers=26, mlp_dim=6912)
+
+
+def _gemma3(*, embed_dim: int, **sizes: int) -> ModelConfig:
+  return ModelConfig(
+    vocab_size=262144,
+    embed_dim=embed_dim,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=256,
+    max_seq_len=32768,
+    mlp="geglu_tanh",
+    qk_norm="head",
+    norm_eps=1e-6,
+    norm_placement="sandwich",
+    norm_unit_offset=True,
+    sliding_window=512,
+    layer_pattern=("local",) * 5 + ("global",),
+    rope_theta=1000000.0,
+    rope_local_theta=10000.0,
+    embedding_scale=embed_dim**0.5,
+    **sizes,
+  )
+
+
+def phi3_mini() -> ModelConfig:
+  """Phi-3 mini, 4k: arXiv 2404.14219, section 2, and config.json of microsoft/Phi-3-mini-4k-instruct."""
+  return ModelConfig(
+    vocab_size=32064,
+    embed_dim=3072,
+    num_layers=32,
+    num_heads=32,
+    mlp_dim=8192,
+    max_seq_len=4096,
+    sliding_window=2047,
+    tie_embeddings=False,
+  )
+
+
+def smollm2_135m() -> ModelConfig:
+  """SmolLM2 135M: arXiv 2502.02737, and config.json of HuggingFaceTB/SmolLM2-135M."""
+  return ModelConfig(
+    vocab_size=49152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    mlp_dim=1536,
+    max_seq_len=8192,
+    rope_theta=100000.0,
+  )
+
+
+def smollm3_3b() -> ModelConfig:
+  """SmolLM3 3B: config.json of HuggingFaceTB/SmolLM3-3B."""
+  return ModelConfig(
+    vocab_size=128256,
+    embed_dim=2048,
+    num_layers=36,
+    num_heads=16,
+    num_kv_heads=4,
+    mlp_dim=11008,
+    max_seq_len=65536,
+    layer_pattern=("global", "global", "global", "nope"),
+    norm_eps=1e-6,
+    rope_theta=5000000.0,
+  )
+
+
+def olmo2_1b() -> ModelConfig:
+  """OLMo 2 1B: arXiv 2501.00656, and config.json of allenai/OLMo-2-0425-1B."""
+  return ModelConfig(
+    vocab_size=100352,
+    embed_dim=2048,
+    num_layers=16,
+    num_heads=16,
+    mlp_dim=8192,
+    max_seq_len=4096,
+    qk_norm="full",
+    norm_eps=1e-6,
+    norm_placement="output",
+    rope_theta=500000.0,
+    tie_embeddings=False,
+  )
+
+
+def pythia_160m() -> ModelConfig:
+  """Pythia 160M: arXiv 2304.01373, table 1, and config.json of EleutherAI/pythia-160m."""
+  return ModelConfig(
+    vocab_size=50304,
+    embed_dim=768,
+    num_layers=12,
+    num_heads=12,
+    mlp_dim=3072,
+    max_seq_len=2048,
+    rope_fraction=0.25,
+    norm="layernorm",
+    parallel_residual=True,
+    mlp="gelu",
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    tie_embeddings=False,
+  )
+
+
+def bloom_560m() -> ModelConfig:
+  """BLOOM 560M: arXiv 2211.05100, table 3, and config.json of bigscience/bloom-560m."""
+  return ModelConfig(
+    vocab_size=250880,
+    embed_dim=1024,
+    num_layers=24,
+    num_heads=16,
+    max_seq_len=2048,
+    position="alibi",
+    norm="layernorm",
+    embedding_norm=True,
+    mlp="gelu_tanh",
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+  )
+
+
+def qwen2_0_5b() -> ModelConfig:
+  """Qwen2 0.5B: arXiv 2407.10671, table 1, and config.json of Qwen/Qwen2-0.5B."""
+  return ModelConfig(
+    vocab_size=151936,
+    embed_dim=896,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    mlp_dim=4864,
+    max_seq_len=131072,
+    attention_bias=True,
+    norm_eps=1e-6,
+    rope_theta=1000000.0,
   )

@@ -1,116 +1,80 @@
 """The Transformer: embedding, a scanned stack of one block, head."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends
 from jaxllm.models import positions as pos
-from jaxllm.models.attention import Attention, KVCache, Placement
+from jaxllm.models.attention import KVCache, Placement
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.initializers import embedding_init, matrix_init
+from jaxllm.models.head import Head
+from jaxllm.models.initializers import embedding_init
 from jaxllm.models.linear import parameter, project
-from jaxllm.models.mlp import MLP
+from jaxllm.models.moe import RouterLosses
 from jaxllm.models.norms import Norm
-from jaxllm.models.remat import remat
+from jaxllm.models.stack import run_blocks, stack_blocks
 from jaxllm.parallel.sharding import constrain
-
-# XLA:CPU is faster on straight code than in a loop; beyond this depth its compile time is not worth it.
-CPU_UNROLL = 8
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerLayer:
-  """A parameter of all layers as one array a layer, in place of one array with a leading layer axis."""
-
-  arrays: tuple[Array, ...]
-
-  def __getitem__(self, layer: int) -> Array:
-    return self.arrays[layer]
-
-
-def is_per_layer(value) -> bool:
-  """Whether a parameter is kept layer by layer."""
-  return isinstance(value, PerLayer)
-
-
-class Block(nnx.Module):
-  """Attention and feed-forward on a residual stream, with norms where the config places them."""
-
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
-    self.placement, self.parallel = c.norm_placement, c.parallel_residual
-    norm = functools.partial(Norm, c, compute, rngs=rngs)
-    self.attention = Attention(c, compute, rngs=rngs)
-    self.mlp = MLP(c, compute, rngs=rngs)
-    if c.norm_placement in ("pre", "sandwich"):
-      self.attention_norm, self.mlp_norm = norm(), norm()
-    if c.norm_placement != "pre":
-      self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-
-  def __call__(
-    self, x: Float[Array, "B T D"], place: Placement, kind: str, cache: KVCache | None = None
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    before = self.placement in ("pre", "sandwich")
-    after = self.placement in ("sandwich", "output")
-    h, cache = self.attention(self.attention_norm(x) if before else x, place, kind, cache)
-    h = self.attention_post_norm(h) if after else h
-    if self.parallel:
-      return constrain(x + h + self.mlp(self.mlp_norm(x)), "batch", "seq", None), cache
-    x = x + h
-    x = self.attention_post_norm(x) if self.placement == "post" else x
-    h = self.mlp(self.mlp_norm(x) if before else x)
-    h = self.mlp_post_norm(h) if after else h
-    x = constrain(x + h, "batch", "seq", None)
-    return self.mlp_post_norm(x) if self.placement == "post" else x, cache
 
 
 class Embedding(nnx.Module):
-  """Token vectors, plus position vectors where positions are added and not rotated."""
+  """Token vectors, plus those of segments and of positions where these are added and not rotated."""
 
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
+  def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs):
     self.c, self.dtype = c, compute.dtype
-    self.tokens = parameter(rngs, (c.vocab_size, c.embed_dim), ("vocab", "embed"), embedding_init(c))
-    if c.position == "learned":
-      self.positions = parameter(rngs, (c.max_seq_len, c.embed_dim), (None, "embed"), embedding_init(c))
+
+    def table(rows, axis=None):
+      return parameter(rngs, (rows, c.embed_dim), (axis, "embed"), embedding_init(c))
+
+    self.tokens = table(c.vocab_size, "vocab") if own_tokens else None
+    self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
+    self.token_types = table(c.num_token_types) if c.num_token_types else None
     self.norm = Norm(c, compute, rngs=rngs) if c.embedding_norm else None
 
-  def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    token_types: Int[Array, "B T"] | None = None,
+    vectors: Float[Array, "V D"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """`vectors`: the decoder's token vectors, which an encoder shares."""
+    vectors = self.tokens.get_value() if vectors is None else vectors
     # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
-    table = constrain(self.tokens.get_value().astype(self.dtype), "vocab", None)
-    x = constrain(jnp.take(table, tokens, axis=0), "batch", "seq", None)
+    x = jnp.take(constrain(vectors.astype(self.dtype), "vocab", None), tokens, axis=0)
+    x = constrain(x, "batch", "seq", None)
     if self.c.embedding_scale is not None:
       x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
+    if self.token_types is not None:
+      types = jnp.zeros_like(tokens) if token_types is None else token_types
+      x = x + jnp.take(constrain(self.token_types[...].astype(x.dtype), None, None), types, axis=0)
     if self.c.position == "learned":
-      x = x + jnp.take(constrain(self.positions[...].astype(x.dtype), None, None), positions, axis=0)
+      rows = positions + self.c.position_offset
+      x = x + jnp.take(constrain(self.positions[...].astype(x.dtype), None, None), rows, axis=0)
     elif self.c.position == "sinusoidal":
       x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
     return x if self.norm is None else self.norm(x)
 
 
-class Head(nnx.Module):
-  """The output matrix of a model that does not share its embedding, and the bias of one that has it."""
-
-  def __init__(self, c: ModelConfig, *, rngs):
-    if not c.tie_embeddings:
-      init = matrix_init(c, c.embed_dim)
-      self.weight = parameter(rngs, (c.embed_dim, c.vocab_size), ("embed", "vocab"), init)
-    self.bias = parameter(rngs, (c.vocab_size,), ("vocab",), nnx.initializers.zeros) if c.head_bias else None
-
-
 class Transformer(nnx.Module):
-  """A decoder language model. `split` it, keep the parameters as a plain dict, `nnx.merge` to call it."""
+  """A language model. `split` it, keep the parameters as a plain dict, `nnx.merge` to call it.
 
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
+  The encoder of an encoder_decoder is another Transformer inside it, without a head.
+  """
+
+  def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs: nnx.Rngs):
     self.config, self.compute = c, compute
-    self.embedding = Embedding(c, compute, rngs=rngs)
-    self.blocks = stack(lambda r: Block(c, compute, rngs=r), c.num_layers, rngs)
+    self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
+    if c.position == "relative":
+      shape = (c.relative_buckets, c.num_heads)
+      self.relative_bias = parameter(rngs, shape, (None, "heads"), embedding_init(c))
+    self.blocks = stack_blocks(c, compute, rngs)
     self.final_norm = Norm(c, compute, rngs=rngs) if c.final_norm else None
-    self.head = Head(c, rngs=rngs) if not c.tie_embeddings or c.head_bias else None
+    self.head = Head(c, compute, rngs=rngs)
+    if c.architecture == "encoder_decoder":
+      self.encoder = Transformer(c.encoder, compute, own_tokens=False, rngs=rngs)
 
   def __call__(
     self,
@@ -119,88 +83,79 @@ class Transformer(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
+    **inputs: Array | None,
   ) -> tuple[Float[Array, "B T V"], KVCache | None]:
-    """float32 logits [B, T, V] and the advanced cache (None without one); see `hidden`."""
-    x, cache = self.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-    return self.logits(x), cache
+    """float32 logits (a classifier's: see `classify`) and the advanced cache (None without one); see `hidden`."""
+    x, cache = self.hidden(tokens, positions=positions, segment_ids=segment_ids, cache=cache, **inputs)
+    return self.logits(x) if self.config.head == "lm" else self.classify(x, segment_ids), cache
+
+  def encode(
+    self,
+    tokens: Int[Array, "B S"],
+    *,
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+  ) -> Float[Array, "B S D"]:
+    """The encoder's states, for `hidden(encoded=)`; see there."""
+    vectors = self.embedding.tokens.get_value()
+    return self.encoder.hidden(tokens, positions=positions, segment_ids=segment_ids, vectors=vectors)[0]
 
   def hidden(
+    self, tokens: Int[Array, "B T"], **inputs: Array | KVCache | None
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """The last layer's normalised output [B, T, D], before the head, and the cache; see `hidden_and_router`."""
+    return self.hidden_and_router(tokens, **inputs)[:2]
+
+  def hidden_and_router(
     self,
     tokens: Int[Array, "B T"],
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    token_types: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """The last layer's normalised output [B, T, D], before the head.
+    encoded: Float[Array, "B S D"] | None = None,
+    encoded_segment_ids: Int[Array, "B S"] | None = None,
+    vectors: Float[Array, "V D"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
+    """The last layer's normalised output [B, T, D], before the head, the advanced cache, and the losses of the
+    routers (`jaxllm.models.moe.router_losses`): the mean over the layers with experts, None if there are none.
 
     Args:
       positions: of each token in its document; by default counted from 0, or from the cache's length.
       segment_ids: packed documents see only themselves; 0 is padding. Not with a cache.
+      token_types: which of the segments a token belongs to, 0 by default (BERT's token_type_ids).
       cache: earlier tokens; the new ones are written after them.
+      encoded: what an encoder_decoder's `encode` returned. With a cache it is needed once: the cache keeps
+        each layer's keys and values of it.
+      encoded_segment_ids: of the encoder's tokens; a token attends to the states of its own segment. None:
+        to all.
+      vectors: of the tokens, where the model has none of its own (an encoder inside an encoder_decoder).
     """
     c = self.config
-    if positions is None:
-      start = 0 if cache is None else cache.length[:, None]
-      positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-    rope = {}
+    start = 0 if cache is None else cache.length[:, None]
+    slots = jnp.atleast_2d(start + jnp.arange(tokens.shape[1]))
+    positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
+    rope, bias = {}, None
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
-    place = Placement(rope, segment_ids, positions)
-    x = self.embedding(tokens, positions)
-    x, cache = self._layers(x, place, cache)
-    return x if self.final_norm is None else self.final_norm(x), cache
+    elif c.position == "relative":
+      num_keys = tokens.shape[1] if cache is None else cache.key[0].shape[1]
+      bias = pos.relative_bias(c, self.relative_bias[...], slots, num_keys)
+    place = Placement(rope, segment_ids, positions, bias, encoded, encoded_segment_ids)
+    x = self.embedding(tokens, positions, token_types, vectors)
+    x, cache, losses = run_blocks(self.blocks, c, self.compute, x, place, cache)
+    return x if self.final_norm is None else self.final_norm(x), cache, losses
 
-  def _layers(self, x, place, cache):
-    """The stack: scanned in training, straight code for a cache or for layers that are not stacked."""
-    graph, weights = nnx.split(self.blocks)
-    straight = cache is not None or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer)))
-    return (self._straight if straight else self._scanned)(graph, weights, x, place, cache)
-
-  def _straight(self, graph, weights, x, place, cache):
-    """One layer after the other: in a loop XLA would copy each layer's weights and cache for every token."""
-    kinds, caches = self.config.layer_kinds, []
-    for i in range(self.config.num_layers):
-      one = jax.tree.map(lambda w, i=i: w[i], weights, is_leaf=is_per_layer)
-      before = None if cache is None else KVCache(cache.key[i], cache.value[i], cache.length)
-      x, after = nnx.merge(graph, one)(x, place, kinds[i % len(kinds)], before)
-      caches.append(after)
-    if cache is not None:
-      keys, values = tuple(c.key for c in caches), tuple(c.value for c in caches)
-      cache = KVCache(keys, values, cache.length + x.shape[1])
-    return x, cache
-
-  def _scanned(self, graph, weights, x, place, cache):
-    """One repetition of the layer pattern per scan step; a rest runs after the scan."""
-    c, kinds = self.config, self.config.layer_kinds
-
-    def layer(x, weights, kind):
-      return nnx.merge(graph, weights)(x, place, kind)[0]
-
-    def group(x, weights, kinds=kinds):
-      for j, kind in enumerate(kinds):
-        one = jax.tree.map(lambda w, j=j: w[j], weights)
-        x = remat(functools.partial(layer, kind=kind), self.compute)(x, one)
-      return x, None
-
-    steps, rest = divmod(c.num_layers, len(kinds))
-    if steps:
-      grouped = jax.tree.map(lambda w: w[: steps * len(kinds)].reshape(steps, len(kinds), *w.shape[1:]), weights)
-      x, _ = jax.lax.scan(group, x, grouped, unroll=self._unroll(steps))
-    if rest:
-      last = jax.tree.map(lambda w: w[steps * len(kinds) :], weights)
-      x, _ = group(x, last, kinds=kinds[:rest])
-    return x, cache
-
-  def _unroll(self, steps: int) -> int:
-    if self.compute.unroll_layers is not None:
-      return max(1, min(steps, self.compute.unroll_layers // len(self.config.layer_kinds)))
-    on_cpu = backends.TARGETS[self.compute.target] == "cpu"
-    return steps if on_cpu and self.config.num_layers <= CPU_UNROLL else 1
+  def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """What the head's matrix multiplies: hidden states after the head's dense layer, norm and scale."""
+    scale = self.config.logit_scale
+    x = self.head.transform(x)
+    return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
   def head_weight(self) -> Float[Array, "D V"]:
-    """The matrix from hidden states to logits."""
-    if self.config.tie_embeddings:
+    """The matrix from `head_input` to logits."""
+    if self.head.weight is None:
       return self.embedding.tokens.get_value().T
     return self.head.weight.get_value()
 
@@ -209,9 +164,10 @@ class Transformer(nnx.Module):
     return self.head.bias[...] if self.config.head_bias else None
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """float32 logits of hidden states."""
+    """float32 logits over the vocabulary, of hidden states."""
+    x = self.head_input(x)
     backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
-    if self.config.tie_embeddings and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
+    if self.head.weight is None and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
       # Contracted as it lies: XLA:CPU would copy the transposed matrix for every token.
       logits = jnp.einsum("BTD,VD->BTV", x, tokens.astype(x.dtype)).astype(jnp.float32)
     else:
@@ -222,8 +178,33 @@ class Transformer(nnx.Module):
       logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
     return constrain(logits, "batch", "seq", "vocab")
 
+  def pooled(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
+    """What stands for each row's text: its first state, or the mean of those that are not padding, after the
+    head's dense layer and norm."""
+    if self.config.pooling == "first":
+      return self.head.transform(x[:, 0])
+    return self.head.transform(mean_pool(x, segment_ids))
 
-def stack(build, count: int, rngs: nnx.Rngs):
-  """`count` modules as one, every parameter with a leading axis named "layers"."""
-  split = nnx.vmap(build, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-  return split(rngs.split(count))
+  def classify(
+    self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+  ) -> Float[Array, "B *T num_labels"]:
+    """float32 logits of the labels: of each row's text, or of every token.
+
+    Raises:
+      ConfigError: the model has no classification head.
+    """
+    if self.config.head not in ("sequence", "token"):
+      raise ConfigError(f"a model with the head {self.config.head!r} (model.head) has no labels to choose from")
+    x = self.pooled(x, segment_ids) if self.config.head == "sequence" else self.head.transform(x)
+    backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
+    logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
+    return logits + self.head_bias() if self.config.head_bias else logits
+
+
+def mean_pool(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
+  """The mean of each row's states that are not padding."""
+  if segment_ids is None:
+    return x.mean(axis=1)
+  real = (segment_ids != 0)[..., None]
+  total = jnp.where(real, x, 0).sum(axis=1, dtype=jnp.float32)
+  return (total / jnp.maximum(real.sum(axis=1), 1)).astype(x.dtype)

@@ -11,7 +11,7 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")  # outermost (sl
 class AxisRules:
   """Logical axis of an array -> the mesh axes that split it; () keeps it whole on every device."""
 
-  batch: tuple[str, ...] = ("data", "fsdp")
+  batch: tuple[str, ...] = ("data", "fsdp", "expert")
   seq: tuple[str, ...] = ("context",)
   layers: tuple[str, ...] = ()
   embed: tuple[str, ...] = ("fsdp",)
@@ -21,6 +21,7 @@ class AxisRules:
   mlp: tuple[str, ...] = ("tensor",)
   vocab: tuple[str, ...] = ("tensor",)
   expert: tuple[str, ...] = ("expert",)
+  expert_batch: tuple[str, ...] = ("data", "fsdp")  # rows of tokens that lie sorted by expert
 
   def __post_init__(self):
     for field in dataclasses.fields(self):

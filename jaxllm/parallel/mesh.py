@@ -23,9 +23,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     ConfigError: the axes need more devices than there are, or do not divide them.
   """
   devices = list(jax.devices() if devices is None else devices)
-  for axis in ("stage", "expert"):
-    if getattr(config, axis) > 1:
-      raise ConfigError(f"mesh.{axis} is {getattr(config, axis)}, but nothing is split along it yet; set it to 1")
+  if config.stage > 1:
+    raise ConfigError(f"mesh.stage is {config.stage}, but nothing is split along it yet; set it to 1")
   sizes = {axis: getattr(config, axis) for axis in AXES}
   fixed = math.prod(size for size in sizes.values() if size != -1)
   for axis, size in sizes.items():

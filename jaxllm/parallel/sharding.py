@@ -74,9 +74,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
-  """The sharding of a batch's [B, T] arrays."""
-  return NamedSharding(mesh, partition_spec(("batch", "seq"), rules, "batch"))
+def batch_sharding(mesh: Mesh, rules: AxisRules, ndim: int = 2) -> NamedSharding:
+  """The sharding of a batch's [B, T] arrays, or of those with one number a row [B]."""
+  return NamedSharding(mesh, partition_spec(("batch", "seq")[:ndim], rules, "batch"))
 
 
 _activations: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
@@ -94,11 +94,17 @@ def activation_sharding(mesh: Mesh, rules: AxisRules):
     _activations.reset(token)
 
 
+def activation_context() -> tuple[Mesh, AxisRules] | None:
+  """The mesh and the rules of the surrounding `activation_sharding`; None outside it or on one device."""
+  context = _activations.get()
+  return None if context is None or context[0].size == 1 else context
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
   """Pins an activation to the sharding that its logical axes have, so that the compiler gathers weights
   and not activations; the identity outside `activation_sharding`."""
-  context = _activations.get()
-  if context is None or context[0].size == 1:
+  context = activation_context()
+  if context is None:
     return x
   mesh, rules = context
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, "activation")))

@@ -1,0 +1,211 @@
+"""The stack of layers: one block, declared once for every layer, run in a scan or one after the other."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxllm.kernels import backends
+from jaxllm.models.attention import Attention, CrossAttention, KVCache, Placement
+from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.mla import LatentAttention
+from jaxllm.models.mlp import MLP
+from jaxllm.models.moe import MoE, RouterLosses
+from jaxllm.models.norms import Norm
+from jaxllm.models.remat import remat
+from jaxllm.parallel.sharding import constrain
+
+# XLA:CPU is faster on straight code than in a loop; beyond this depth its compile time is not worth it.
+CPU_UNROLL = 8
+FEED_FORWARD = {"mlp": MLP, "moe": MoE}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+  """A parameter of all layers as one array a layer, in place of one array with a leading layer axis."""
+
+  arrays: tuple[Array, ...]
+
+  def __getitem__(self, layer: int) -> Array:
+    return self.arrays[layer]
+
+
+def is_per_layer(value) -> bool:
+  """Whether a parameter is kept layer by layer."""
+  return isinstance(value, PerLayer)
+
+
+class Block(nnx.Module):
+  """Attention, cross-attention and feed-forward on a residual stream, with norms where the config places them.
+
+  `feed_forward` names the last: a plain "mlp", or experts, "moe". None: a stack of layers that have either.
+  """
+
+  def __init__(self, c: ModelConfig, compute: Compute, feed_forward: str | None, *, rngs):
+    self.placement, self.parallel, self.feed_forward = c.norm_placement, c.parallel_residual, feed_forward
+    norm = functools.partial(Norm, c, compute, rngs=rngs)
+    self.attention = (LatentAttention if c.mla else Attention)(c, compute, rngs=rngs)
+    if feed_forward is not None:
+      setattr(self, feed_forward, FEED_FORWARD[feed_forward](c, compute, rngs=rngs))
+    self.cross_attention = CrossAttention(c, compute, rngs=rngs) if c.architecture == "encoder_decoder" else None
+    parts = ("attention", "mlp") if self.cross_attention is None else ("attention", "cross_attention", "mlp")
+    for part in parts:
+      if c.norm_placement in ("pre", "sandwich"):
+        setattr(self, f"{part}_norm", norm())
+      if c.norm_placement != "pre":
+        setattr(self, f"{part}_post_norm", norm())
+
+  def __call__(
+    self, x: Float[Array, "B T D"], place: Placement, kind: str, cache: KVCache | None = None, first: bool = False
+  ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
+    """`first`: the first layer of a model that has no norm before it."""
+
+    def normed(x, part):
+      return getattr(self, f"{part}_norm")(x) if self.placement in ("pre", "sandwich") else x
+
+    def add(x, h, part):
+      if self.placement == "pre":
+        return x + h
+      norm = getattr(self, f"{part}_post_norm")
+      return norm(x + h) if self.placement == "post" else x + norm(h)
+
+    def feed(x):
+      if self.feed_forward == "mlp":
+        return self.mlp(x), None
+      return self.moe(x, place.segment_ids, drop=cache is None)
+
+    h, cache = self.attention(x if first else normed(x, "attention"), place, kind, cache)
+    if self.parallel:
+      y, losses = feed(normed(x, "mlp"))
+      return constrain(x + h + y, "batch", "seq", None), cache, losses
+    x = add(x, h, "attention")
+    if self.cross_attention is not None:
+      h, cache = self.cross_attention(normed(x, "cross_attention"), place, cache)
+      x = add(x, h, "cross_attention")
+    h, losses = feed(normed(x, "mlp"))
+    return constrain(add(x, h, "mlp"), "batch", "seq", None), cache, losses
+
+
+def stack_blocks(c: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> Block:
+  """All layers' Blocks as one, every parameter with a leading axis of the layers that have it."""
+  counts = {name: len(c.layers_with(name)) for name in FEED_FORWARD}
+  only = next((name for name, count in counts.items() if count == c.num_layers), None)
+  blocks = _stack(lambda r: Block(c, compute, only, rngs=r), c.num_layers, rngs)
+  if only is None:
+    blocks.mlp = _stack(lambda r: MLP(c, compute, rngs=r), counts["mlp"], rngs)
+    blocks.moe = _stack(lambda r: MoE(c, compute, rngs=r), counts["moe"], rngs)
+  return blocks
+
+
+def run_blocks(
+  blocks: Block, c: ModelConfig, compute: Compute, x: Float[Array, "B T D"], place: Placement, cache: KVCache | None
+) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
+  """x after all layers, the advanced cache, and the mean of the routers' losses (None without experts).
+
+  Scanned in training, straight code for a cache or for layers that are not stacked.
+  """
+  graph, state = nnx.split(blocks)
+  weights = nnx.to_pure_dict(state)
+
+  def layer(i, x, weights, cache=None):
+    own = graph if blocks.feed_forward else _block_graph(c, compute, i in c.moe_layers)
+    first = i == 0 and not c.first_norm
+    return nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], cache, first)
+
+  if cache is not None or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer))):
+    x, cache, losses = _straight(c, layer, weights, x, cache)
+  else:
+    x, losses = _scanned(c, compute, layer, weights, x)
+  return x, cache, jax.tree.map(lambda total: total / len(c.moe_layers), losses)
+
+
+def _straight(c: ModelConfig, layer: Callable, weights, x, cache):
+  """One layer after the other: in a loop XLA would copy each layer's weights and cache for every token."""
+  caches, losses = [], []
+  for i in range(c.num_layers):
+    before = None if cache is None else cache.of_layer(i)
+    x, after, loss = layer(i, x, _one_layer(c, weights, 0, i), before)
+    caches.append(after)
+    losses.append(loss)
+  cache = None if cache is None else KVCache.of_layers(caches, cache.length + x.shape[1])
+  return x, cache, _total(losses)
+
+
+def _scanned(c: ModelConfig, compute: Compute, layer: Callable, weights, x):
+  """Of each run of layers that repeat, one period per scan step; a rest runs after the scan."""
+  losses = []
+
+  def group(x, weights, layers):
+    losses = []
+    for i in layers:
+      x, _, loss = remat(functools.partial(layer, i), compute)(x, _one_layer(c, weights, layers.start, i))
+      losses.append(loss)
+    return x, _total(losses)
+
+  for start, stop, period in c.layer_runs:
+    steps = (stop - start) // period
+    end = start + steps * period
+    if steps:
+      grouped = jax.tree.map(lambda w, n=steps: w.reshape(n, -1, *w.shape[1:]), _some_layers(c, weights, start, end))
+      step = functools.partial(group, layers=range(start, start + period))
+      x, loss = jax.lax.scan(step, x, grouped, unroll=_unroll(c, compute, steps, period))
+      losses.append(loss)
+    if end < stop:
+      x, loss = group(x, _some_layers(c, weights, end, stop), range(end, stop))
+      losses.append(loss)
+  return x, _total(losses)
+
+
+def _unroll(c: ModelConfig, compute: Compute, steps: int, period: int) -> int:
+  if compute.unroll_layers is not None:
+    return max(1, min(steps, compute.unroll_layers // period))
+  on_cpu = backends.TARGETS[compute.target] == "cpu"
+  return steps if on_cpu and c.num_layers <= CPU_UNROLL else 1
+
+
+def _stack(build: Callable, count: int, rngs: nnx.Rngs):
+  """`count` modules as one, every parameter with a leading axis named "layers"."""
+  split = nnx.vmap(build, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+  return split(rngs.split(count))
+
+
+def _rows(c: ModelConfig, part: str, start: int, stop: int) -> range:
+  """Which rows of the stack of `part`, a child of Block, belong to the layers from start to stop."""
+  layers = c.layers_with(part)
+  return range(sum(i < start for i in layers), sum(i < stop for i in layers))
+
+
+def _some_layers(c: ModelConfig, weights: dict, start: int, stop: int) -> dict:
+  """The stacks of the layers from start to stop, without those that none of these layers has."""
+  rows = {part: _rows(c, part, start, stop) for part in weights}
+  cut = lambda w, r: w[r.start : r.stop]  # noqa: E731
+  return {part: jax.tree.map(functools.partial(cut, r=r), weights[part]) for part, r in rows.items() if r}
+
+
+def _one_layer(c: ModelConfig, weights: dict, start: int, layer: int) -> dict:
+  """One layer's parameters, of stacks that begin at the layer `start`."""
+  own = [part for part in weights if layer in c.layers_with(part)]
+  take = lambda w, row: w[row]  # noqa: E731
+  row = {part: len(_rows(c, part, start, layer)) for part in own}
+  return {
+    part: jax.tree.map(functools.partial(take, row=row[part]), weights[part], is_leaf=is_per_layer) for part in own
+  }
+
+
+@functools.lru_cache(maxsize=8)
+def _block_graph(c: ModelConfig, compute: Compute, sparse: bool) -> nnx.GraphDef:
+  """The static part of one Block, of a model that has layers with experts and layers without."""
+  with nnx.use_eager_sharding(False):
+    block = nnx.eval_shape(lambda: Block(c, compute, "moe" if sparse else "mlp", rngs=nnx.Rngs(params=0)))
+  return nnx.split(block)[0]
+
+
+def _total(losses: list[RouterLosses | None]) -> RouterLosses | None:
+  """The sum over layers; a scan's have a leading axis of its steps."""
+  found = [loss for loss in losses if loss is not None]
+  return jax.tree.map(lambda *values: sum(jnp.sum(value) for value in values), *found) if found else None
