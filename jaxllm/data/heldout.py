@@ -1,13 +1,15 @@
 """Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, open_prepared
-from jaxllm.data.packing import fill_row, make_plan, random_order
+from jaxllm.data.packing import random_order
 from jaxllm.data.pipeline import Batch
+from jaxllm.data.tasks import empty_row, make_task
 from jaxllm.errors import ConfigError, DataError
 
 
@@ -30,8 +32,11 @@ class HeldoutBatches:
     source: str = "",
     host_index: int = 0,
     host_count: int = 1,
+    config: DataConfig = DataConfig(),
+    decoder_start_id: int = 0,
   ):
-    self._local, self._seq_len = batch_size // host_count, seq_len
+    self._local = batch_size // host_count
+    self._task, self._empty = make_task(config, seq_len, prepared, decoder_start_id), empty_row(config, seq_len)
     self._offset, self._batch_size = host_index * self._local, batch_size
     self._documents, counts, sizes = [], [], []  # sources one after another, numbered on
     first_byte_length = 0
@@ -41,7 +46,7 @@ class HeldoutBatches:
       if info.heldout.documents and source in ("", info.name):
         documents = prepared.documents(info, "heldout")
         self._documents += [(documents, index) for index in range(info.heldout.documents)]
-        counts.append(prepared.token_counts(info, "heldout") + 1)
+        counts.append(prepared.token_counts(info, "heldout"))
         sizes.append(lengths[first_byte_length:last])
       first_byte_length = last
     if not counts:
@@ -49,19 +54,25 @@ class HeldoutBatches:
         f"no held-out documents{f' of source {source!r}' if source else ''} in {prepared.dir}: raise "
         "data.heldout_fraction and prepare again"
       )
-    positions, document_bytes = np.concatenate(counts), np.concatenate(sizes)
-    self._plan = make_plan("best_fit", positions, seq_len, None)
+    document_bytes = np.concatenate(sizes)
+    self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
     # In a fixed shuffled order, so that the first batches are a fair sample.
     self._rows = random_order(self._plan.num_rows, 0, 0)
     if max_batches:
       self._rows = self._rows[: max_batches * batch_size]
-    pieces = [piece for row in self._rows for piece in self._plan.pieces(0, int(row))]
-    self.tokens = sum(piece.size for piece in pieces)
     # A document that is scored in part counts in part; with all batches this is the exact sum.
-    scored = np.zeros(len(positions), np.int64)
-    for piece in pieces:
-      scored[piece.document] += piece.size
-    self.bytes = float((document_bytes * (scored / positions)).sum())
+    scored = self._sizes(self._rows, len(document_bytes))
+    whole = self._sizes(range(self._plan.num_rows), len(document_bytes))
+    self.tokens = int(scored.sum())
+    self.bytes = float((document_bytes * (scored / np.maximum(whole, 1))).sum())
+
+  def _sizes(self, rows: Iterable[int], documents: int) -> Int[np.ndarray, " documents"]:
+    """Positions of each document in these rows."""
+    sizes = np.zeros(documents, np.int64)
+    for row in rows:
+      for piece in self._plan.pieces(0, int(row)):
+        sizes[piece.document] += piece.size
+    return sizes
 
   def __len__(self) -> int:
     return -(-len(self._rows) // self._batch_size)
@@ -70,15 +81,21 @@ class HeldoutBatches:
     for start in range(0, len(self._rows), self._batch_size):
       first = start + self._offset
       rows = [self._row(int(row)) for row in self._rows[first : first + self._local]]
-      rows += [fill_row([], self._framed, self._seq_len)] * (self._local - len(rows))
+      rows += [self._empty] * (self._local - len(rows))
       yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _row(self, row: int) -> Batch:
-    return fill_row(self._plan.pieces(0, row), self._framed, self._seq_len)
+    return self._task.row(self._plan.pieces(0, row), self, np.random.default_rng([0, row]))
 
-  def _framed(self, document: int):
+  def framed(self, document: int) -> np.ndarray:
+    """As `TokenDocuments.framed`, sources numbered on."""
     documents, index = self._documents[document]
     return documents.framed(index)
+
+  def parts(self, document: int) -> list[np.ndarray]:
+    """As `TokenDocuments.parts`, sources numbered on."""
+    documents, index = self._documents[document]
+    return documents.parts(index)
 
 
 def heldout_batches(
@@ -91,6 +108,7 @@ def heldout_batches(
   host_index: int = 0,
   host_count: int = 1,
   prepared: Prepared | None = None,
+  decoder_start_id: int = 0,
 ) -> HeldoutBatches:
   """The held-out split of `config.dir` in batches as `train_batches` gives them.
 
@@ -106,4 +124,6 @@ def heldout_batches(
     source=source,
     host_index=host_index,
     host_count=host_count,
+    config=config,
+    decoder_start_id=decoder_start_id,
   )

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxllm.data.config import DataConfig
+from jaxllm.data.examples import FIELDS
 from jaxllm.data.shards import TokenDocuments, file_sizes, shard_directory
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.errors import DataError
@@ -87,7 +88,8 @@ class Prepared:
   def documents(self, source: SourceInfo, split: str) -> TokenDocuments:
     info: SplitInfo = getattr(source, split)
     directory = shard_directory(self.root / "shards", source.name)
-    return TokenDocuments(directory, list(info.parts), info.documents, self.start_id, self.eos_id)
+    counts = self.token_counts(source, split)
+    return TokenDocuments(directory, list(info.parts), info.documents, self.start_id, self.eos_id, counts)
 
   def train_text(self) -> bytes:
     """The training documents as text again, one after another: tokenizing loses nothing."""
@@ -98,8 +100,8 @@ class Prepared:
       for i in range(len(documents))
     )
 
-  def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, " documents"]:
-    """Tokens of each document, in the shards' order."""
+  def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, "documents *parts"]:
+    """Tokens of each document, or of each part of an example, in the shards' order."""
     return np.load(counts_path(self.root, source.name, split))
 
   def heldout_lengths(self) -> Int[np.ndarray, " documents"]:
@@ -121,6 +123,8 @@ def content_config(config: DataConfig) -> dict:
     "tokenizer": dataclasses.asdict(config.tokenizer),
     "heldout_fraction": config.heldout_fraction,
     "max_heldout_bytes": config.max_heldout_bytes,
+    # Tasks that read texts share one build.
+    "examples": [config.task, config.labels] if config.task in FIELDS else None,
   }
   return json.loads(json.dumps(settings))
 

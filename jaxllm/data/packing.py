@@ -127,32 +127,54 @@ class TablePlan:
 
 
 def _fit(lengths: Int[np.ndarray, " documents"], order: Order, seq_len: int, tightest: bool) -> TablePlan:
-  """First-fit, or best-fit (the fullest row that has room), over the last `_OPEN_ROWS` opened rows."""
-  counts = -(-lengths[order] // seq_len)
+  """Documents cut into pieces of seq_len and a rest, and packed."""
+  documents, starts, sizes = cut_documents(lengths, order, seq_len)
+  return fit_pieces(documents, starts, sizes, sizes[:, None], (seq_len,), tightest)
+
+
+def cut_documents(
+  lengths: Int[np.ndarray, " documents"], order: Order, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(document, start, size) of the pieces, each at most `most` long."""
+  counts = -(-lengths[order] // most)
   documents = np.repeat(order, counts)
   within = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
-  starts = within * seq_len
-  sizes = np.minimum(lengths[documents] - starts, seq_len)
+  starts = within * most
+  return documents, starts, np.minimum(lengths[documents] - starts, most)
 
+
+def fit_pieces(
+  documents: Int[np.ndarray, " pieces"],
+  starts: Int[np.ndarray, " pieces"],
+  sizes: Int[np.ndarray, " pieces"],
+  costs: Int[np.ndarray, "pieces sides"],
+  capacity: tuple[int, ...],
+  tightest: bool,
+) -> TablePlan:
+  """First-fit, or best-fit (the fullest row that has room), over the last `_OPEN_ROWS` opened rows.
+
+  A row holds `capacity` positions on each of its sides (of an encoder-decoder there are two), and a piece
+  costs that many of them.
+  """
   rows = np.empty(len(documents), np.int64)
-  room = np.zeros(_OPEN_ROWS, np.int64)
+  room = np.zeros((_OPEN_ROWS, len(capacity)), np.int64)
   row_of_slot = np.zeros(_OPEN_ROWS, np.int64)
   num_rows, next_slot = 0, 0
-  for piece, size in enumerate(sizes.tolist()):
-    if size == seq_len:
+  for piece, cost in enumerate(costs):
+    if (cost == capacity).any():
       rows[piece] = num_rows
       num_rows += 1
       continue
-    slots = np.flatnonzero(room >= size)
+    slots = np.flatnonzero((room >= cost).all(1))
     if len(slots) == 0:
       slot, next_slot = next_slot, (next_slot + 1) % _OPEN_ROWS
-      room[slot], row_of_slot[slot] = seq_len, num_rows
+      room[slot], row_of_slot[slot] = capacity, num_rows
       num_rows += 1
     elif tightest:
-      slot = slots[np.argmin(room[slots])]
+      slot = slots[np.argmin(room[slots].sum(1))]
     else:
       slot = slots[np.argmin(row_of_slot[slots])]
-    room[slot] -= size
+    room[slot] -= cost
     rows[piece] = row_of_slot[slot]
   by_row = np.argsort(rows, kind="stable")
   offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])

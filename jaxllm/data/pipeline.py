@@ -5,6 +5,7 @@ the position in the data is one number, which a run can continue with other host
 batch b of a run with n hosts holds the very rows that one host would read.
 """
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -14,26 +15,31 @@ import numpy as np
 
 from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, digest, open_prepared
-from jaxllm.data.packing import Plan, fill_row, make_plan
+from jaxllm.data.packing import Plan
 from jaxllm.data.shards import TokenDocuments
+from jaxllm.data.tasks import Task, make_task
 from jaxllm.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 
 
 class PackedRows(grain.MapDataset):
-  """The rows of one source; index // len(self) is the epoch, as in grain's own datasets."""
+  """The rows of one source; index // len(self) is the epoch, as in grain's own datasets.
 
-  def __init__(self, documents: TokenDocuments, plan: Plan, seq_len: int):
+  What a row draws depends on the seed and its index alone, and is another in each epoch.
+  """
+
+  def __init__(self, documents: TokenDocuments, plan: Plan, task: Task, seed: int):
     super().__init__()
-    self._documents, self._plan, self._seq_len = documents, plan, seq_len
+    self._documents, self._plan, self._task, self._seed = documents, plan, task, seed
 
   def __len__(self) -> int:
     return self._plan.num_rows
 
   def __getitem__(self, index):
     epoch, row = divmod(index, self._plan.num_rows)
-    return fill_row(self._plan.pieces(epoch, row), self._documents.framed, self._seq_len)
+    rng = np.random.default_rng([self._seed, index])
+    return self._task.row(self._plan.pieces(epoch, row), self._documents, rng)
 
 
 class HostBatches(grain.MapDataset):
@@ -164,11 +170,13 @@ def train_batches(
   host_index: int = 0,
   host_count: int = 1,
   prepared: Prepared | None = None,
+  decoder_start_id: int = 0,
 ) -> TrainBatches:
   """Batches of the training split of `config.dir`: dicts of [batch_size // host_count, seq_len] arrays.
 
   `inputs, targets, positions, segment_ids` are int32, `loss_weights` float32; segment 0 is padding, weight 0.
-  A source's weight is its share of the rows. Rows are shuffled anew in each pass over a source.
+  Other tasks than "text" have more entries, or other shapes: `jaxllm.data.tasks.empty_row`. A source's weight is
+  its share of the rows. Rows are shuffled anew in each pass over a source.
 
   Raises DataError when nothing (or something else) is prepared there, ConfigError when the hosts do not
   divide the batch or no source has a weight above 0.
@@ -179,20 +187,23 @@ def train_batches(
     raise ConfigError(f"data.epochs is {config.epochs}; it must be above 0, or None for no limit")
   prepared = open_prepared(config) if prepared is None else prepared
   weights = _weights(config, prepared)
+  task = make_task(config, seq_len, prepared, decoder_start_id)
   datasets, plans = [], {}
   for index, source in enumerate(prepared.sources):
     if source.name not in weights:
       continue
     # Grain shuffles pass n with seed + n, so sources must be far apart.
     source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    lengths = prepared.token_counts(source, "train") + 1
-    plan = make_plan(config.packing, lengths, seq_len, source_seed if config.shuffle else None)
-    rows = PackedRows(prepared.documents(source, "train"), plan, seq_len)
+    counts = prepared.token_counts(source, "train")
+    plan = task.plan(counts, config.packing, source_seed if config.shuffle else None)
+    rows = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
     datasets.append((rows.shuffle(source_seed) if config.shuffle else rows).repeat())
     plans[source.name] = plan
   shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
   mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
   facts = [prepared.content, config.packing, config.shuffle, seq_len, seed, weights]
+  if config.task != "text":
+    facts += [config.task, dataclasses.asdict(config.corruption), config.target_len, decoder_start_id]
   return TrainBatches(
     mixture,
     key=digest(facts),

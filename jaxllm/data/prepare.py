@@ -7,6 +7,7 @@ run killed at any moment leaves the previous build, or none.
 import array
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ from jaxtyping import Bool, UInt64
 
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
+from jaxllm.data.examples import encode, example_sources, texts_of
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import Record, file_sizes, write_shards
 from jaxllm.data.sources import Document, Source, open_source
@@ -31,6 +33,7 @@ from jaxllm.errors import DataError
 
 _BATCH_BYTES = 4 << 20  # tokenized at once
 _PART_BYTES = 128 << 20  # of text per TFDS split: one split's records must stay under 1 GB
+Encode = Callable[[list[Document]], list[list[np.ndarray]]]  # the token ids of each part of each document
 _RECORD_BYTES = 256  # counted for what a record holds besides its text
 
 
@@ -60,7 +63,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
   started = time.monotonic()
   _check(config)
   directory = Path(config.dir).expanduser()
-  sources = [open_source(source) for source in config.sources]
+  sources = [open_source(source) for source in example_sources(config)]
   names = [_slug(source.name) for source in sources]
   for name in names:
     if names.count(name) > 1:
@@ -134,7 +137,7 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
   infos = []
   with open(root / "heldout.bin", "wb") as raw:
     for survey, held in zip(surveys, heldout):
-      infos.append(_write_source(survey, held, tokenizer, root, raw))
+      infos.append(_write_source(survey, held, functools.partial(encode, config, tokenizer), root, raw))
   np.save(root / "heldout_lengths.npy", np.concatenate([s.sizes[held] for s, held in zip(surveys, heldout)]))
   prepared = Prepared(
     dir=directory,
@@ -218,28 +221,32 @@ def _select(survey: _Survey, wanted: Bool[np.ndarray, " documents"]) -> Iterator
 def _make_tokenizer(config: DataConfig, surveys: list[_Survey], heldout) -> Tokenizer:
   if config.tokenizer.path:
     return load_tokenizer(config.tokenizer.path)
-  texts = (document.data for survey, held in zip(surveys, heldout) for document in _select(survey, ~held))
+  documents = (document for survey, held in zip(surveys, heldout) for document in _select(survey, ~held))
+  texts = (text for document in documents for text in texts_of(document, config.task))
   total = sum(int(survey.sizes[~held].sum()) for survey, held in zip(surveys, heldout))
   return train_sentencepiece(texts, config.tokenizer, total)
 
 
-def _write_source(survey: _Survey, held, tokenizer: Tokenizer, root: Path, raw) -> SourceInfo:
+def _write_source(survey: _Survey, held, encode: Encode, root: Path, raw) -> SourceInfo:
   wanted = {"train": ~held, "heldout": held}
   parts: dict[str, dict[str, np.ndarray]] = {split: _parts(split, mask, survey) for split, mask in wanted.items()}
   counts = {split: array.array("q") for split in wanted}
   generators = {
-    part: _records(survey, mask, tokenizer, counts[split], raw if split == "heldout" else None)
+    part: _records(survey, mask, encode, counts[split], raw if split == "heldout" else None)
     for split in wanted
     for part, mask in parts[split].items()
   }
   shards = write_shards(root / "shards", survey.source.name, generators)
   infos = {}
   for split, mask in wanted.items():
-    np.save(manifests.counts_path(root, survey.source.name, split), np.frombuffer(counts[split], np.int64))
+    lengths = np.frombuffer(counts[split], np.int64)
+    if len(lengths) > mask.sum():  # examples of several parts
+      lengths = lengths.reshape(mask.sum(), -1)
+    np.save(manifests.counts_path(root, survey.source.name, split), lengths)
     infos[split] = SplitInfo(
       documents=int(mask.sum()),
       bytes=int(survey.sizes[mask].sum()),
-      tokens=sum(counts[split]),
+      tokens=int(lengths.sum()),
       shards=sum(shards[part] for part in parts[split]),
       parts=tuple(parts[split]),
     )
@@ -260,13 +267,13 @@ def _parts(split: str, wanted, survey: _Survey) -> dict[str, Bool[np.ndarray, " 
   return {f"{split}_{n}" if n else split: wanted & (part == number) for n, number in enumerate(used)}
 
 
-def _records(survey: _Survey, wanted, tokenizer: Tokenizer, counts: array.array, raw) -> Iterator[Record]:
+def _records(survey: _Survey, wanted, encode: Encode, counts: array.array, raw) -> Iterator[Record]:
   for batch in _batches(_select(survey, wanted)):
-    for document, tokens in zip(batch, tokenizer.encode_batch([document.data for document in batch])):
-      counts.append(len(tokens))
+    for document, parts in zip(batch, encode(batch)):
+      counts.extend(len(part) for part in parts)
       if raw is not None:
         raw.write(document.data)
-      yield Record(_id_bytes(document), len(document.data), tokens)
+      yield Record(_id_bytes(document), len(document.data), np.concatenate(parts).astype(np.int32))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

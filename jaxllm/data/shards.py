@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from jaxllm.errors import DataError
 
@@ -84,9 +84,10 @@ class TokenDocuments:
     count: int,
     start_id: int | None = None,
     eos_id: int | None = None,
+    counts: Int[np.ndarray, "documents *parts"] | None = None,
   ):
     self._directory, self._splits, self._count = directory, splits, count
-    self._start_id, self._eos_id = start_id, eos_id
+    self._start_id, self._eos_id, self._counts = start_id, eos_id, counts
     self._reset()
 
   def _reset(self):
@@ -96,7 +97,7 @@ class TokenDocuments:
     self._lock = threading.Lock()
 
   def __getstate__(self):
-    return self._directory, self._splits, self._count, self._start_id, self._eos_id
+    return self._directory, self._splits, self._count, self._start_id, self._eos_id, self._counts
 
   def __setstate__(self, state):
     self.__init__(*state)
@@ -144,6 +145,11 @@ class TokenDocuments:
       while self._cached_tokens > _CACHE_TOKENS and len(self._cache) > 1:
         self._cached_tokens -= len(self._cache.popitem(last=False)[1])
     return ids
+
+  def parts(self, index: int) -> list[Int32[np.ndarray, " tokens"]]:
+    """The parts of an example, in the task's order; of a text there is one."""
+    counts = self._counts[index] if self._counts is not None and self._counts.ndim == 2 else []
+    return np.split(self.framed(index)[1:-1], np.cumsum(counts)[:-1].astype(int))
 
 
 def shard_directory(directory: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ training and held-out documents survives moving the corpus or adding to it.
 """
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import io
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxllm.data.config import SourceConfig
+from jaxllm.data.python_functions import python_functions
 from jaxllm.data.text import to_bytes
 from jaxllm.errors import DataError
 
@@ -41,6 +43,11 @@ def stdlib_sources() -> SourceConfig:
   root = sysconfig.get_paths()["stdlib"]
   path = f"{root}/**/*.py,!{root}/site-packages/**,!{root}/dist-packages/**,!**/__pycache__/**"
   return SourceConfig(kind="text", path=path, name="stdlib")
+
+
+def stdlib_functions(*fields: str) -> SourceConfig:
+  """The documented functions of the standard library, each an example of these fields."""
+  return dataclasses.replace(stdlib_sources(), kind="python", fields=fields, name="stdlib_functions")
 
 
 def source_name(config: SourceConfig) -> str:
@@ -71,7 +78,7 @@ def open_source(config: SourceConfig) -> Source:
   else:
     files = _match_files(config)
     stamp = _stamp([(relative, *_stat(path)) for relative, path in files])
-    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[config.kind]
+    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "python": _read_python}[config.kind]
     if config.kind == "parquet":
       _import("pyarrow")
     documents = _keyed_files(files, read, name, config)
@@ -89,8 +96,9 @@ def _keyed_files(files, read, name: str, config: SourceConfig) -> Callable[[], I
   def documents():
     for relative, path in files:
       try:
-        for row, data in read(path, config.field):
-          yield Document(f"{name}/{relative}" if row is None else f"{name}/{relative}:{row}", data)
+        for row, values, where in read(path, relative, config):
+          key = f"{name}/{relative}" if row is None else f"{name}/{relative}:{row}"
+          yield Document(key, _content(values, config, where))
       except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -105,7 +113,7 @@ def _keyed_rows(rows, name: str, config: SourceConfig) -> Callable[[], Iterator[
         example = rows[row]
       except Exception as error:  # whatever the library raises for a damaged record
         raise DataError(f"cannot read {where} of {config.path}: {_first_line(error)}") from error
-      yield Document(where, _field(example, config.field, f"{config.path} row {row}"))
+      yield Document(where, _content(example, config, f"{config.path} row {row}"))
 
   return documents
 
@@ -173,12 +181,15 @@ def _stamp(facts: Any) -> str:
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _read_text(path: str, field: str) -> Iterator[tuple[None, bytes]]:
+Row = tuple[int | None, Any, str]  # its number (of a whole file None), its fields, and what errors call it
+
+
+def _read_text(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   with open(path, "rb") as file:
-    yield None, file.read()
+    yield None, {config.field: file.read()}, path
 
 
-def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, bytes]]:
+def _read_jsonl(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   with open(path, "rb") as file:
     for number, line in enumerate(file, 1):
       if not line.strip():
@@ -188,35 +199,64 @@ def _read_jsonl(path: str, field: str) -> Iterator[tuple[int, bytes]]:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
       except ValueError as error:
         raise DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line") from error
-      yield number, _field(row, field, where)
+      yield number, row, where
 
 
-def _read_parquet(path: str, field: str) -> Iterator[tuple[int, bytes]]:
+def _read_parquet(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   pyarrow = _import("pyarrow")
   parquet = _import("pyarrow.parquet")
+  columns = list(config.fields or (config.field,))
   try:
     with parquet.ParquetFile(path) as file:
-      if field not in file.schema_arrow.names:
-        raise _missing_field(path, field, file.schema_arrow.names)
+      for column in columns:
+        if column not in file.schema_arrow.names:
+          raise _missing_field(path, column, file.schema_arrow.names)
       row = 0
-      for batch in file.iter_batches(batch_size=1024, columns=[field]):
-        # As binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
-        for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-          yield row, _field({field: value}, field, f"{path} row {row}")
+      for batch in file.iter_batches(batch_size=1024, columns=columns):
+        # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
+        texts = {name: not config.fields or _is_text(batch.schema.field(name).type) for name in columns}
+        values = [
+          (batch.column(name).cast(pyarrow.large_binary()) if texts[name] else batch.column(name)).to_pylist()
+          for name in columns
+        ]
+        for fields in zip(*values):
+          yield row, dict(zip(columns, fields)), f"{path} row {row}"
           row += 1
   except pyarrow.ArrowException as error:
     raise DataError(f"{path}: not a readable Parquet file of text: {_first_line(error)}") from error
 
 
-def _field(row: Any, field: str, where: str) -> bytes:
+def _is_text(kind: Any) -> bool:
+  return str(kind) in ("string", "large_string", "binary", "large_binary")
+
+
+def _read_python(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
+  with open(path, "rb") as file:
+    for row, fields in enumerate(python_functions(file.read(), relative)):
+      yield row, fields, f"{path} function {row}"
+
+
+def _content(row: Any, config: SourceConfig, where: str) -> bytes:
+  """A document's bytes: of an example its fields as a JSON list."""
+  if not config.fields:
+    value = _field(row, config.field, where)
+    if not isinstance(value, str | bytes):
+      raise DataError(f"{where}: field {config.field!r} must be text, this is {type(value).__name__}")
+    return to_bytes(value)
+  values = [_field(row, name, where) for name in config.fields]
+  plain = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values]
+  try:
+    return json.dumps(plain).encode()
+  except TypeError as error:
+    raise DataError(f"{where}: an example's fields must be text, numbers or lists of them") from error
+
+
+def _field(row: Any, field: str, where: str) -> Any:
   if not isinstance(row, dict):
     raise DataError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
   if field not in row:
     raise _missing_field(where, field, row)
-  value = row[field]
-  if not isinstance(value, str | bytes):
-    raise DataError(f"{where}: field {field!r} must be text, this is {type(value).__name__}")
-  return to_bytes(value)
+  return row[field]
 
 
 def _missing_field(where: str, field: str, names) -> DataError:

@@ -32,9 +32,9 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def byte_tokenizer(tmp_path_factory):
   """A tokenizer.json of the 256 byte-level characters and <|endoftext|>, without merges."""
-  from jaxllm.data.tokenizers import _byte_alphabet
+  from jaxllm.data.tokenizers import byte_alphabet
 
-  vocabulary = {char: byte for char, byte in sorted(_byte_alphabet().items(), key=lambda item: item[1])}
+  vocabulary = {char: byte for char, byte in sorted(byte_alphabet().items(), key=lambda item: item[1])}
   byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
   definition = {
     "version": "1.0",

@@ -81,7 +81,7 @@ def test_any_text_round_trips(trained, byte_bpe, text):
 def test_encodes_as_sentencepiece_does(trained, text):
   text = text.replace("\u2581", "")  # SentencePiece itself turns it into a space
   for tokenizer in trained.values():
-    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     assert tokenizer.encode(text).tolist() == reference.encode(text)
 
 
@@ -196,7 +196,7 @@ def test_load_errors(trained, byte_bpe, tmp_path):
   with pytest.raises(DataError, match="no tokenizer in"):
     load_tokenizer(tmp_path)
   for name in ("tokenizer.model", "tokenizer.json"):
-    whole = trained["bpe"]._model if name.endswith("model") else byte_bpe.read_bytes()
+    whole = trained["bpe"].model if name.endswith("model") else byte_bpe.read_bytes()
     for data in (b"nonsense \xff", b"{}", b"", whole[: len(whole) // 2]):
       (tmp_path / name).write_bytes(data)
       with pytest.raises(DataError, match=f"cannot load the tokenizer .*{name}"):

@@ -1,0 +1,144 @@
+"""Chat templates: from messages to the text that a chat model reads.
+
+A template is a Jinja program that comes with the model, so it is run in a sandbox, with the environment that
+`transformers` gives it (`apply_chat_template`): block tags take their line with them, `tojson` escapes no
+HTML, and `raise_exception`, `strftime_now`, loop controls and {% generation %} exist.
+"""
+
+import datetime
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jaxllm.errors import DataError
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages keep their reasoning
+_CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends
+
+
+def render_chat(
+  template: str,
+  messages: Sequence[dict[str, Any]],
+  *,
+  tools: Sequence[dict[str, Any]] | None = None,
+  documents: Sequence[dict[str, Any]] | None = None,
+  add_generation_prompt: bool = False,
+  continue_final_message: bool = False,
+  **variables: Any,
+) -> str:
+  """The text of a chat.
+
+  Args:
+    messages: each {"role": …, "content": …} and what else the template reads ("tool_calls", …).
+    tools: JSON schemas of the functions that the model may call.
+    documents: what the answer shall rest on, each with "title" and "text".
+    add_generation_prompt: ends with what begins a reply.
+    continue_final_message: ends with the last message's content, for the model to go on.
+    variables: more that the template may read: bos_token, enable_thinking, ….
+
+  Raises:
+    DataError: the messages are no chat, or the template is broken or refuses them.
+  """
+  if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+    raise DataError('a chat is a list of at least one message {"role": "user", "content": "…"}')
+  if not all(isinstance(item, dict) for item in (*(tools or ()), *(documents or ()))):
+    raise DataError("tools and documents are lists of JSON objects")
+  if continue_final_message and add_generation_prompt:
+    raise DataError("a chat either continues its final message or begins a reply; ask for one of the two")
+  # A template that could call methods of richer objects would be out of the sandbox.
+  inputs = dict(messages=list(messages), tools=tools, documents=documents, **variables)
+  try:
+    inputs = json.loads(json.dumps(inputs))
+  except (TypeError, ValueError, RecursionError) as error:
+    raise DataError(f"a chat's messages, tools and documents hold plain JSON values only: {error}") from error
+  inputs["messages"] = [_message(message) for message in inputs["messages"]]
+  final = _mark_end(inputs["messages"][-1]) if continue_final_message else ""
+  text = _render(template, dict(inputs, add_generation_prompt=add_generation_prompt))
+  return _cut_at_mark(text, final) if continue_final_message else text
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+  """The message without fields of None (templates test whether a field is there), reasoning by every name."""
+  message = {name: value for name, value in message.items() if value is not None}
+  reasoning = next((message[name] for name in _REASONING if name in message), None)
+  if reasoning is None:
+    return message
+  return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _mark_end(message: dict[str, Any]) -> str:
+  """Marks where the message's text ends, in place; returns that text."""
+  holder, key = message, "content"
+  if isinstance(message.get("content"), list):
+    holder, key = next((part for part in reversed(message["content"]) if "text" in part), {}), "text"
+  if not isinstance(holder.get(key), str):
+    raise DataError("the final message has no text to continue")
+  text = holder[key]
+  holder[key] = text + _CUT
+  return text
+
+
+def _cut_at_mark(text: str, final: str) -> str:
+  mark = text.rfind(_CUT.strip())
+  if mark < 0 or final.strip() not in text:
+    raise DataError("the chat template leaves out parts of the final message, so that it cannot be continued")
+  # A template that strips its messages has stripped the mark's space, and would have the text's own.
+  return text[:mark] if text.startswith(_CUT, mark) else text[:mark].rstrip()
+
+
+def _render(template: str, inputs: dict[str, Any]) -> str:
+  import jinja2.sandbox
+
+  try:
+    return _compile(template).render(**inputs)
+  except jinja2.UndefinedError as error:
+    raise DataError(f"the chat template needs what these messages do not have: {error.message}") from error
+  except jinja2.sandbox.SecurityError as error:
+    raise DataError(f"the chat template does what a template may not: {error.message}") from error
+  except _Refusal as error:
+    raise DataError(f"the chat template refuses these messages: {_line(error)}") from error
+  except jinja2.TemplateSyntaxError as error:
+    raise DataError(f"the chat template is broken in its line {error.lineno}: {_line(error.message)}") from error
+  except Exception as error:  # it is a program, and may fail in any way
+    raise DataError(f"the chat template fails with these messages: {type(error).__name__}: {_line(error)}") from error
+
+
+def _line(message: Any) -> str:
+  return " ".join(str(message).split())
+
+
+class _Refusal(Exception):
+  """The template called raise_exception."""
+
+
+def _raise_exception(message: str) -> None:
+  raise _Refusal(message)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str):
+  import jinja2.ext
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %} marks what an assistant writes; in the text it leaves no trace."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+      line = next(parser.stream).lineno
+      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      return jinja2.nodes.Scope(body, lineno=line)
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+  )
+  environment.filters["tojson"] = _tojson
+  environment.globals["raise_exception"] = _raise_exception
+  environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+  return environment.from_string(template)

@@ -1,0 +1,198 @@
+"""What every tokenizer can do.
+
+Documents are bytes, and may hold bytes that are not UTF-8: such runs go through the vocabulary's single-byte
+pieces, so that a tokenizer with byte pieces and without normalization (every one trained here) is lossless.
+"""
+
+import abc
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from jaxllm.data import chat
+from jaxllm.data.text import to_bytes
+from jaxllm.errors import DataError
+
+Ids = Int32[np.ndarray, " tokens"]
+SETTINGS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8 decode to these surrogates (PEP 383)
+
+
+class Tokenizer(abc.ABC):
+  """Text to ids and back.
+
+  Ids that the vocabulary does not have are None. `fingerprint` is a SHA-256 that two tokenizers share only
+  when they encode alike.
+  """
+
+  vocab_size: int
+  special_ids: frozenset[int]  # tokens that stand for no text
+  special_tokens: dict[str, str]  # "bos_token" and so on (ROLES) to the token, for the roles that are filled
+  settings: dict[str, Any]  # tokenizer_config.json, chat templates included; travels with the tokenizer
+  fingerprint: str
+  bos_id: int | None
+  eos_id: int | None
+  pad_id: int | None
+  unk_id: int | None
+  mask_id: int | None
+  cls_id: int | None
+  sep_id: int | None
+  _byte_ids: dict[int, int]  # single-byte pieces, where the vocabulary has them
+
+  def encode(self, text: str | bytes) -> Ids:
+    """Ids of a document; adds no special tokens and reads none in the text (they are plain characters)."""
+    return self.encode_batch([text])[0]
+
+  @abc.abstractmethod
+  def encode_batch(self, texts: Sequence[str | bytes]) -> list[Ids]:
+    """`encode` of each text, on all cores."""
+
+  @abc.abstractmethod
+  def encode_pair(self, first: str, second: str | None = None, *, add_special: bool = True) -> tuple[Ids, Ids]:
+    """What a model reads of a text or of two, as `transformers` tokenizers give it: (ids, token types).
+
+    Special tokens in the text are themselves; `add_special` adds those of the tokenizer's own template
+    ("[CLS] first [SEP] second [SEP]", say). Token types are 0 for the first text and 1 for the second
+    where the template tells them apart.
+    """
+
+  def encode_prompt(self, text: str, *, add_special: bool = True) -> Ids:
+    """What a model reads of a text: the ids of `encode_pair`."""
+    return self.encode_pair(text, add_special=add_special)[0]
+
+  def encode_chat(self, text: str) -> Ids:
+    """Ids of a rendered chat, whose special tokens the template has written already."""
+    return self.encode_prompt(text, add_special=False)
+
+  @abc.abstractmethod
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The bytes that `ids` stand for; special tokens stand for none."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of `ids`; bytes that are not UTF-8 (a character cut in two, say) show as U+FFFD."""
+    return self.decode_bytes(ids).decode("utf-8", "replace")
+
+  @abc.abstractmethod
+  def pieces(self) -> list[bytes]:
+    """What each id adds to a text that it stands in the middle of: " the", "ing", b"\xe2"; specials nothing."""
+
+  def pad(
+    self, rows: Sequence[Sequence[int]], *, length: int | None = None, side: str | None = None
+  ) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Rows of ids as one array, and where it holds tokens.
+
+    Args:
+      length: T; None: the longest row's.
+      side: "left" or "right"; None: the tokenizer's own, right where it does not say.
+
+    Raises:
+      DataError: a row is longer than `length`.
+    """
+    longest = max(map(len, rows), default=0)
+    length = longest if length is None else length
+    if longest > length:
+      raise DataError(f"a row of {longest} tokens does not fit in {length}; shorten it")
+    # A mask stands beside the ids, so a vocabulary without padding can take any token.
+    fill = next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
+    ids, mask = np.full((len(rows), length), fill, np.int32), np.zeros((len(rows), length), bool)
+    for n, row in enumerate(rows):
+      place = slice(length - len(row), length) if (side or self.padding_side) == "left" else slice(len(row))
+      ids[n, place], mask[n, place] = row, True
+    return ids, mask
+
+  @property
+  def padding_side(self) -> str:
+    """ "left" or "right", as the tokenizer's settings say."""
+    return self.settings.get("padding_side", "right")
+
+  @property
+  def start_id(self) -> int:
+    """What stands before a document's first token: BOS, or EOS where there is no BOS (as GPT-2 does)."""
+    start = self.eos_id if self.bos_id is None else self.bos_id
+    if start is None or self.eos_id is None:
+      raise DataError(
+        "the tokenizer has no end-of-text token, which separates documents; name it as eos_token "
+        f"in {SETTINGS_FILE} beside it"
+      )
+    return start
+
+  @property
+  def chat_templates(self) -> dict[str, str]:
+    """Jinja templates of chats by name; the usual one is "default". Empty for a model that does not chat."""
+    return named_templates(self.settings)
+
+  def render_chat(self, messages: Sequence[dict], *, template: str | None = None, **options) -> str:
+    """The text of a chat as the model was trained to read it.
+
+    Args:
+      template: a template's name; None: "tool_use" if there are tools and such a template, else "default".
+      options: of `jaxllm.data.chat.render_chat`.
+
+    Raises:
+      DataError: there is no such template, or it cannot render these messages.
+    """
+    name = template or ("tool_use" if options.get("tools") and "tool_use" in self.chat_templates else "default")
+    if name not in self.chat_templates:
+      there = ", ".join(sorted(self.chat_templates))
+      raise DataError(
+        f"the tokenizer has no chat template {name!r}, it has {there}; name one of them"
+        if there
+        else f"the tokenizer has no chat template; put one beside it as {TEMPLATE_FILE}"
+      )
+    return chat.render_chat(self.chat_templates[name], messages, **(self.special_tokens | options))
+
+  @functools.cached_property
+  def end_of_turn_id(self) -> int | None:
+    """The special token that the chat template writes behind a reply; None if there is none."""
+    if not self.chat_templates:
+      return None
+    try:
+      marker = "jaxllm-reply"
+      text = self.render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}])
+    except DataError:  # a template that wants other messages; the settings name the end then
+      return None
+    rest = self.encode_chat(text.rpartition(marker)[2])
+    return next((int(i) for i in rest if i in self.special_ids), None)
+
+  @abc.abstractmethod
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes the files that `load_tokenizer(directory)` reads."""
+
+  def _save_settings(self, directory: Path, settings: dict[str, Any]) -> None:
+    (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # an older one would overrule these settings
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (directory / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+  def _set_special(self, tokens: dict[str, str], ids: dict[str, int]) -> None:
+    """Fills `special_tokens` and bos_id and so on."""
+    self.special_tokens = tokens
+    for role in ROLES:
+      setattr(self, role.replace("_token", "_id"), ids.get(role))
+
+  def _encode_bytes(self, run: str) -> list[int]:
+    """Ids of bytes that are not UTF-8, given as surrogates, or of a SentencePiece space."""
+    ids = [self._byte_ids.get(byte, self.unk_id) for byte in to_bytes(run)]
+    known = [i for i in ids if i is not None]
+    if len(known) < len(ids):
+      raise DataError(f"the tokenizer has no piece for the bytes {to_bytes(run)[:8]!r}, nor one for what is unknown")
+    return known
+
+
+def token_text(token: str | dict[str, Any] | None) -> str | None:
+  """A token of tokenizer_config.json, which spells it as a string or as an object with its `content`."""
+  return token["content"] if isinstance(token, dict) else token
+
+
+def named_templates(settings: dict[str, Any]) -> dict[str, str]:
+  """Chat templates of tokenizer_config.json by name; it spells them as a string or as a list of named ones."""
+  found = settings.get("chat_template") or []
+  return {"default": found} if isinstance(found, str) else {named["name"]: named["template"] for named in found}

@@ -1,0 +1,153 @@
+"""Finds and reads the tokenizer files of a model."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, named_templates
+from jaxllm.data.tokenizers.huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer
+from jaxllm.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from jaxllm.errors import DataError
+
+_WORDPIECE_FILE, _BPE_FILE, _MERGES_FILE = "vocab.txt", "vocab.json", "merges.txt"
+_FILES = (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "spiece.model", _BPE_FILE, _WORDPIECE_FILE)  # the first counts
+# Its ids are shifted against its model by code of its class (XLM-R, CamemBERT, …).
+_SHIFTED_FILE = "sentencepiece.bpe.model"
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+  """The file in a directory from which `load_tokenizer` would read a tokenizer."""
+  found = [directory / name for name in _FILES if (directory / name).is_file()]
+  return next(iter(found or sorted(directory.glob("*.model"))), None)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Reads a tokenizer.json, a SentencePiece model, GPT-2's vocab.json with merges.txt or BERT's vocab.txt, or
+  a directory that holds one; with it the tokenizer_config.json and the chat templates beside it.
+
+  Raises:
+    DataError: there is none, or it is damaged.
+  """
+  path = Path(path).expanduser()
+  if path.is_dir():
+    found = find_tokenizer(path)
+    if found is None:
+      raise DataError(f"no tokenizer in {path}: it needs a {HUGGINGFACE_FILE} or a SentencePiece .model")
+    path = found
+  try:
+    data = path.read_bytes()
+    settings = _settings_beside(path)
+    if path.name == _SHIFTED_FILE:
+      raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
+    if path.name == _BPE_FILE:
+      return HuggingFaceTokenizer(*_byte_level_bpe(path, settings))
+    if path.name == _WORDPIECE_FILE:
+      return HuggingFaceTokenizer(_wordpiece(data.decode(), settings), settings)
+    if path.suffix == ".json":
+      return HuggingFaceTokenizer(data.decode(), settings)
+    return SentencePieceTokenizer(data, settings)
+  except OSError as error:
+    raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; mend data.tokenizer.path") from error
+  except (DataError, UnicodeDecodeError) as error:
+    raise DataError(f"cannot load the tokenizer {path}: {error}") from error
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+  """tokenizer_config.json next to a tokenizer, and what older and newer layouts keep in files of their own."""
+  settings = _object(path.with_name("special_tokens_map.json")) | _object(path.with_name(SETTINGS_FILE))
+  later = _object(path.with_name("added_tokens.json"))
+  if later and "added_tokens_decoder" not in settings:
+    settings["added_tokens_decoder"] = {str(i): {"content": token} for token, i in later.items()}
+  _check_shapes(settings)
+  named = sorted(path.parent.glob("additional_chat_templates/*.jinja"))
+  files = {file.stem: file for file in named} | {"default": path.with_name(TEMPLATE_FILE)}
+  templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+  if templates:
+    templates = named_templates(settings) | templates
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+  return settings
+
+
+def _object(path: Path) -> dict[str, Any]:
+  """The object in a JSON file; {} where there is no file."""
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise DataError(f"{path.name} is not JSON") from error
+  if not isinstance(value, dict):
+    raise DataError(f"{path.name} holds no JSON object")
+  return value
+
+
+def _check_shapes(settings: dict[str, Any]) -> None:
+  """Refuses settings that are not what the tokenizers read; DataError names the first."""
+
+  def token(value):
+    return value is None or isinstance(value, str) or isinstance(value, dict) and isinstance(value.get("content"), str)
+
+  def template(value):
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "template"))
+
+  checks: dict[str, Callable[[Any], bool]] = {
+    "added_tokens_decoder": lambda v: (
+      isinstance(v, dict)
+      and all(i.isdecimal() and len(i) < 8 and isinstance(t, dict) and token(t) for i, t in v.items())
+    ),
+    "chat_template": lambda v: v is None or isinstance(v, str) or isinstance(v, list) and all(map(template, v)),
+    "padding_side": lambda v: v in ("left", "right"),
+  }
+  for name, value in settings.items():
+    if name.endswith("_token") and not name.startswith("add_") and not token(value):
+      raise DataError(f"{SETTINGS_FILE}: {name} is {value!r}, not a token")
+    if name in checks and not checks[name](value):
+      raise DataError(f"{SETTINGS_FILE}: {name} does not have the form that it should have")
+
+
+def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+  """The tokenizer.json of GPT-2's or RoBERTa's vocab.json and merges.txt, and the settings of its class."""
+  import tokenizers
+  from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+  kind = settings.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+  if kind not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
+    raise DataError(f"it is a {kind}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
+  if not path.with_name(_MERGES_FILE).is_file():
+    raise DataError(f"there is no {_MERGES_FILE} beside it")
+  try:
+    model = models.BPE.from_file(str(path), str(path.with_name(_MERGES_FILE)))
+  except Exception as error:  # the Rust side raises bare Exceptions
+    raise DataError(f"{_BPE_FILE} or {_MERGES_FILE} is damaged") from error
+  tokenizer = tokenizers.Tokenizer(model)
+  space = bool(settings.get("add_prefix_space"))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+  tokenizer.decoder = decoders.ByteLevel()
+  known = lambda *tokens: all(tokenizer.token_to_id(token) is not None for token in tokens)  # noqa: E731
+  if known("<s>", "</s>", "<mask>"):  # RoBERTa and BART
+    end, start = ((token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>"))
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=True, add_prefix_space=space)
+    tokenizer.add_special_tokens(["<s>", "</s>", AddedToken("<mask>", lstrip=True)])
+    return tokenizer.to_str(), {"cls_token": "<s>", "sep_token": "</s>"} | settings
+  roles = dict.fromkeys(("bos_token", "unk_token"), "<|endoftext|>") if known("<|endoftext|>") else {}
+  return tokenizer.to_str(), roles | settings
+
+
+def _wordpiece(vocabulary: str, settings: dict[str, Any]) -> str:
+  """The tokenizer.json of BERT's vocab.txt, a token a line."""
+  from tokenizers import BertWordPieceTokenizer
+
+  tokens = vocabulary.split("\n")
+  ids = {token.rstrip("\r"): i for i, token in enumerate(tokens) if token or i < len(tokens) - 1}
+  for token in ("[UNK]", "[CLS]", "[SEP]"):
+    if token not in ids:
+      raise DataError(f"it has no {token}, so it is not BERT's vocabulary")
+  lowercase = settings.get("do_lower_case", True)
+  return BertWordPieceTokenizer(
+    ids,
+    lowercase=lowercase,
+    handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    strip_accents=settings.get("strip_accents"),
+  ).to_str()

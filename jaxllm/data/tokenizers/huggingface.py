@@ -1,0 +1,186 @@
+"""Tokenizer files of the `tokenizers` library.
+
+Round trips are exact for byte-level vocabularies that do not normalize.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.text import to_bytes
+from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
+from jaxllm.errors import DataError
+
+HUGGINGFACE_FILE = "tokenizer.json"
+# Read only where tokenizer_config.json does not say.
+_USUAL = {
+  "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "[BOS]"),
+  "eos_token": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]", "[EOS]"),
+  "pad_token": ("<pad>", "<|pad|>", "[PAD]"),
+  "unk_token": ("<unk>", "[UNK]"),
+  "mask_token": ("<mask>", "[MASK]"),
+  "cls_token": ("[CLS]",),
+  "sep_token": ("[SEP]",),
+}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+  """A tokenizer.json: byte-level BPE, BPE with byte fallback, WordPiece or Unigram."""
+
+  def __init__(self, definition: str, settings: dict[str, Any] | None = None):
+    """`definition` is what stands in tokenizer.json; `settings` in tokenizer_config.json: special tokens
+    ("bos_token" and so on; what it leaves out is looked up by the usual names), chat templates, ….
+    """
+    self._definition, self.settings = definition, dict(settings or {})
+    try:
+      parsed = json.loads(definition)
+      self._tokenizer = self._build()
+    except DataError:
+      raise
+    except Exception as error:  # the Rust side raises bare Exceptions
+      raise DataError("not a tokenizer.json, or a damaged one") from error
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocabulary.values()) + 1
+    roles = self._roles(vocabulary)
+    self._set_special(
+      {role: token for role, token in roles.items() if token is not None},
+      {role: vocabulary[token] for role, token in roles.items() if token is not None},
+    )
+    added = self._tokenizer.get_added_tokens_decoder()
+    self.special_ids = frozenset(i for i, token in added.items() if token.special)
+    text = {i: token.content for i, token in added.items() if not token.special}
+    documents = [definition, {role: roles[role] for role in ("bos_token", "eos_token", "pad_token", "unk_token")}]
+    own = {token["id"] for token in parsed.get("added_tokens") or ()}
+    if later := sorted((i, content) for i, content in text.items() if i not in own):
+      documents.append(later)
+    self.fingerprint = hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
+
+    alphabet = byte_alphabet()
+    self._byte_ids = {}
+    self._piece_bytes: dict[int, bytes] | None = None
+    if _mentions(parsed.get("decoder"), "ByteLevel"):
+      self._byte_ids = {b: vocabulary[c] for c, b in alphabet.items() if c in vocabulary}
+      self._piece_bytes = {i: bytes(alphabet[c] for c in t) for t, i in vocabulary.items() if alphabet.keys() >= set(t)}
+      self._piece_bytes |= {i: content.encode() for i, content in text.items()} | dict.fromkeys(self.special_ids, b"")
+    elif parsed["model"].get("byte_fallback"):
+      pieces = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
+      self._byte_ids = {byte: i for byte, i in pieces.items() if i is not None}
+
+  def _build(self):
+    """The `tokenizers` object, with the tokens of the settings in it; it reads special tokens in text."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(self._definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    for i, token in sorted(self.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+      if tokenizer.id_to_token(int(i)) != token["content"]:
+        tokenizer.add_tokens([tokenizers.AddedToken(**token)])
+        if tokenizer.token_to_id(token["content"]) != int(i):
+          raise DataError(f"added token {token['content']!r} cannot have id {i}: the vocabulary has another there")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    special = [*self._roles(vocabulary).values()]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+      special += [token_text(token) for token in self.settings.get(name) or () if not isinstance(token, int)]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    tokenizer.add_special_tokens([token for token in special if token in vocabulary and token not in known])
+    return tokenizer
+
+  @functools.cached_property
+  def _plain(self):
+    """Another `tokenizers` object for documents, in which "<|endoftext|>" is text."""
+    import tokenizers
+
+    tokenizer = self._build()
+    tokenizer.encode_special_tokens = True
+    definition = json.loads(tokenizer.to_str())
+    if definition["model"]["type"] == "Unigram":  # finds any piece in text, "</s>" too, unless it has another name
+      pieces = definition["model"]["vocab"]
+      for i in self.special_ids & set(range(len(pieces))) - {definition["model"]["unk_id"]}:
+        pieces[i][0] = f"\U0010fffe{i}\U0010fffe"  # no character, so in no text
+      definition["added_tokens"] = [
+        token for token in definition["added_tokens"] if token["id"] not in self.special_ids
+      ]
+      definition["post_processor"] = None
+      tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    return tokenizer
+
+  def _roles(self, vocabulary: dict[str, int]) -> dict[str, str | None]:
+    """The token of each role, None where it has none."""
+    given = {role: token_text(self.settings[role]) for role in ROLES if role in self.settings}
+    for role, token in given.items():
+      if token is not None and token not in vocabulary:
+        raise DataError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+    return {role: next((t for t in usual if t in vocabulary), None) for role, usual in _USUAL.items()} | given
+
+  def __reduce__(self):
+    return HuggingFaceTokenizer, (self._definition, self.settings)
+
+  def encode_batch(self, texts):
+    texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
+    plain = [not (self._byte_ids and NOT_UTF8.search(text)) for text in texts]
+    # A vocabulary without byte pieces can only know such bytes as U+FFFD.
+    valid = [NOT_UTF8.sub("\ufffd", t) for t, ok in zip(texts, plain) if ok]
+    encoded = iter(self._plain.encode_batch_fast(valid, add_special_tokens=False))
+    return [np.array(next(encoded).ids if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
+
+  def encode_pair(self, first, second=None, *, add_special=True):
+    encoded = self._tokenizer.encode(first, second, add_special_tokens=add_special)
+    return np.array(encoded.ids, np.int32), np.array(encoded.type_ids, np.int32)
+
+  def _encode_runs(self, text: str) -> list[int]:
+    ids = []
+    for index, run in enumerate(NOT_UTF8.split(text)):
+      if index % 2:
+        ids += self._encode_bytes(run)
+      elif run:
+        ids += self._plain.encode(run, add_special_tokens=False).ids
+    return ids
+
+  def decode_bytes(self, ids):
+    if self._piece_bytes is None:
+      return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).encode()
+    return b"".join([self._piece_bytes[int(i)] for i in ids])
+
+  def pieces(self):
+    if self._piece_bytes is not None:
+      return [self._piece_bytes.get(i, b"") for i in range(self.vocab_size)]
+    model = json.loads(self._definition)["model"]
+    prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
+
+    def text(token: str) -> str:
+      if prefix is None:
+        return token.replace("\u2581", " ")
+      return token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+
+    special = dict.fromkeys(self.special_ids, b"") | {i: bytes([byte]) for byte, i in self._byte_ids.items()}
+    tokens = (self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size))
+    return [special.get(i, text(token).encode()) for i, token in enumerate(tokens)]
+
+  def save(self, directory):
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / HUGGINGFACE_FILE).write_text(self._definition, encoding="utf-8")
+    # The class by which transformers loads any tokenizer.json.
+    self._save_settings(
+      directory, {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens, **self.settings}
+    )
+
+
+def _mentions(node: Any, type_name: str) -> bool:
+  """Whether a component of a tokenizer.json is, or contains, one of this type."""
+  if isinstance(node, dict):
+    return node.get("type") == type_name or any(_mentions(child, type_name) for child in node.values())
+  return isinstance(node, list) and any(_mentions(child, type_name) for child in node)
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+  """GPT-2's printable character for each byte (`bytes_to_unicode` of its encoder.py), inverted."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}

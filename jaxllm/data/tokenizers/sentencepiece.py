@@ -1,0 +1,162 @@
+"""SentencePiece models (Kudo and Richardson 2018, arXiv 1808.06226)."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.text import to_bytes
+from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
+from jaxllm.errors import DataError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
+_NOT_UTF8_OR_SPACE = re.compile(f"([\udc80-\udcff{_SPACE}]+)")
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model, and tokens that its settings add to it."""
+
+  def __init__(self, model: bytes, settings: dict[str, Any] | None = None):
+    """`settings` is what stands in tokenizer_config.json."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+    try:
+      spec = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # protobuf and the C++ side each raise their own
+      raise DataError("not a SentencePiece model, or a damaged one") from error
+    if not spec.pieces:
+      raise DataError("a SentencePiece model without pieces")
+    self.model, self.settings = model, dict(settings or {})
+    self._dummy_prefix = spec.normalizer_spec.add_dummy_prefix
+    Type = model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]  # made at run time
+    self._piece_bytes = []
+    for piece in spec.pieces:
+      if piece.type == Type.BYTE:
+        data = bytes([int(piece.piece[3:5], 16)])  # "<0xE2>"
+      elif piece.type == Type.CONTROL:
+        data = b""
+      elif piece.type == Type.UNKNOWN:
+        data = (spec.trainer_spec.unk_surface or " \u2047 ").encode()
+      else:
+        data = piece.piece.replace(_SPACE, " ").encode()
+      self._piece_bytes.append(data)
+    types = [piece.type for piece in spec.pieces]
+    self._byte_ids = {self._piece_bytes[i][0]: i for i, type in enumerate(types) if type == Type.BYTE}
+    # A literal U+2581 would come back as a space. Where nothing else is normalized, its bytes keep it.
+    self.lossless = bool(self._byte_ids) and not (
+      spec.normalizer_spec.precompiled_charsmap or spec.normalizer_spec.remove_extra_whitespaces or self._dummy_prefix
+    )
+    self._byte_runs = _NOT_UTF8_OR_SPACE if self.lossless else NOT_UTF8
+
+    self.added_tokens = _added_tokens(self.settings, len(types))
+    for i, token in self.added_tokens.items():  # beyond the model's pieces, or in place of one
+      self._piece_bytes += [b""] * (i + 1 - len(self._piece_bytes))
+      self._piece_bytes[i] = b"" if token["special"] else token["content"].encode()
+    self.vocab_size = len(self._piece_bytes)
+    ids = {piece.piece: i for i, piece in enumerate(spec.pieces)}
+    ids |= {token["content"]: i for i, token in self.added_tokens.items()}
+    own = {f"{role}_token": getattr(self._processor, f"{role}_id")() for role in ("bos", "eos", "pad", "unk")}
+    tokens = {role: spec.pieces[i].piece for role, i in own.items() if i >= 0}
+    tokens |= {role: token_text(self.settings[role]) for role in ROLES if role in self.settings}
+    tokens = {role: token for role, token in tokens.items() if token is not None}
+    for role, token in tokens.items():
+      if token not in ids:
+        raise DataError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+    self._set_special(tokens, {role: ids[token] for role, token in tokens.items()})
+    self.special_ids = frozenset(
+      {ids[token] for token in tokens.values()}
+      | {i for i, type in enumerate(types) if type == Type.CONTROL}
+      | {i for i, token in self.added_tokens.items() if token["special"]}
+    )
+    facts = [[(i, t["content"]) for i, t in self.added_tokens.items() if not t["special"]], self.bos_id, self.eos_id]
+    default: list[Any] = [[], *(None if own[role] < 0 else own[role] for role in ("bos_token", "eos_token"))]
+    self.fingerprint = hashlib.sha256(model + (b"" if facts == default else json.dumps(facts).encode())).hexdigest()
+    # In a prompt, special and added tokens are themselves.
+    control = {spec.pieces[i].piece for i, type in enumerate(types) if type == Type.CONTROL} | set(tokens.values())
+    self._ids = {text: ids[text] for text in control | {t["content"] for t in self.added_tokens.values()}}
+
+  def __reduce__(self):
+    return SentencePieceTokenizer, (self.model, self.settings)
+
+  @functools.cached_property
+  def _continuation(self):
+    """Encodes text that follows a run of bytes, which must not get another dummy prefix."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+    spec = model_pb2.ModelProto.FromString(self.model)  # type: ignore[attr-defined]
+    spec.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
+
+  def encode_batch(self, texts):
+    texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
+    plain = [not self._byte_runs.search(text) for text in texts]
+    encoded = iter(self._processor.encode([t for t, ok in zip(texts, plain) if ok], num_threads=os.cpu_count()))
+    return [np.array(next(encoded) if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
+
+  def encode_pair(self, first, second=None, *, add_special=True):
+    # T5's rule where there is no BOS; else Llama's.
+    bos = [self.bos_id] if self.settings.get("add_bos_token", self.bos_id is not None) else []
+    eos = [self.eos_id] if self.settings.get("add_eos_token", self.bos_id is None) else []
+    ids = []
+    for text in (first,) if second is None else (first, second):
+      parsed = self._encode_parsing(text)
+      ids += [i for i in (*bos, *parsed, *eos) if i is not None] if add_special else parsed
+    return np.array(ids, np.int32), np.zeros(len(ids), np.int32)
+
+  def _encode_parsing(self, text: str) -> list[int]:
+    ids, processor = [], self._processor
+    for index, run in enumerate(self._tokens_in_text.split(text)):
+      if index % 2:
+        ids.append(self._ids[run])
+      elif run:
+        ids += self._encode_runs(run) if self.lossless else processor.encode(run)
+      # transformers' "legacy" tokenizers begin afresh, with a dummy prefix, behind a special token.
+      if not self.settings.get("legacy", True):
+        processor = self._continuation
+    return ids
+
+  @functools.cached_property
+  def _tokens_in_text(self) -> re.Pattern:
+    longest_first = sorted(self._ids, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+  def _encode_runs(self, text: str) -> list[int]:
+    ids, processor = [], self._processor
+    for index, run in enumerate(self._byte_runs.split(text)):
+      if index % 2:
+        ids += self._encode_bytes(run)
+      elif run:
+        ids += processor.encode(run)
+      processor = self._continuation
+    return ids
+
+  def decode_bytes(self, ids):
+    data = b"".join([self._piece_bytes[i] for i in ids])
+    return data.removeprefix(b" ") if self._dummy_prefix else data
+
+  def pieces(self):
+    return self._piece_bytes
+
+  def save(self, directory):
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SENTENCEPIECE_FILE).write_bytes(self.model)
+    self._save_settings(directory, self.settings)
+
+
+def _added_tokens(settings: dict[str, Any], pieces: int) -> dict[int, dict[str, Any]]:
+  """Id to {"content", "special"} of the tokens that tokenizer_config.json adds to a model's pieces."""
+  added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+  if not added:  # T5 counts its sentinels from the end of the vocabulary
+    count = settings.get("extra_ids", 100 if settings.get("tokenizer_class", "").startswith("T5Tokenizer") else 0)
+    added = {pieces + count - 1 - n: {"content": f"<extra_id_{n}>", "special": True} for n in range(count)}
+  return {i: {"special": False} | added[i] for i in sorted(added)}
