@@ -1,0 +1,46 @@
+"""Cross-entropy over the vocabulary, from hidden states on: what the language-modelling objectives share."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.kernels import backends
+from jaxllm.kernels.cross_entropy import cross_entropy
+from jaxllm.models.transformer import Transformer
+
+Batch = dict[str, Array]  # inputs, targets, positions, segment_ids, loss_weights; each [B, T]
+Sum = Float[Array, ""]
+# The sum of weighted losses in nats, the sum of weights, and further metrics as such pairs. A pair of vectors is
+# one ratio for each class, of which the metric is the mean.
+Loss = tuple[Sum, Sum, dict[str, tuple[Any, Any]]]
+
+
+def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Batch, z_loss: float = 0.0) -> Loss:
+  """Cross-entropy of `batch["targets"]`, summed with `batch["loss_weights"]`; logits are never held whole.
+
+  Args:
+    z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).
+  """
+  hidden = model.head_input(hidden)
+  head, layout, compute = model.head_weight(), "dv", model.compute
+  if model.config.tie_embeddings:  # as it lies in memory
+    head, layout = head.T, "vd"
+  if (bias := model.head_bias()) is not None:  # one more input that is always 1
+    hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
+    head = jnp.concatenate([head, bias[:, None] if layout == "vd" else bias[None]], axis=1 if layout == "vd" else 0)
+  sums = cross_entropy(
+    hidden,
+    head,
+    batch["targets"],
+    batch["loss_weights"],
+    z_loss=z_loss,
+    softcap=model.config.logit_softcap,
+    head_layout=layout,
+    backend=backends.choose("cross_entropy", compute.cross_entropy, compute.target),
+  )
+  weight = sums.weight_sum
+  metrics = {"accuracy": (sums.correct_sum, weight), "nll": (sums.loss_sum - sums.z_loss_sum, weight)}
+  if z_loss:
+    metrics["z_loss"] = (sums.z_loss_sum, weight)
+  return sums.loss_sum, weight, metrics
