@@ -1,8 +1,14 @@
-"""Hugging Face checkpoints to parameters and back, by the tables in `families`."""
+"""Hugging Face checkpoints to parameters and back, by the tables in `families`.
+
+Both directions are mappings of lazy tensors: one is made from the other when it is read, a layer at a time.
+"""
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+import functools
+import hashlib
+import string
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +17,10 @@ from flax import traverse_util
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.rope import canonical_rope
-from jaxllm.interop.families.table import Family, Shape, Weight, shortest_period
+from jaxllm.interop.families.table import Family, Shape, Transform, Weight, shortest_period
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts, in_memory
 from jaxllm.models.build import Params, declare
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 
 # Buffers that old checkpoints hold and that follow from the config.
 BUFFERS = (
@@ -23,6 +30,9 @@ BUFFERS = (
   "*.attention.bias",
   "*.attention.masked_bias",
 )
+# Settings of experts that only training knows, at their defaults.
+FOR_TRAINING = {name: getattr(MoEConfig, name) for name in ("capacity_factor", "load_balance_weight", "z_weight")}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class _Keys(dict):
@@ -50,6 +60,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
     ConfigError: an unknown family, a missing key, or a setting that no ModelConfig can express.
   """
   family = family_of(config)
+  config = config.get(family.text_config, config)
   hf = _Keys(dict(family.defaults) | dict(config))
   for key, value in family.requires.items():
     if config.get(key, value) != value:
@@ -68,70 +79,88 @@ def config_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
   if family not in FAMILIES:
     raise ConfigError(f"unknown family {family!r}; those that can be written are {', '.join(FAMILIES)}")
   table, c = FAMILIES[family], _canonical(config)
-  hf = {"model_type": family, "architectures": [table.architecture]}
+  if table.text_config:
+    raise ConfigError(f"a {family} checkpoint holds more than a language model; write it as {family}_text")
+  if lacking := [part for part in table.parts if getattr(c, part) is None]:
+    raise ConfigError(f"a {family} checkpoint needs a model with model.{lacking[0]}")
+  hf = {"model_type": family, "architectures": [table.architectures.get(c.head, table.architecture)]}
   hf |= {theirs: getattr(c, ours) for ours, theirs in table.keys.items()} | table.write(c)
   back = _canonical(config_from_huggingface(hf))
   for field in dataclasses.fields(ModelConfig):
-    want, got = getattr(c, field.name), getattr(back, field.name)
+    want, got = (getattr(_untrained(model), field.name) for model in (c, back))
     if want != got and field.name not in ("init", "init_std"):
       raise ConfigError(f"a {family} checkpoint cannot say model.{field.name} = {want!r}; it would say {got!r}")
   return hf
 
 
-def params_from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[ModelConfig, Params]:
-  """The ModelConfig and the parameters of a checkpoint.
+def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[ModelConfig, Tensors]:
+  """The ModelConfig and the parameters of a checkpoint, of which nothing is read yet.
+
+  Names, shapes and types are checked here, and a tied head against the embedding.
 
   Args:
     config: the content of config.json.
-    tensors: by name, with or without the family's prefix; each is looked up once, so that a mapping may
-      read them lazily. They keep their dtype.
+    tensors: by name, with or without the family's prefix.
 
   Returns:
-    the config, and a nested dict of numpy arrays shaped as `declare` says.
+    the config, and the parameters by path ("blocks/attention/query/weight") with the shapes that `declare`
+    says; a part of a stacked one is read from the one tensor that holds it. They keep their dtype.
 
   Raises:
     ConfigError: see `config_from_huggingface`.
-    CheckpointError: a tensor is missing, unexpected or of another shape; the message names it.
+    CheckpointError: a tensor is missing, unexpected, or of another shape or type; the message names it.
   """
   family, c = family_of(config), config_from_huggingface(config)
+  if c.num_layers > len(tensors):  # before names are made for every layer
+    raise CheckpointError(f"config.json calls for {c.num_layers} layers but the checkpoint has {len(tensors)} tensors")
   shapes = _shapes(c)
-  names = {_full_name(name, family): name for name in tensors}
-  params: dict[str, np.ndarray] = {}
-  for weight, name, layer, wanted in _expected(family, c, shapes):
-    if name not in names:
+  tensors = {_renamed(name, family): tensor for name, tensor in tensors.items()}
+  table = _table(family, c, {n for name in tensors for n in (name, family.prefix + name)})
+  known = {name for _, name, _, _ in _expected(family, table, c, shapes)}
+  full = lambda name: family.prefix + name if family.prefix + name in known else name  # noqa: E731
+  tensors = {full(name): tensor for name, tensor in tensors.items()}
+  sources: dict[str, dict[Index, Callable[[], np.ndarray]]] = {}
+  types: dict[str, list[np.dtype]] = {}
+  expected = set()
+  for weight, name, index, wanted in _expected(family, table, c, shapes):
+    if name not in tensors:
       raise CheckpointError(f"the checkpoint lacks the tensor {name} (for {', '.join(weight.ours)})")
-    tensor = tensors[names.pop(name)]
+    tensor = tensors[name]
     if tensor.shape != wanted:
       raise CheckpointError(f"the tensor {name} has shape {tensor.shape}; config.json calls for {wanted}")
-    pieces = weight.transform.read(c, tensor, [shapes[path] for path in weight.ours])
-    for path, piece in zip(weight.ours, pieces, strict=True):
-      if layer is None:
-        params[path] = piece
-        continue
-      if layer == 0:
-        params[path] = np.empty((c.num_layers, *piece.shape), piece.dtype)
-      params[path][layer] = piece
-  tied = c.tie_embeddings and family.head in names
-  if tied and not np.array_equal(tensors[names.pop(family.head)], params["embedding/tokens"]):
-    raise CheckpointError(
-      f"config.json ties the embeddings but the tensor {family.head} differs from them; "
-      "set its tie_word_embeddings to false"
-    )
-  unexpected = [n for n in names if not any(fnmatch.fnmatch(n, buffer) for buffer in BUFFERS)]
+    if tensor.dtype.name not in DTYPES:
+      raise CheckpointError(
+        f"the tensor {name} has type {tensor.dtype.name}, so the checkpoint is quantized in a way that cannot "
+        f"be read here; use the original one (of {', '.join(DTYPES)})"
+      )
+    expected.add(name)
+    ours = [shapes[path][len(index) :] for path in weight.ours]
+    for i, path in enumerate(weight.ours):
+      read = functools.partial(_read_piece, weight.transform, c, tensor, ours, i)
+      sources.setdefault(path, {})[index] = read
+      types.setdefault(path, []).append(tensor.dtype)
+  tied = c.tie_embeddings and family.head in tensors and family.head not in expected
+  if tied:
+    expected.add(family.head)
+    if _digest(tensors[family.head].read()) != _digest(sources["embedding/tokens"][()]()):
+      raise CheckpointError(
+        f"config.json ties the embeddings but the tensor {family.head} differs from them; "
+        "set its tie_word_embeddings to false"
+      )
+  ignored = BUFFERS + tuple(pattern.format(num_layers=c.num_layers) for pattern in family.ignored)
+  unexpected = [n for n in tensors if n not in expected and not any(fnmatch.fnmatch(n, i) for i in ignored)]
   if unexpected:
     more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
     raise CheckpointError(
       f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
     )
-  return c, traverse_util.unflatten_dict(params, sep="/")
+  return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
 
 
-def params_to_huggingface(
-  config: ModelConfig, family: str, params: Params
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The content of config.json and the tensors by name; the inverse of `params_from_huggingface`.
+def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[dict[str, Any], Tensors]:
+  """The content of config.json and the tensors by name, each made from its parameters when it is read.
 
-  A tied head is left out, as in the files that `save_pretrained` writes.
+  The inverse of `from_huggingface`. A tied head is left out, as in the files that `save_pretrained` writes.
 
   Raises:
     ConfigError: the family cannot express the model.
@@ -139,43 +168,103 @@ def params_to_huggingface(
   """
   hf, c, table = config_to_huggingface(config, family), config, FAMILIES[family]
   shapes = _shapes(c)
-  flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
-  if flat.keys() != shapes.keys():
-    raise CheckpointError(f"the parameters and the config differ at {sorted(flat.keys() ^ shapes.keys())[0]}")
+  if params.keys() != shapes.keys():
+    raise CheckpointError(f"the parameters and the config differ at {sorted(params.keys() ^ shapes.keys())[0]}")
+  for path, shape in shapes.items():
+    if params[path].shape != shape:
+      raise CheckpointError(f"the parameter {path} has shape {params[path].shape}; the config says {shape}")
   tensors = {}
-  for weight, name, layer, wanted in _expected(table, c, shapes):
-    weights = [flat[path] if layer is None else flat[path][layer] for path in weight.ours]
-    for path, w in zip(weight.ours, weights, strict=True):
-      if w.shape != shapes[path]:
-        raise CheckpointError(f"the parameter {path} has shape {w.shape}; the config says {shapes[path]}")
-    tensors[name] = np.ascontiguousarray(weight.transform.write(c, weights)).reshape(wanted)
+  for weight, name, index, wanted in _expected(table, _table(table, c), c, shapes):
+    ours = [params[path] for path in weight.ours]
+    read = functools.partial(_read_tensor, weight.transform, c, ours, index, wanted)
+    tensors[name] = LazyTensor(wanted, np.result_type(*(p.dtype for p in ours)), read)
   return hf, tensors
 
 
+def params_from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[ModelConfig, Params]:
+  """`from_huggingface` of arrays: the config, and a nested dict of arrays."""
+  c, params = from_huggingface(config, in_memory(tensors))
+  return c, traverse_util.unflatten_dict({path: tensor.read() for path, tensor in params.items()}, sep="/")
+
+
+def params_to_huggingface(
+  config: ModelConfig, family: str, params: Params
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """`to_huggingface` of a nested dict of arrays: the content of config.json, and arrays by name."""
+  flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
+  hf, tensors = to_huggingface(config, family, in_memory(flat))
+  return hf, {name: tensor.read() for name, tensor in tensors.items()}
+
+
 def _shapes(c: ModelConfig) -> dict[str, Shape]:
-  """Path -> shape of every parameter, of one layer where they are stacked."""
-  flat = traverse_util.flatten_dict(declare(c)[1], sep="/")
-  return {path: s.shape[1:] if path.startswith("blocks/") else s.shape for path, s in flat.items()}
+  """Path -> shape of every parameter, stacked as `declare` has them."""
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(declare(c)[1], sep="/").items()}
 
 
-def _full_name(name: str, family: Family) -> str:
-  return name if name.startswith((family.prefix, family.head.split(".")[0])) else family.prefix + name
+def _renamed(name: str, family: Family) -> str:
+  start = next((start for start in family.renamed if name.startswith(start)), "")
+  return family.renamed[start] + name.removeprefix(start) if start else name
+
+
+def _table(family: Family, c: ModelConfig, names: Collection[str] = ()) -> tuple[Weight, ...]:
+  """The family's table, with those of its other names that a checkpoint with these names goes by."""
+  first = c.moe_layers[0] if c.moe else 0
+  others = tuple(w for w in family.other_names if w.theirs.format(layer=first) in names)
+  replaced = {path for weight in others for path in weight.ours}
+  table = family.weights + family.more_weights(c)
+  return tuple(w for w in table if replaced.isdisjoint(w.ours)) + others
 
 
 def _expected(
-  family: Family, c: ModelConfig, shapes: Mapping[str, Shape]
-) -> Iterator[tuple[Weight, str, int | None, Shape]]:
-  """(table entry, tensor name, layer or None, tensor shape) of all that a checkpoint of this model holds."""
-  used = [weight for weight in family.weights if all(path in shapes for path in weight.ours)]
+  family: Family, table: tuple[Weight, ...], c: ModelConfig, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[Weight, str, Index, Shape]]:
+  """(table entry, tensor name, index into our parameters, tensor shape) of all that a checkpoint holds.
+
+  The placeholders in a name stand for our leading axes, in their order: "{layer}" for the layers that have
+  the parameter, "{expert}" for the experts.
+  """
+  used = [weight for weight in table if all(path in shapes for path in weight.ours)]
   covered = [path for weight in used for path in weight.ours]
   if sorted(covered) != sorted(shapes):
     raise ConfigError(f"a {family.name} checkpoint has no tensor for {sorted(shapes.keys() - set(covered))}")
   for weight in used:
-    blanks = [np.broadcast_to(np.int8(0), shapes[path]) for path in weight.ours]
+    axes = [name for _, name, _, _ in string.Formatter().parse(weight.theirs) if name]
+    blanks = [np.broadcast_to(np.int8(0), shapes[path][len(axes) :]) for path in weight.ours]
     wanted = weight.transform.write(c, blanks).shape
-    stacked = "{layer}" in weight.theirs
-    for layer in range(c.num_layers) if stacked else (None,):
-      yield weight, weight.theirs.format(layer=layer), layer, wanted
+    for index in np.ndindex(shapes[weight.ours[0]][: len(axes)]):
+      if axes and index[0] < weight.first_layer:
+        continue
+      numbers = dict(zip(axes, index))
+      if c.moe and "layer" in numbers:
+        numbers["layer"] = c.layers_with(weight.ours[0].split("/")[1])[index[0]]
+      name = weight.theirs.format(**numbers)
+      # The file of a model without a head is that of the bare class.
+      yield weight, name.removeprefix(family.prefix) if c.head == "none" else name, index, wanted
+
+
+def _read_piece(transform: Transform, c: ModelConfig, tensor: LazyTensor, ours: list[Shape], i: int) -> np.ndarray:
+  return transform.read(c, tensor.read(), ours)[i]
+
+
+def _read_tensor(
+  transform: Transform, c: ModelConfig, ours: list[LazyTensor], index: Index, wanted: Shape
+) -> np.ndarray:
+  return np.ascontiguousarray(transform.write(c, [param.part(index) for param in ours])).reshape(wanted)
+
+
+def _stacked(shape: Shape, dtype: np.dtype, parts: Mapping[Index, Callable[[], np.ndarray]]) -> LazyTensor:
+  axes = len(next(iter(parts)))
+  unused = functools.partial(np.ones, shape[axes:], dtype)  # see `Weight.first_layer`
+  return from_parts(shape, dtype, axes, lambda index: parts.get(index, unused)())
+
+
+def _digest(x: np.ndarray) -> bytes:
+  return hashlib.sha256(np.ascontiguousarray(x).view(np.uint8)).digest()
+
+
+def _untrained(c: ModelConfig) -> ModelConfig:
+  """The same model without what only its training knows."""
+  return dataclasses.replace(c, moe=c.moe and dataclasses.replace(c.moe, **FOR_TRAINING))
 
 
 def _canonical(c: ModelConfig) -> ModelConfig:
@@ -189,4 +278,5 @@ def _canonical(c: ModelConfig) -> ModelConfig:
     sink_tokens=c.sink_tokens if windowed else 0,
     query_scale=c.head_dim**-0.5 if c.query_scale is None else c.query_scale,
     norm_bias=c.norm_bias or c.norm != "layernorm",
+    mlp_dim=c.mlp_dim if c.layers_with("mlp") else c.moe.mlp_dim,
   )

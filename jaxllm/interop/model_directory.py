@@ -1,29 +1,32 @@
 """The model directory, the one form in which models are kept and passed around.
 
 - config.json: {"model": the fields of ModelConfig, "version": of this layout}
-- params/: the parameters (Orbax), layers stacked
+- params/: the parameters by path, layers stacked, in safetensors files like those of Hugging Face: they can
+  be written and read one layer at a time, by any program
 - params.sha256.json: a checksum of every file in params/
 - tokenizer files: what `jaxllm.data.tokenizers.load_tokenizer` reads
 - generation_config.json: eos_token_id and default sampling settings, by Hugging Face's names
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from flax import traverse_util
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.models.build import Params
-from jaxllm.models.config import ModelConfig, RopeScaling
+from jaxllm.interop.atomic import new_directory
+from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES, read_sharded, write_sharded
+from jaxllm.interop.tensors import Tensors
+from jaxllm.models.build import declare
+from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 
 CONFIG_FILE, PARAMS, CHECKSUMS = "config.json", "params", "params.sha256.json"
 GENERATION_FILE = "generation_config.json"
-VERSION = 1
+VERSION = 2
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,82 +61,69 @@ def read_model_config(directory: Path) -> ModelConfig:
     raise CheckpointError(f"{file}: model.{unknown[0]} is unknown to this version of jaxllm")
   fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
   try:
-    if fields.get("rope_scaling") is not None:
-      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    for name, kind in {"rope_scaling": RopeScaling, "moe": MoEConfig, "mla": MLAConfig}.items():
+      if fields.get(name) is not None:
+        fields[name] = kind(**fields[name])
     return ModelConfig(**fields)
   except TypeError as error:
     raise CheckpointError(f"{file}: a field of model has a wrong type ({error})") from error
 
 
 def write_model(
-  directory: Path, config: ModelConfig, params: Params, tokenizer: Any, generation: dict[str, Any]
+  directory: Path,
+  config: ModelConfig,
+  params: Tensors,
+  tokenizer: Any,
+  generation: dict[str, Any],
+  max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-  """Writes a model directory; the checksums last, so that a directory which has them is complete.
+  """Writes a model directory, or replaces one; it appears when it is complete.
+
+  Args:
+    params: by path ("blocks/attention/query/weight"), read part by part.
 
   Raises:
     CheckpointError: the path holds something else, or cannot be written.
   """
-  from orbax.checkpoint import v1 as ocp
-
-  if directory.exists() and not directory.is_dir():
-    raise CheckpointError(f"cannot write a model to {directory}: it is a file")
-  if directory.is_dir() and any(directory.iterdir()) and not (directory / PARAMS).is_dir():
-    raise CheckpointError(f"{directory} has other things in it; choose an empty or new directory")
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CHECKSUMS).unlink(missing_ok=True)
-    shutil.rmtree(directory / PARAMS, ignore_errors=True)
-    content = {"model": dataclasses.asdict(config), "version": VERSION}
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+  with new_directory(directory, lambda path: (path / PARAMS).is_dir() and (path / CONFIG_FILE).is_file()) as new:
+    (new / PARAMS).mkdir()
+    write_sharded(new / PARAMS, params, max_shard_bytes)
+    (new / CHECKSUMS).write_text(json.dumps(_checksums(new / PARAMS), indent=0), encoding="utf-8")
+    write_json(new / GENERATION_FILE, generation)
     if tokenizer is not None:
-      tokenizer.save(directory)
-    ocp.save_pytree((directory / PARAMS).absolute(), params)
-    (directory / CHECKSUMS).write_text(json.dumps(_checksums(directory / PARAMS), indent=0), encoding="utf-8")
-  except OSError as error:
-    raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
+      tokenizer.save(new)
+    write_json(new / CONFIG_FILE, {"model": dataclasses.asdict(config), "version": VERSION})
 
 
-def read_params(directory: Path, shapes: Params, shardings: Params | None = None, dtype: str | None = None) -> Params:
-  """The parameters of a model directory, checked against its checksums.
-
-  Args:
-    shapes: what the model expects, as `jaxllm.models.build.declare` says.
-    shardings: where each parameter goes; None: the default device.
-    dtype: of the result; None: as stored.
+def read_model(directory: Path) -> tuple[ModelConfig, Tensors]:
+  """The config and the parameters of a model directory, its files checked against their checksums.
 
   Raises:
-    CheckpointError: parameters are missing, damaged, or another model's.
+    CheckpointError: parameters are missing, damaged, or another model's. ConfigError: an impossible model.
   """
-  from orbax.checkpoint import v1 as ocp
-
+  config = read_model_config(directory)
   path = directory / PARAMS
+  version = read_json(directory / CONFIG_FILE).get("version")
+  if version != VERSION:
+    raise CheckpointError(
+      f"{directory} has layout version {version!r}, this jaxllm reads {VERSION}; save it again with this version"
+    )
   if not path.is_dir():
     raise CheckpointError(f"{directory} is not a complete model directory: it has no {PARAMS}/")
   if not (directory / CHECKSUMS).is_file():
     raise CheckpointError(f"{directory} has no {CHECKSUMS}: writing it was cut off; save the model again")
   if _checksums(path) != read_json(directory / CHECKSUMS):
     raise CheckpointError(f"the parameters in {path} are damaged: their checksums differ; copy them again")
-  stored = ocp.pytree_metadata(path.absolute()).metadata
-  expected, found = (
-    {"/".join(k.key for k in keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in (shapes, stored)
-  )
-  for name in sorted(expected.keys() | found.keys()):
-    if expected.get(name) != found.get(name):
+  params = read_sharded(path)
+  shapes = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(declare(config)[1], sep="/").items()}
+  for name in sorted(shapes.keys() | params.keys()):
+    found = params[name].shape if name in params else None
+    if shapes.get(name) != found:
       raise CheckpointError(
-        f"the parameters in {path} do not fit {CONFIG_FILE}: {name} has shape {found.get(name)}, "
-        f"the model's has {expected.get(name)}"
+        f"the parameters in {path} do not fit {CONFIG_FILE}: {name} has shape {found}, "
+        f"the model's has {shapes.get(name)}"
       )
-  if shardings is None:
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, shapes)
-  target = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype or leaf.dtype), sharding=sharding),
-    stored,
-    shardings,
-  )
-  return ocp.load_pytree(path.absolute(), target)
+  return config, params
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
@@ -151,9 +141,15 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
   return config
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _checksums(directory: Path) -> dict[str, str]:
-  sums = {}
-  for file in sorted(p for p in directory.rglob("*") if p.is_file()):
+  def digest(file: Path) -> str:
     with file.open("rb") as data:
-      sums[file.relative_to(directory).as_posix()] = hashlib.file_digest(data, "sha256").hexdigest()
-  return sums
+      return hashlib.file_digest(data, "sha256").hexdigest()
+
+  files = sorted(p for p in directory.rglob("*") if p.is_file())
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
+    return dict(zip((file.relative_to(directory).as_posix() for file in files), pool.map(digest, files)))

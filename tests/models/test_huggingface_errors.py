@@ -8,14 +8,14 @@ import oracle
 import pytest
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families import DECODERS, FAMILIES
 from jaxllm.interop.huggingface import (
   config_from_huggingface,
   config_to_huggingface,
   params_from_huggingface,
   params_to_huggingface,
 )
-from jaxllm.models.config import ModelConfig, RopeScaling
+from jaxllm.models.config import ModelConfig, MoEConfig, RopeScaling
 
 SMALL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32)
 GPT2 = dataclasses.replace(
@@ -134,6 +134,10 @@ def test_setting_that_the_family_here_does_not_have():
     ("mistral", {"sliding_window": 4, "sink_tokens": 2}, "sink_tokens"),
     ("qwen2", {}, "attention_bias"),
     ("gpt2", {}, "num_kv_heads"),
+    ("llama", {"moe": MoEConfig()}, "moe"),
+    ("llama", {"layer_pattern": ("global", "nope")}, "layer_pattern"),
+    ("mixtral", {"moe": MoEConfig(every=2)}, "moe"),
+    ("mixtral", {"moe": MoEConfig(normalize=False)}, "moe"),
     ("gemma2", {"norm_placement": "sandwich", "norm_unit_offset": True}, "embedding_scale"),
   ],
 )
@@ -148,15 +152,41 @@ def test_ntk_scaling_is_exported_as_its_theta():
   assert hf["rope_theta"] == pytest.approx(10000 * 8 ** (8 / 6)) and "rope_scaling" not in hf
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "bloom"}))
+# Without RoPE, with one setting for each kind of layer (see the families' tests), or without scaling.
+OTHER_ROPE = {"gpt2", "bloom", "gemma3", "gemma3_text", "phi3"}
+
+
+@pytest.mark.parametrize("family", sorted({family.name for family in DECODERS} - OTHER_ROPE))
 def test_two_spellings_of_rope(family):
   """Files from before 2026 and from after say the same."""
   hf = dict(
     model_type=family, vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
     intermediate_size=24, max_position_embeddings=32, sliding_window=4, rms_norm_eps=1e-6,
+    num_local_experts=4, num_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+    moe_intermediate_size=8, first_k_dense_replace=1, routed_scaling_factor=1.0, n_group=1, topk_group=1,
+    kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
   )  # fmt: skip
   old = hf | {"rope_theta": 5e5, "rotary_emb_base": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
   new = hf | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
   got = config_from_huggingface(old)
   assert got == config_from_huggingface(new)
   assert got.rope_theta == 5e5 and got.rope_scaling == RopeScaling("linear", 2.0)
+
+
+def test_experts_of_some_layers_that_are_not_the_first():
+  hf = config_to_huggingface(dataclasses.replace(SMALL, qk_norm="head", moe=MoEConfig(), norm_eps=1e-6), "qwen3_moe")
+  with pytest.raises(ConfigError, match=r"mlp_only_layers = \[1\]; only the first layers"):
+    config_from_huggingface(hf | {"mlp_only_layers": [1]})
+
+
+def test_long_rope_is_refused():
+  hf = config_to_huggingface(dataclasses.replace(SMALL, tie_embeddings=False), "phi3")
+  with pytest.raises(ConfigError, match="RoPE scaling of type 'longrope'"):
+    config_from_huggingface(hf | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}})
+  with pytest.raises(ConfigError, match="of Phi-3 only models without it"):
+    config_from_huggingface(hf | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+def test_several_models_in_one_checkpoint_are_read_only():
+  with pytest.raises(ConfigError, match="write it as gemma3_text"):
+    config_to_huggingface(SMALL, "gemma3")

@@ -1,10 +1,22 @@
 """The Hugging Face architectures that can be read and written, by `model_type`."""
 
+from jaxllm.interop.families.bart import BART
+from jaxllm.interop.families.bert import BERT, ROBERTA
 from jaxllm.interop.families.bloom import BLOOM
-from jaxllm.interop.families.gemma import GEMMA2
+from jaxllm.interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from jaxllm.interop.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
 from jaxllm.interop.families.gpt2 import GPT2
 from jaxllm.interop.families.gpt_neox import GPT_NEOX
 from jaxllm.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from jaxllm.interop.families.modernbert import MODERNBERT
+from jaxllm.interop.families.moe import MIXTRAL, QWEN3_MOE
 from jaxllm.interop.families.olmo2 import OLMO2
+from jaxllm.interop.families.phi3 import PHI3
+from jaxllm.interop.families.smollm3 import SMOLLM3
+from jaxllm.interop.families.t5 import T5
 
-FAMILIES = {family.name: family for family in (BLOOM, GEMMA2, GPT2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3)}
+DENSE = (BLOOM, GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT, GPT2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3)
+DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, MIXTRAL, QWEN3_MOE)
+ENCODERS = (BERT, MODERNBERT, ROBERTA)
+ENCODER_DECODERS = (BART, T5)
+FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}

@@ -1,4 +1,6 @@
-"""Gemma 2 (arXiv 2408.00118)."""
+"""Gemma (arXiv 2403.08295), Gemma 2 (2408.00118) and Gemma 3 (2503.19786)."""
+
+import dataclasses
 
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
@@ -6,9 +8,9 @@ from jaxllm.interop.families.rope import read_rope, write_rope
 
 
 def _read(hf):
-  bias = hf["attention_bias"]
+  bias, every = hf["attention_bias"], hf["sliding_window_pattern"]  # every so many layers one is global
   types = hf.get("layer_types") or [
-    "full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])
+    "sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])
   ]
   pattern = t.pattern_from_types(types)
   window = hf["sliding_window"] if "local" in pattern else None
@@ -33,6 +35,28 @@ def _write(c):
   }
 
 
+def _read_gemma(hf):
+  # "gelu" in the first files meant the approximation that the model was trained with
+  act = "gelu_pytorch_tanh" if hf["hidden_act"] == "gelu" else hf["hidden_act"]
+  return llama.read(hf | {"hidden_act": act}) | {"embedding_scale": hf["hidden_size"] ** 0.5}
+
+
+def _read_gemma3(hf):
+  """Local layers have a theta of their own, beside the global ones' or (from 2026) in an object of their own."""
+  kinds = hf.get("rope_parameters") or {}
+  local = kinds.get("sliding_attention", {}).get("rope_theta", hf["rope_local_base_freq"])
+  return _read(hf | {"rope_parameters": kinds.get("full_attention")}) | {"rope_local_theta": float(local)}
+
+
+GEMMA = dataclasses.replace(
+  llama.LLAMA,
+  name="gemma",
+  architecture="GemmaForCausalLM",
+  fields={"norm_unit_offset": True},
+  defaults=llama.DEFAULTS | {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
+  requires={"use_bidirectional_attention": None},
+  read=_read_gemma,
+)
 GEMMA2 = t.Family(
   "gemma2",
   "Gemma2ForCausalLM",
@@ -52,10 +76,33 @@ GEMMA2 = t.Family(
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "sliding_window_pattern": 2,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
   },
   requires={"use_bidirectional_attention": None},
   read=_read,
   write=_write,
+)
+GEMMA3_TEXT = dataclasses.replace(
+  GEMMA2,
+  name="gemma3_text",
+  architecture="Gemma3ForCausalLM",
+  fields=dict(GEMMA2.fields) | {"qk_norm": "head"},
+  # The larger models' files leave out what has these values.
+  defaults=dict(GEMMA2.defaults)
+  | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
+  | {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "max_position_embeddings": 131072}
+  | {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
+  requires={"use_bidirectional_attention": False},
+  read=_read_gemma3,
+  write=lambda c: _write(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta},
+)
+# With the vision tower, which is left aside.
+GEMMA3 = dataclasses.replace(
+  GEMMA3_TEXT,
+  name="gemma3",
+  text_config="text_config",
+  renamed={"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""},
+  ignored=("*vision_tower.*", "*multi_modal_projector.*"),
 )

@@ -55,7 +55,7 @@ GPT_NEOX = t.Family(
     *t.linear("blocks/mlp/up", f"{LAYER}.mlp.dense_h_to_4h"),
     *t.linear("blocks/mlp/down", f"{LAYER}.mlp.dense_4h_to_h"),
     *t.norm("final_norm", "gpt_neox.final_layer_norm"),
-    *t.linear("head", "lm_head"),
+    *t.linear("head", "embed_out"),
   ),
   fields={"norm": "layernorm", "mlp_bias": True},
   defaults={
@@ -70,5 +70,7 @@ GPT_NEOX = t.Family(
   },
   read=_read,
   write=_write,
+  other_names=t.linear("head", "lm_head"),  # as transformers has it in memory
   prefix="gpt_neox.",
+  head="embed_out.weight",
 )

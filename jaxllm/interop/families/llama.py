@@ -60,11 +60,11 @@ def write(c):
   return hf | ({"mlp_bias": True} if c.mlp_bias else {})
 
 
-def _read_mistral(hf):
+def read_mistral(hf):
   return read(hf | {"attention_bias": False}) | {"sliding_window": hf.get("sliding_window")}
 
 
-def _write_mistral(c):
+def write_mistral(c):
   return write_rope(c) | {"hidden_act": t.activation_name(c.mlp), "sliding_window": c.sliding_window}
 
 
@@ -100,8 +100,8 @@ MISTRAL = t.Family(
   KEYS,
   WEIGHTS + PRE_NORMS,
   defaults=DEFAULTS,
-  read=_read_mistral,
-  write=_write_mistral,
+  read=read_mistral,
+  write=write_mistral,
 )
 QWEN2 = t.Family(
   "qwen2",

@@ -20,6 +20,7 @@ _NUMBERS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
+    "mscale_all_dim": "mscale_all_dim",
     "original_max_seq_len": "original_max_position_embeddings",
   },
 }
@@ -80,6 +81,10 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
 def canonical_rope(c: ModelConfig) -> ModelConfig:
   """The same model with NTK scaling written as the theta that it amounts to, and unused numbers reset."""
   scaling = c.rope_scaling
+  if "local" not in c.layer_kinds:
+    c = dataclasses.replace(c, rope_local_theta=None)
+  elif c.rope_local_theta is None and scaling is None:
+    c = dataclasses.replace(c, rope_local_theta=c.rope_theta)
   if c.position != "rope":
     unused = {name: getattr(ModelConfig, name) for name in ("rope_theta", "rope_local_theta", "rope_fraction")}
     return dataclasses.replace(c, **unused, rope_scaling=None)

@@ -27,6 +27,11 @@ class Transform:
   write: Callable[[ModelConfig, list[np.ndarray]], np.ndarray]
 
 
+def transposed(x):
+  """Matrices [..., I, O] as [..., O, I]; a bias as it is."""
+  return x if x.ndim < 2 else np.swapaxes(x, -1, -2)
+
+
 def _columns(c, x, shapes):
   return np.split(x, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
 
@@ -45,22 +50,26 @@ def _to_groups(c, weights):
 
 SAME = Transform(lambda c, x, shapes: [x], lambda c, weights: weights[0])
 # torch.nn.Linear holds [outputs, inputs]
-TRANSPOSED = Transform(lambda c, x, shapes: [x.T], lambda c, weights: weights[0].T)
+TRANSPOSED = Transform(lambda c, x, shapes: [transposed(x)], lambda c, weights: transposed(weights[0]))
 # several matrices [inputs, outputs] side by side (GPT-2's Conv1D)
 COLUMNS = Transform(_columns, lambda c, weights: np.concatenate(weights, axis=-1))
-# the same of torch.nn.Linear (Phi-3)
-ROWS = Transform(lambda c, x, shapes: _columns(c, x.T, shapes), lambda c, weights: np.concatenate(weights, axis=-1).T)
+# the same of torch.nn.Linear (Phi-3), or of a stack of them (experts)
+ROWS = Transform(
+  lambda c, x, shapes: _columns(c, transposed(x), shapes),
+  lambda c, weights: transposed(np.concatenate(weights, axis=-1)),
+)
 # query, key and value interleaved by key/value head (GPT-NeoX, BLOOM, Falcon)
 BY_HEAD = Transform(_from_groups, _to_groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One of their tensors; "{layer}" in its name stands for the index in our stacked weights."""
+  """One of their tensors; "{layer}" and "{expert}" in its name stand for the leading axes of our weights."""
 
   ours: tuple[str, ...]
   theirs: str
   transform: Transform = SAME
+  first_layer: int = 0  # layers before it lack the tensor; our weights of them are unused, and 1
 
 
 def linear(ours: str | tuple[str, ...], theirs: str, transform: Transform = TRANSPOSED) -> tuple[Weight, ...]:
@@ -100,10 +109,35 @@ class Family:
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of absent keys
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
+  parts: tuple[str, ...] = ()  # ModelConfig fields that may be None but not in this family
   read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing  # config.json -> further fields
   write: Callable[[ModelConfig], dict[str, Any]] = _nothing  # and back
+  other_names: tuple[Weight, ...] = ()  # read in place of entries of `weights`, where a checkpoint has them
+  text_config: str | None = None  # the key of the settings, where config.json has several models'; read only
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # starts of names, read as if they were others
   prefix: str = "model."  # of every tensor but the head; checkpoints of the bare model lack it
   head: str = "lm_head.weight"
+  architectures: Mapping[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # of other heads: `ModelConfig.head` -> class
+  more_weights: Callable[[ModelConfig], tuple[Weight, ...]] = lambda c: ()  # that hang on the config
+  # Patterns of tensors that a checkpoint may hold and the model has no use for; "{num_layers}" is known.
+  ignored: tuple[str, ...] = ()
+
+
+def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[str, Any]:
+  """`head` and `num_labels` by the class that config.json names; "lm" where it is none of `architectures`."""
+  named = (hf.get("architectures") or [None])[0]
+  head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
+  return {"head": head} | ({"num_labels": len(hf["id2label"])} if head in ("sequence", "token") else {})
+
+
+def write_labels(c: ModelConfig) -> dict[str, Any]:
+  """The numbered labels of a classifier."""
+  if c.head not in ("sequence", "token"):
+    return {}
+  names = [f"LABEL_{i}" for i in range(c.num_labels)]
+  return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 _ACTIVATIONS = {
@@ -150,5 +184,5 @@ def shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:
 
 def types_from_pattern(c: ModelConfig) -> list[str]:
   """`layer_types`: one entry a layer."""
-  names = {"global": "full_attention", "local": "sliding_attention"}
+  names = {"global": "full_attention", "nope": "full_attention", "local": "sliding_attention"}
   return [names[c.layer_kinds[i % len(c.layer_kinds)]] for i in range(c.num_layers)]

@@ -1,0 +1,84 @@
+"""Turns a model of one form into another: `python -m jaxllm.convert --from=PATH --to=PATH --format=hf`."""
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxllm.cli import MODEL_FORMS, run_door
+from jaxllm.errors import ConfigError
+
+EXAMPLES = """
+examples:
+  python -m jaxllm.convert --from=runs/quickstart --to=my-model --format=hf
+  python -m jaxllm.convert --from=runs/quickstart --step=1000 --to=my-model.gguf --format=gguf --quantize=q8_0
+  python -m jaxllm.convert --from=downloads/Qwen3-0.6B --to=qwen --format=jaxllm --dtype=bfloat16
+  python -m jaxllm.convert --from=my-lora-adapter --to=merged --format=hf
+
+Weights are read and written a tensor at a time. What is written appears under its name when it is complete.
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """The command line's settings."""
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxllm.convert",
+    description="Converts a model directory, a training run, a Hugging Face directory, a PEFT LoRA adapter or a "
+    ".gguf file.",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog=EXAMPLES,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--from", required=True, dest="source", metavar="PATH", help=MODEL_FORMS)
+  add("--to", required=True, metavar="PATH", help="a new or empty directory, or a new .gguf file")
+  add("--format", required=True, choices=("jaxllm", "hf", "gguf"), help="the form to write")
+  add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are)")
+  add("--quantize", metavar="TYPE", help="the type of a gguf file's matrices: q8_0, q4_0, q4_1, …")
+  add("--family", metavar="NAME", help="the Hugging Face model_type to write (default: the first that fits)")
+  add("--max-shard-size", default="5GB", metavar="SIZE", help="of one safetensors file (default: 5GB)")
+  add("--step", type=int, metavar="N", help="the run's checkpoint to read (default: the latest)")
+  add("--debug", action="store_true", help="show a traceback where an error is reported")
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the door; returns the exit code."""
+  args = parse(argv)
+  max_shard_bytes = parse_size(args.max_shard_size)
+  from jaxllm.inference.stored import open_model, write_model
+
+  start = time.monotonic()
+  model = open_model(args.source, args.step)
+  write_model(
+    Path(args.to).expanduser(),
+    model,
+    args.format,
+    dtype=args.dtype,
+    quantize=args.quantize,
+    family=args.family,
+    max_shard_bytes=max_shard_bytes,
+  )
+  count = sum(math.prod(tensor.shape) for tensor in model.params.values())
+  print(f"{args.to}: {count:,} parameters written in {time.monotonic() - start:.1f} s", file=sys.stderr)
+  return 0
+
+
+def parse_size(text: str) -> int:
+  """Bytes of a size like "5GB" or "500MB" (powers of ten; KiB, MiB, GiB: of two).
+
+  Raises:
+    ConfigError: it is none.
+  """
+  units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)", text.strip().upper())
+  if not match or match[2] not in units or float(match[1]) * units[match[2]] < 1:
+    raise ConfigError(f"--max-shard-size is {text!r}; give a size like 5GB or 500MB")
+  return int(float(match[1]) * units[match[2]])
+
+
+if __name__ == "__main__":
+  sys.exit(run_door(main))

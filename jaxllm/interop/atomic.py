@@ -1,0 +1,69 @@
+"""Directories that are there whole or not at all.
+
+They are filled under a hidden name beside their own and renamed when they are complete, so what a killed
+program leaves behind is found under no name that anyone asked for.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxllm.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+  """A directory to fill, which becomes `path` on leaving the context without an error.
+
+  Args:
+    may_replace: whether this directory, which is not empty, may be replaced.
+
+  Raises:
+    CheckpointError: `path` is a file, or a directory that may not be replaced; or an OSError in the
+      context (the disk is full, say), in which case nothing is left of it.
+  """
+  if path.exists() and not path.is_dir():
+    raise CheckpointError(f"cannot write a model to {path}: it is a file")
+  full = path.is_dir() and any(path.iterdir())
+  if full and not may_replace(path):
+    raise CheckpointError(f"{path} has other things in it; choose an empty or new directory")
+  new, old = _beside(path, "partial"), _beside(path, "replaced")
+  try:
+    new.parent.mkdir(parents=True, exist_ok=True)
+    _remove(new)
+    new.mkdir()
+    yield new
+    if full:
+      _remove(old)
+      path.rename(old)
+    new.rename(path)
+    _flush(new.parent)
+    _remove(old)
+  except BaseException as error:
+    shutil.rmtree(new, ignore_errors=True)
+    if isinstance(error, OSError):
+      full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+      what = "the disk is full" if full else error.strerror or str(error)
+      raise CheckpointError(f"cannot write {path}: {what}; nothing of it is left") from error
+    raise
+
+
+def _beside(path: Path, state: str) -> Path:
+  return path.absolute().with_name(f".{path.absolute().name}.{state}")
+
+
+def _remove(path: Path) -> None:
+  if path.exists():
+    shutil.rmtree(path)
+
+
+def _flush(directory: Path) -> None:
+  """Brings the renames in a directory to the disk."""
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

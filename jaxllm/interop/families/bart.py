@@ -1,0 +1,99 @@
+"""BART (arXiv 1910.13461): learned positions, norms after the sums, and a bias on the logits."""
+
+from jaxllm.errors import ConfigError
+from jaxllm.interop.families import table as t
+
+ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
+
+
+def _attention(ours, theirs):
+  names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+  return tuple(w for name, proj in names.items() for w in t.linear(f"{ours}/{name}", f"{theirs}.{proj}"))
+
+
+def _stack(prefix, side):
+  layer = f"model.{side}.layers.{{layer}}"
+  return (
+    t.embedding(f"{prefix}embedding/positions", f"model.{side}.embed_positions"),
+    *t.norm(f"{prefix}embedding/norm", f"model.{side}.layernorm_embedding"),
+    *_attention(f"{prefix}blocks/attention", f"{layer}.self_attn"),
+    *t.norm(f"{prefix}blocks/attention_post_norm", f"{layer}.self_attn_layer_norm"),
+    *_attention(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn"),
+    *t.norm(f"{prefix}blocks/cross_attention_post_norm", f"{layer}.encoder_attn_layer_norm"),
+    *t.linear(f"{prefix}blocks/mlp/up", f"{layer}.fc1"),
+    *t.linear(f"{prefix}blocks/mlp/down", f"{layer}.fc2"),
+    *t.norm(f"{prefix}blocks/mlp_post_norm", f"{layer}.final_layer_norm"),
+  )
+
+
+def _read(hf):
+  for size in ("attention_heads", "ffn_dim"):
+    if hf[f"encoder_{size}"] != hf[f"decoder_{size}"]:
+      raise ConfigError(
+        f"config.json has encoder_{size} {hf[f'encoder_{size}']} and decoder_{size} {hf[f'decoder_{size}']}; "
+        "a bart here has one size for both"
+      )
+  return {
+    "mlp": t.mlp_name(hf["activation_function"], gated=False),
+    "embedding_scale": hf["d_model"] ** 0.5 if hf["scale_embedding"] else None,
+  }
+
+
+def _write(c):
+  return {
+    "is_encoder_decoder": True,
+    "encoder_attention_heads": c.num_heads,
+    "encoder_ffn_dim": c.mlp_dim,
+    "activation_function": t.activation_name(c.mlp),
+    "scale_embedding": c.embedding_scale is not None,
+  }
+
+
+BART = t.Family(
+  "bart",
+  "BartForConditionalGeneration",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "d_model",
+    "num_layers": "decoder_layers",
+    "num_encoder_layers": "encoder_layers",
+    "num_heads": "decoder_attention_heads",
+    "mlp_dim": "decoder_ffn_dim",
+    "max_seq_len": "max_position_embeddings",
+    "decoder_start_id": "decoder_start_token_id",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "init_std",
+  },
+  (
+    t.embedding("embedding/tokens", "model.shared"),
+    *_stack("", "decoder"),
+    *_stack("encoder/", "encoder"),
+    t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
+    t.Weight(("head/bias",), "final_logits_bias", ROW),
+  ),
+  fields={
+    "architecture": "encoder_decoder",
+    "position": "learned",
+    "position_offset": 2,
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "embedding_norm": True,
+    "final_norm": False,
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+    "head_bias": True,
+    "init": "normal",
+  },
+  defaults={
+    "decoder_start_token_id": 2,
+    "tie_word_embeddings": True,
+    "init_std": 0.02,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+  },
+  requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
+  read=_read,
+  write=_write,
+  ignored=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+)

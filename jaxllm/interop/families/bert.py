@@ -1,0 +1,151 @@
+"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), with the heads of their classes."""
+
+import dataclasses
+
+from jaxllm.interop.families import table as t
+
+KEYS = {
+  "vocab_size": "vocab_size",
+  "embed_dim": "hidden_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "max_seq_len": "max_position_embeddings",
+  "num_token_types": "type_vocab_size",
+  "norm_eps": "layer_norm_eps",
+  "init_std": "initializer_range",
+}
+
+
+def _architectures(name):
+  return {
+    "sequence": f"{name}ForSequenceClassification",
+    "token": f"{name}ForTokenClassification",
+    "none": f"{name}Model",
+  }
+
+
+def _weights(root):
+  layer = root + ".encoder.layer.{layer}"
+  return (
+    t.embedding("embedding/tokens", f"{root}.embeddings.word_embeddings"),
+    t.embedding("embedding/positions", f"{root}.embeddings.position_embeddings"),
+    t.embedding("embedding/token_types", f"{root}.embeddings.token_type_embeddings"),
+    *t.norm("embedding/norm", f"{root}.embeddings.LayerNorm"),
+    *t.linear("blocks/attention/query", f"{layer}.attention.self.query"),
+    *t.linear("blocks/attention/key", f"{layer}.attention.self.key"),
+    *t.linear("blocks/attention/value", f"{layer}.attention.self.value"),
+    *t.linear("blocks/attention/output", f"{layer}.attention.output.dense"),
+    *t.norm("blocks/attention_post_norm", f"{layer}.attention.output.LayerNorm"),
+    *t.linear("blocks/mlp/up", f"{layer}.intermediate.dense"),
+    *t.linear("blocks/mlp/down", f"{layer}.output.dense"),
+    *t.norm("blocks/mlp_post_norm", f"{layer}.output.LayerNorm"),
+  )
+
+
+BERT_HEADS = {
+  "lm": (
+    *t.linear("head/dense", "cls.predictions.transform.dense"),
+    *t.norm("head/norm", "cls.predictions.transform.LayerNorm"),
+    t.Weight(("head/bias",), "cls.predictions.bias"),
+  ),
+  "sequence": t.linear("head/dense", "bert.pooler.dense") + t.linear("head", "classifier"),
+  "token": t.linear("head", "classifier"),
+  "none": t.linear("head/dense", "bert.pooler.dense"),
+}
+ROBERTA_HEADS = {
+  "lm": (
+    *t.linear("head/dense", "lm_head.dense"),
+    *t.norm("head/norm", "lm_head.layer_norm"),
+    t.Weight(("head/bias",), "lm_head.bias"),
+  ),
+  "sequence": t.linear("head/dense", "classifier.dense") + t.linear("head", "classifier.out_proj"),
+  "token": t.linear("head", "classifier"),
+  "none": t.linear("head/dense", "roberta.pooler.dense"),
+}
+
+
+def _read(hf, architectures):
+  fields = {"mlp": t.mlp_name(hf["hidden_act"], gated=False)} | t.read_head(hf, architectures)
+  dense = {"lm": fields["mlp"], "sequence": "tanh", "token": None, "none": "tanh"}[fields["head"]]
+  return fields | {
+    "head_dense": dense,
+    "head_norm": fields["head"] == "lm",
+    "head_bias": fields["head"] != "none",
+  }
+
+
+def _read_roberta(hf):
+  fields = _read(hf, _architectures("Roberta"))
+  offset = hf["pad_token_id"] + 1
+  return fields | {
+    "head_dense": "gelu" if fields["head"] == "lm" else fields["head_dense"],
+    "position_offset": offset,
+    "max_seq_len": hf["max_position_embeddings"] - offset,
+  }
+
+
+def _write(c):
+  return t.write_labels(c) | {"hidden_act": t.activation_name(c.mlp)}
+
+
+def _write_roberta(c):
+  return _write(c) | {
+    "pad_token_id": c.position_offset - 1,
+    "max_position_embeddings": c.max_seq_len + c.position_offset,
+  }
+
+
+BERT: t.Family = t.Family(
+  "bert",
+  "BertForMaskedLM",
+  KEYS,
+  _weights("bert"),
+  fields={
+    "architecture": "encoder",
+    "position": "learned",
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "embedding_norm": True,
+    "final_norm": False,
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
+    "init": "normal",
+  },
+  defaults={
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "hidden_act": "gelu",
+    "id2label": (0, 1),
+  },
+  requires={
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+  },
+  read=lambda hf: _read(hf, _architectures("Bert")),
+  write=_write,
+  prefix="bert.",
+  head="cls.predictions.decoder.weight",
+  architectures=_architectures("Bert"),
+  more_weights=lambda c: BERT_HEADS[c.head],
+  # BertForPreTraining's second objective, and the copy of a bias
+  ignored=("*position_ids", "*pooler.*", "cls.seq_relationship.*", "cls.predictions.decoder.bias"),
+)
+ROBERTA = dataclasses.replace(
+  BERT,
+  name="roberta",
+  architecture="RobertaForMaskedLM",
+  weights=_weights("roberta"),
+  defaults=BERT.defaults | {"pad_token_id": 1},
+  read=_read_roberta,
+  write=_write_roberta,
+  prefix="roberta.",
+  head="lm_head.decoder.weight",
+  architectures=_architectures("Roberta"),
+  more_weights=lambda c: ROBERTA_HEADS[c.head],
+  ignored=("*position_ids", "*pooler.*", "lm_head.decoder.bias"),
+)

@@ -1,0 +1,122 @@
+"""ModernBERT (arXiv 2412.13663): RoPE, GeGLU, and windows in two of three layers, in an encoder."""
+
+from jaxllm.errors import ConfigError
+from jaxllm.interop.families import table as t
+
+LAYER = "model.layers.{layer}"
+ARCHITECTURES = {
+  "sequence": "ModernBertForSequenceClassification",
+  "token": "ModernBertForTokenClassification",
+  "none": "ModernBertModel",
+}
+TRANSFORM = (*t.linear("head/dense", "head.dense"), *t.norm("head/norm", "head.norm"))
+
+
+def _read(hf):
+  fields = t.read_head(hf, ARCHITECTURES)
+  head = fields["head"]
+  if head != "none" and hf["classifier_bias"] != hf["mlp_bias"]:
+    raise ConfigError("config.json has a classifier_bias other than its mlp_bias, which model.mlp_bias cannot express")
+  every = hf["global_attn_every_n_layers"]
+  types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
+  pattern = t.pattern_from_types(hf.get("layer_types") or types)
+  rope = hf.get("rope_parameters") or {}
+  theta = {
+    kind: rope.get(kind, {}).get("rope_theta", hf[f"{scope}_rope_theta"])
+    for kind, scope in (("full_attention", "global"), ("sliding_attention", "local"))
+  }
+  if any(settings.get("rope_type", "default") != "default" for settings in rope.values()):
+    raise ConfigError("config.json has RoPE scaling, which a modernbert here cannot have")
+  if "local" in pattern:
+    fields |= {
+      "sliding_window": hf["local_attention"] // 2 + 1,
+      "layer_pattern": pattern if len(pattern) > 1 else (),
+      "rope_local_theta": theta["sliding_attention"],
+    }
+  return fields | {
+    "rope_theta": theta["full_attention"],
+    "attention_out_bias": hf["attention_bias"],
+    "mlp": t.mlp_name(hf["hidden_activation"], gated=True),
+    "head_dense": None if head == "none" else t.mlp_name(hf["classifier_activation"], gated=False),
+    "head_norm": head != "none",
+    "head_bias": hf["decoder_bias"] if head == "lm" else head != "none",
+    "pooling": {"cls": "first", "mean": "mean"}[hf["classifier_pooling"]],
+  }
+
+
+def _write(c):
+  return t.write_labels(c) | {
+    "layer_types": t.types_from_pattern(c),
+    "local_attention": 128 if c.sliding_window is None else 2 * (c.sliding_window - 1),
+    "global_rope_theta": c.rope_theta,
+    "local_rope_theta": c.rope_local_theta or c.rope_theta,
+    "hidden_activation": t.activation_name(c.mlp),
+    "classifier_activation": t.activation_name(c.head_dense or "gelu"),
+    "classifier_bias": c.mlp_bias,
+    "classifier_pooling": {"first": "cls", "mean": "mean"}[c.pooling],
+    "decoder_bias": c.head_bias if c.head == "lm" else True,
+  }
+
+
+MODERNBERT = t.Family(
+  "modernbert",
+  "ModernBertForMaskedLM",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "norm_eps",
+    "norm_bias": "norm_bias",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+  },
+  (
+    t.embedding("embedding/tokens", "model.embeddings.tok_embeddings"),
+    *t.norm("embedding/norm", "model.embeddings.norm"),
+    t.Weight(("blocks/attention_norm/scale",), f"{LAYER}.attn_norm.weight", first_layer=1),
+    t.Weight(("blocks/attention_norm/bias",), f"{LAYER}.attn_norm.bias", first_layer=1),
+    *t.linear(
+      ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value"), f"{LAYER}.attn.Wqkv", t.ROWS
+    ),
+    *t.linear("blocks/attention/output", f"{LAYER}.attn.Wo"),
+    *t.norm("blocks/mlp_norm", f"{LAYER}.mlp_norm"),
+    *t.linear(("blocks/mlp/gate", "blocks/mlp/up"), f"{LAYER}.mlp.Wi", t.ROWS),
+    *t.linear("blocks/mlp/down", f"{LAYER}.mlp.Wo"),
+    *t.norm("final_norm", "model.final_norm"),
+  ),
+  fields={
+    "architecture": "encoder",
+    "norm": "layernorm",
+    "embedding_norm": True,
+    "first_norm": False,
+    "init": "gpt2",
+  },
+  defaults={
+    "norm_eps": 1e-5,
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "classifier_pooling": "cls",
+    "decoder_bias": True,
+    "local_attention": 128,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "local_rope_theta": 10000.0,
+    "id2label": (0, 1),
+  },
+  read=_read,
+  write=_write,
+  head="decoder.weight",
+  architectures=ARCHITECTURES,
+  more_weights=lambda c: TRANSFORM + t.linear("head", "decoder" if c.head == "lm" else "classifier"),
+)

@@ -1,0 +1,103 @@
+"""T5 (arXiv 1910.10683), T5 1.1 and FLAN-T5 (arXiv 2210.11416)."""
+
+from jaxllm.interop.families import table as t
+from jaxllm.models.config import MLPS
+
+ENCODER, DECODER = "encoder.block.{layer}.layer", "decoder.block.{layer}.layer"
+RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias"
+
+
+def _attention(ours, theirs):
+  return tuple(
+    weight
+    for name in ("query", "key", "value", "output")
+    for weight in t.linear(f"{ours}/{name}", f"{theirs}.{name[0]}")
+  )
+
+
+def _mlp(c):
+  """The matrix before the product goes by another name where there is a gate."""
+  up = "wi_1" if MLPS[c.mlp][1] else "wi"
+  stacks = (("", f"{DECODER}.2"), ("encoder/", f"{ENCODER}.1"))
+  return tuple(
+    weight
+    for prefix, theirs in stacks
+    for weight in (
+      *t.linear(f"{prefix}blocks/mlp/gate", f"{theirs}.DenseReluDense.wi_0"),
+      *t.linear(f"{prefix}blocks/mlp/up", f"{theirs}.DenseReluDense.{up}"),
+    )
+  )
+
+
+def _read(hf):
+  kind = hf["feed_forward_proj"]
+  gated = kind.startswith("gated-")
+  activation = kind.removeprefix("gated-")
+  scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
+  return {
+    "mlp": "geglu_tanh" if kind == "gated-gelu" else t.mlp_name(activation, gated),
+    "logit_scale": hf["d_model"] ** -0.5 if scaled else None,
+  }
+
+
+def _write(c):
+  name = t.activation_name(c.mlp)
+  kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
+  return {"feed_forward_proj": kind, "scale_decoder_outputs": c.logit_scale is not None, "is_encoder_decoder": True}
+
+
+T5 = t.Family(
+  "t5",
+  "T5ForConditionalGeneration",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "d_model",
+    "num_layers": "num_decoder_layers",
+    "num_encoder_layers": "num_layers",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "mlp_dim": "d_ff",
+    "max_seq_len": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "relative_buckets": "relative_attention_num_buckets",
+    "relative_max_distance": "relative_attention_max_distance",
+    "decoder_start_id": "decoder_start_token_id",
+    "tie_embeddings": "tie_word_embeddings",
+  },
+  (
+    t.embedding("embedding/tokens", "shared"),
+    t.embedding("relative_bias", f"decoder.{RELATIVE}"),
+    *_attention("blocks/attention", f"{DECODER}.0.SelfAttention"),
+    *t.norm("blocks/attention_norm", f"{DECODER}.0.layer_norm"),
+    *_attention("blocks/cross_attention", f"{DECODER}.1.EncDecAttention"),
+    *t.norm("blocks/cross_attention_norm", f"{DECODER}.1.layer_norm"),
+    *t.linear("blocks/mlp/down", f"{DECODER}.2.DenseReluDense.wo"),
+    *t.norm("blocks/mlp_norm", f"{DECODER}.2.layer_norm"),
+    *t.norm("final_norm", "decoder.final_layer_norm"),
+    t.embedding("encoder/relative_bias", f"encoder.{RELATIVE}"),
+    *_attention("encoder/blocks/attention", f"{ENCODER}.0.SelfAttention"),
+    *t.norm("encoder/blocks/attention_norm", f"{ENCODER}.0.layer_norm"),
+    *t.linear("encoder/blocks/mlp/down", f"{ENCODER}.1.DenseReluDense.wo"),
+    *t.norm("encoder/blocks/mlp_norm", f"{ENCODER}.1.layer_norm"),
+    *t.norm("encoder/final_norm", "encoder.final_layer_norm"),
+    *t.linear("head", "lm_head"),
+  ),
+  fields={"architecture": "encoder_decoder", "position": "relative", "query_scale": 1.0, "init": "fan_in"},
+  defaults={
+    "num_decoder_layers": None,
+    "n_positions": 512,
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "relu",
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": True,
+  },
+  requires={"is_decoder": False, "is_encoder_decoder": True},
+  read=lambda hf: _read(hf) | {"num_layers": hf["num_decoder_layers"] or hf["num_layers"]},
+  write=_write,
+  prefix="",
+  more_weights=_mlp,
+  # copies of "shared", and a bias that the first checkpoints have and no code reads
+  ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
+)

@@ -1,0 +1,95 @@
+"""RoPE scaling in GGUF: numbers in the metadata, and for Llama 3.1 a tensor of divisors, one a frequency."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import CheckpointError
+from jaxllm.interop.tensors import LazyTensor, in_memory
+
+_YARN = {
+  "original_max_position_embeddings": "rope.scaling.original_context_length",
+  "beta_fast": "rope.scaling.yarn_beta_fast",
+  "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+# llama.cpp reads llama3's divisors alone, and other writers leave these numbers out: then they are those of
+# every Llama 3.
+_LLAMA3 = {
+  "low_freq_factor": ("rope.scaling.low_freq_factor", 1.0),
+  "high_freq_factor": ("rope.scaling.high_freq_factor", 4.0),
+  "original_max_position_embeddings": ("rope.scaling.original_context_length", 8192),
+}
+
+
+def read_rope(number: Callable, kind: Any, head_dim: int, factors: LazyTensor | None) -> dict[str, Any]:
+  """`rope_theta` and the rest, of config.json.
+
+  Args:
+    number: (metadata key behind the architecture, default) -> value.
+    kind: "rope.scaling.type". factors: the tensor rope_freqs.weight.
+
+  Raises:
+    CheckpointError: scaling of a kind that is not known here.
+  """
+  hf: dict[str, Any] = {"rope_theta": float(number("rope.freq_base", 10000.0))}
+  rotated = number("rope.dimension_count", head_dim)
+  if rotated != head_dim:
+    hf["partial_rotary_factor"] = rotated / head_dim
+  factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0))
+  scaling: dict[str, Any] = {}
+  if factors is not None:
+    scaling = {"rope_type": "llama3", "factor": float(factors.read().max())}
+    scaling |= {theirs: number(key, usual) for theirs, (key, usual) in _LLAMA3.items()}
+    again = llama3_factors({"rope_scaling": scaling, "head_dim": head_dim} | hf)
+    if not again or again.shape != factors.shape or not np.allclose(again.read(), factors.read(), rtol=1e-4):
+      raise CheckpointError("the GGUF file's rope_freqs.weight is not that of Llama 3's RoPE scaling")
+  elif kind in (None, "linear") and factor not in (0, 1):
+    scaling = {"rope_type": "linear", "factor": factor}
+  elif kind == "yarn" and factor > 0:
+    scaling = {"rope_type": "yarn", "factor": factor}
+    found = {theirs: number(key) for theirs, key in _YARN.items()}
+    # Its converter writes Hugging Face's number as yarn_attn_factor, but what llama.cpp reads is attn_factor,
+    # by which it multiplies yarn's usual temperature.
+    scale = number("rope.scaling.attn_factor")
+    computed = None if scale is None else scale * _temperature(factor)
+    found["attention_factor"] = number("rope.scaling.yarn_attn_factor", computed)
+    scaling |= {key: value for key, value in found.items() if value is not None}
+  elif kind not in (None, "none", "linear"):
+    raise CheckpointError(f"the GGUF file has RoPE scaling of type {kind!r}; those known are linear and yarn")
+  return hf | ({"rope_scaling": scaling} if scaling else {})
+
+
+def write_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """The metadata of `rope_theta` and `rope_scaling`, keys behind the architecture."""
+  numbers = {"rope.freq_base": float(hf["rope_theta"]), "rope.dimension_count": hf["head_dim"]}
+  scaling = hf.get("rope_scaling") or {}
+  kind = scaling.get("rope_type")
+  if kind in ("linear", "yarn"):
+    numbers |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
+  if kind == "yarn":
+    numbers |= {key: scaling[theirs] for theirs, key in _YARN.items() if theirs in scaling}
+    if "attention_factor" in scaling:
+      numbers["rope.scaling.yarn_attn_factor"] = scaling["attention_factor"]
+      numbers["rope.scaling.attn_factor"] = scaling["attention_factor"] / _temperature(scaling["factor"])
+  if kind == "llama3":
+    numbers |= {key: scaling[theirs] for theirs, (key, _) in _LLAMA3.items()}
+  return numbers
+
+
+def llama3_factors(hf: Mapping[str, Any]) -> LazyTensor | None:
+  """The tensor that stands for llama3 scaling; None without it."""
+  scaling = hf.get("rope_scaling") or {}
+  if scaling.get("rope_type") != "llama3":
+    return None
+  low, high, context = (scaling[theirs] for theirs in _LLAMA3)
+  frequencies = hf["rope_theta"] ** -(np.arange(0, hf["head_dim"], 2) / hf["head_dim"])
+  turns = context * frequencies / (2 * math.pi)
+  smooth = np.clip((turns - low) / (high - low), 0, 1)
+  factors = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+  return in_memory({"factors": factors.astype(np.float32)})["factors"]
+
+
+def _temperature(factor: float) -> float:
+  return 1 + 0.1 * math.log(factor)

@@ -1,0 +1,316 @@
+"""A tokenizer in GGUF metadata as the files that `load_tokenizer` reads, and back.
+
+llama.cpp knows three kinds that matter here (src/llama-vocab.cpp):
+- "gpt2": byte-level BPE by merges. How text is cut before merging is not in the file but a name,
+  `tokenizer.ggml.pre`; PRE_TOKENIZERS says what the names stand for.
+- "llama": SentencePiece BPE by scores, with byte pieces. Unlike SentencePiece, llama.cpp does not tell a
+  literal U+2581 from a space, nor the spelling of a control token from what merging makes of it.
+- "t5": SentencePiece unigram, without byte pieces: in llama.cpp, characters that are no piece become <unk>.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.errors import CheckpointError, DataError
+from jaxllm.interop.gguf.header import entry
+
+Files = dict[str, bytes]  # by name
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # also SentencePiece's numbers
+UNIGRAM, BPE = 1, 2  # SentencePiece's model types
+SPACE = "\u2581"  # in SentencePiece's pieces
+ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+# Tokens that end a turn; llama.cpp stops at them whatever the metadata say.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CASED = (
+  r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+  r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+  r"\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# What cuts the text, one pattern after the other, as the models' own tokenizer.json files spell it.
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+  "gpt-2": (_GPT2,),
+  "smollm": (r"\p{N}", _GPT2),
+  "llama-bpe": (_WORDS % "{1,3}",),
+  "qwen2": (_WORDS % "",),
+  "tekken": (_CASED % ("", "", ""),),
+  "gpt-4o": (_CASED % (_SUFFIX, _SUFFIX, "{1,3}"),),
+  "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+_SAME = {
+  "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "mellum", "modern-bert"),
+  "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+  "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
+  "qwen2": ("stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"),
+}
+_ALIASES = {alias: name for name, aliases in _SAME.items() for alias in aliases}
+# A piece that is a whole word is taken before any merge; and a text begins with BOS unless the file says otherwise.
+_IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken", "glm4"}
+_ADD_BOS = _IGNORE_MERGES - {"glm4"}
+
+
+def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
+  """bos_token_id, eos_token_id (a list: every token that ends a text or a turn), pad_token_id, unk_token_id,
+  add_bos_token and add_eos_token.
+
+  Raises:
+    CheckpointError: an id outside the vocabulary.
+  """
+  tokens, kind = entry(entries, "tokenizer.ggml.tokens", list, []), entry(entries, "tokenizer.ggml.model", str)
+  ids: dict[str, Any] = {}
+  for role, name in (*ROLES.items(), ("eot", "eot"), ("eom", "eom")):
+    token = entry(entries, f"tokenizer.ggml.{name}_token_id", int)
+    # What llama.cpp takes for SentencePiece models that do not say.
+    token = {"bos": 1, "eos": 2, "unk": 0}.get(role) if token is None and kind == "llama" else token
+    if token is not None:
+      if not 0 <= token < max(len(tokens), 1):
+        raise CheckpointError(f"the GGUF metadata tokenizer.ggml.{name}_token_id is {token}, not a token's id")
+      ids[f"{role}_token_id"] = token
+  types = entry(entries, "tokenizer.ggml.token_type", np.ndarray, ())
+  ends = [ids.pop(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in ids]
+  ends += [i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL and text in TURN_ENDS]
+  if ends:
+    ids["eos_token_id"] = list(dict.fromkeys(ends))
+  adds_bos = kind == "llama" or (kind == "gpt2" and entry(entries, "tokenizer.ggml.pre", str) in _ADD_BOS)
+  ids["add_bos_token"] = entry(entries, "tokenizer.ggml.add_bos_token", bool, adds_bos)
+  ids["add_eos_token"] = entry(entries, "tokenizer.ggml.add_eos_token", bool, kind == "t5")
+  return ids
+
+
+def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
+  """The tokenizer of a GGUF file's metadata; None if it has none.
+
+  Raises:
+    CheckpointError: an unknown kind of tokenizer, or metadata that make none.
+  """
+  kind = entry(entries, "tokenizer.ggml.model", str)
+  if kind in (None, "none", "no_vocab"):
+    return None
+  if kind not in ("gpt2", "llama", "t5"):
+    raise CheckpointError(f"the GGUF file has a tokenizer of the kind {kind!r}; those known are gpt2, llama and t5")
+  tokens = entry(entries, "tokenizer.ggml.tokens", list)
+  if not tokens or len(set(tokens)) != len(tokens):
+    raise CheckpointError("the GGUF file's tokenizer.ggml.tokens is missing, or names a token twice")
+  types = entry(entries, "tokenizer.ggml.token_type", np.ndarray, np.full(len(tokens), NORMAL))
+  if len(types) != len(tokens):
+    raise CheckpointError("the GGUF file's tokenizer.ggml.token_type does not fit its tokens")
+  # Rows that only fill up the embedding are no tokens.
+  while tokens and types[len(tokens) - 1] == UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
+    tokens = tokens[:-1]
+  ids = special_ids(entries)
+  first = {"eos_token_id": ids.get("eos_token_id", [None])[0]}
+  special = {f"{role}_token": (ids | first).get(f"{role}_token_id") for role in ROLES}
+  settings = {role: None if i is None else tokens[i] for role, i in special.items()}
+  settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
+  if template := entry(entries, "tokenizer.chat_template", str):
+    settings["chat_template"] = template
+  files = {"tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2).encode()}
+  if kind == "gpt2":
+    return files | {"tokenizer.json": _bpe_file(entries, tokens, types, ids)}
+  return files | {"tokenizer.model": _sentencepiece_file(entries, tokens, types, ids)}
+
+
+def _bpe_file(entries: Mapping[str, Any], tokens: list[str], types: np.ndarray, ids: Mapping[str, Any]) -> bytes:
+  pre = entry(entries, "tokenizer.ggml.pre", str, "default")
+  patterns = PRE_TOKENIZERS.get(_ALIASES.get(pre, pre))
+  if patterns is None:
+    known = ", ".join(sorted([*PRE_TOKENIZERS, *_ALIASES]))
+    raise CheckpointError(f"the GGUF file's tokenizer cuts text as {pre!r}; ways known here are {known}")
+  merges = entry(entries, "tokenizer.ggml.merges", list)
+  if merges is None:
+    raise CheckpointError("the GGUF file lacks tokenizer.ggml.merges, which its tokenizer needs")
+  # Split at the first space behind the first character, as llama.cpp does.
+  pairs = [[merge[:cut], merge[cut + 1 :]] for merge in merges if (cut := merge.find(" ", 1)) > 0]
+  added = [
+    {"id": i, "content": tokens[i], "special": bool(types[i] != USER_DEFINED)}
+    | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for i in np.flatnonzero(np.isin(types[: len(tokens)], (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
+  ]
+  split = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+  level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+  definition = {
+    "version": "1.0",
+    "added_tokens": added,
+    "normalizer": None,
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]},
+    "post_processor": _template(tokens, ids),
+    "decoder": level,
+    "model": {
+      "type": "BPE",
+      "ignore_merges": pre in _IGNORE_MERGES,
+      "vocab": {token: i for i, token in enumerate(tokens)},
+      "merges": pairs,
+    },
+  }
+  return json.dumps(definition, ensure_ascii=False).encode()
+
+
+def _template(tokens: list[str], ids: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The post-processor that puts BOS and EOS around a text."""
+  bos = ids.get("bos_token_id") if ids["add_bos_token"] else None
+  eos = ids.get("eos_token_id", [None])[0] if ids["add_eos_token"] else None
+
+  def sequence(name, type_id):
+    special = [[{"SpecialToken": {"id": tokens[i], "type_id": type_id}}] if i is not None else [] for i in (bos, eos)]
+    return [*special[0], {"Sequence": {"id": name, "type_id": type_id}}, *special[1]]
+
+  used = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (bos, eos) if i is not None}
+  if not used:
+    return None
+  pair = sequence("A", 0) + sequence("B", 1)
+  return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": used}
+
+
+def _sentencepiece_file(entries, tokens: list[str], types: np.ndarray, ids: Mapping[str, Any]) -> bytes:
+  from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+  scores = entry(entries, "tokenizer.ggml.scores", np.ndarray, ())
+  if len(scores) < len(tokens):
+    raise CheckpointError("the GGUF file's tokenizer.ggml.scores is missing or does not fit its tokens")
+  proto = model_pb2.ModelProto()  # type: ignore[attr-defined]
+  unknown = ids.get("unk_token_id", 0)
+  for i, (text, score) in enumerate(zip(tokens, scores.tolist())):
+    # SentencePiece must have one unknown piece; some files call it a control token.
+    kind = UNKNOWN if i == unknown else CONTROL if types[i] == UNKNOWN else int(types[i])
+    if kind == USER_DEFINED:  # llama.cpp looks for these in the text, SentencePiece where spaces are replaced
+      text = text.replace(" ", SPACE)
+    proto.pieces.add(piece=text, score=score, type=kind if kind in range(1, 7) else NORMAL)
+  unigram = entries["tokenizer.ggml.model"] == "t5"
+  spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+  spec.model_type = UNIGRAM if unigram else BPE
+  spec.vocab_size = len(tokens)
+  spec.byte_fallback = bool((types == BYTE).any())
+  first = {"eos_token_id": ids.get("eos_token_id", [-1])[0]}
+  for role in ROLES:
+    setattr(spec, f"{role}_id", (dict(ids) | first).get(f"{role}_token_id", -1))
+    if (i := getattr(spec, f"{role}_id")) >= 0:
+      setattr(spec, f"{role}_piece", tokens[i])
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = entry(entries, "tokenizer.ggml.add_space_prefix", bool, True)
+  normalizer.remove_extra_whitespaces = entry(entries, "tokenizer.ggml.remove_extra_whitespaces", bool, False)
+  charsmap = entry(entries, "tokenizer.ggml.precompiled_charsmap", np.ndarray)
+  if charsmap is not None:
+    normalizer.precompiled_charsmap = charsmap.tobytes()
+  return proto.SerializeToString()
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mapping[str, Any]) -> dict[str, Any]:
+  """The GGUF metadata of a tokenizer, filled up to the model's `vocab_size`.
+
+  Args:
+    generation: eos_token_id (one or a list), bos_token_id, … and add_bos_token, which overrule the tokenizer's.
+
+  Raises:
+    DataError: llama.cpp has no tokenizer like this one.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    tokenizer.save(directory)
+    files = {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+  if "tokenizer.json" in files:
+    entries = _bpe_metadata(json.loads(files["tokenizer.json"]), vocab_size)
+  else:
+    added = tokenizer.settings.get("added_tokens_decoder", {})
+    entries = _sentencepiece_metadata(files["tokenizer.model"], added, vocab_size)
+  ids = {role: generation.get(f"{role}_token_id") for role in ROLES}
+  ids = {role: getattr(tokenizer, f"{role}_id") if i is None else i for role, i in ids.items()}
+  ends = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
+  ids |= {"eos": ends[0], "eot": ends[1] if len(ends) > 1 else None}
+  entries |= {f"tokenizer.ggml.{(ROLES | {'eot': 'eot'})[r]}_token_id": i for r, i in ids.items() if i is not None}
+  for key, usual in (("add_bos_token", ids["bos"] is not None), ("add_eos_token", False)):
+    entries[f"tokenizer.ggml.{key}"] = bool(generation.get(key, tokenizer.settings.get(key, usual)))
+  if "default" in tokenizer.chat_templates:
+    entries["tokenizer.chat_template"] = tokenizer.chat_templates["default"]
+  return entries
+
+
+def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> tuple[list[str], np.ndarray]:
+  """Lists of `vocab_size`; ids without a token get a name that no text has."""
+  if max(tokens, default=0) >= vocab_size:
+    raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
+  names = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+  return names, np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
+
+
+def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  model = definition["model"]
+  if model.get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
+    raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
+  if definition.get("normalizer") not in (None, {"type": "NFC"}):  # llama.cpp leaves Qwen's NFC out
+    raise DataError("the tokenizer normalizes text, which llama.cpp cannot do for byte-level BPE")
+  patterns = _patterns(definition["pre_tokenizer"])
+  names = [n for n, p in PRE_TOKENIZERS.items() if p == patterns]
+  if not names:
+    raise DataError(f"the tokenizer cuts text in a way that llama.cpp has no name for: {patterns}")
+  tokens = {i: token for token, i in model["vocab"].items()}
+  types = dict.fromkeys(tokens, NORMAL)
+  for token in definition.get("added_tokens") or ():
+    tokens[token["id"]] = token["content"]
+    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+  text, kinds = _filled(tokens, types, vocab_size)
+  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+  return {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": names[0],
+    "tokenizer.ggml.tokens": text,
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.merges": merges,
+  }
+
+
+def _patterns(node: dict[str, Any]) -> tuple[str, ...]:
+  """The patterns by which a pre-tokenizer cuts, in the spelling of PRE_TOKENIZERS."""
+  kind = node["type"]
+  if kind == "Sequence":
+    return sum(map(_patterns, node["pretokenizers"]), ())
+  if kind == "ByteLevel" and not node.get("add_prefix_space", True):
+    return (_GPT2,) if node.get("use_regex", True) else ()
+  if kind == "Digits" and node.get("individual_digits"):
+    return (r"\p{N}",)
+  if kind == "Split" and node["behavior"] == "Isolated" and not node.get("invert"):
+    return (node["pattern"].get("Regex", ""),)
+  raise DataError(f"the tokenizer's pre-tokenizer {json.dumps(node)[:80]} has no equal in llama.cpp")
+
+
+def _sentencepiece_metadata(model: bytes, added: Mapping[str, dict], vocab_size: int) -> dict[str, Any]:
+  """`added`: tokens beyond the model's pieces, or in place of one, as in tokenizer_config.json."""
+  from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+  proto = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+  spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+  if spec.model_type not in (UNIGRAM, BPE) or spec.treat_whitespace_as_suffix:
+    raise DataError("only SentencePiece models of the kinds bpe and unigram can be written as GGUF")
+  unigram = spec.model_type == UNIGRAM
+  if not unigram and (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces):
+    raise DataError("the SentencePiece model normalizes text, which llama.cpp cannot do for the kind bpe")
+  tokens, types = {}, {}
+  for i, piece in enumerate(proto.pieces):
+    text = piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece
+    tokens[i], types[i] = text, piece.type
+  for key, token in added.items():
+    tokens[int(key)], types[int(key)] = token["content"], CONTROL if token.get("special") else USER_DEFINED
+  names, kinds = _filled(tokens, types, vocab_size)
+  scores = np.full(vocab_size, -10000.0, np.float32)  # of the filling, as llama.cpp's converter has it
+  scores[: len(proto.pieces)] = [piece.score for piece in proto.pieces]
+  entries = {
+    "tokenizer.ggml.model": "t5" if unigram else "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": names,
+    "tokenizer.ggml.scores": scores,
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+    "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+  }
+  if normalizer.precompiled_charsmap:
+    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(normalizer.precompiled_charsmap, np.uint8)
+  return entries

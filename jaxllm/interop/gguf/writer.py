@@ -1,0 +1,129 @@
+"""Writes a Hugging Face checkpoint as a GGUF file for llama.cpp and Ollama."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.interop.gguf.architectures import write_config, write_tensors
+from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
+from jaxllm.interop.gguf.tokenizer import tokenizer_metadata
+from jaxllm.interop.tensors import LazyTensor, Tensors
+
+Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+_QUANTIZED_BLOCK = 32  # elements, of every type here
+_AT_ONCE = 1 << 20  # elements that are quantized in one go
+
+
+def write_gguf(
+  path: str | Path,
+  hf_config: Mapping[str, Any],
+  tensors: Tensors,
+  tokenizer: Tokenizer | None,
+  *,
+  dtype: Dtype = "f32",
+  chat_template: str | None = None,
+  generation: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a checkpoint as one GGUF file, tensor by tensor; a file that is there already is replaced at the end.
+
+  Which tensor gets which type follows llama.cpp: vectors and norms stay float32; in a file of four or five bits
+  the output matrix (the embedding, where they are tied) gets 8; rows that are no whole blocks get float16.
+  Quantization rounds to nearest, as `gguf.quants.quantize` does.
+
+  Args:
+    tensors: by Hugging Face's names.
+    tokenizer: None: prompts will have to be token ids.
+    dtype: of the matrices.
+    chat_template: Jinja source; None: the tokenizer's own.
+    generation: of generation_config.json; see `GgufCheckpoint.generation`.
+
+  Raises:
+    ConfigError: an unknown `dtype`, or a model that llama.cpp does not know or would compute differently.
+    DataError: a tokenizer that llama.cpp cannot follow.
+    CheckpointError: tensors that do not fit the config, or the file cannot be written; then nothing is left.
+  """
+  if dtype not in get_args(Dtype):
+    raise ConfigError(f"GGUF files can be written as {', '.join(get_args(Dtype))}, not {dtype!r}")
+  architecture, metadata, extra = write_config(hf_config)
+  tensors = write_tensors(hf_config, architecture, tensors) | extra
+  _check_complete(tensors, metadata[f"{architecture.name}.block_count"])
+  metadata |= {"general.file_type": _FILE_TYPES[dtype], "general.quantization_version": 2}
+  if tokenizer is None:
+    metadata["tokenizer.ggml.model"] = "none"
+  else:
+    vocab_size = tensors["token_embd.weight"].shape[0]
+    metadata |= tokenizer_metadata(tokenizer, vocab_size, generation or {})
+  if chat_template:
+    metadata["tokenizer.chat_template"] = chat_template
+  tied = "output.weight" not in tensors
+  kinds = {name: _type_of(name, tensor.shape, dtype.upper(), tied) for name, tensor in tensors.items()}
+  infos, offset = [], 0
+  for name, tensor in tensors.items():
+    infos.append((name, kinds[name], tensor.shape, offset))
+    offset = aligned(offset + nbytes_of(kinds[name], tensor.shape), ALIGNMENT)
+  with _replacing(Path(path).expanduser()) as file:
+    file.write(encode_header(metadata, infos))
+    for name, tensor in tensors.items():
+      _write_tensor(file, name, tensor, kinds[name])
+
+
+def _check_complete(tensors: Tensors, layers: int) -> None:
+  """That every layer has the tensors of the first, and there are all layers."""
+  stems = {name.removeprefix("blk.0.") for name in tensors if name.startswith("blk.0.")}
+  wanted = {f"blk.{i}.{stem}" for i in range(layers) for stem in stems} | {"token_embd.weight", "output_norm.weight"}
+  found = {name for name in tensors if name.startswith("blk.")}
+  if missing := sorted(wanted - tensors.keys()) or sorted(found - wanted):
+    raise CheckpointError(f"the checkpoint and its config differ at {missing[0]} (GGUF's name)")
+
+
+def _type_of(name: str, shape: tuple[int, ...], wanted: str, tied: bool) -> str:
+  """The type of a tensor in a file of type `wanted`."""
+  if len(shape) < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
+    return "F32"
+  if not wanted.startswith("Q"):
+    return wanted
+  if shape[-1] % _QUANTIZED_BLOCK:
+    return "F16"
+  is_output = name == "output.weight" or (tied and name == "token_embd.weight")
+  return "Q8_0" if is_output else wanted
+
+
+def _write_tensor(file: BinaryIO, name: str, tensor: LazyTensor, kind: str) -> None:
+  import gguf
+
+  array = tensor.read()
+  if array.shape != tensor.shape:
+    raise CheckpointError(f"the tensor {name} has shape {array.shape}, not the {tensor.shape} that was announced")
+  rows = array.reshape(-1, array.shape[-1])
+  step = max(1, _AT_ONCE // rows.shape[1])
+  for start in range(0, len(rows), step):
+    some = np.ascontiguousarray(rows[start : start + step], np.float32)
+    with np.errstate(over="ignore"):
+      data = gguf.quants.quantize(some, gguf.GGMLQuantizationType[kind])
+    if kind == "F16" and np.isinf(data).any() and not np.isinf(some).any():
+      raise CheckpointError(f"the tensor {name} has values beyond float16; write bf16 or f32")
+    file.write(data.tobytes())
+  file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+  """A file that takes the place of `path` once it is whole, and leaves nothing otherwise."""
+  temporary = path.with_name(path.name + ".incomplete")
+  try:
+    with temporary.open("wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  except OSError as error:
+    raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""Hugging Face model directories: config.json, safetensors, generation_config.json, tokenizer files."""
+
+import collections
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import ConfigError
+from jaxllm.interop.atomic import new_directory
+from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.huggingface import to_huggingface
+from jaxllm.interop.model_directory import (
+  CONFIG_FILE,
+  GENERATION_FILE,
+  read_generation_config,
+  read_json,
+  write_json,
+)
+from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES, read_sharded, write_sharded
+from jaxllm.interop.tensors import Tensors
+from jaxllm.models.config import ModelConfig
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Where several families can express a model, it is written as the first of these: what most programs read.
+FIRST = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
+  """The content of config.json, and the tensors by name, which are not read yet.
+
+  Raises:
+    CheckpointError: there is no config.json or no weights, or only a pickle of them, or they are damaged.
+    ConfigError: the weights are quantized.
+  """
+  config = read_json(directory / CONFIG_FILE)
+  method = config.get("quantization_config")
+  if method:
+    name = method.get("quant_method") if isinstance(method, dict) else method
+    raise ConfigError(f"the weights in {directory} are quantized ({name!r}); use the model that they were made from")
+  return config, read_sharded(directory)
+
+
+def read_huggingface_generation(directory: Path) -> dict[str, Any]:
+  """generation_config.json, or what config.json says of special tokens where there is none."""
+  if (directory / GENERATION_FILE).is_file():
+    return read_generation_config(directory)
+  config = read_json(directory / CONFIG_FILE)
+  return {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
+
+
+def write_huggingface(
+  directory: Path,
+  config: ModelConfig,
+  params: Tensors,
+  tokenizer: Any,
+  generation: dict[str, Any],
+  family: str | None = None,
+  max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+  """Writes a directory that `transformers` loads; it appears when it is complete.
+
+  Args:
+    tokenizer: has `save` and the ids of special tokens (a `jaxllm.data.tokenizers.HuggingFaceTokenizer`).
+    family: the `model_type` to write; None: the first that can express the model.
+
+  Raises:
+    ConfigError: no family, or not this one, can express the model.
+    CheckpointError: the path is not free, or cannot be written.
+  """
+  hf, tensors = as_huggingface(config, params, family)
+  sizes: collections.Counter[str] = collections.Counter()
+  for tensor in tensors.values():
+    sizes[tensor.dtype.name] += math.prod(tensor.shape)
+  own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
+  special = {name: generation.get(name, own[name]) for name in SPECIAL_IDS}
+  with new_directory(directory) as new:
+    write_sharded(new, tensors, max_shard_bytes)
+    if tokenizer is not None:
+      tokenizer.save(new)
+    write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | generation)
+    write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
+
+
+def as_huggingface(config: ModelConfig, params: Tensors, family: str | None = None) -> tuple[dict[str, Any], Tensors]:
+  """`to_huggingface` as a family, or as the first that can express the model.
+
+  Raises:
+    ConfigError: none can.
+  """
+  if family is not None:
+    return to_huggingface(config, family, params)
+  reasons = []
+  for name in dict.fromkeys((*FIRST, *FAMILIES)):
+    try:
+      return to_huggingface(config, name, params)
+    except ConfigError as error:
+      reasons.append(str(error))
+  raise ConfigError(f"no Hugging Face family can express this model: {reasons[0]}")

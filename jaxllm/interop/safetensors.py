@@ -1,0 +1,227 @@
+"""safetensors files: https://github.com/huggingface/safetensors, "Format".
+
+Eight bytes (the header's length N, little-endian), N bytes of JSON, then the tensors' bytes one after the
+other. Headers come from strangers, so all of one is checked before any of it is believed. Tensors are read
+at their place in the file, which is never mapped or read whole.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from jaxllm.errors import CheckpointError
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U64": np.dtype(np.uint64),
+  "U32": np.dtype(np.uint32),
+  "U16": np.dtype(np.uint16),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# 100,000 tensors take about 15 MB. JSON can grow twentyfold in memory, so the cap also bounds that.
+MAX_HEADER = 25_000_000
+MAX_RANK = 16
+DEFAULT_SHARD_BYTES = 5 * 10**9
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def read_safetensors(path: Path) -> Tensors:
+  """The tensors of one file, in the order of their bytes; only the header is read.
+
+  Raises:
+    CheckpointError: the file is missing, cut short, or its header is not one; reading a tensor raises it too.
+  """
+  try:
+    with path.open("rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      length = int.from_bytes(file.read(8), "little")
+      if size < 8 or length > size - 8:
+        raise _damaged(path, f"its header should take {length} bytes of a file of {size}; copy it again")
+      if length > MAX_HEADER:
+        raise _damaged(path, f"its header takes {length} bytes, which is over the limit of {MAX_HEADER}")
+      text = file.read(length)
+  except OSError as error:
+    raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+  try:
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:
+    raise _damaged(path, f"its header is not JSON ({error})") from error
+  if not isinstance(header, dict):
+    raise _damaged(path, "its header is not a JSON object")
+  metadata = header.pop("__metadata__", {})
+  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    raise _damaged(path, "its __metadata__ does not map names to text")
+  entries = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda e: (e[3], e[4]))
+  data, end = 8 + length, 0
+  tensors = {}
+  for name, dtype, shape, start, stop in entries:
+    if start != end:
+      raise _damaged(path, f"the tensor {name} starts at byte {start}, where the one before it ends at {end}")
+    end = stop
+    tensors[name] = _tensor(path, name, dtype, shape, data + start)
+  if data + end != size:
+    raise _damaged(path, f"its tensors end at byte {data + end} of a file of {size}; copy it again")
+  return tensors
+
+
+def read_sharded(directory: Path) -> Tensors:
+  """The tensors of a directory: model.safetensors, or the shards that model.safetensors.index.json names.
+
+  Raises:
+    CheckpointError: there are none, a shard is missing or lacks a tensor, or see `read_safetensors`.
+  """
+  if not (directory / INDEX).is_file():
+    if (directory / SINGLE).is_file():
+      return read_safetensors(directory / SINGLE)
+    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
+    if pickles:
+      raise CheckpointError(
+        f"{directory} has its weights only in {pickles[0]}, a pickle, which can run any code when it is opened, so "
+        "it is not; where you trust it, load it with transformers and save it with save_pretrained, which writes "
+        "safetensors"
+      )
+    raise CheckpointError(f"{directory} has no weights: there is no {SINGLE} and no {INDEX}")
+  try:
+    places = json.loads((directory / INDEX).read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+    shards = dict.fromkeys(places.values())
+  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointError(f"cannot read {directory / INDEX}: it has no weight_map of names to files") from error
+  for shard in shards:
+    if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+      raise CheckpointError(f"{directory / INDEX} names {shard!r}, which is not a .safetensors file beside it")
+    if not (directory / shard).is_file():
+      raise CheckpointError(f"{directory} lacks the shard {shard}, which {INDEX} names; copy it again")
+  tensors = {shard: read_safetensors(directory / shard) for shard in shards}
+  for name, shard in places.items():
+    if name not in tensors[shard]:
+      raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again")
+  return {name: tensors[shard][name] for name, shard in places.items()}
+
+
+def write_sharded(directory: Path, tensors: Tensors, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+  """Writes what `read_sharded` reads, one part of a tensor at a time, as `save_pretrained` names the files.
+
+  Raises:
+    OSError: the disk is full, or the directory not writable; some files may be written.
+  """
+  shards: list[list[str]] = [[]]
+  size = 0
+  for name, tensor in tensors.items():
+    if shards[-1] and size + _num_bytes(tensor) > max_shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += _num_bytes(tensor)
+  if len(shards) == 1:
+    write_safetensors(directory / SINGLE, tensors)
+    return
+  weight_map: dict[str, str] = {}
+  for i, names in enumerate(shards):
+    file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    write_safetensors(directory / file, {name: tensors[name] for name in names})
+    weight_map |= dict.fromkeys(names, file)
+  index = {"metadata": {"total_size": sum(map(_num_bytes, tensors.values()))}, "weight_map": weight_map}
+  (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Tensors) -> None:
+  """Writes one file; raises OSError."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, tensor in tensors.items():
+    start, end = end, end + _num_bytes(tensor)
+    header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb", buffering=0) as file:
+    _write_all(file, len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+      for part in tensor.parts():
+        _write_all(file, np.ascontiguousarray(part, tensor.dtype).reshape(-1).view(np.uint8).data)
+    os.fsync(file.fileno())
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  table = dict(pairs)
+  if len(table) < len(pairs):
+    raise ValueError("a name stands in it twice")
+  return table
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int, ...], int, int]:
+  """(name, dtype, shape, first byte, last byte + 1) of a tensor in a header, each alone checked."""
+  if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    raise _damaged(path, f"its entry of {name!r} is not a dtype, a shape and data_offsets")
+  if not name.isprintable():  # names come to stand in one-line messages
+    raise _damaged(path, f"it names a tensor {name!r}")
+  kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+  if not isinstance(kind, str) or kind not in DTYPES:
+    raise _damaged(path, f"the tensor {name!r} has the type {kind!r}; those known are {', '.join(DTYPES)}")
+  if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
+    raise _damaged(path, f"the tensor {name!r} has no possible shape or place")
+  start, stop = offsets
+  if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+    raise _damaged(path, f"the tensor {name!r} of shape {shape} and type {kind} does not take {stop - start} bytes")
+  return name, DTYPES[kind], tuple(shape), start, stop
+
+
+def _are_sizes(value: Any) -> bool:
+  return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _tensor(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], start: int) -> LazyTensor:
+  def read_part(index: Index) -> np.ndarray:
+    rest = shape[len(index) :]
+    place = 0
+    for i, n in zip(index, shape):
+      place = place * n + i
+    count = math.prod(rest)
+    buffer = np.empty(count * dtype.itemsize, np.uint8)
+    try:
+      with path.open("rb", buffering=0) as file:
+        file.seek(start + place * buffer.nbytes)
+        done = 0
+        while done < buffer.nbytes:
+          read = file.readinto(buffer[done:])
+          if not read:
+            raise _damaged(path, f"it ends within the tensor {name}; copy it again")
+          done += read
+    except OSError as error:
+      raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return buffer.view(dtype).reshape(rest)
+
+  # A stack of matrices is best read one by one.
+  return LazyTensor(shape, dtype, lambda: read_part(()), 1 if len(shape) > 2 else 0, read_part)
+
+
+def _num_bytes(tensor: LazyTensor) -> int:
+  return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _write_all(file: BinaryIO, data: Any) -> None:
+  view = memoryview(data)
+  while view:
+    view = view[file.write(view) :]
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+  return CheckpointError(f"{path} is no safetensors file, or a damaged one: {what}")

@@ -1,0 +1,69 @@
+"""Tiny checkpoints, as Hugging Face would hold them."""
+
+import numpy as np
+
+from jaxllm.interop.huggingface import config_from_huggingface, to_huggingface
+from jaxllm.interop.tensors import in_memory
+from jaxllm.models.build import declare
+
+VOCAB = 384
+LLAMA3 = dict(
+  rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+SMALL = dict(
+  vocab_size=VOCAB,
+  hidden_size=64,
+  intermediate_size=96,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=128,
+)
+GEMMA = SMALL | dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=8, hidden_activation="gelu_pytorch_tanh")
+CONFIGS = {
+  "llama": SMALL | dict(model_type="llama", rms_norm_eps=1e-6, rope_theta=5e5),
+  "llama-tied-wide": SMALL | dict(model_type="llama", tie_word_embeddings=True, head_dim=32),
+  "llama-biases": SMALL | dict(model_type="llama", attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+  "llama-llama3": SMALL | dict(model_type="llama", rope_scaling=LLAMA3),
+  "llama-linear": SMALL | dict(model_type="llama", rope_scaling=dict(rope_type="linear", factor=2.0)),
+  "mistral": SMALL | dict(model_type="mistral", sliding_window=None),
+  "qwen2": SMALL | dict(model_type="qwen2", tie_word_embeddings=True),
+  "qwen2-yarn": SMALL
+  | dict(
+    model_type="qwen2",
+    rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
+  ),
+  "qwen3": SMALL | dict(model_type="qwen3", head_dim=32),
+  "olmo2": SMALL | dict(model_type="olmo2"),
+  "smollm3": SMALL | dict(model_type="smollm3", num_hidden_layers=4),
+  "gemma": SMALL | dict(model_type="gemma", head_dim=32),
+  "gemma3": GEMMA | dict(model_type="gemma3_text", num_hidden_layers=7, final_logit_softcapping=20.0),
+  "gemma2": GEMMA | dict(model_type="gemma2"),
+  "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128),
+}
+
+TEXT = """def add(first, second):
+  \"\"\"Adds two numbers; 12 and 345 make 357.\"\"\"
+  return first + second
+
+The quick brown fox jumps over the lazy dog. Größe, naïve, 世界, Привет.
+"""
+
+
+def checkpoint(name, dtype=np.float32, seed=0):
+  """(config.json, tensors) with random weights; norm scales near 1."""
+  config = config_from_huggingface(CONFIGS[name])
+  rng = np.random.default_rng(seed)
+  params = {}
+  for path, shape in _flat(declare(config)[1]).items():
+    x = 0.1 * rng.standard_normal(shape.shape)
+    if path.endswith("scale") and not config.norm_unit_offset:
+      x += 1
+    params[path] = x.astype(dtype)
+  return to_huggingface(config, CONFIGS[name]["model_type"], in_memory(params))
+
+
+def _flat(tree, prefix=""):
+  if not isinstance(tree, dict):
+    return {prefix[:-1]: tree}
+  return {k: v for key, child in tree.items() for k, v in _flat(child, f"{prefix}{key}/").items()}

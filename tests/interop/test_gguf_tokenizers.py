@@ -1,0 +1,196 @@
+"""Tokenizers through GGUF metadata. What llama.cpp itself makes of them, tools/check_gguf.py shows."""
+
+import json
+
+import gguf_models
+import numpy as np
+import pytest
+import tokenizers
+from gguf_models import TEXT
+
+from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from jaxllm.errors import CheckpointError, DataError
+from jaxllm.interop.gguf import GgufCheckpoint, read_gguf, write_gguf
+from jaxllm.interop.gguf.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, special_ids, tokenizer_metadata
+
+TEXTS = [
+  *(
+    "Hello world",
+    "  two  spaces",
+    "a\n\n\tb \r\n",
+    "x = 12345 + 6.78",
+    "I'LL don't we've",
+    "世界，你好！",
+    "日本語 한국어",
+  ),
+  *("🙂👩\u200d👧🇫🇷", "def f(x):\n    return x**2  # ok", "naïve Größe e\u0301 ½ ٣٤", "<|end|> <s> </s>", "", " "),
+]
+SPECIAL = ["<|start|>", "<|end|>"]
+
+
+def byte_level(pre):
+  """A byte-level BPE tokenizer, trained by the `tokenizers` library with the pre-tokenizer that `pre` names."""
+  split = [
+    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS.get(pre, ())
+  ]
+  level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split)
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, level])
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=310, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False
+  )
+  tokenizer.train_from_iterator([TEXT] * 3, trainer)
+  tokenizer.add_tokens([tokenizers.AddedToken("<br>", normalized=False)])
+  settings = {"bos_token": "<|start|>", "eos_token": "<|end|>", "chat_template": "{{ messages[0]['content'] }}"}
+  return HuggingFaceTokenizer(tokenizer.to_str(), settings)
+
+
+def through_file(tmp_path, tokenizer, generation=None, **settings):
+  hf, tensors = gguf_models.checkpoint("llama")
+  write_gguf(tmp_path / "x.gguf", hf, tensors, tokenizer, generation=generation, **settings)
+  return read_gguf(tmp_path / "x.gguf")
+
+
+def alike(a, b):
+  assert (a.vocab_size, a.bos_id, a.eos_id) == (b.vocab_size, b.bos_id, b.eos_id)
+  for text in [*TEXTS, "".join(TEXTS), b"\xff\xfe text \xe4\xb8"]:
+    ids = a.encode(text)
+    np.testing.assert_array_equal(ids, b.encode(text), err_msg=repr(text))
+    assert a.decode_bytes(ids) == b.decode_bytes(ids)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_byte_level_bpe(tmp_path, pre):
+  tokenizer = byte_level(pre)
+  back = through_file(tmp_path, tokenizer)
+  assert back.metadata["tokenizer.ggml.pre"] == pre
+  types = back.metadata["tokenizer.ggml.token_type"]
+  assert types[0] == CONTROL and types[tokenizer.encode("<br>")[0]] == USER_DEFINED
+  alike(tokenizer, back.tokenizer())
+  assert back.tokenizer().chat_templates == tokenizer.chat_templates
+  prompt = "<|start|>hi<br><|end|>"
+  np.testing.assert_array_equal(back.tokenizer().encode_chat(prompt), tokenizer.encode_chat(prompt))
+
+
+def test_pre_tokenizers_are_those_of_the_models():
+  """As `transformers` cuts text for the models that the names stand for."""
+  transformers = pytest.importorskip("transformers")
+  from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+  assert PRE_TOKENIZERS["qwen2"] == (PRETOKENIZE_REGEX,)
+  gpt2 = transformers.GPT2Tokenizer(vocab={"a": 0}, merges=[])
+  ours = byte_level("gpt-2")._tokenizer.pre_tokenizer
+  for text in TEXTS:
+    assert gpt2.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) == ours.pre_tokenize_str(text)
+
+
+def test_digits_are_single_pieces_for_smollm():
+  """SmolLM2's tokenizer.json cuts with Digits, which is the pattern that llama.cpp has for "smollm"."""
+  ours = byte_level("smollm")._tokenizer.pre_tokenizer
+  theirs = tokenizers.pre_tokenizers.Sequence(
+    [tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+  )
+  for text in TEXTS:
+    assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece_bpe", "sentencepiece_unigram"])
+def test_sentencepiece(tmp_path, request, kind):
+  tokenizer = request.getfixturevalue(kind)
+  back = through_file(tmp_path, tokenizer)
+  assert back.metadata["tokenizer.ggml.model"] == ("t5" if "unigram" in kind else "llama")
+  assert len(back.metadata["tokenizer.ggml.tokens"]) == gguf_models.VOCAB  # filled up to the embedding
+  again = back.tokenizer()
+  alike(tokenizer, again)
+  assert (again.unk_id, again.pad_id) == (tokenizer.unk_id, tokenizer.pad_id)
+  assert back.generation["add_bos_token"] is True and back.generation["add_eos_token"] is False
+
+
+def test_sentencepiece_with_a_dummy_prefix_and_symbols_of_spaces():
+  import io
+
+  import sentencepiece
+
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXT.splitlines() * 5), model_writer=model, model_type="bpe", vocab_size=360,
+    byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    user_defined_symbols=["\u2581\u2581", "<turn>"], pad_id=3, minloglevel=3,
+  )  # fmt: skip
+  tokenizer = SentencePieceTokenizer(model.getvalue())
+  metadata = tokenizer_metadata(tokenizer, 400, {})
+  at = [i for i, t in enumerate(metadata["tokenizer.ggml.token_type"]) if t == USER_DEFINED]
+  assert [metadata["tokenizer.ggml.tokens"][i] for i in at] == ["  ", "<turn>"]  # as they stand in text
+  alike(tokenizer, GgufCheckpoint({}, {}, metadata).tokenizer())
+
+
+def test_generation_settings(tmp_path, sentencepiece_bpe):
+  given = {"eos_token_id": [2, 7], "bos_token_id": 1, "add_bos_token": False}
+  back = through_file(tmp_path, sentencepiece_bpe, given, chat_template="{{ bos_token }}")
+  assert {key: back.generation[key] for key in given} == given
+  assert back.chat_template == "{{ bos_token }}" and back.tokenizer().chat_templates["default"] == "{{ bos_token }}"
+  np.testing.assert_array_equal(back.tokenizer().encode_prompt("add"), sentencepiece_bpe.encode("add"))
+
+
+def test_bos_and_eos_stand_around_a_prompt(tmp_path):
+  tokenizer = byte_level("llama-bpe")
+  back = through_file(tmp_path, tokenizer, {"add_bos_token": True, "add_eos_token": True}).tokenizer()
+  ids = tokenizer.encode("hello").tolist()
+  assert back.encode_prompt("hello").tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+  assert back.encode("hello").tolist() == ids
+
+
+def test_tokens_that_end_a_turn_are_ends():
+  metadata = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "a"],
+    "tokenizer.ggml.token_type": np.array([3, 3, 1, 1], np.int32),
+    "tokenizer.ggml.eos_token_id": 0,
+  }
+  assert special_ids(metadata)["eos_token_id"] == [0, 1]  # a plain token of that spelling is text
+  with pytest.raises(CheckpointError, match="eos_token_id is 4, not a token's id"):
+    special_ids(metadata | {"tokenizer.ggml.eos_token_id": 4})
+
+
+def test_no_tokenizer(tmp_path):
+  back = through_file(tmp_path, None)
+  assert back.tokenizer() is None and back.chat_template is None
+
+
+@pytest.mark.parametrize(
+  ("key", "value", "words"),
+  [
+    ("model", "rwkv", "kind 'rwkv'"),
+    ("pre", "kimi-k2", "cuts text as 'kimi-k2'"),
+    ("tokens", ["a", "a"], "names a token twice"),
+    ("token_type", np.array([1], np.int32), "does not fit its tokens"),
+    ("merges", ["q zz"], "make no tokenizer"),
+    ("merges", None, "lacks tokenizer.ggml.merges"),
+  ],
+)
+def test_metadata_that_make_no_tokenizer(key, value, words):
+  metadata = tokenizer_metadata(byte_level("gpt-2"), 320, {})
+  metadata[f"tokenizer.ggml.{key}"] = value
+  if value is None:
+    del metadata[f"tokenizer.ggml.{key}"]
+  with pytest.raises(CheckpointError, match=words):
+    GgufCheckpoint({}, {}, metadata).tokenizer()
+
+
+def test_tokenizers_that_llama_cpp_cannot_follow():
+  good = json.loads(byte_level("gpt-2")._definition)
+  split = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Isolated", "invert": False}
+  level = good["pre_tokenizer"]["pretokenizers"][-1]
+  for change, words in (
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}}, "no name for"),
+    ({"pre_tokenizer": level | {"add_prefix_space": True}}, "has no equal in llama.cpp"),
+    ({"normalizer": {"type": "Lowercase"}}, "normalizes text"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "only byte-level BPE"),
+  ):
+    tokenizer = HuggingFaceTokenizer(json.dumps(good | change), {"eos_token": "<|end|>"})
+    with pytest.raises(DataError, match=words):
+      tokenizer_metadata(tokenizer, 320, {})
+  with pytest.raises(DataError, match="tokens but the model only 100"):
+    tokenizer_metadata(byte_level("gpt-2"), 100, {})

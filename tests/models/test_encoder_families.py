@@ -1,0 +1,215 @@
+"""Encoders and encoder-decoders against their `transformers` implementations with random weights."""
+
+import functools
+import json
+import tempfile
+
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
+from jaxllm.models.build import declare  # noqa: E402
+
+B, T, S, V = 2, 11, 17, 97
+TOLERANCE = 1e-4
+LENGTHS = {"T": (T, 6), "S": (9, S)}  # of the rows; the rest is padding
+IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+BERT = IDS | dict(
+  vocab_size=V,
+  hidden_size=32,
+  intermediate_size=56,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  max_position_embeddings=24,
+)
+MODERNBERT = BERT | dict(num_hidden_layers=5, local_attention=6, cls_token_id=1, sep_token_id=2)
+T5 = dict(vocab_size=V, d_model=32, d_kv=12, d_ff=56, num_heads=4, pad_token_id=0, eos_token_id=1)
+BART = IDS | dict(
+  vocab_size=V,
+  d_model=32,
+  encoder_layers=2,
+  decoder_layers=3,
+  encoder_attention_heads=4,
+  decoder_attention_heads=4,
+  encoder_ffn_dim=56,
+  decoder_ffn_dim=56,
+  max_position_embeddings=24,
+  decoder_start_token_id=2,
+)
+ENCODERS = {
+  "bert-mlm": ("BertForMaskedLM", BERT),
+  "bert-relu": ("BertForMaskedLM", BERT | dict(hidden_act="relu", type_vocab_size=3, layer_norm_eps=1e-3)),
+  "bert-sequence": ("BertForSequenceClassification", BERT | dict(num_labels=3)),
+  "bert-token": ("BertForTokenClassification", BERT | dict(num_labels=5)),
+  "bert-bare": ("BertModel", BERT),
+  "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "roberta-sequence": ("RobertaForSequenceClassification", BERT | dict(pad_token_id=2, num_labels=4)),
+  "modernbert-mlm": ("ModernBertForMaskedLM", MODERNBERT),
+  "modernbert-sequence": (
+    "ModernBertForSequenceClassification",
+    MODERNBERT | dict(num_labels=3, classifier_pooling="mean", num_hidden_layers=2),
+  ),
+  "modernbert-token": (
+    "ModernBertForTokenClassification",
+    MODERNBERT | dict(num_labels=3, mlp_bias=True, classifier_bias=True, norm_bias=True, attention_bias=True),
+  ),
+}
+ENCODER_DECODERS = {
+  "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=2)),
+  "t5-gated-untied": (
+    "T5ForConditionalGeneration",
+    T5
+    | dict(num_layers=3, num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12),
+  ),
+  "bart": ("BartForConditionalGeneration", BART),
+  "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
+}
+
+
+@functools.cache
+def case(name):
+  """(transformers model, its config as a dict, ModelConfig, params)."""
+  stem, settings = (ENCODERS | ENCODER_DECODERS)[name]
+  cls = getattr(transformers, stem)
+  hf_config = cls.config_class(**settings)
+  hf_config.architectures = [stem]
+  model = oracle.torch_model(cls, hf_config)
+  with torch.no_grad():
+    if "T5" in stem and "tie_word_embeddings" in settings:  # this class ties a fresh model's in any case
+      model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
+    if "Bart" in stem:
+      model.final_logits_bias.normal_()
+  hf = hf_config.to_dict() | {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
+  config, params = params_from_huggingface(hf, tensors_of(model))
+  return model, hf, config, params
+
+
+def tensors_of(model):
+  """The tensors that `save_pretrained` writes."""
+  from safetensors.numpy import load_file
+
+  with tempfile.TemporaryDirectory() as directory:
+    model.save_pretrained(directory)
+    return load_file(f"{directory}/model.safetensors")
+
+
+def rows(lengths, size, seed):
+  """(tokens, segment ids) of right-padded rows."""
+  tokens = np.random.default_rng(seed).integers(3, V, (len(lengths), size))
+  mask = (np.arange(size) < np.asarray(lengths)[:, None]).astype(np.int32)
+  return np.where(mask, tokens, 0), mask
+
+
+@functools.cache
+def inputs(name):
+  """The batch of a case: of the encoder, and of the decoder where there is one."""
+  tokens, mask = rows(LENGTHS["T"], T, 1)
+  if name in ENCODERS:
+    types = np.random.default_rng(2).integers(0, case(name)[2].num_token_types or 1, (B, T))
+    return {"tokens": tokens, "segment_ids": mask} | ({"token_types": types} if "bert-" in name[:5] else {})
+  source, source_mask = rows(LENGTHS["S"], S, 3)
+  return {"tokens": tokens, "segment_ids": mask, "source": source, "source_segment_ids": source_mask}
+
+
+@functools.cache
+def torch_outputs(name):
+  """(last hidden state, logits or None) of the transformers model."""
+  model, batch = case(name)[0], {key: torch.tensor(x).long() for key, x in inputs(name).items()}
+  with torch.no_grad():
+    if name in ENCODER_DECODERS:
+      out = model(
+        input_ids=batch["source"],
+        attention_mask=batch["source_segment_ids"],
+        decoder_input_ids=batch["tokens"],
+        decoder_attention_mask=batch["segment_ids"],
+        output_hidden_states=True,
+      )
+      return out.decoder_hidden_states[-1].numpy(), out.logits.numpy()
+    types = {"token_type_ids": batch["token_types"]} if "token_types" in batch else {}
+    out = model(batch["tokens"], attention_mask=batch["segment_ids"], output_hidden_states=True, **types)
+  if name == "bert-bare":
+    return out.last_hidden_state.numpy(), out.pooler_output.numpy()
+  hidden = model.model(batch["tokens"], attention_mask=batch["segment_ids"]) if "modern" in name else None
+  hidden = out.hidden_states[-1] if hidden is None else hidden.last_hidden_state
+  return hidden.detach().numpy(), out.logits.numpy()
+
+
+@functools.cache
+def forward(config, compute=oracle.XLA):
+  """(params, batch) -> (last hidden state, what the head makes of it)."""
+  graph = declare(config, compute)[0]
+
+  def run(params, batch):
+    model, batch = nnx.merge(graph, params), dict(batch)
+    if config.architecture == "encoder_decoder":
+      segments = batch.pop("source_segment_ids")
+      batch["encoded"] = model.encode(batch.pop("source"), segment_ids=segments)
+      batch["encoded_segment_ids"] = segments
+    x, _ = model.hidden(**batch)
+    if config.head == "lm":
+      return x, model.logits(x)
+    return x, model.pooled(x) if config.head == "none" else model.classify(x, batch["segment_ids"])
+
+  return oracle.jit(run)
+
+
+@pytest.mark.parametrize("name", ENCODERS | ENCODER_DECODERS)
+def test_padded_batch(name):
+  _, _, config, params = case(name)
+  hidden, logits = forward(config)(params, inputs(name))
+  want_hidden, want_logits = torch_outputs(name)
+  assert 0.1 < want_logits.std() < 30  # else the tolerance says nothing
+  real = inputs(name)["segment_ids"] == 1
+  np.testing.assert_allclose(np.asarray(hidden)[real], want_hidden[real], rtol=0, atol=TOLERANCE)
+  if want_logits.ndim == 3:
+    logits, want_logits = np.asarray(logits)[real], want_logits[real]
+  np.testing.assert_allclose(logits, want_logits, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ENCODERS | ENCODER_DECODERS)
+def test_export(name, tmp_path):
+  from safetensors.numpy import save_file
+
+  model, _, config, params = case(name)
+  written, tensors = params_to_huggingface(config, model.config.model_type, params)
+  original = tensors_of(model)
+  assert tensors.keys() == original.keys()
+  for tensor_name, tensor in tensors.items():
+    np.testing.assert_array_equal(tensor, original[tensor_name], err_msg=tensor_name)
+  save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+  (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": 0} | written))  # 0: inside this vocabulary
+  again, info = type(model).from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  for tensor_name, tensor in again.state_dict().items():
+    np.testing.assert_array_equal(tensor.numpy(), model.state_dict()[tensor_name].numpy(), err_msg=tensor_name)
+  assert params_from_huggingface(written, tensors)[0] == config
+
+
+@pytest.mark.parametrize("name", ["modernbert-mlm", "t5"])
+def test_packed_documents(name):
+  """Two documents in a row see neither each other nor, across, the other's source."""
+  _, _, config, params = case(name)
+  batch = inputs(name)
+  first, second = 6, T - 6
+  tokens = np.concatenate([batch["tokens"][1:, :first], batch["tokens"][:1, :second]], axis=1)
+  packed = {
+    "tokens": tokens,
+    "positions": np.concatenate([np.arange(first), np.arange(second)])[None],
+    "segment_ids": np.repeat([1, 2], [first, second])[None].astype(np.int32),
+  }
+  alone = {"tokens": batch["tokens"][::-1], "segment_ids": np.arange(T)[None] < np.array([[first], [second]])}
+  if name == "t5":
+    packed["source"] = np.concatenate([batch["source"][1:, :8], batch["source"][:1, : S - 8]], axis=1)
+    packed["source_segment_ids"] = np.repeat([1, 2], [8, S - 8])[None].astype(np.int32)
+    alone["source"] = batch["source"][::-1]
+    alone["source_segment_ids"] = (np.arange(S)[None] < np.array([[8], [S - 8]])).astype(np.int32)
+  alone["segment_ids"] = alone["segment_ids"].astype(np.int32)
+  got, want = forward(config)(params, packed)[0], forward(config)(params, alone)[0]
+  np.testing.assert_allclose(got[0, :first], want[0, :first], rtol=0, atol=TOLERANCE)
+  np.testing.assert_allclose(got[0, first:], want[1, :second], rtol=0, atol=TOLERANCE)
