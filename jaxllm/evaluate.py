@@ -1,7 +1,7 @@
 """Measure a model on the held-out text of its corpus, beside what compressors make of the same bytes.
 
 python -m jaxllm.evaluate --model=runs/quickstart --baselines
-python -m jaxllm.evaluate --model=DIR --data=data/quickstart
+python -m jaxllm.evaluate --model=PATH --data=data/quickstart
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxllm.cli import run_door
+from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError, DataError
 
 
@@ -22,7 +22,12 @@ def main(argv: Sequence[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--model", required=True, metavar="DIR", help="a run directory or a model directory")
+  parser.add_argument(
+    "--model",
+    required=True,
+    metavar="PATH",
+    help=MODEL_FORMS,
+  )
   parser.add_argument("--step", type=int, help="of a run: this checkpoint, not the latest")
   parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
   parser.add_argument("--batch-size", type=int, default=8)
@@ -36,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.data.manifest import read_manifest
   from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
   from jaxllm.evaluation.bits_per_byte import heldout_metrics
-  from jaxllm.inference.model import load_model
+  from jaxllm.inference.load import load_model
 
   model = load_model(args.model, step=args.step)
   saved = json.loads((Path(args.model) / "config.json").read_text())
@@ -48,11 +53,17 @@ def main(argv: Sequence[str]) -> int:
     raise DataError(f"nothing is prepared in {data}; run python -m jaxllm.prepare first")
   if model.tokenizer is None or model.tokenizer.fingerprint != prepared.tokenizer().fingerprint:
     raise DataError(f"{data} was prepared with another tokenizer than the model's; its token ids mean other text")
+  objective = saved.get("objective", {}).get("name", "causal_lm")
+  if objective != "causal_lm" or model.config.architecture != "decoder":
+    raise ConfigError(
+      f"{args.model} was trained with the objective {objective!r}; bits per byte is of models that predict the next "
+      "token (held-out metrics of other objectives are in its metrics.jsonl)"
+    )
   seq_len = args.seq_len or saved.get("training", {}).get("seq_len") or model.config.max_seq_len
   if seq_len > model.config.max_seq_len:
     raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {model.config.max_seq_len}")
   heldout = HeldoutBatches(prepared, batch_size=args.batch_size, seq_len=seq_len)
-  metrics = heldout_metrics(model.loss_sums, heldout, heldout.bytes)
+  metrics = heldout_metrics(lambda batch: {"nll": model.loss_sums(batch)}, heldout, heldout.bytes)
 
   rows = {"this model": metrics["eval/bits_per_byte"]}
   if args.baselines:

@@ -1,4 +1,4 @@
-"""Writes text with a model: `python -m jaxllm.generate --model=DIR --prompt=TEXT`."""
+"""Writes text with a model, or chats with it: `python -m jaxllm.generate --model=DIR --prompt=TEXT`."""
 
 import argparse
 import contextlib
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllm.errors import ConfigError
+from jaxllm.cli import MODEL_FORMS, run_door
+from jaxllm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-  from jaxllm.inference.model import Model
+  from jaxllm.inference.model import Message, Model, Prompt
   from jaxllm.inference.sampling import SamplingParams
 
-MAX_TOKENS = 256  # where neither the command nor the model says
+MAX_TOKENS, REPLY_TOKENS = 256, 1024  # of a text and of a reply, where neither the command nor the model says
 
 EXAMPLES = """
 examples:
@@ -23,7 +24,10 @@ examples:
   python -m jaxllm.generate --model=my-model --prompt="One" --prompt="Two" --temperature=0 --stop=$'\\n'
   echo "Once upon a time" | python -m jaxllm.generate --model=my-model --prompt=-
   python -m jaxllm.generate --model=my-model                   (interactive: every line is a prompt)
+  python -m jaxllm.generate --model=my-chat-model --system="You are a pirate." --prompt="Who are you?"
+  python -m jaxllm.generate --model=my-chat-model              (a chat: /reset forgets it, /exit leaves)
 
+A model with a chat template chats: prompts are messages to it, and --raw continues their text instead.
 The text goes to stdout, everything else to stderr. Settings that are left out are the model's own, from its
 generation_config.json.
 """
@@ -33,22 +37,37 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   """The command line's settings."""
   parser = argparse.ArgumentParser(
     prog="python -m jaxllm.generate",
-    description="Continues prompts with a model; without a prompt it asks for one after the other.",
+    description="Continues prompts with a model, or chats with it; without a prompt it asks for one after the other.",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=EXAMPLES,
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--model", required=True, metavar="DIR", help="a model directory or a training run's directory")
+  add(
+    "--model",
+    required=True,
+    metavar="PATH",
+    help=MODEL_FORMS,
+  )
   add("--step", type=int, metavar="N", help="the run's checkpoint to load (default: the latest)")
   add("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated; - reads stdin")
   add("--prompt-file", action="append", metavar="FILE", help="a file to continue; may be repeated")
+  add("--system", metavar="TEXT", help="what a chat model is told before the chat")
+  add("--raw", action="store_true", help="continue the text of prompts also with a chat model")
   add("--num-samples", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
-  add("--max-tokens", type=int, metavar="N", help=f"longest completion, in tokens (default: {MAX_TOKENS})")
+  add(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help=f"longest completion, in tokens (default: {MAX_TOKENS}, in a chat {REPLY_TOKENS})",
+  )
   add("--temperature", type=float, metavar="T", help="0: always the most likely token (default: 1)")
   add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens only")
   add("--top-p", type=float, metavar="P", help="draw from the most likely tokens that make up P only")
   add("--min-p", type=float, metavar="P", help="draw from tokens at least P times the most likely one's")
+  add("--num-beams", type=int, metavar="K", help="over 1: beam search, the likeliest text of K kept at once")
+  add("--length-penalty", type=float, metavar="A", help="beam search: over 0 favours long texts (default: 1)")
+  add("--early-stopping", action="store_true", default=None, help="beam search: end at the first K whole texts")
   add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
   add("--ignore-eos", action="store_true", help="write on past the end-of-text token")
   add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
@@ -62,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
   """Runs the door; returns the exit code."""
   args = parse(argv)
   prompts = read_prompts(args)
-  from jaxllm.inference.model import load_model
+  from jaxllm.inference.load import load_model
   from jaxllm.inference.sampling import SamplingParams
 
   settings = dict(
@@ -72,21 +91,32 @@ def main(argv: Sequence[str]) -> int:
     top_k=args.top_k,
     top_p=args.top_p,
     min_p=args.min_p,
+    num_beams=args.num_beams,
+    length_penalty=args.length_penalty,
+    early_stopping=args.early_stopping,
     stop=args.stop,
     seed=args.seed,
   )
   settings = {name: value for name, value in settings.items() if value is not None}
   SamplingParams(**settings)  # a wrong setting is told before the model loads
   model = load_model(args.model, step=args.step, dtype=args.dtype)
+  chats = not args.raw and model.tokenizer is not None and bool(model.tokenizer.chat_templates)
+  if args.system is not None and not chats:
+    raise ConfigError("--system is for a chat: the model has no chat template, or --raw turns it off")
+  opening = [] if args.system is None else [{"role": "system", "content": args.system}]
   if "max_new_tokens" not in model.generation:
-    settings.setdefault("max_tokens", MAX_TOKENS)
+    settings.setdefault("max_tokens", REPLY_TOKENS if chats else MAX_TOKENS)
   sampling = model.sampling(ignore_eos=args.ignore_eos, **settings)
   if not prompts:
-    return interact(model, sampling, args.echo)
+    return interact(model, sampling, args.echo, opening if chats else None)
+  asked: list[Prompt] = list(prompts)
+  if chats:
+    asked = [model.chat_ids([*opening, {"role": "user", "content": prompt}]) for prompt in prompts]
+  shown = prompts if args.echo else [""] * len(prompts)
   if len(prompts) * sampling.n == 1:
-    write_stream(model, prompts[0], sampling, args.echo)
+    write_stream(model, asked[0], sampling, shown[0])
   else:
-    write_all(model, prompts, sampling, args.echo)
+    write_all(model, asked, sampling, shown)
   return 0
 
 
@@ -109,21 +139,24 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def write_stream(model: "Model", prompt: str, sampling: "SamplingParams", echo: bool) -> None:
-  """Prints a completion while it is drawn, then its speed."""
+def write_stream(
+  model: "Model", prompt: "Prompt", sampling: "SamplingParams", before: str = "", said: list[str] | None = None
+) -> None:
+  """Prints `before` and a completion while it is drawn, then its speed; `said` gathers the text."""
   speed, deltas = Speed(), model.stream(prompt, sampling)
-  if echo:
-    print(prompt, end="", flush=True)
+  print(before, end="", flush=True)
   try:
     for delta in deltas:
       print(delta.text, end="", flush=True)
       speed.add(len(delta.token_ids))
+      if said is not None:
+        said.append(delta.text)
   finally:  # an interrupted text ends its line too
     print(flush=True)
   speed.report()
 
 
-def write_all(model: "Model", prompts: list[str], sampling: "SamplingParams", echo: bool) -> None:
+def write_all(model: "Model", prompts: list["Prompt"], sampling: "SamplingParams", before: list[str]) -> None:
   """Prints the completions of several prompts, or several of one, each under a line that names it."""
   from jaxllm.inference.generate import STEPS
 
@@ -137,18 +170,26 @@ def write_all(model: "Model", prompts: list[str], sampling: "SamplingParams", ec
     name = f"prompt {prompt + 1}" if len(prompts) > 1 else ""
     name += f"{', ' if name else ''}sample {sample + 1}" if sampling.n > 1 else ""
     print(f"--- {name}")
-    print((prompts[prompt] if echo else "") + completion.text)
+    print(before[prompt] + completion.text)
   sys.stdout.flush()
   speed.report()
 
 
-def interact(model: "Model", sampling: "SamplingParams", echo: bool) -> int:
-  """Reads prompts, a line each, and writes their completions until the input ends."""
+def interact(model: "Model", sampling: "SamplingParams", echo: bool, opening: list["Message"] | None) -> int:
+  """Reads lines until the input ends; each is a prompt, or in a chat the next message.
+
+  Args:
+    opening: the messages with which a chat begins; None: no chat.
+  """
+  if opening is not None and sampling.n > 1:
+    raise ConfigError("a chat goes on from one reply; leave --num-samples out or give a --prompt")
   terminal = sys.stdin.isatty()
   if terminal:
     with contextlib.suppress(ImportError):  # Windows has none
       import readline  # noqa: F401  (gives input() a history)
-    print("Every line is a prompt. Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    what = "a prompt" if opening is None else "a message; /reset forgets the chat, /exit leaves"
+    print(f"Every line is {what}. Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+  history = list(opening or ())
   failed = False
   while True:
     try:
@@ -161,16 +202,37 @@ def interact(model: "Model", sampling: "SamplingParams", echo: bool) -> int:
       continue
     if not line:
       continue
+    before = line if echo else ""
     try:
-      if sampling.n == 1:
-        write_stream(model, line, sampling, echo)
+      if opening is not None:
+        if line == "/exit":
+          return 2 if failed and not terminal else 0
+        if line == "/reset":
+          history = list(opening)
+          print("a new chat", file=sys.stderr)
+        else:
+          reply(model, history, line, sampling, before)
+      elif sampling.n == 1:
+        write_stream(model, line, sampling, before)
       else:
-        write_all(model, [line], sampling, echo)
+        write_all(model, [line], sampling, [before])
     except KeyboardInterrupt:
       print("stopped", file=sys.stderr)
-    except ConfigError as error:  # this prompt's mistake; the next one may be fine
+    except UserError as error:  # this prompt's mistake; the next one may be fine
       failed = True
-      print(f"error: {error}", file=sys.stderr)
+      advice = " (/reset does)" if isinstance(error, ConfigError) and history != opening and history else ""
+      print(f"error: {error}{advice}", file=sys.stderr)
+
+
+def reply(model: "Model", history: list["Message"], line: str, sampling: "SamplingParams", before: str) -> None:
+  """Prints the reply to a message; both join the history, also where Ctrl-C cut the reply short."""
+  said: list[str] = []
+  asked = [*history, {"role": "user", "content": line}]
+  try:
+    write_stream(model, model.chat_ids(asked), sampling, before, said)
+  finally:
+    if said:
+      history[:] = [*asked, {"role": "assistant", "content": "".join(said)}]
 
 
 class Speed:
@@ -197,6 +259,4 @@ class Speed:
 
 
 if __name__ == "__main__":
-  from jaxllm.cli import run_door
-
   sys.exit(run_door(main))

@@ -1,4 +1,4 @@
-"""Held-out loss, per token and per byte of text: the second compares models with other tokenizers, and with gzip."""
+"""Held-out metrics; bits per byte of text compares models with other tokenizers, and with gzip."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,28 +8,43 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-LossSums = tuple[Float[Array, ""], Float[Array, ""]]  # nll in nats, and the weight of its tokens
+# By name a sum and its weight, "nll" in nats among them; of vectors the metric is the mean of the ratios.
+MetricSums = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
 
 
 def heldout_metrics(
-  loss_sums: Callable[[dict[str, Any]], LossSums],
+  metric_sums: Callable[[dict[str, Any]], MetricSums],
   batches: Iterable[dict[str, np.ndarray]],
-  total_bytes: float,
+  total_bytes: float | None,
   prefix: str = "eval/",
 ) -> dict[str, float]:
-  """<prefix>loss (nats per token), <prefix>perplexity and <prefix>bits_per_byte over all batches.
+  """<prefix>loss (nats per target), <prefix>perplexity, <prefix>bits_per_byte and the other metrics, over all batches.
 
   Args:
-    loss_sums: the summed loss of a batch; sums over all hosts.
+    metric_sums: the metrics of a batch; sums over all hosts.
     batches: every held-out token once.
-    total_bytes: of the text that those tokens stand for.
+    total_bytes: of the text that those tokens stand for; None: bits per byte mean nothing here.
   """
   # Sums stay on the device until the end, so that batches follow each other without a gap.
-  sums = [loss_sums(batch) for batch in batches]
-  nll, tokens = (math.fsum(float(x) for x in column) for column in zip(*jax.device_get(sums)))
-  loss = nll / tokens
-  return {
-    f"{prefix}loss": loss,
-    f"{prefix}perplexity": math.exp(min(loss, 700.0)),
-    f"{prefix}bits_per_byte": nll / math.log(2) / total_bytes,
-  }
+  sums = jax.device_get([metric_sums(batch) for batch in batches])
+  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *sums)
+  values = {f"{prefix}{name}": _mean_ratio(*totals[name]) for name in totals if name != "nll"}
+  nll, weight = totals["nll"]
+  values[f"{prefix}loss"] = loss = _mean_ratio(nll, weight)
+  values[f"{prefix}perplexity"] = math.exp(min(loss, 700.0))
+  if total_bytes is not None:
+    values[f"{prefix}bits_per_byte"] = float(nll) / math.log(2) / total_bytes
+  return values
+
+
+def _mean_ratio(total: np.ndarray, weight: np.ndarray) -> float:
+  """Mean of total / weight where there is weight."""
+  seen = weight != 0
+  return float(np.mean(total[seen] / weight[seen])) if seen.any() else math.nan
+
+
+def describe(metrics: dict[str, Any], prefix: str = "eval/") -> str:
+  """The held-out loss and what else counts, as a person reads it; "" without a held-out loss."""
+  names = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy", "f1": "F1"}
+  found = [f"{text} {metrics[prefix + name]:.4f}" for name, text in names.items() if prefix + name in metrics]
+  return f"{prefix.rstrip('/')}: {', '.join(found)}" if found else ""

@@ -23,6 +23,7 @@ from jaxllm.kernels import backends
 from jaxllm.models.attention import KVCache
 from jaxllm.models.build import Params, init_cache
 from jaxllm.models.config import ModelConfig
+from jaxllm.models.transformer import Transformer
 
 SMALLEST_BUCKET = 16  # tokens; prompts and caches are padded to this times a power of two
 # Decode steps that one dispatch runs when nobody watches. On a 2-core CPU 8 are 15% faster than 1 for a
@@ -43,6 +44,7 @@ class Completion:
   prompt_tokens: int
   # For each token: log-probabilities, at temperature 1, of itself and of the most likely tokens.
   logprobs: tuple[dict[int, float], ...] | None = None
+  score: float | None = None  # beam search: log-probability / length ** length_penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +78,57 @@ class Drawn:
   top_tokens: Int[Array, "B top"] | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Right-padded prompts; those of an encoder_decoder are its encoder's `source`, with mask, and the
+  decoder begins with its start token."""
+
+  tokens: Int[Array, "B P"]
+  lengths: Int[Array, " B"]
+  source: Int[Array, "B S"] | None = None
+  source_mask: Int[Array, "B S"] | None = None
+
+
+def batch_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Prompts:
+  """Prompts as arrays, padded to lengths that few compilations share."""
+  tokens, lengths = pad_rows(prompts, config)
+  if config.architecture != "encoder_decoder":
+    return Prompts(tokens, lengths)
+  starts, ones = pad_rows([[config.decoder_start_id]] * len(prompts), config)
+  return Prompts(starts, ones, tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
+
+
+def pad_rows(
+  rows: Sequence[Sequence[int]], config: ModelConfig
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
+  """Right-padded token ids, and the rows' lengths."""
+  tokens = np.zeros((len(rows), bucket(max(map(len, rows)), config)), np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+  return tokens, np.asarray([len(row) for row in rows], np.int32)
+
+
+def read_prompts(model: Transformer, prompts: Prompts, cache_length: int) -> tuple[Float[Array, "B V"], KVCache]:
+  """The logits after each prompt, and a cache of `cache_length` slots that holds the prompts."""
+  batch, padded = prompts.tokens.shape
+  encoded = None if prompts.source is None else model.encode(prompts.source, segment_ids=prompts.source_mask)
+  cache = init_cache(model.config, batch, padded, model.compute.dtype)
+  x, filled = model.hidden(prompts.tokens, cache=cache, encoded=encoded, encoded_segment_ids=prompts.source_mask)
+  assert filled is not None
+  last = jnp.take_along_axis(x, (prompts.lengths - 1)[:, None, None], axis=1)
+  room = [(0, 0), (0, cache_length - padded), (0, 0), (0, 0)]
+  grow = lambda layers: tuple(jnp.pad(layer, room) for layer in layers)  # noqa: E731
+  cache = dataclasses.replace(filled, key=grow(filled.key), value=grow(filled.value), length=prompts.lengths)
+  return model.logits(last)[:, 0], cache
+
+
 @functools.lru_cache(maxsize=8)
 def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
   """The two jitted functions of a model.
 
-  prefill(params, tokens [B, P], lengths [B], rows, cache_length, top) -> (state, Drawn): reads right-padded
-    prompts of these lengths and draws the token after each.
+  prefill(params, prompts, rows, cache_length, top) -> (state, Drawn): reads prompts and draws the token
+    after each.
   decode(params, state, limits [B], rows, steps, top) -> (state, Drawn with a leading axis of steps): takes
     the state as a donation. A row stays where it is once it has `limits` tokens,
     prompt included.
@@ -98,15 +145,10 @@ def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
     return Drawn(token, chosen, *jax.lax.top_k(logprobs, top))
 
   @functools.partial(jax.jit, static_argnames=("cache_length", "top"))
-  def prefill(params, tokens, lengths, rows: SamplingRows, cache_length: int, top: int | None):
-    model = nnx.merge(graph, params)
-    batch, padded = tokens.shape
-    x, cache = model.hidden(tokens, cache=init_cache(model.config, batch, padded, model.compute.dtype))
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    drawn = draw(model.logits(last)[:, 0], lengths, rows, top)
-    room = [(0, 0), (0, cache_length - padded), (0, 0), (0, 0)]
-    grow = lambda layers: tuple(jnp.pad(layer, room) for layer in layers)  # noqa: E731
-    return DecodeState(KVCache(grow(cache.key), grow(cache.value), lengths), drawn.token), drawn
+  def prefill(params, prompts: Prompts, rows: SamplingRows, cache_length: int, top: int | None):
+    logits, cache = read_prompts(nnx.merge(graph, params), prompts, cache_length)
+    drawn = draw(logits, prompts.lengths, rows, top)
+    return DecodeState(cache, drawn.token), drawn
 
   @functools.partial(jax.jit, static_argnames=("steps", "top"), donate_argnames="state")
   def decode(params, state: DecodeState, limits, rows: SamplingRows, steps: int, top: int | None):
@@ -140,6 +182,8 @@ def generate_tokens(
 ) -> list[Completion]:
   """Completes every prompt; returns the `n` completions of the first prompt, then of the second, ….
 
+  An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
+
   Args:
     params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones work and are slower.
     prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
@@ -172,7 +216,13 @@ def stream_tokens(
     raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
   prompts = [[int(token) for token in prompt] for prompt in prompts]
   for number, prompt in enumerate(prompts):
-    _check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
+    check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
+  if config.architecture == "encoder" or config.head != "lm":
+    raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
+  if any(settings.num_beams > 1 for settings in each):
+    from jaxllm.inference import beam  # which builds on this module
+
+    return beam.search(graph, params, config, prompts, each, tokenizer, eos_ids)
   rows = [
     _Row(i, sample, prompt, settings, config, tokenizer, eos_ids)
     for i, (prompt, settings) in enumerate(zip(prompts, each))
@@ -191,17 +241,13 @@ def _run(graph, params, config: ModelConfig, rows: list["_Row"], steps: int) -> 
   # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
   lone = len(rows) == 1 and backends.TARGETS[compute.target] == "cpu" and compute.dtype != "float32"
   batch = rows * 2 if lone else rows
-  padded = _bucket(max(len(row.prompt) for row in batch), config)
-  tokens = np.zeros((len(batch), padded), np.int32)
-  for i, row in enumerate(batch):
-    tokens[i, : len(row.prompt)] = row.prompt
-  lengths = np.asarray([len(row.prompt) for row in batch], np.int32)
+  prompts = batch_prompts([row.prompt for row in batch], config)
   limits = np.asarray([row.limit for row in batch], np.int32)
   draws = sampling_rows([row.settings for row in batch], [row.index for row in batch])
 
   prefill, decode = programs(graph)
-  length = _bucket(int(limits.max()), config)
-  state, drawn = prefill(params, tokens, lengths, draws, cache_length=length, top=top)
+  length = bucket(int(limits.max()), config)
+  state, drawn = prefill(params, prompts, draws, cache_length=length, top=top)
   drawn = jax.tree.map(lambda x: x[None], drawn)
   while True:
     drawn = jax.tree.map(np.asarray, drawn)
@@ -213,10 +259,20 @@ def _run(graph, params, config: ModelConfig, rows: list["_Row"], steps: int) -> 
     state, drawn = decode(params, state, limits, draws, steps=steps, top=top)
 
 
-def _check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
+def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
+  """That the model can read it.
+
+  Raises:
+    ConfigError: it cannot; the message says why.
+  """
   if not prompt:
     raise ConfigError(f"{name} is empty; a completion needs at least one token before it")
-  if len(prompt) >= config.max_seq_len:
+  if config.architecture != "decoder" and len(prompt) > config.max_seq_len:
+    raise ConfigError(
+      f"{name} has {len(prompt)} tokens: its sequence length is over the model's limit of {config.max_seq_len} "
+      "(model.max_seq_len); shorten it"
+    )
+  if config.architecture == "decoder" and len(prompt) >= config.max_seq_len:
     raise ConfigError(
       f"{name} has {len(prompt)} tokens: with one more, its sequence length is over the model's limit of "
       f"{config.max_seq_len} (model.max_seq_len); shorten it"
@@ -226,7 +282,14 @@ def _check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
     raise ConfigError(f"{name} holds token {bad}, but the model's vocabulary has {config.vocab_size} tokens")
 
 
-def _bucket(length: int, config: ModelConfig) -> int:
+def room_for(settings: SamplingParams, prompt: Sequence[int], config: ModelConfig) -> tuple[int, int]:
+  """How many tokens a row of the cache begins with, and how many more may follow."""
+  begins = len(prompt) if config.architecture == "decoder" else 1
+  room = config.max_seq_len - begins
+  return begins, min(room, settings.max_tokens or room)
+
+
+def bucket(length: int, config: ModelConfig) -> int:
   """A length that few compilations share: no less than `length`, no more than the model's limit."""
   size = SMALLEST_BUCKET
   while size < length:
@@ -241,10 +304,11 @@ class _Row:
     if settings.stop and tokenizer is None:
       raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
     self.prompt_index, self.index, self.prompt, self.settings = prompt_index, index, prompt, settings
-    room = config.max_seq_len - len(prompt)
-    self.limit = len(prompt) + min(room, settings.max_tokens or room)  # tokens, the prompt's included
+    self._begins, room = room_for(settings, prompt, config)
+    self.limit = self._begins + room  # tokens in the cache, the prompt's included
     self._eos = frozenset(() if settings.ignore_eos else eos_ids)
-    self._text = None if tokenizer is None else TextStream(tokenizer, prompt, settings.stop)
+    context = prompt if config.architecture == "decoder" else ()
+    self._text = None if tokenizer is None else TextStream(tokenizer, context, settings.stop)
     self._parts: list[str] = []
     self._tokens: list[int] = []
     self._logprobs: list[dict[int, float]] = []
@@ -276,7 +340,7 @@ class _Row:
       self._stop_reason = None if token in self._eos else token
     elif self._text is not None:
       text = self._text.push(token)
-    if self.reason is None and len(self.prompt) + len(self._tokens) >= self.limit:
+    if self.reason is None and self._begins + len(self._tokens) >= self.limit:
       self.reason = "length"
     if self._text is not None:
       text += self._text.finish() if self.reason is not None else ""

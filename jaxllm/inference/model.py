@@ -4,27 +4,27 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.errors import ConfigError, DataError
+from jaxllm.inference.encode import embeddings, hidden_states
 from jaxllm.inference.generate import Completion, Delta, generate_tokens, stream_tokens
 from jaxllm.inference.sampling import SamplingParams
-from jaxllm.interop import model_directory
-from jaxllm.kernels.backends import target_from_device_kind
+from jaxllm.inference.stored import Format, StoredModel, write_model
+from jaxllm.interop.tensors import LazyTensor, from_parts
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.stack import PerLayer, is_per_layer
 from jaxllm.objectives.causal_lm import causal_lm
-from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import param_shardings
 
-DTYPES = ("float32", "bfloat16", "float16")
 Prompt = str | Sequence[int]
+Message = dict[str, Any]
 
 
 class Model:
@@ -59,12 +59,26 @@ class Model:
     """The parameters, layers stacked: a copy made at every call, since the model keeps each layer apart."""
     return stack_layers(self._weights)
 
-  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    """float32 logits of token ids.
+  def __call__(
+    self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None
+  ) -> Float[Array, "B T V"]:
+    """float32 logits of token ids; of a classifier those of the labels, for each token or for each row.
+
+    Args:
+      encoder_inputs: what an encoder_decoder's encoder reads.
 
     Raises:
-      ConfigError: the tokens are not [B, T], too long, or not in the vocabulary.
+      ConfigError: the tokens are not [B, T], too long, or not in the vocabulary; or the model has no head.
     """
+    reads_two = self.config.architecture == "encoder_decoder"
+    if reads_two != (encoder_inputs is not None):
+      raise ConfigError(f"this {self.config.architecture} takes {'' if reads_two else 'no '}encoder_inputs")
+    if self.config.head == "none":
+      raise ConfigError("the model has no head and so no logits; `encode` gives its hidden states")
+    source = None if encoder_inputs is None else self._checked(encoder_inputs)
+    return _forward(self.graph)(self._weights, self._checked(tokens), source)
+
+  def _checked(self, tokens) -> np.ndarray:
     ids = np.asarray(tokens)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
       raise ConfigError(f"a model takes integer tokens [B, T], not {ids.dtype} of shape {ids.shape}")
@@ -74,7 +88,24 @@ class Model:
       )
     if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
       raise ConfigError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
-    return _forward(self.graph)(self._weights, ids.astype(np.int32))
+    return ids.astype(np.int32)
+
+  def encode(self, texts: Prompt | Sequence[Prompt]) -> list[Float[np.ndarray, "T D"]]:
+    """The last layer's hidden states of each text's tokens (text, or token ids); float32.
+
+    Text gets the tokenizer's special tokens ([CLS] … [SEP], say). Of an encoder_decoder: the encoder's.
+
+    Raises:
+      ConfigError: an empty or too long text.
+    """
+    return hidden_states(self.graph, self._weights, self.config, self._ids(texts))
+
+  def embed(
+    self, texts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
+  ) -> Float[np.ndarray, "B D"]:
+    """A vector for each text, so that similar texts have similar ones; see `jaxllm.inference.encode.embeddings`."""
+    ids = self._ids(texts)
+    return embeddings(self.graph, self._weights, self.config, ids, pooling=pooling, normalize=normalize)
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""
@@ -111,47 +142,131 @@ class Model:
   def sampling(self, **settings) -> SamplingParams:
     """SamplingParams with the model's own defaults (from generation_config.json) and these settings."""
     names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names["max_new_tokens"] = "max_tokens"
+    names |= {"max_new_tokens": "max_tokens", "num_beams": "num_beams", "length_penalty": "length_penalty"}
+    names["early_stopping"] = "early_stopping"
     own = {ours: self.generation[name] for name, ours in names.items() if self.generation.get(name) is not None}
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(settings.keys() - known):
       raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
     return SamplingParams(**(own | settings))
 
-  def encode(self, text: str) -> list[int]:
-    """Token ids of a prompt, behind the token that starts a text where the tokenizer has one."""
-    if self.tokenizer is None:
-      raise ConfigError("the model has no tokenizer; give prompts as token ids")
-    ids = [int(token) for token in self.tokenizer.encode(text)]
-    if self.tokenizer.bos_id is not None:
-      return [self.tokenizer.bos_id, *ids]
-    return ids or [self.tokenizer.start_id]
+  def prompt_ids(self, text: str) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer begins a text with."""
+    tokenizer = self._text_tokenizer()
+    return tokenizer.encode_prompt(text).tolist() or [tokenizer.start_id]
 
-  def save(self, path: str | Path) -> None:
-    """Writes a model directory (see `jaxllm.interop.model_directory`).
+  def chat_ids(
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+  ) -> list[int]:
+    """Token ids of a chat, up to where the model's reply begins.
+
+    Args:
+      messages: {"role": "system", "user" or "assistant", "content": text} each, the oldest first.
+      tools: JSON schemas of functions that the model may call.
+      continue_final_message: the reply goes on with the last message rather than answering it.
+      chat_template_kwargs: what else the model's template reads (documents, enable_thinking, …).
+
+    Raises:
+      ConfigError: the chat is longer than the model's context.
+      DataError: the model has no chat template, or its template refuses the messages.
+    """
+    tokenizer = self._text_tokenizer()
+    text = tokenizer.render_chat(
+      messages,
+      tools=tools,
+      add_generation_prompt=not continue_final_message,
+      continue_final_message=continue_final_message,
+      **(chat_template_kwargs or {}),
+    )
+    ids = tokenizer.encode_chat(text).tolist()
+    if len(ids) >= self.config.max_seq_len:
+      raise ConfigError(
+        f"the chat has {len(ids)} tokens, too many for the model's context of {self.config.max_seq_len}; "
+        "leave out its oldest messages or start a new one"
+      )
+    return ids
+
+  def chat(
+    self,
+    messages: Sequence[Message],
+    sampling: SamplingParams | None = None,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    **settings,
+  ) -> Completion:
+    """The model's reply to a chat: `generate` (which see) from `chat_ids` (which see)."""
+    ids = self.chat_ids(messages, tools, continue_final_message, chat_template_kwargs)
+    return self.generate(ids, sampling, **settings)[0]
+
+  def stream_chat(
+    self,
+    messages: Sequence[Message],
+    sampling: SamplingParams | None = None,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    **settings,
+  ) -> Iterator[Delta]:
+    """Like `chat`, as it happens."""
+    ids = self.chat_ids(messages, tools, continue_final_message, chat_template_kwargs)
+    return self.stream(ids, sampling, **settings)
+
+  def save(self, path: str | Path, format: Format = "jaxllm", **settings) -> None:
+    """Writes a model directory, a Hugging Face directory ("hf") or a GGUF file.
+
+    Args:
+      settings: `dtype`, `quantize`, `family` and `max_shard_bytes` of `jaxllm.inference.stored.write_model`.
 
     Raises:
       CheckpointError: the path holds something else, or cannot be written.
+      ConfigError: an impossible setting, or the format cannot express the model.
     """
     generation = {"eos_token_id": list(self._ends()["eos_ids"])} | self.generation
-    model_directory.write_model(Path(path).expanduser(), self.config, self.params, self.tokenizer, generation)
+    leaves = jax.tree_util.tree_leaves_with_path(self._weights, is_leaf=is_per_layer)
+    params = {"/".join(k.key for k in keys): _as_tensor(leaf) for keys, leaf in leaves}
+    stored = StoredModel(self.config, params, self.tokenizer, generation)
+    write_model(Path(path).expanduser(), stored, format, **settings)
+
+  def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    each: Sequence[Any] = [prompts] if single else prompts
+    return [self.prompt_ids(prompt) if isinstance(prompt, str) else prompt for prompt in each]
 
   def _request(self, prompts, sampling, settings):
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-    prompts = [prompts] if single else prompts
     if sampling is None:
       sampling = self.sampling(**settings)
     elif settings:
       raise ConfigError(f"give either SamplingParams or {', '.join(settings)}, not both")
-    ids = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return self.graph, self._weights, self.config, ids, sampling
+    return self.graph, self._weights, self.config, self._ids(prompts), sampling
 
   def _ends(self):
     ends = self.generation.get("eos_token_id")
     if ends is None and self.tokenizer is not None:
       ends = self.tokenizer.eos_id
     ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    turn = None if self.tokenizer is None else self.tokenizer.end_of_turn_id
+    if turn is not None and turn not in ends:  # some models' files name only what ends a document
+      ends += (turn,)
     return {"tokenizer": self.tokenizer, "eos_ids": ends}
+
+  def _text_tokenizer(self) -> Tokenizer:
+    if self.tokenizer is None:
+      raise ConfigError("the model has no tokenizer; give prompts as token ids")
+    return self.tokenizer
+
+
+def _as_tensor(weight: PerLayer | Array) -> LazyTensor:
+  if not isinstance(weight, PerLayer):
+    return LazyTensor(weight.shape, weight.dtype, lambda: np.asarray(weight))
+  shape = (len(weight.arrays), *weight[0].shape)
+  return from_parts(shape, weight[0].dtype, 1, lambda index: np.asarray(weight[index[0]]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -161,69 +276,8 @@ def _loss_sums(graph):
 
 @functools.lru_cache(maxsize=8)
 def _forward(graph):
-  return jax.jit(lambda weights, tokens: nnx.merge(graph, weights)(tokens)[0])
+  def forward(weights, tokens, source):
+    model = nnx.merge(graph, weights)
+    return model(tokens, encoded=None if source is None else model.encode(source))[0]
 
-
-def load_model(
-  path: str | Path,
-  *,
-  step: int | None = None,
-  dtype: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-) -> Model:
-  """Loads a model directory, or a training run's directory (its latest checkpoint, or that of `step`).
-
-  Args:
-    dtype: of weights and computation, "float32", "bfloat16" or "float16"; None: as the weights are stored.
-    mesh: places the parameters over its devices; None: the default device.
-
-  Raises:
-    CheckpointError: no such path, not a model, or damaged. ConfigError: an impossible `dtype` or `step`.
-    DataError: the tokenizer is damaged, or has more tokens than the model.
-  """
-  directory = Path(path).expanduser()
-  if not directory.exists():
-    raise CheckpointError(f"no model at {directory}: there is no such path")
-  if not directory.is_dir() or not (directory / model_directory.CONFIG_FILE).is_file():
-    raise CheckpointError(
-      f"{directory} is not a model: a model directory or a training run's directory has a {model_directory.CONFIG_FILE}"
-    )
-  if dtype is not None and dtype not in DTYPES:
-    raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-  config = model_directory.read_model_config(directory)
-  _, shapes, axes = declare(config)
-  shardings = None if mesh is None else param_shardings(shapes, axes, mesh, AxisRules())
-  is_run = (directory / "checkpoints").is_dir()
-  if is_run:
-    from jaxllm.training.checkpoints import restore_params
-
-    _, params = restore_params(directory, _placed(shapes, shardings, dtype), step)
-    tokenizer_files = directory / "tokenizer"
-  elif step is not None:
-    raise ConfigError(f"{directory} is a model directory and has no steps; leave --step out")
-  else:
-    params = model_directory.read_params(directory, shapes, shardings, dtype)
-    tokenizer_files = directory
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  target = target_from_device_kind(device.platform, device.device_kind)
-  compute = Compute(target=target, dtype=dtype or str(params["embedding"]["tokens"].dtype))
-  return Model(
-    config,
-    params,
-    _tokenizer(tokenizer_files),
-    compute=compute,
-    generation=model_directory.read_generation_config(directory),
-  )
-
-
-def _placed(shapes: Params, shardings: Params | None, dtype: str | None) -> Params:
-  """What to restore: each parameter's shape, dtype and place."""
-  leaf = lambda s, place=None: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=place)  # noqa: E731
-  return jax.tree.map(leaf, shapes) if shardings is None else jax.tree.map(leaf, shapes, shardings)
-
-
-def _tokenizer(directory: Path) -> Tokenizer | None:
-  """The tokenizer in a directory; None where there are no files of one (a model of bare token ids)."""
-  if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-    return None
-  return load_tokenizer(directory)
+  return jax.jit(forward)

@@ -3,6 +3,7 @@
 import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ class SamplingParams:
   ignore_eos: bool = False
   seed: int | None = None  # None: a new one every time
   logprobs: int | None = None  # log-probabilities of the chosen token and of so many most likely ones
+  # Over 1: beam search (see `jaxllm.inference.beam`), which draws nothing; transformers' meanings.
+  num_beams: int = 1
+  length_penalty: float = 1.0  # a completion's log-probability is divided by its length to this power
+  # True: stop at num_beams completions; False: when no better one is likely; "never": when none can come.
+  early_stopping: bool | Literal["never"] = False
 
   def __post_init__(self):
     def check(good, name, wants):
@@ -52,6 +58,12 @@ class SamplingParams:
     check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
     check(all(_whole(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids of at least 0")
     check(self.seed is None or _whole(self.seed, 0) and self.seed < 2**64, "seed", "between 0 and 2^64 - 1")
+    check(_whole(self.num_beams, 1), "num_beams", "a whole number of at least 1")
+    check(self.num_beams == 1 or self.n <= self.num_beams, "n", f"at most num_beams ({self.num_beams}) in beam search")
+    check(_number(self.length_penalty, -float("inf"), float("inf")), "length_penalty", "a finite number")
+    check(self.early_stopping in (True, False, "never"), "early_stopping", "True, False or 'never'")
+    for name in ("stop", "logprobs") if self.num_beams > 1 else ():
+      check(getattr(self, name) in ((), None), name, "left out in beam search, which ends at tokens only")
     check(self.logprobs is None or _whole(self.logprobs, 0), "logprobs", "a whole number of at least 0")
 
 

@@ -51,7 +51,9 @@ def test_an_order_that_does_not_fit_a_word_is_refused():
 
 def test_heldout_metrics_weigh_batches_by_their_tokens():
   sums = {0: (np.float32(10.0), np.float32(5.0)), 1: (np.float32(2.0), np.float32(1.0))}
-  metrics = heldout_metrics(lambda batch: sums[batch["id"]], [{"id": 0}, {"id": 1}], total_bytes=24, prefix="x/")
+  metrics = heldout_metrics(
+    lambda batch: {"nll": sums[batch["id"]]}, [{"id": 0}, {"id": 1}], total_bytes=24, prefix="x/"
+  )
   assert metrics == {
     "x/loss": pytest.approx(2.0),
     "x/perplexity": pytest.approx(math.exp(2)),

@@ -62,6 +62,9 @@ def test_settings_reach_the_sampler(door):
     f"--- sample 1\n{texts[0]}\n--- sample 2\n{texts[1]}\n"
   )
   assert texts[0] != texts[1]
+  beams = ["--num-beams=3", "--length-penalty=2", "--early-stopping", "--max-tokens=8"]
+  want = expected("abc", num_beams=3, length_penalty=2.0, early_stopping=True, ignore_eos=False)[0]
+  assert door("--prompt=abc", *beams)[1] == want + "\n"
   whole = expected("abc")[0]
   assert door("--prompt=abc", *GREEDY, f"--stop={whole[3:5]}")[1] == whole[: whole.find(whole[3:5])] + "\n"
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 import jaxllm
 from jaxllm.errors import CheckpointError, ConfigError, DataError
-from jaxllm.inference.model import Model, load_model
+from jaxllm.inference.load import load_model
+from jaxllm.inference.model import Model
 from jaxllm.inference.sampling import SamplingParams
 from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import ModelConfig, RopeScaling
@@ -76,8 +77,8 @@ def test_a_config_with_everything_in_it_survives(tmp_path):
 
 def test_text_begins_with_the_start_token_and_ends_before_the_end_token(saved):
   model = load_model(saved)
-  assert model.encode("ab") == [model.tokenizer.bos_id, *b"ab"]
-  assert model.encode("") == [model.tokenizer.bos_id]
+  assert model.prompt_ids("ab") == [model.tokenizer.bos_id, *b"ab"]
+  assert model.prompt_ids("") == [model.tokenizer.bos_id]
   free = model.generate("abc", GREEDY)[0]
   end = free.token_ids[3]
   model.generation["eos_token_id"] = [end]

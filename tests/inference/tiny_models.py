@@ -44,15 +44,16 @@ def model(name="rope", vocab_size=258, max_seq_len=48):
 def huggingface_bytes():
   """ByteTokenizer as a tokenizer.json, for what reads tokenizers from files."""
   import tokenizers
-  from tokenizers import AddedToken, decoders, pre_tokenizers
+  from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 
-  from jaxllm.data.tokenizers import HuggingFaceTokenizer, _byte_alphabet
+  from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet
 
-  vocabulary = {character: byte for character, byte in _byte_alphabet().items()}
+  vocabulary = {character: byte for character, byte in byte_alphabet().items()}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens([AddedToken("<eos>", special=True), AddedToken("<bos>", special=True)])
+  tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
   return HuggingFaceTokenizer(tokenizer.to_str(), {"bos_token": "<bos>", "eos_token": "<eos>"})
 
 

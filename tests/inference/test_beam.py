@@ -1,0 +1,126 @@
+"""Encoder-decoder generation and beam search against `transformers`, token for token."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.inference.model import Model
+from jaxllm.inference.sampling import SamplingParams
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from jaxllm.interop.huggingface import params_from_huggingface  # noqa: E402
+
+V, NEW = 40, 9
+T5 = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2)
+T5 |= dict(pad_token_id=0, eos_token_id=1, relative_attention_num_buckets=8, relative_attention_max_distance=12)
+T5 |= dict(decoder_start_token_id=0, n_positions=64)
+BART = dict(vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=64)
+BART |= dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+BART |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, decoder_start_token_id=3, forced_eos_token_id=None)
+LLAMA = dict(vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+LLAMA |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, max_position_embeddings=64)
+CASES = {"T5ForConditionalGeneration": T5, "BartForConditionalGeneration": BART, "LlamaForCausalLM": LLAMA}
+PROMPTS = [np.random.default_rng(n).integers(4, V, n).tolist() for n in (5, 11, 3)]
+
+
+@functools.cache
+def models(name):
+  """(transformers model, ours) with weights that make texts end now and then."""
+  cls = getattr(transformers, name)
+  torch.manual_seed(0)
+  theirs = cls(cls.config_class(**CASES[name])).eval()
+  with torch.no_grad():
+    for p in theirs.parameters():
+      if p.ndim > 1:
+        p.copy_(torch.randn_like(p) * (1.5 if p.shape[0] == V else 1.0) * p.shape[-1] ** -0.5)
+    if name.startswith("Bart"):  # the end is likelier than one token of many
+      theirs.final_logits_bias[0, 1] = 1.5
+  tensors = {key: x.numpy() for key, x in theirs.state_dict().items() if key not in (theirs._tied_weights_keys or {})}
+  if name.startswith("Llama"):
+    tensors["lm_head.weight"] = theirs.lm_head.weight.detach().numpy()
+  config, params = params_from_huggingface(theirs.config.to_dict() | CASES[name], tensors)
+  return theirs, Model(config, params, generation={"eos_token_id": 1})
+
+
+def transformers_generate(name, prompts, new=NEW, **settings):
+  """(tokens up to the end, score) of each completion."""
+  theirs, ours = models(name)
+  pad, width = theirs.config.pad_token_id, max(map(len, prompts))
+  decoder = ours.config.architecture == "decoder"
+  rows = [[pad] * (width - len(p)) + p if decoder else p + [pad] * (width - len(p)) for p in prompts]
+  keep = [[0] * (width - len(p)) + [1] * len(p) if decoder else [1] * len(p) + [0] * (width - len(p)) for p in prompts]
+  out = theirs.generate(
+    torch.tensor(rows),
+    attention_mask=torch.tensor(keep),
+    max_new_tokens=new,
+    do_sample=False,
+    output_scores=True,
+    return_dict_in_generate=True,
+    **settings,
+  )
+  found = out.sequences[:, width if decoder else 1 :].tolist()
+  found = [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens[:new] for tokens in found]
+  return found, out.get("sequences_scores")
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_greedy(name):
+  want, _ = transformers_generate(name, PROMPTS, new=20)
+  got = models(name)[1].generate(PROMPTS, temperature=0, max_tokens=20)
+  assert len({tuple(tokens) for tokens in want}) == len(PROMPTS)  # else the encoder goes unread
+  assert [list(c.token_ids) for c in got] == want
+  assert [c.prompt_tokens for c in got] == [len(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -1.0])
+@pytest.mark.parametrize("name", CASES)
+def test_beams(name, length_penalty, early_stopping):
+  settings = dict(length_penalty=length_penalty, early_stopping=early_stopping, num_beams=3)
+  want, scores = transformers_generate(name, PROMPTS, num_return_sequences=2, **settings)
+  got = models(name)[1].generate(PROMPTS, n=2, max_tokens=NEW, **settings)
+  assert [list(c.token_ids) for c in got] == want
+  np.testing.assert_allclose([c.score for c in got], scores, rtol=1e-4)
+  assert [(c.prompt_index, c.index) for c in got] == [(i, n) for i in range(len(PROMPTS)) for n in range(2)]
+
+
+@pytest.mark.parametrize("num_beams", [2, 7])
+def test_numbers_of_beams(num_beams):
+  name = "T5ForConditionalGeneration"
+  want, _ = transformers_generate(name, PROMPTS, num_beams=num_beams)
+  got = models(name)[1].generate(PROMPTS, num_beams=num_beams, max_tokens=NEW)
+  assert [list(c.token_ids) for c in got] == want
+  # Each prompt's result is its own: a batch changes nothing, and a stream hands out the same.
+  alone = list(models(name)[1].stream(PROMPTS[1], num_beams=num_beams, max_tokens=NEW))
+  assert [d.completion.token_ids for d in alone] == [got[1].token_ids]
+
+
+def test_the_cases_end_early_and_late():
+  """Else the tests above would not see how completions end."""
+  for name in ("LlamaForCausalLM", "BartForConditionalGeneration"):
+    found = models(name)[1].generate(PROMPTS, n=2, num_beams=3, max_tokens=NEW, length_penalty=0.0)
+    assert len({len(c.token_ids) for c in found}) > 1
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(num_beams=0), "num_beams is 0"),
+    (dict(num_beams=2, n=3), "n is 3; it must be at most num_beams"),
+    (dict(num_beams=2, stop="x"), "stop is"),
+    (dict(num_beams=2, logprobs=1), "logprobs is 1"),
+    (dict(num_beams=2, early_stopping="maybe"), "early_stopping is 'maybe'"),
+  ],
+)
+def test_impossible_settings(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    SamplingParams(**settings)
+
+
+def test_one_batch_has_one_number_of_beams():
+  with pytest.raises(ConfigError, match="the same num_beams"):
+    list(models("LlamaForCausalLM")[1].generate(PROMPTS[:2], [SamplingParams(num_beams=2), SamplingParams()]))
