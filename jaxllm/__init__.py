@@ -10,7 +10,7 @@ import importlib
 # name -> the module it comes from, imported at first use: `import jaxllm` alone loads not even jax.
 _EXPORTS = {
   "Model": "jaxllm.inference.model",
-  "load_model": "jaxllm.inference.model",
+  "load_model": "jaxllm.inference.load",
   "SamplingParams": "jaxllm.inference.sampling",
 }
 __all__ = list(_EXPORTS)

@@ -10,6 +10,7 @@ COMMANDS = {
   "train": "train a model from a config",
   "generate": "write text with a model",
   "evaluate": "held-out bits per byte of a model",
+  "convert": "a model from one form to another: jaxllm, Hugging Face, GGUF",
 }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxllm.errors import UserError
 
+MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
+
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
   """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug."""

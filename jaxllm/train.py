@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     return _sweep(args.config, overrides, workdir)
   run = load_config(args.config, overrides)
 
-  from jaxllm.parallel.hosts import join_hosts  # jax starts here, after what can fail without it
+  from jaxllm.evaluation.bits_per_byte import describe  # jax starts here, after what can fail without it
+  from jaxllm.parallel.hosts import join_hosts
   from jaxllm.training.loop import train
 
   join_hosts()
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
   if result["stopped"]:
     print(f"stopped at step {result['step']}, which is saved; to go on: {command}")
   else:
-    score = result.get("eval/bits_per_byte")
-    heldout = f", held-out {score:.4f} bits per byte" if score is not None else ""
+    score = describe(result)
+    heldout = f", {score}" if score else ""
     print(f"done: step {result['step']}{heldout}, in {workdir}")
   return 0
 

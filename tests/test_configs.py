@@ -17,6 +17,10 @@ HARDWARE = {
   "gpt2_124m": ("cuda", "h100", 1),
   "llama_1b": ("cuda", "h100", 1),
   "llama3_8b": ("tpu", "v5p", 8),
+  "bert_mlm_tiny": ("cpu", "cpu", 1),
+  "t5_span_tiny": ("cpu", "cpu", 1),
+  "seq2seq_tiny": ("cpu", "cpu", 1),
+  "classify_tiny": ("cpu", "cpu", 1),
 }
 
 
@@ -38,7 +42,7 @@ def test_a_config_lowers(name):
   attention = "xla" if platform == "cuda" else "auto"
   training = dataclasses.replace(run.training, target=target, attention=attention)
   mesh = make_mesh(run.mesh, jax.devices()[:devices])
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh)
+  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
   lowered = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,))
   text = lowered.as_text()
   assert len(text) < 3_000_000  # layers are a loop, not copies

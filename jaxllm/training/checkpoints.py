@@ -1,7 +1,7 @@
 """Checkpoints: saved in the background, hashed, and checked before they are trusted.
 
     <run>/checkpoints/<step>/state/<params, …>/   Orbax, one directory for each top-level part of the state
-                             data/<process>.json  where each process was in the data (.bin: opaque bytes)
+                             data.json            where the run was in its data, the same for any number of processes
                              manifest.json        written last: a step without it does not exist
 
 Orbax does what it is good at: sharded arrays, from any mesh to any mesh, off the training thread. What a
@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import CheckpointError
+from jaxllm.interop.tensors import LazyTensor, Tensors
 from jaxllm.training import manifest as manifests
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.files import write_atomically
@@ -32,6 +34,7 @@ from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, sto
 from jaxllm.training.processes import everywhere
 
 log = logging.getLogger("jaxllm")
+DATA = "data.json"
 
 
 class Restored(NamedTuple):
@@ -76,7 +79,7 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def save(self, step: int, state: Any, data_state: Any = None, metrics: Mapping[str, float] | None = None) -> None:
-    """Saves `state` (a pytree of arrays), this process's `data_state` (bytes or JSON) and `metrics`.
+    """Saves `state` (a pytree of arrays), `data_state` (JSON, the same on all processes) and `metrics`.
 
     Returns when the arrays are safe from donation, before they are on disk, unless the config says
     otherwise. A save still in flight is waited for, and its failure raised. Later steps on disk belong to
@@ -96,7 +99,8 @@ class Checkpoints:
       self._fail(step, error)
     try:
       place.mkdir(exist_ok=True)
-      _write_data_state(place, data_state)
+      if jax.process_index() == 0:
+        write_atomically(place / DATA, json.dumps(data_state))
       # Directories made in the background turn any early error into a wait of ten minutes (0.12.8).
       context = ocp.Context()
       context.asynchronous.create_directories_asynchronously = False
@@ -113,7 +117,7 @@ class Checkpoints:
       self.wait()
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-    """Loads the newest good step, or exactly `step`, as (step, state, this process's data_state).
+    """Loads the newest good step, or exactly `step`, as (step, state, data_state).
 
     `abstract_state` is a pytree like the saved one whose leaves have shape, dtype and, optionally,
     sharding (`jax.ShapeDtypeStruct`); the mesh may differ from the one that saved. A damaged step is
@@ -127,7 +131,7 @@ class Checkpoints:
     place = self.directory / str(step)
     loaded = _load(place, manifest, abstract)
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), list(loaded.values()))
-    return Restored(step, state, _read_data_state(place, manifest))
+    return Restored(step, state, json.loads((place / DATA).read_text()))
 
   def wait(self) -> None:
     """Returns when the save in flight is committed; raises CheckpointError if it failed."""
@@ -147,7 +151,7 @@ class Checkpoints:
   def _commit(self, step: int, response: Any, metrics: dict, tree: dict) -> None:
     response.result()  # ends with a barrier: all processes have written
     if jax.process_index() == 0:
-      manifests.write(self.directory / str(step), step, jax.process_count(), metrics, tree)
+      manifests.write(self.directory / str(step), step, metrics, tree)
       self._remove_superseded(step)
 
   def _remove_superseded(self, newest: int) -> None:
@@ -232,6 +236,31 @@ def restore_params(
   return step, jax.tree.unflatten(jax.tree.structure(abstract), list(loaded.values()))
 
 
+def open_params(path: str | os.PathLike, step: int | None = None) -> Tensors:
+  """The weights of a run's newest good step, or of `step`, by path; each is read when it is asked for.
+
+  Raises CheckpointError like `Checkpoints.restore`.
+  """
+  directory = Path(path).absolute() / "checkpoints"
+  step, manifest = _good_step(directory, step, "params")
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  saved = {name: leaf for name, leaf in manifest.tree.items() if name.startswith("params/")}
+
+  def tensor(name: str, leaf: dict) -> LazyTensor:
+    shape, dtype = tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])
+
+    def read() -> np.ndarray:
+      context = ocp.Context()
+      context.pytree.loading.partial_load = True
+      with context:
+        wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
+        return np.asarray(_load(directory / str(step), manifest, wanted)[name])
+
+    return LazyTensor(shape, dtype, read)
+
+  return {name.removeprefix("params/"): tensor(name, leaf) for name, leaf in saved.items()}
+
+
 def _good_step(directory: Path, step: int | None, part: str | None = None) -> tuple[int, manifests.Manifest]:
   """The newest step whose files (those of one part of the state, or all) are as they were written."""
   steps = committed_steps(directory)
@@ -301,26 +330,6 @@ def _check_tree(manifest: manifests.Manifest, saved: dict, wanted: dict, same_dt
   for path in saved:
     if path not in wanted:
       raise CheckpointError(f"checkpoint step {manifest.step} has {path}, which this model or optimizer has not")
-
-
-def _write_data_state(place: Path, data_state: Any) -> None:
-  folder = place / "data"
-  folder.mkdir(exist_ok=True)
-  name = str(jax.process_index())
-  if isinstance(data_state, bytes):
-    write_atomically(folder / f"{name}.bin", data_state)
-  else:
-    write_atomically(folder / f"{name}.json", json.dumps(data_state))
-
-
-def _read_data_state(place: Path, manifest: manifests.Manifest) -> Any:
-  if manifest.processes != jax.process_count():
-    raise CheckpointError(
-      f"checkpoint step {manifest.step} holds the data positions of {manifest.processes} processes; "
-      f"resume it with as many, not {jax.process_count()}"
-    )
-  opaque = place / "data" / f"{jax.process_index()}.bin"
-  return opaque.read_bytes() if opaque.exists() else json.loads(opaque.with_suffix(".json").read_text())
 
 
 def _aside(place: Path) -> Path:

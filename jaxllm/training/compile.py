@@ -5,15 +5,17 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm.data.config import DataConfig
+from jaxllm.data.tasks import empty_row
 from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.objectives.causal_lm import causal_lm
+from jaxllm.objectives.config import ObjectiveConfig
+from jaxllm.objectives.registry import OBJECTIVES
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import target_of
 from jaxllm.parallel.sharding import (
@@ -27,14 +29,6 @@ from jaxllm.training.optimizer import make_optimizer, state_shardings
 from jaxllm.training.schedules import make_schedule
 from jaxllm.training.state import TrainState, init_state
 from jaxllm.training.step import make_train_step
-
-BATCH_DTYPES = {
-  "inputs": jnp.int32,
-  "targets": jnp.int32,
-  "positions": jnp.int32,
-  "segment_ids": jnp.int32,
-  "loss_weights": jnp.float32,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,17 @@ class Program:
   batch: dict[str, jax.ShapeDtypeStruct]
   init: Any  # jitted: key -> TrainState
   step: Any  # jitted: (state, batch) -> (state, metrics)
-  evaluate: Any  # jitted: (params, batch) -> (sum of nll in nats, number of target tokens)
+  evaluate: Any  # jitted: (params, batch) -> the objective's metrics as (sum, weight), "nll" in nats among them
+
+  @property
+  def row_lengths(self) -> tuple[int, ...]:
+    """Positions of a row; of an encoder-decoder the decoder's, then the encoder's."""
+    return tuple(self.batch[name].shape[1] for name in ("inputs", "encoder_inputs") if name in self.batch)
+
+  @property
+  def tokens_per_step(self) -> int:
+    """Positions that a step reads, padding included; of an encoder-decoder on both sides."""
+    return self.batch["inputs"].shape[0] * sum(self.row_lengths)
 
 
 def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
@@ -78,6 +82,8 @@ def make_program(
   optimizer_config: OptimizerConfig,
   mesh_config: MeshConfig,
   mesh: Mesh,
+  objective: ObjectiveConfig = ObjectiveConfig(),
+  data: DataConfig = DataConfig(),
 ) -> Program:
   """Builds the jitted functions of a run; nothing is compiled or allocated yet.
 
@@ -90,9 +96,10 @@ def make_program(
   shardings = param_shardings(shapes, axes, mesh, rules)
   optimizer = make_optimizer(optimizer_config, training.steps, shapes)
   schedule = make_schedule(optimizer_config, training.steps)
+  loss_of = OBJECTIVES[objective.name]
 
   def loss_fn(params, batch, key):
-    return causal_lm(nnx.merge(graph, params), batch, key, z_loss=training.z_loss)
+    return loss_of(nnx.merge(graph, params), batch, key, z_loss=training.z_loss)
 
   step = make_train_step(loss_fn, optimizer, schedule, training, optimizer_config)
 
@@ -105,8 +112,7 @@ def make_program(
 
   def evaluate(params, batch):
     with activation_sharding(mesh, rules):
-      _, _, metrics = causal_lm(nnx.merge(graph, params), batch)
-      return metrics["nll"]
+      return loss_of(nnx.merge(graph, params), batch)[2]
 
   batch_ways = math.prod(mesh.shape[axis] for axis in rules.batch)
   if training.batch_size // training.accumulation % batch_ways:
@@ -114,14 +120,19 @@ def make_program(
       f"training.batch_size {training.batch_size} in {training.accumulation} micro-batches does not divide over "
       f"{' x '.join('mesh.' + axis for axis in rules.batch)} = {batch_ways} devices; change one of them"
     )
-  if training.seq_len % math.prod(mesh.shape[axis] for axis in rules.seq):
+  row = empty_row(data, training.seq_len)
+  if training.seq_len % (seq_ways := math.prod(mesh.shape[axis] for axis in rules.seq)):
     raise ConfigError(f"training.seq_len {training.seq_len} does not divide over mesh.context")
+  if len(row["positions"]) % seq_ways:
+    raise ConfigError(f"rows of {len(row['positions'])} targets (data.target_len) do not divide over mesh.context")
   abstract = jax.eval_shape(init, jax.random.key(0))
   specs = state_shardings(abstract, shapes, shardings)
   state = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, specs)
-  rows = batch_sharding(mesh, rules)
-  shape = (training.batch_size, training.seq_len)
-  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in BATCH_DTYPES.items()}
+  batch_shardings = {name: batch_sharding(mesh, rules, 1 + entry.ndim) for name, entry in row.items()}
+  batch = {
+    name: jax.ShapeDtypeStruct((training.batch_size, *entry.shape), entry.dtype, sharding=batch_shardings[name])
+    for name, entry in row.items()
+  }
   whole = replicated(mesh)
   return Program(
     model=model,
@@ -134,11 +145,11 @@ def make_program(
     init=jax.jit(init, out_shardings=specs),
     step=jax.jit(
       sharded_step,
-      in_shardings=(specs, {name: rows for name in batch}),
+      in_shardings=(specs, batch_shardings),
       out_shardings=(specs, whole),
       donate_argnums=0,
     ),
-    evaluate=jax.jit(evaluate, in_shardings=(shardings, {name: rows for name in batch}), out_shardings=whole),
+    evaluate=jax.jit(evaluate, in_shardings=(shardings, batch_shardings), out_shardings=whole),
   )
 
 

@@ -13,7 +13,7 @@ from jaxllm.data.heldout import heldout_batches
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import train_batches
 from jaxllm.errors import DataError, UserError
-from jaxllm.evaluation.bits_per_byte import heldout_metrics
+from jaxllm.evaluation.bits_per_byte import describe, heldout_metrics
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
 from jaxllm.parallel.mesh import make_mesh
@@ -47,13 +47,14 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
   training, settings = run.training, dataclasses.asdict(run)
+  writes_text = run.objective.name == "causal_lm"  # then it can be sampled from, and measured in bits per byte
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
   if mesh.devices.flat[0].platform == "cpu":
     keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh)
+  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
   prepared = open_prepared(run.data)
   tokenizer = prepared.tokenizer()
   if tokenizer.vocab_size > run.model.vocab_size:
@@ -62,7 +63,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       f"{run.model.vocab_size}; raise it"
     )
   hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
-  sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len)
+  sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len, decoder_start_id=run.model.decoder_start_id)
   batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
   heldout = None  # where nothing is held out there is nothing to evaluate
   if prepared.total("heldout", "documents"):
@@ -90,7 +91,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 
     trackers = make_trackers(run.logging, directory, settings, resumed)
-    meter = Meter(program, training.batch_size * training.seq_len, training.seq_len)
+    meter = Meter(program)
     latest: dict[str, float] = {}  # the last value of every metric
     positions = {step: batches.get_state()}  # where the data stood after the last few steps
     running = None  # the last dispatched step and its metrics, read while the next one computes
@@ -108,8 +109,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
           log.warning("step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
         logged = halted or number % run.logging.every == 0 or number in (1, training.steps)
         if logged:
-          tokens = number * training.batch_size * training.seq_len
-          metrics |= {"tokens": tokens, "epoch": batches.epochs} | meter.rates()
+          metrics |= {"tokens": number * program.tokens_per_step, "epoch": batches.epochs} | meter.rates()
           metrics_logger.log(number, metrics)
         latest.update(metrics)
         progress.update(number, metrics if logged else None)
@@ -127,14 +127,13 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
           checkpoints.save(number, good, positions[number], latest)
 
       def evaluate(number: int, params: Any, prefix: str = "eval/") -> None:
-        def loss_sums(batch):
+        def metric_sums(batch):
           return program.evaluate(params, put_batch(batch, program.batch))
 
-        values = heldout_metrics(loss_sums, heldout, heldout.bytes, prefix)
+        values = heldout_metrics(metric_sums, heldout, heldout.bytes if writes_text else None, prefix)
         latest.update(values)
         metrics_logger.log(number, values)
-        bits = values[f"{prefix}bits_per_byte"]
-        progress.say(f"step {number}: {prefix}loss {values[f'{prefix}loss']:.4f}, {bits:.4f} bits per byte")
+        progress.say(f"step {number}: {describe(values, prefix)}")
 
       def look(number: int) -> None:
         """Held-out loss, of the averaged weights too where there are any."""
@@ -145,7 +144,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
           evaluate(number, state.ema, "eval_ema/")
 
       def sample(number: int) -> None:
-        text = sample_text(program, state.params, tokenizer, training)
+        text = writes_text and sample_text(program, state.params, tokenizer, training)
         if text:
           metrics_logger.log_text(number, "sample", text)
 

@@ -26,19 +26,18 @@ class DamagedError(Exception):
 @dataclasses.dataclass(frozen=True)
 class Manifest:
   step: int
-  processes: int  # how many wrote the step, each with its own place in the data
   metrics: dict[str, float | None]
   tree: dict[str, dict[str, Any]]  # leaf path -> {"shape", "dtype", and "impl" of a random key}
   files: dict[str, dict[str, Any]]  # path relative to the step -> {"bytes", "sha256"}
 
 
-def write(directory: Path, step: int, processes: int, metrics: Mapping[str, float], tree: dict) -> None:
+def write(directory: Path, step: int, metrics: Mapping[str, float], tree: dict) -> None:
   """Hashes every file under `directory`, the step's, and commits the step."""
   names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
   digests = _in_threads(lambda name: _sha256(directory / name), names)
   files = {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests)}
   finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-  body = dataclasses.asdict(Manifest(step, processes, finite, tree, files))
+  body = dataclasses.asdict(Manifest(step, finite, tree, files))
   write_atomically(directory / NAME, json.dumps({**body, "sha256": _own_digest(body)}, indent=1))
 
 

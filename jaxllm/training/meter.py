@@ -14,9 +14,9 @@ from jaxllm.training.compile import Program
 class Meter:
   """Counts steps between two readings; time spent in `pause` (evaluation, saving) is left out."""
 
-  def __init__(self, program: Program, tokens_per_step: int, seq_len: int):
-    self._tokens_per_step = tokens_per_step
-    self._flops_per_token = flops.training_flops(program.model, seq_len).total
+  def __init__(self, program: Program):
+    self._tokens_per_step = program.tokens_per_step
+    self._flops_per_token = flops.row_flops(program.model, *program.row_lengths).total
     self._chip, self._devices = flops.chip_in_use(program.compute.dtype), program.mesh.size
     self._device = program.mesh.local_devices[0]
     self._start, self._steps = time.monotonic(), 0

@@ -41,8 +41,7 @@ def _label(plan: ParamPlan) -> str:
   """Parameters with the same label share a transformation."""
   if plan.algorithm == "frozen":
     return "frozen"
-  layers = "stacked" if plan.stack_axes else "single"
-  return f"{plan.algorithm}, {layers}, lr x {plan.lr_scale:g}, decay {plan.weight_decay:g}"
+  return f"{plan.algorithm}, stacked along {plan.stack_axes} axes, lr x {plan.lr_scale:g}, decay {plan.weight_decay:g}"
 
 
 def _transform(config: OptimizerConfig, plan: ParamPlan, schedule: Schedule) -> optax.GradientTransformation:

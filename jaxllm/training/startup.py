@@ -22,22 +22,26 @@ def startup_table(
   total = sum(math.prod(leaf.shape) for leaf in shapes)
   plans = plan_params(run.optimizer, program.state.params)
   trained = sum(math.prod(leaf.shape) for leaf, plan in zip(shapes, plans) if plan.algorithm != "frozen")
+  active = ""
+  if program.model.moe is not None:
+    active = f"; a token is multiplied by {flops.matmul_parameters(program.model):,}"
   axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
   state_bytes = sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state)
   )
   memory = compiled.memory_analysis()
-  per_token = flops.training_flops(program.model, training.seq_len)
+  per_token = flops.row_flops(program.model, *program.row_lengths)
   chip = flops.chip_in_use(compute.dtype)
   kernels = {
     "attention": attention_backend(program.model, compute),
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
     "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
   }
-  tokens_per_step = training.batch_size * training.seq_len
+  tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
   rows = [
-    ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%})"),
+    ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%}){active}"),
+    ("objective", f"{run.objective.name} of {run.data.task}"),
     ("mesh", f"{program.mesh.size} x {compute.target}" + (f": {axes}" if axes else "")),
     ("state per device", _size(state_bytes)),
   ]

@@ -16,7 +16,8 @@ from jaxllm.training.state import TrainState
 
 Batch = PyTree
 Metrics = dict[str, Float[Array, ""]]
-# (params, batch, key) -> (loss_sum, weight_sum, metrics); a metric is a sum, or a (sum, weight) pair.
+# (params, batch, key) -> (loss_sum, weight_sum, metrics); a metric is a sum, or a (sum, weight) pair; a pair of
+# vectors is the mean of its ratios, those without weight left out.
 LossFn = Callable[[PyTree, Batch, PRNGKeyArray], tuple[Float[Array, ""], Float[Array, ""], dict]]
 
 
@@ -129,7 +130,8 @@ def _mean(value):
   if not isinstance(value, tuple):
     return value
   total, weight = value
-  return jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))
+  ratios = jnp.where(weight == 0, 0, total / jnp.where(weight == 0, 1, weight))
+  return ratios.sum() / jnp.maximum((weight != 0).sum(), 1)
 
 
 def _static_loss_divisor(batch: Batch, accumulation: int) -> float:

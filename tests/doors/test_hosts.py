@@ -1,4 +1,4 @@
-"""Two processes train as one does."""
+"""Two processes train as one does, and one goes on where two were."""
 
 import json
 import os
@@ -14,25 +14,27 @@ def losses(run):
   return {row["step"]: row["loss"] for row in rows if "loss" in row}, rows[-1]["eval/bits_per_byte"]
 
 
-def start(job, run, data, **environment):
-  flags = [f"--config={job}", f"--workdir={run}", f"--config.mesh.data={data}"]
+def start(job, run, data, *flags, **environment):
+  flags = [f"--config={job}", f"--workdir={run}", f"--config.mesh.data={data}", *flags]
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | environment
   command = [sys.executable, "-m", "jaxllm.train", *flags]
   return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(job, tmp_path):
+def test_two_processes_and_then_one_train_as_one_does(job, tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-  pair = [start(job, tmp_path / "two", 2, **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+  constant, short = "--config.optimizer.schedule=constant", "--config.training.steps=4"
+  pair = [start(job, tmp_path / "two", 2, constant, short, **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
   outputs = [process.communicate(timeout=300)[0] for process in pair]
   assert [process.returncode for process in pair] == [0, 0], outputs
-  alone = start(job, tmp_path / "one", 1)
-  out = alone.communicate(timeout=300)[0]
-  assert alone.returncode == 0, out
+  for run in ("two", "one"):
+    alone = start(job, tmp_path / run, 1, constant)
+    out = alone.communicate(timeout=300)[0]
+    assert alone.returncode == 0, out
   (two, two_bits), (one, one_bits) = losses(tmp_path / "two"), losses(tmp_path / "one")
   assert two.keys() == one.keys()
   assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)

@@ -13,6 +13,7 @@ from jaxllm.training.flops import (
   matmul_parameters,
   measured_cpu,
   mfu,
+  row_flops,
   training_flops,
   visible_keys,
 )
@@ -47,6 +48,32 @@ def test_local_layers_are_cheaper():
   mixed = training_flops(ModelConfig(**sizes, layer_pattern=("local", "local", "global")), 64)
   local, full = visible_keys(64, 8), visible_keys(64)
   assert mixed.attention == 12 * 64 * (4 * local + full)  # local, local, global, local, local
+
+
+def test_an_encoder_decoder_against_pytorchs_flop_counter():
+  torch = pytest.importorskip("torch")  # in the test extra of Python 3.11 only
+  from torch.utils.flop_counter import FlopCounterMode
+  from transformers import T5Config, T5ForConditionalGeneration
+
+  V, S, T = 96, 24, 10
+  hf = T5Config(vocab_size=V, d_model=32, d_kv=16, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+                decoder_start_token_id=0)  # fmt: skip
+  model = T5ForConditionalGeneration(hf)
+  with FlopCounterMode(display=False) as counter:
+    model(input_ids=torch.ones(1, S, dtype=torch.long), labels=torch.ones(1, T, dtype=torch.long)).loss.backward()
+  config = ModelConfig(vocab_size=V, embed_dim=32, num_layers=2, num_encoder_layers=3, num_heads=4, head_dim=16,
+                       mlp_dim=48, mlp="relu", architecture="encoder_decoder", position="relative")  # fmt: skip
+  # transformers computes the half of the decoder's scores that the mask hides; we do not count it.
+  hidden_half = 12 * 64 * 2 * (T - visible_keys(T)) * T
+  assert row_flops(config, T, S).total * (S + T) + hidden_half == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_an_encoder_sees_all_of_a_row_and_labels_take_the_place_of_the_vocabulary():
+  sizes = dict(vocab_size=100, embed_dim=64, num_layers=5, num_heads=4, architecture="encoder")
+  masked = row_flops(ModelConfig(**sizes), 32)
+  assert masked == training_flops(ModelConfig(**sizes), 32, causal=False)
+  labels = row_flops(ModelConfig(**sizes, head="sequence", num_labels=3), 32)
+  assert labels.matmul == masked.matmul - 6 * 64 * (100 - 3) and labels.attention == masked.attention
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -157,6 +157,31 @@ def test_lion_is_its_formula():
   assert_same(run(config, params), reference(params, make), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_each_expert_is_a_matrix_of_its_own(name):
+  """Stacked along layers and experts, beside a matrix stacked along layers: as every expert alone."""
+  rng = np.random.default_rng(0)
+  router, experts = rng.normal(size=(2, 8, 3)), rng.normal(size=(2, 3, 8, 6))  # [L, D, E], [L, E, D, F]
+
+  def update(params, grads):
+    params, grads = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (params, grads))
+    optimizer = make_optimizer(dataclasses.replace(BASE, name=name), 1, params)
+    return optimizer.update(grads, optimizer.init(params), params, step=0)[0]
+
+  def tree(x, y):
+    return {"blocks": {"moe": {"router": {"weight": x}, "up": {"weight": y}}}}
+
+  got = update(tree(router, experts), tree(router**2, experts**2))["blocks"]["moe"]
+  for layer in range(2):
+    for expert in range(3):
+      alone = experts[layer : layer + 1, expert]
+      want = update({"blocks": {"mlp": {"up": alone}}}, {"blocks": {"mlp": {"up": alone**2}}})["blocks"]["mlp"]["up"]
+      np.testing.assert_allclose(got["up"]["weight"][layer, expert], want[0], rtol=1e-4, atol=1e-6)
+    alone = router[layer : layer + 1]
+    want = update({"blocks": {"mlp": {"up": alone}}}, {"blocks": {"mlp": {"up": alone**2}}})["blocks"]["mlp"]["up"]
+    np.testing.assert_allclose(got["router"]["weight"][layer], want[0], rtol=1e-4, atol=1e-6)
+
+
 def newton_schulz(x):
   a, b, c = 3.4445, -4.7750, 2.0315
   x = x / np.linalg.norm(x)

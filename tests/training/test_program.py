@@ -1,16 +1,20 @@
 """The compiled step of the real model: it learns, whatever the mesh and the micro-batches."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.data.config import DataConfig, TokenizerConfig
+from jaxllm.models.config import ModelConfig, MoEConfig
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.compile import make_program, put_batch
-from jaxllm.training.config import OptimizerConfig, TrainingConfig
+from jaxllm.training.config import OptimizerConfig, RunConfig, TrainingConfig
+from jaxllm.training.flops import matmul_parameters
+from jaxllm.training.startup import startup_table
 
 MODEL = ModelConfig(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=64, max_seq_len=16)
 TRAINING = TrainingConfig(steps=200, batch_size=8, seq_len=16)
@@ -94,3 +98,22 @@ def test_a_head_bias_and_soft_cap_train(reference):
   model = dataclasses.replace(MODEL, head_bias=True, logit_softcap=20.0, tie_embeddings=False)
   history = losses(steps=30, model=model, repeat=True)
   assert history[-1] < history[0] - 1
+
+
+def test_experts_train_and_are_reported():
+  """On a mesh with an expert axis, in micro-batches; the start-up table says what a token meets."""
+  model = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4, mlp_dim=32, first_dense_layers=1))
+  training = dataclasses.replace(TRAINING, accumulation=2)
+  mesh = MeshConfig(data=2, expert=2)
+  program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh))
+  compiled = program.step.lower(program.state, program.batch).compile()
+  state, rows = program.init(jax.random.key(0)), put_batch(batch(), program.batch)
+  for _ in range(20):
+    state, metrics = compiled(state, rows)
+  assert 1.5 < metrics["moe/load_balance"] < 4 and metrics["moe/z"] > 0 and metrics["moe/dropped"] == 0
+  assert metrics["nll"] < 3.5
+  data = DataConfig(tokenizer=TokenizerConfig(vocab_size=64))
+  run = RunConfig(model=model, training=training, optimizer=OPTIMIZER, data=data)
+  prepared = types.SimpleNamespace(total=lambda split, unit: 1000)
+  table = dict(startup_table(program, compiled, run, prepared, 0.0))
+  assert table["parameters"].endswith(f"a token is multiplied by {matmul_parameters(model):,}")

@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+import time
 
 import pytest
 
@@ -56,16 +57,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     make_trackers(LoggingConfig(tensorboard=False, **{package: True}), tmp_path, CONFIG)
 
 
-@pytest.mark.slow
-def test_wandb_offline(tmp_path):
-  pytest.importorskip("wandb")  # in the test extra of Python 3.11 only
-  config = LoggingConfig(tensorboard=False, wandb=True, wandb_mode="offline")
-  use(config, tmp_path, None, [1, 2, 3])
-  use(config, tmp_path, 2, [3, 4])
+def wandb_history(directory):
+  """The run ids and the (step, loss) pairs in W&B's files of offline runs."""
   from wandb.proto import wandb_internal_pb2
 
   ids, history = set(), []
-  for file in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
+  for file in sorted((directory / "wandb").glob("offline-run-*/run-*.wandb")):
     content = file.read_bytes()
     assert len(content) < 32768, "one block of the log format (LevelDB's), so no record is split"
     content = content[7:]
@@ -79,8 +76,23 @@ def test_wandb_offline(tmp_path):
         items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
         if "loss" in items:
           history.append((int(items["step"]), round(float(items["loss"]), 4)))
+  return ids, sorted(history)
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path):
+  pytest.importorskip("wandb")  # in the test extra of Python 3.11 only
+  config = LoggingConfig(tensorboard=False, wandb=True, wandb_mode="offline")
+  use(config, tmp_path, None, [1, 2, 3])
+  use(config, tmp_path, 2, [3, 4])
+  wanted = [(1, 1.0), (2, 0.5), (3, 0.3333), (3, 0.3333), (4, 0.25)]
+  for _ in range(100):  # its background process may write on after the run is finished
+    ids, history = wandb_history(tmp_path)
+    if history == wanted:
+      break
+    time.sleep(0.1)
   assert len(ids) == 1, "a resumed run is the same run"
-  assert sorted(history) == [(1, 1.0), (2, 0.5), (3, 0.3333), (3, 0.3333), (4, 0.25)]
+  assert history == wanted
 
 
 @pytest.mark.slow
