@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 CONFIG = configs/quickstart.py
+# Processes that run tests; each takes a core and up to 4 GB
+WORKERS ?= 2
 # Extra flags for training, for example TRAIN_FLAGS=--config.training.steps=20
 TRAIN_FLAGS ?=
 RUN_DIR ?= runs/quickstart
@@ -20,10 +22,10 @@ quickstart: $(VENV)/.package
 	@echo "  $(RUN) -m jaxllm.train --help"
 
 test: $(VENV)/.test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS)
 
 test-fast: $(VENV)/.test
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
