@@ -1,6 +1,7 @@
 """Which backend computes what on which chip: one table, explicit targets, nothing silent."""
 
 import logging
+from collections.abc import Callable
 
 from jaxllm.errors import ConfigError
 
@@ -8,8 +9,8 @@ from jaxllm.errors import ConfigError
 TARGETS = {
   "cpu": "cpu",
   "a100": "gpu",
-  "h100": "gpu",
-  "h200": "gpu",
+  "h100": "hopper",
+  "h200": "hopper",
   "b200": "gpu",
   "gpu": "gpu",  # some other GPU
   "v4": "tpu",
@@ -20,15 +21,26 @@ TARGETS = {
   "tpu": "tpu",  # some other TPU
 }
 
-# op -> family -> backends, the first is what "auto" takes.
+# op -> family -> backends; "auto" takes the first that can compute the call.
 BACKENDS = {
-  "attention": {"cpu": ("cpu", "xla"), "gpu": ("cudnn", "xla"), "tpu": ("xla",)},
-  "matmul": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},
-  "elementwise": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},  # RMSNorm, SwiGLU, RoPE
-  "cross_entropy": {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)},
+  "attention": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("mosaic_gpu", "cudnn", "xla"),
+    "gpu": ("cudnn", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+  },
+  "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  # RMSNorm, SwiGLU, RoPE
+  "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  "cross_entropy": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
 }
 
-_logged: set[tuple[str, str, str]] = set()
+_logged: dict[tuple[str, str, str, str], None] = {}  # in order
+
+
+def chosen(op: str, target: str) -> tuple[str, ...]:
+  """The backends that `op` was traced with for `target` in this process so far."""
+  return tuple(dict.fromkeys(entry[2] for entry in _logged if entry[:2] == (op, target)))
 
 
 def target_from_device_kind(platform: str, device_kind: str) -> str:
@@ -51,19 +63,48 @@ def target_from_device_kind(platform: str, device_kind: str) -> str:
   return "tpu"
 
 
-def choose(op: str, requested: str, target: str) -> str:
-  """The backend that computes `op` on `target`; logged the first time.
+def choose(
+  op: str, requested: str, target: str | None, refuses: Callable[[str, str | None], str | None] | None = None
+) -> str:
+  """The backend that computes `op` on `target`; logged the first time, with what was passed over and why.
+
+  Args:
+    requested: a backend's name, or "auto" for the first of the table that does not refuse.
+    target: a chip of `TARGETS`. None: unknown, so a backend has to be named and the table is not asked.
+    refuses: (backend, target) -> why it cannot compute this call, or None.
 
   Raises:
-    ConfigError: an unknown target, or a requested backend that cannot run there.
+    ConfigError: an unknown target, or a requested backend that cannot run there or refuses.
   """
-  if target not in TARGETS:
+  if target is None:
+    if requested == "auto":
+      raise ConfigError(f"{op}: backend 'auto' needs target=, the chip; choose one of {', '.join(TARGETS)}")
+    available: tuple[str, ...] = (requested,)
+    known = {name for names in BACKENDS[op].values() for name in names}
+    if requested not in known:
+      raise ConfigError(f"{op} has no backend {requested!r}; choose one of {', '.join(sorted(known))}")
+  elif target not in TARGETS:
     raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
-  available = BACKENDS[op][TARGETS[target]]
-  backend = available[0] if requested == "auto" else requested
-  if backend not in available:
-    raise ConfigError(f"{op} has no backend {backend!r} on {target}; choose one of {', '.join(available)} or auto")
-  if (op, target, backend) not in _logged:
-    _logged.add((op, target, backend))
-    logging.getLogger("jaxllm").info("%s on %s: %s", op, target, backend)
+  else:
+    available = BACKENDS[op][TARGETS[target]]
+  if requested != "auto":
+    if requested not in available:
+      raise ConfigError(f"{op} has no backend {requested!r} on {target}; choose one of {', '.join(available)} or auto")
+    if reason := refuses and refuses(requested, target):
+      raise ConfigError(f"{op} backend {requested!r} cannot compute this call: {reason}")
+    backend, passed = requested, ""
+  else:
+    reasons: dict[str, str | None] = {}
+    for backend in available:
+      reasons[backend] = refuses(backend, target) if refuses else None
+      if reasons[backend] is None:
+        break
+    else:
+      raise ConfigError(f"{op} on {target}: no backend can, {'; '.join(f'{b}: {r}' for b, r in reasons.items())}")
+    passed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+  if target is not None and (op, target, backend, passed) not in _logged:
+    _logged[op, target, backend, passed] = None
+    # Slower than the chip's own kernel is worth a warning; on a CPU "xla" is a fair choice.
+    level = logging.WARNING if passed and TARGETS[target] != "cpu" else logging.INFO
+    logging.getLogger("jaxllm").log(level, "%s on %s: %s%s", op, target, backend, f" ({passed})" if passed else "")
   return backend

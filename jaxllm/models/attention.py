@@ -8,8 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxllm.kernels import backends
-from jaxllm.kernels.flash_attention import Visibility, flash_attention
+from jaxllm.kernels import Visibility, backends, flash_attention
 from jaxllm.models import positions as pos
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
@@ -72,22 +71,12 @@ class KVCache:
     return KVCache(tuple(c.key for c in layers), tuple(c.value for c in layers), length, cross)
 
 
-def attention_backend(c: ModelConfig, compute: Compute, cross: bool = False) -> str:
-  """The backend that can compute this model's (cross-)attention on the target."""
-  special = c.attention_softcap is not None or c.attention_sinks or c.sink_tokens or c.mla
-  special = special or (c.position in ("alibi", "relative") and not cross)
-  gpu = backends.TARGETS.get(compute.target) == "gpu"
-  special = special or (gpu and (cross or compute.dtype == "float32"))
-  requested = "xla" if compute.attention == "auto" and special else compute.attention
-  return backends.choose("attention", requested, compute.target)
-
-
 class Attention(nnx.Module):
   """softmax(q k^T) v with the config's heads, positions, norms and window."""
 
-  def __init__(self, c: ModelConfig, compute: Compute, *, cross: bool = False, rngs):
+  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.c = c
-    self.kernel = attention_backend(c, compute, cross)
+    self.kernel, self.target = compute.attention, compute.target
     backend = backends.choose("matmul", compute.matmul, compute.target)
     self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
     D, H = c.embed_dim, c.head_dim
@@ -139,7 +128,14 @@ class Attention(nnx.Module):
     if cache is None:
       segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
       out = flash_attention(
-        query, key, value, segment_ids=segments, key_positions=place.positions, backend=self.kernel, **options
+        query,
+        key,
+        value,
+        segment_ids=segments,
+        key_positions=place.positions,
+        backend=self.kernel,
+        target=self.target,
+        **options,
       )
     else:
       cache = write_cache(cache, key, value)
@@ -148,6 +144,8 @@ class Attention(nnx.Module):
         cache.key.astype(query.dtype),
         cache.value.astype(query.dtype),
         query_offset=cache.length,
+        backend="auto",  # the requested one may not know caches
+        target=self.target,
         **options,
       )
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
@@ -156,9 +154,6 @@ class Attention(nnx.Module):
 
 class CrossAttention(Attention):
   """softmax(q k^T) v with the keys and values of an encoder's states: no positions, no causal order."""
-
-  def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
-    super().__init__(c, compute, cross=True, rngs=rngs)
 
   def __call__(  # type: ignore[override]
     self, x: Float[Array, "B T D"], place: Placement, cache: KVCache | None = None
@@ -190,7 +185,8 @@ class CrossAttention(Attention):
       segment_ids=segments,
       scale=c.query_scale,
       softcap=c.attention_softcap,
-      backend="xla" if cache is not None else self.kernel,
+      backend=self.kernel if cache is None else "auto",
+      target=self.target,
     )
     return self.output(out.reshape(*out.shape[:2], -1)), cache
 

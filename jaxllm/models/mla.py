@@ -8,9 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
-from jaxllm.kernels.flash_attention import flash_attention
+from jaxllm.kernels.attention import flash_attention
 from jaxllm.models import positions as pos
-from jaxllm.models.attention import KVCache, Placement, attention_backend, write_cache
+from jaxllm.models.attention import KVCache, Placement, write_cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, dense
@@ -28,7 +28,7 @@ class LatentAttention(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.c, self.a = c, c.mla
-    self.kernel = attention_backend(c, compute)
+    self.kernel, self.target = compute.attention, compute.target
     backend = backends.choose("matmul", compute.matmul, compute.target)
     self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
     D, N, R, rank = c.embed_dim, c.num_heads, c.mla.kv_lora_rank, c.mla.q_lora_rank
@@ -71,7 +71,9 @@ class LatentAttention(nnx.Module):
       key = checkpoint_name(constrain(key, "batch", None, "heads", None), "key")
       value = checkpoint_name(constrain(value, "batch", None, "heads", None), "value")
       segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
-      out = flash_attention(query, key, value, segment_ids=segments, scale=scale, backend=self.kernel)
+      out = flash_attention(
+        query, key, value, segment_ids=segments, scale=scale, backend=self.kernel, target=self.target
+      )
     else:
       into_key, out_of_value = (
         dense(matrix.weight.get_value(), x.dtype).reshape(R, N, -1) for matrix in (self.key, self.value)

@@ -5,8 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends
-from jaxllm.kernels.cross_entropy import cross_entropy
+from jaxllm.kernels import backends, cross_entropy
 from jaxllm.models.transformer import Transformer
 
 Batch = dict[str, Array]  # inputs, targets, positions, segment_ids, loss_weights; each [B, T]

@@ -6,7 +6,6 @@ import jax
 
 from jaxllm.data.manifest import Prepared
 from jaxllm.kernels import backends
-from jaxllm.models.attention import attention_backend
 from jaxllm.training import flops
 from jaxllm.training.compile import Program
 from jaxllm.training.config import RunConfig
@@ -33,7 +32,7 @@ def startup_table(
   per_token = flops.row_flops(program.model, *program.row_lengths)
   chip = flops.chip_in_use(compute.dtype)
   kernels = {
-    "attention": attention_backend(program.model, compute),
+    "attention": " and ".join(backends.chosen("attention", compute.target)),
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
     "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
   }

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels import attention_cpu as attention_lib
 from jaxllm.kernels import cpu_ffi, elementwise
-from jaxllm.kernels import cross_entropy as ce_lib
+from jaxllm.kernels import head_loss as ce_lib
 from jaxllm.kernels import matmul as matmul_lib
+from jaxllm.kernels.attention import cpu as attention_lib
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)

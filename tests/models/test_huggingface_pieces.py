@@ -14,7 +14,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa:
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward  # noqa: E402
 
 from jaxllm.interop.families.rope import read_rope  # noqa: E402
-from jaxllm.kernels.flash_attention import Visibility, flash_attention  # noqa: E402
+from jaxllm.kernels import Visibility, flash_attention  # noqa: E402
 from jaxllm.models.positions import alibi_slopes, rope_frequencies  # noqa: E402
 
 LENGTH = "original_max_position_embeddings"

@@ -2,58 +2,29 @@
 
 import functools
 import itertools
-import math
 
+import attention_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 from jaxllm.errors import ConfigError
-from jaxllm.kernels import flash_attention as module
-from jaxllm.kernels.flash_attention import Visibility, flash_attention
+from jaxllm.kernels import Visibility, flash_attention
+from jaxllm.kernels.attention import reference as module
 
 B, N, K, H = 2, 4, 2, 8
 
 
 def visible(v, T, S, offset, segments, positions):
-  """[B, T, S], by the definition."""
-  seen = np.zeros((B, T, S), bool)
-  for b, t, s in itertools.product(range(B), range(T), range(S)):
-    at = t + offset[b]
-    near = v.window is None or abs(at - s) < v.window or positions[b, s] < v.sink_tokens
-    past = s <= at or not v.causal
-    same = segments is None or (segments[b, t] == segments[b, s] != 0)
-    seen[b, t, s] = near and past and same
-  return seen
+  return attention_oracle.visible(
+    v, B, T, S, offset=offset, segments=None if segments is None else (segments, segments), positions=positions
+  )
 
 
-def reference(q, k, v, d_out, seen, offset, scale=None, softcap=None, sinks=None, slopes=None):
-  """(out, dq, dk, dv) in float64, by the softmax's derivative and not by automatic differentiation."""
-  q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-  scale = H**-0.5 if scale is None else scale
-  out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
-  T, S = q.shape[1], k.shape[1]
-  for b, n in itertools.product(range(B), range(N)):
-    g = n // (N // K)
-    raw = scale * q[b, :, n] @ k[b, :, g].T
-    scores, slope_of_cap = raw, 1.0
-    if softcap is not None:
-      scores = softcap * np.tanh(raw / softcap)
-      slope_of_cap = 1 - np.tanh(raw / softcap) ** 2
-    if slopes is not None:
-      scores = scores - slopes[n] * np.abs(np.arange(T)[:, None] + offset[b] - np.arange(S))
-    e = np.where(seen[b], np.exp(scores), 0.0)
-    total = e.sum(-1, keepdims=True) + (0.0 if sinks is None else math.exp(sinks[n]))
-    p = np.divide(e, total, out=np.zeros_like(e), where=total > 0)
-    out[b, :, n] = p @ v[b, :, g]
-    dp = d_out[b, :, n] @ v[b, :, g].T
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * slope_of_cap * scale
-    dq[b, :, n] = ds @ k[b, :, g]
-    dk[b, :, g] += ds.T @ q[b, :, n]
-    dv[b, :, g] += p.T @ d_out[b, :, n]
-  return out, dq, dk, dv
+def reference(q, k, v, d_out, seen, offset, **options):
+  r = attention_oracle.attention(q, k, v, d_out, seen, offset=offset, **options)
+  return r.out, r.d_query, r.d_key, r.d_value
 
 
 def arrays(T, S, seed=0):
@@ -63,7 +34,7 @@ def arrays(T, S, seed=0):
 
 
 def ours(q, k, v, d_out, **options):
-  @oracle.jit
+  @jax.jit
   def run(q, k, v):
     out, pull = jax.vjp(functools.partial(flash_attention, **options), q, k, v)
     return out, *pull(d_out)
@@ -134,6 +105,38 @@ def test_queries_at_an_offset(block, monkeypatch):
   compare(got, want)
 
 
+@pytest.mark.parametrize("block", [512, 8])
+def test_log_sum_exp_and_sinks_gradient(block, monkeypatch):
+  monkeypatch.setattr(module, "QUERY_BLOCK", block)
+  T = 21
+  segments, _ = packed(T)
+  q, k, v, d_out = arrays(T, T)
+  d_lse = np.random.default_rng(1).standard_normal((B, N, T)).astype(np.float32)
+  seen = visible(Visibility(), T, T, None, segments, None)
+  d_lse[~seen.any(-1)[:, None].repeat(N, 1)] = 0
+  want = attention_oracle.attention(q, k, v, d_out, seen, d_lse=d_lse, sinks=SINKS)
+  pair = (jnp.asarray(segments), jnp.asarray(segments))
+
+  @jax.jit
+  def run(q, k, v, sinks):
+    call = lambda q, k, v, sinks: flash_attention(q, k, v, segment_ids=pair, sinks=sinks, return_lse=True)  # noqa: E731
+    (out, lse), pull = jax.vjp(call, q, k, v, sinks)
+    return out, lse, *pull((d_out, d_lse))
+
+  got = run(q, k, v, jnp.asarray(SINKS, jnp.float32))
+  compare(got[:1] + got[2:5], (want.out, want.d_query, want.d_key, want.d_value))
+  np.testing.assert_allclose(got[1], want.lse, atol=2e-6)
+  np.testing.assert_allclose(got[5], want.d_sinks, atol=2e-5)
+
+
+@pytest.mark.parametrize("block", [512, 8])
+def test_prefix(block, monkeypatch):
+  monkeypatch.setattr(module, "QUERY_BLOCK", block)
+  T, prefix = 21, np.array([0, 9])
+  seen = attention_oracle.visible(Visibility(), B, T, T, prefix=prefix)
+  compare(ours(*arrays(T, T), prefix_lengths=jnp.asarray(prefix)), reference(*arrays(T, T), seen, None))
+
+
 def test_ragged_length_beyond_a_block():
   T = 700
   segments, positions = packed(T)
@@ -199,5 +202,5 @@ def test_16_bit_inputs_have_a_float32_softmax():
 @pytest.mark.parametrize("backend", ["cpu", "cudnn"])
 def test_backend_that_cannot_raises(backend, options):
   q, k, v, _ = arrays(4, 4)
-  with pytest.raises(ConfigError, match=f"'{backend}' computes plain self-attention only"):
+  with pytest.raises(ConfigError, match=f"'{backend}' cannot compute this call: no "):
     flash_attention(q, k, v, backend=backend, **options)

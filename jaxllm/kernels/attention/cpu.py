@@ -15,8 +15,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels.attention.options import Options
 
 CACHE_BYTES = 4 << 20  # scores of one head group in the XLA form should fit the second-level caches
+
+
+def attention(
+  query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
+) -> Float[Array, "B T N H"]:
+  """Plain attention: causal order, window and segments only."""
+  segment_ids = None if options.query_segments is None else (options.query_segments, options.key_segments)
+  v = options.visibility
+  return attention_cpu(
+    query, key, value, causal=v.causal, window=v.window, segment_ids=segment_ids, scale=options.scale
+  )
 
 
 def attention_cpu(

@@ -1,0 +1,151 @@
+"""`flash_attention`: one function, every masking option, named backends."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import backends
+from jaxllm.kernels.attention import reference
+from jaxllm.kernels.attention.options import Options, Visibility
+
+
+def flash_attention(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  *,
+  visibility: Visibility = Visibility(),
+  query_offset: Int[Array, " B"] | None = None,
+  segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+  key_positions: Int[Array, "B S"] | None = None,
+  prefix_lengths: Int[Array, " B"] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  alibi_slopes: Float[Array, " N"] | None = None,
+  bias: Float[Array, "#B N T S"] | None = None,
+  return_lse: bool = False,
+  backend: str = "xla",
+  target: str | None = None,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+  """softmax(scale * query key^T + bias) value over the keys that each query may see.
+
+  Query head n reads key head n // G. The softmax runs in float32. A query that sees no key gives zeros.
+  Hidden keys and values never reach a result or a gradient, as long as they are finite; those of segment 0
+  may be anything, NaN included. (Slots of a cache past its length are not cleaned, because that would copy
+  the cache at every step: whoever hands on a row that may hold NaN zeroes it.)
+
+  Args:
+    query_offset: index of the first query among the keys, for each row (0 by default); a cached step
+      passes the number of keys that came before.
+    segment_ids: (of queries, of keys); tokens see only their own segment, and segment 0 is padding that
+      nobody sees.
+    key_positions: position of each key in its document, needed for `sink_tokens`.
+    prefix_lengths: keys at indices below a row's are seen by all its queries, whatever the order (prefix-LM,
+      arXiv 1910.10683 section 3.2.1).
+    scale: of the scores, H ** -0.5 by default.
+    softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv 2408.00118).
+    sinks: a logit per head that joins the softmax and carries no value (gpt-oss, arXiv 2508.10925).
+    alibi_slopes: scores lose slope * distance (Press et al., arXiv 2108.12409); constants, without gradient.
+    bias: added to the scores (T5's relative positions).
+    return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink
+      included; -inf where a query sees nothing. Differentiable too.
+    backend: a name of `backends.BACKENDS["attention"]`, or "auto": the first that can, for `target`.
+    target: the chip; None together with a backend's name takes that backend without asking the table.
+
+  Raises:
+    ConfigError: the backend cannot compute what is asked.
+  """
+  N, K = query.shape[2], key.shape[2]
+  if N % K or value.shape[:3] != key.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    raise ConfigError(
+      f"attention takes query [B, T, N, H], key and value [B, S, K, H] with N a multiple of K; "
+      f"these are {query.shape}, {key.shape}, {value.shape}"
+    )
+  options = Options(
+    visibility,
+    float(query.shape[-1] ** -0.5 if scale is None else scale),
+    softcap,
+    query_offset,
+    *((None, None) if segment_ids is None else segment_ids),
+    key_positions if visibility.sink_tokens else None,
+    prefix_lengths,
+    None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
+    sinks,
+  )
+  refuses = functools.partial(_refuses, query, key, value, options, bias, return_lse)
+  backend = backends.choose("attention", backend, target, refuses)
+  if segment_ids is not None:  # probability 0 times NaN is NaN, so padding is cleared and not only masked
+    real_query, real_key = (ids[:, :, None, None] != 0 for ids in segment_ids)
+    query = jnp.where(real_query, query, 0)
+    key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
+  if backend in ("cpu", "cudnn"):
+    out, lse = (
+      importlib.import_module(f"jaxllm.kernels.attention.{backend}").attention(query, key, value, options),
+      None,
+    )
+  elif backend == "xla":
+    out, lse = reference.attention(query, key, value, options, bias)
+  else:
+    out, lse = _pallas(backend, target, query, key, value, options)
+  return (out, lse) if return_lse else out
+
+
+def _refuses(query, key, value, options, bias, return_lse, backend, target) -> str | None:
+  """Why a backend cannot compute this call, or None."""
+  if backend == "xla":
+    return None
+  asked = options.asked | ({"bias"} if bias is not None else set()) | ({"lse"} if return_lse else set())
+  T, S, H = query.shape[1], key.shape[1], query.shape[3]
+  if backend in ("cpu", "cudnn"):
+    if unable := asked - {"causal", "window", "segment_ids"}:
+      return f"no {', '.join(sorted(unable))}"
+    whole = not options.visibility.causal and options.visibility.window is None
+    if T != S and not (backend == "cpu" and whole):
+      return "queries and keys of one length only"
+    if backend == "cudnn" and query.dtype.itemsize != 2:
+      return f"16 bits only, not {query.dtype}"
+    if value.shape[3] != H:
+      return "keys and values of one head dim only"
+    return None
+  if "bias" in asked:
+    return "no bias"
+  if value.shape[3] != H:
+    return "keys and values of one head dim only"
+  return importlib.import_module(f"jaxllm.kernels.attention.{backend}").refuses(query, key, options, target)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pallas(backend, target, query, key, value, options):
+  """(out, lse) by the forward kernel of a Pallas backend."""
+  module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
+  return module.forward(query, key, value, options, target)
+
+
+def _pallas_forward(backend, target, query, key, value, options):
+  out, lse = _pallas(backend, target, query, key, value, options)
+  return (out, lse), (query, key, value, options, out, lse)
+
+
+def _pallas_backward(backend, target, saved, cotangents):
+  query, key, value, options, out, lse = saved
+  d_out, d_lse = cotangents
+  # Row t of the scores' gradient is p * (d_out value^T - delta): a gradient of lse itself enters here only.
+  delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32) - d_lse
+  module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
+  d_query, d_key, d_value = module.backward(query, key, value, options, lse, d_out, delta, target)
+  d_options = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jax.dtypes.float0 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype), options
+  )
+  if options.sinks is not None:
+    share = jnp.exp(options.sinks.astype(jnp.float32)[None, :, None] - lse)  # the sink's probability
+    d_options = dataclasses.replace(d_options, sinks=(-share * delta).sum((0, 2)).astype(options.sinks.dtype))
+  return d_query, d_key, d_value, d_options
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
