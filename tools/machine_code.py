@@ -20,10 +20,10 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.parallel.topologies import GPUS, gpu_mesh, tpu_mesh  # noqa: E402
+from jaxllm.parallel.topologies import GPUS, gpu_mesh, tpu_mesh
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block of Hopper may have
 
