@@ -8,12 +8,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxllm.kernels import Visibility, backends, flash_attention
+from jaxllm.kernels import Visibility, backends
 from jaxllm.models import positions as pos
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.norms import Norm
+from jaxllm.parallel.attention import attention
 from jaxllm.parallel.sharding import constrain
 
 
@@ -127,7 +128,7 @@ class Attention(nnx.Module):
     )
     if cache is None:
       segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
-      out = flash_attention(
+      out = attention(
         query,
         key,
         value,
@@ -139,7 +140,7 @@ class Attention(nnx.Module):
       )
     else:
       cache = write_cache(cache, key, value)
-      out = flash_attention(
+      out = attention(
         query,
         cache.key.astype(query.dtype),
         cache.value.astype(query.dtype),
@@ -177,7 +178,7 @@ class CrossAttention(Attention):
         ones(query) if place.segment_ids is None else place.segment_ids,
         ones(key) if segment_ids is None else segment_ids,
       )
-    out = flash_attention(
+    out = attention(
       query,
       key.astype(query.dtype),
       value.astype(query.dtype),

@@ -8,13 +8,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
-from jaxllm.kernels.attention import flash_attention
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement, write_cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, dense
 from jaxllm.models.norms import Norm
+from jaxllm.parallel.attention import attention
 from jaxllm.parallel.sharding import constrain
 
 
@@ -71,9 +71,7 @@ class LatentAttention(nnx.Module):
       key = checkpoint_name(constrain(key, "batch", None, "heads", None), "key")
       value = checkpoint_name(constrain(value, "batch", None, "heads", None), "value")
       segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
-      out = flash_attention(
-        query, key, value, segment_ids=segments, scale=scale, backend=self.kernel, target=self.target
-      )
+      out = attention(query, key, value, segment_ids=segments, scale=scale, backend=self.kernel, target=self.target)
     else:
       into_key, out_of_value = (
         dense(matrix.weight.get_value(), x.dtype).reshape(R, N, -1) for matrix in (self.key, self.value)
@@ -82,7 +80,9 @@ class LatentAttention(nnx.Module):
       both = jnp.concatenate([latent[:, :, None], shared], axis=-1)
       cache = write_cache(cache, both, both[..., :0])
       key = cache.key.astype(x.dtype)
-      out = flash_attention(query, key, key[..., :R], query_offset=cache.length, scale=scale)
+      out = attention(
+        query, key, key[..., :R], query_offset=cache.length, scale=scale, backend="auto", target=self.target
+      )
       out = jnp.einsum("BTNR,RNH->BTNH", out, out_of_value)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache

@@ -82,7 +82,7 @@ def test_data_fsdp_tensor(data, fsdp, tensor, capfd):
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)])
 def test_init(sizes):
   """The same weights on every mesh, each made where it lives."""
-  mesh = make_mesh(MeshConfig(**({"data": 1} | sizes)))
+  mesh = make_mesh(MeshConfig(**sizes))
   params = init_params(C, jax.random.key(0), mesh)
   want = single_device()[0]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-7), params, want)
@@ -160,3 +160,50 @@ def test_shared_key_heads_may_be_kept_whole():
 def test_mesh_that_does_not_fit_the_devices(sizes, message):
   with pytest.raises(ConfigError, match=message):
     make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(window=5, segments=True, sinks=True),
+    dict(position="alibi"),
+    dict(position="relative"),
+    dict(offset=True),
+    dict(rows=3),
+    dict(rules=dataclasses.replace(RULES, kv_heads=())),
+  ],
+  ids=["packed", "alibi", "bias", "offset", "few rows", "whole key heads"],
+)
+@pytest.mark.parametrize("sizes", [dict(tensor=2, context=2), dict(tensor=4), dict(context=4)], ids=str)
+def test_attention_by_shards(sizes, options):
+  """On accelerators every device runs the kernel on its own part; here that kernel is XLA's."""
+  from jaxllm.kernels import Visibility, flash_attention
+  from jaxllm.parallel.attention import attention
+
+  rng = np.random.default_rng(0)
+  B, T, N, K = options.get("rows", 8), 16, 8, 2 if "rules" in options else 4
+  S = 24 if options.get("offset") else T
+  q, k, v = (jnp.asarray(rng.standard_normal((B, n, h, 8)), jnp.float32) for n, h in ((T, N), (S, K), (S, K)))
+  call = dict(visibility=Visibility(window=options.get("window")), backend="xla", target="h100")
+  if "segments" in options:
+    ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), axis=1))
+    call["segment_ids"] = (ids, ids)
+  if "sinks" in options:
+    call["sinks"] = jnp.arange(N, dtype=jnp.float32)
+  if options.get("position") == "alibi":
+    call["alibi_slopes"] = jnp.arange(N) / 4
+  if options.get("position") == "relative":
+    call["bias"] = jnp.asarray(rng.standard_normal((1, N, T, S)), jnp.float32)
+  if "offset" in options:
+    call["query_offset"] = jnp.arange(B)
+  mesh = make_mesh(MeshConfig(**sizes))
+
+  def loss(q, k, v, attend):
+    return (attend(q, k, v, **call) ** 2).sum()
+
+  def on_mesh(q, k, v):
+    with activation_sharding(mesh, options.get("rules", RULES)):
+      return jax.value_and_grad(loss, (0, 1, 2))(q, k, v, attention)
+
+  want = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, flash_attention)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), jax.jit(on_mesh)(q, k, v), want)

@@ -67,16 +67,18 @@ def flash_attention(
       f"attention takes query [B, T, N, H], key and value [B, S, K, H] with N a multiple of K; "
       f"these are {query.shape}, {key.shape}, {value.shape}"
     )
+  query_segments, key_segments = (None, None) if segment_ids is None else segment_ids
   options = Options(
-    visibility,
-    float(query.shape[-1] ** -0.5 if scale is None else scale),
-    softcap,
-    query_offset,
-    *((None, None) if segment_ids is None else segment_ids),
-    key_positions if visibility.sink_tokens else None,
-    prefix_lengths,
-    None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
-    sinks,
+    visibility=visibility,
+    scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+    softcap=softcap,
+    query_offset=query_offset,
+    query_segments=query_segments,
+    key_segments=key_segments,
+    key_positions=key_positions if visibility.sink_tokens else None,
+    prefix_lengths=prefix_lengths,
+    alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
+    sinks=sinks,
   )
   refuses = functools.partial(_refuses, query, key, value, options, bias, return_lse)
   backend = backends.choose("attention", backend, target, refuses)
@@ -93,7 +95,7 @@ def flash_attention(
     out, lse = reference.attention(query, key, value, options, bias)
   else:
     out, lse = _pallas(backend, target, query, key, value, options)
-  return (out, lse) if return_lse else out
+  return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
 def _refuses(query, key, value, options, bias, return_lse, backend, target) -> str | None:

@@ -5,6 +5,7 @@ Shape letters: B batch, T queries, S keys, N query heads, K key/value heads, G =
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def visible(
       "key_segments", "key_positions", and "prefix_length" (a scalar). Those that the options leave out may be missing.
   """
   v = options.visibility
-  seen: Array | bool = True
+  seen: Any = True
   if v.window is not None:
     seen = (query_index - key_index < v.window) & (key_index - query_index < v.window)
     if v.sink_tokens:
