@@ -5,7 +5,7 @@
     python tools/bench_kernels.py --list                # what would run
 
 Each side runs on the same random inputs; its error is against float64 on a part of the result. Times are medians of at
-least 20 calls (--calls), twice; on NVIDIA they are the kernels' own time (CUPTI), elsewhere the wall clock around a finished
+least 20 calls (--calls), twice; on NVIDIA they are the own time of the kernels (CUPTI), elsewhere the wall clock of a
 call. Percentages are of what this device was measured to do in the same run: a matrix product and a copy. Writes
 OUT.json and OUT.png.
 """
