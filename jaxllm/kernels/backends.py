@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 
+import jax
+
 from jaxllm.errors import ConfigError
 
 # Chip -> family. The chip comes from the mesh or the config, never from the machine that compiles.
@@ -34,6 +36,9 @@ BACKENDS = {
   "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
   "cross_entropy": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
 }
+
+# Backends whose kernels are written for this or later versions of jax.
+LEAST_JAX = {"mosaic_gpu": (0, 11), "pallas_tpu": (0, 11)}
 
 _logged: dict[tuple[str, str, str, str], None] = {}  # in order
 
@@ -90,13 +95,13 @@ def choose(
   if requested != "auto":
     if requested not in available:
       raise ConfigError(f"{op} has no backend {requested!r} on {target}; choose one of {', '.join(available)} or auto")
-    if reason := refuses and refuses(requested, target):
+    if reason := _reason(requested, target, refuses):
       raise ConfigError(f"{op} backend {requested!r} cannot compute this call: {reason}")
     backend, passed = requested, ""
   else:
     reasons: dict[str, str | None] = {}
     for backend in available:
-      reasons[backend] = refuses(backend, target) if refuses else None
+      reasons[backend] = _reason(backend, target, refuses)
       if reasons[backend] is None:
         break
     else:
@@ -108,3 +113,10 @@ def choose(
     level = logging.WARNING if passed and TARGETS[target] != "cpu" else logging.INFO
     logging.getLogger("jaxllm").log(level, "%s on %s: %s%s", op, target, backend, f" ({passed})" if passed else "")
   return backend
+
+
+def _reason(backend, target, refuses) -> str | None:
+  """Why a backend cannot compute a call, or None."""
+  if (least := LEAST_JAX.get(backend)) and tuple(int(n) for n in jax.__version__.split(".")[:2]) < least:
+    return f"needs jax {'.'.join(map(str, least))}, this is {jax.__version__}"
+  return refuses(backend, target) if refuses else None
