@@ -223,7 +223,171 @@ def _tokamax_cross_entropy(x, head, targets):
   return tokamax.linear_softmax_cross_entropy_loss(x[0], targets[0], head, reduction="sum")
 
 
+# ---------------------------------------------------------------- quantized matmul
+
+
+def quantized_matmul(M, D, F, format, *, group_size=None, dtype=jnp.bfloat16, backward=False) -> Case:
+  """Activations times a quantized weight; the bar is the dense product, whose weight is 2 to 4 times as large."""
+  x, dense = SDS((M, D), dtype), SDS((D, F), dtype)
+  quantize = functools.partial(kernels.quantize, format=format, group_size=group_size)
+  weight = jax.eval_shape(quantize, SDS((D, F), jnp.float32))
+  dy = SDS((M, F), dtype)
+
+  def make(rng):
+    w = jnp.asarray(rng.standard_normal((D, F), dtype=np.float32) * D**-0.5)
+    rows = jnp.asarray(rng.standard_normal((M, F if backward else D), dtype=np.float32), dtype)
+    return rows, quantize(w), w.astype(dtype)
+
+  def ours(backend, target):
+    multiply = functools.partial(kernels.quantized_matmul, backend=backend, target=target)
+    if backward:  # of a linear function, at any point
+      return lambda dy, weight, _: jax.vjp(lambda x: multiply(x, weight), jnp.zeros((M, D), dtype))[1](dy)[0]
+    return lambda x, weight, _: multiply(x, weight)
+
+  def oracle(inputs, result):
+    rows, weight, _ = inputs
+    w = np.asarray(kernels.dequantize(weight), np.float64)
+    part = slice(0, 64)
+    if backward:
+      return np.asarray(result[part], np.float64), np.asarray(rows[part], np.float64) @ w.T
+    return np.asarray(result[part], np.float64), np.asarray(rows[part], np.float64) @ w
+
+  stored = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(weight))
+  return Case(
+    op="quantized_matmul",
+    name=f"M{M} {D}x{F} {format}{f' g{group_size}' if group_size else ''}{' dx' if backward else ''}",
+    inputs=(dy if backward else x, weight, dense),
+    ours=ours,
+    others={f"dense {jnp.dtype(dtype).name}": lambda x, _, w: x @ (w.T if backward else w)},
+    oracle=oracle,
+    flops=2 * M * D * F,
+    bytes=stored + (x.size + dy.size) * jnp.dtype(dtype).itemsize,
+    backends=("mosaic_gpu", "pallas_tpu", "cpu", "xla"),
+    make=make,
+  )
+
+
+# ---------------------------------------------------------------- paged attention
+
+
+def paged_attention(B, length, N, K, H, *, page_size=64, new=1, dtype="bfloat16") -> Case:
+  """`new` tokens of each of B sequences that hold `length` tokens, in pages that lie anywhere."""
+  count = -(-length // page_size)
+  pages = jax.eval_shape(functools.partial(kernels.KVPages.zeros, B * count, page_size, K, H, dtype))
+  query, table = SDS((B * new, N, H), jnp.bfloat16), SDS((B, count), jnp.int32)
+
+  def make(rng):
+    def draw(x):
+      values = rng.standard_normal(x.shape, dtype=np.float32)
+      if x.dtype == jnp.int8:
+        return jnp.asarray(np.clip(40 * values, -127, 127), jnp.int8)
+      return jnp.asarray(np.abs(values) / 40 if x.dtype == jnp.float32 else values, x.dtype)
+
+    places = jnp.asarray(rng.permutation(B * count).reshape(B, count), jnp.int32)
+    return draw(query), jax.tree.map(draw, pages), places
+
+  def ours(backend, target):
+    def attend(q, pages, table):
+      lengths, starts = jnp.full(B, length, jnp.int32), jnp.arange(B + 1, dtype=jnp.int32) * new
+      return kernels.paged_attention(
+        q, pages, table, lengths, None if new == 1 else starts, backend=backend, target=target
+      )
+
+    return attend
+
+  def gathered(q, pages, table):
+    """All pages of a sequence copied side by side, then jax's own attention."""
+    whole = lambda x: jnp.swapaxes(x[table], 2, 3).reshape(B, count * page_size, K, H)[:, :length]  # noqa: E731
+    scaled = lambda x, s: x if s is None else (x * s[..., None]).astype(jnp.bfloat16)  # noqa: E731
+    k, v = whole(scaled(pages.keys, pages.key_scales)), whole(scaled(pages.values, pages.value_scales))
+    out = jax.nn.dot_product_attention(q.reshape(B, new, N, H), k, v, is_causal=False)
+    return out.reshape(B * new, N, H)
+
+  def oracle(inputs, result):
+    q, pages, table = inputs
+    keys, values = (np.asarray(x[table[0], 0], np.float64).reshape(-1, H)[:length] for x in (pages.keys, pages.values))
+    if pages.key_scales is not None:
+      scales = (
+        np.asarray(s[table[0], 0], np.float64).reshape(-1, 1)[:length] for s in (pages.key_scales, pages.value_scales)
+      )
+      keys, values = (x * s for x, s in zip((keys, values), scales))
+    scores = keys @ np.asarray(q[new - 1, 0], np.float64) * H**-0.5  # the last new token sees all
+    p = np.exp(scores - scores.max())
+    return np.asarray(result[new - 1, 0], np.float64), p / p.sum() @ values
+
+  stored = sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(pages))
+  return Case(
+    op="paged_attention",
+    name=f"B{B} of {length}, {new} new, N{N} K{K} H{H} pages of {page_size} {dtype}",
+    inputs=(query, pages, table),
+    ours=ours,
+    others={"gathered, jax.nn": gathered} if new == 1 else {},
+    oracle=oracle,
+    flops=4 * B * new * length * N * H,
+    bytes=stored + 2 * query.size * 2,
+    backends=("mosaic_gpu", "pallas_tpu", "xla"),
+    make=make,
+  )
+
+
+# ---------------------------------------------------------------- grouped matmul
+
+
+def grouped_matmul(M, E, D, F, *, dtype=jnp.bfloat16, gradient=None) -> Case:
+  """M rows sorted by expert times their experts' matrices; `gradient`: "x" or "weights"."""
+  x, w, dy, sizes = SDS((M, D), dtype), SDS((E, D, F), dtype), SDS((M, F), dtype), SDS((E,), jnp.int32)
+
+  def make(rng):
+    draw = lambda s: jnp.asarray(rng.standard_normal(s.shape, dtype=np.float32) * D**-0.5, dtype)  # noqa: E731
+    shares = rng.dirichlet(np.full(E, 4.0))
+    return draw(x), draw(w), draw(dy), jnp.asarray(rng.multinomial(M, shares), jnp.int32)
+
+  def of(multiply):
+    def run(x, w, dy, sizes):
+      if gradient is None:
+        return multiply(x, w, sizes)
+      if gradient == "x":
+        return jax.vjp(lambda x: multiply(x, w, sizes), x)[1](dy)[0]
+      return jax.vjp(lambda w: multiply(x, w, sizes), w)[1](dy)[0]
+
+    return run
+
+  def ours(backend, target):
+    return of(functools.partial(kernels.grouped_matmul, backend=backend, target=target))
+
+  def megablox(x, w, sizes):
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    return gmm(x, w, sizes, preferred_element_type=dtype, tiling=(min(512, M), min(512, D), min(512, F)))
+
+  def oracle(inputs, result):
+    x, w, dy, sizes = inputs
+    first = min(int(sizes[0]), 256)
+    if gradient == "weights" or not first:
+      return None
+    a, b = (x, np.asarray(w[0], np.float64)) if gradient is None else (dy, np.asarray(w[0], np.float64).T)
+    return np.asarray(result[:first], np.float64), np.asarray(a[:first], np.float64) @ b
+
+  others: dict[str, Callable] = {"jax ragged_dot": of(jax.lax.ragged_dot)}
+  others["jax megablox"] = of(megablox)
+  return Case(
+    op="grouped_matmul",
+    name=f"M{M} E{E} {D}x{F} {jnp.dtype(dtype).name}{f' d{gradient}' if gradient else ''}",
+    inputs=(x, w, dy, sizes),
+    ours=ours,
+    others=others,
+    oracle=oracle,
+    flops=2 * M * D * F,
+    bytes=(x.size + dy.size + w.size) * jnp.dtype(dtype).itemsize,
+    backends=("mosaic_gpu", "pallas_tpu", "cpu", "xla"),
+    make=make,
+  )
+
+
 # ---------------------------------------------------------------- the table
+
+
+FORMATS = (("int8", None), ("int4", 128), ("nf4", 64), ("int8_dynamic", None), ("fp8", None), ("fp8_dynamic", None))
 
 
 def cases(family: str) -> list[Case]:
@@ -236,6 +400,9 @@ def cases(family: str) -> list[Case]:
       cross_entropy(2048, 384, 8192, dtype=jnp.float32),
       cross_entropy(2048, 384, 32768, dtype=jnp.float32),
       cross_entropy(2048, 384, 32768),
+      *(quantized_matmul(M, 2048, 8192, f, group_size=g, dtype=jnp.float32) for M in (1, 64) for f, g in FORMATS[:4]),
+      paged_attention(8, 1024, 8, 4, 64),
+      *(grouped_matmul(2048, 8, 384, 1024, dtype=jnp.float32, gradient=g) for g in (None, "x", "weights")),
     ]
   return [
     *(attention(32768 // T, T, 32, 8, 128, backward=b) for b in (False, True) for T in (1024, 4096, 16384)),
@@ -246,4 +413,13 @@ def cases(family: str) -> list[Case]:
     attention(8, 4096, 16, 8, 256, softcap=50.0),
     *(cross_entropy(8192, D, V) for D, V in ((2048, 32768), (4096, 128256), (2048, 151936))),
     cross_entropy(8192, 4096, 128256, backward=False),
+    *(quantized_matmul(M, 4096, 14336, f, group_size=g) for f, g in FORMATS for M in (1, 16, 256, 4096)),
+    *(quantized_matmul(4096, 4096, 14336, f, group_size=g, backward=True) for f, g in FORMATS[:3]),
+    *(paged_attention(B, 8192, 32, 8, 128, dtype=d) for d in ("bfloat16", "int8") for B in (1, 64)),
+    paged_attention(8, 8192, 32, 8, 128, new=512),
+    *(
+      grouped_matmul(M, E, D, F, gradient=g)
+      for M, E, D, F in ((16384, 8, 4096, 14336), (32768, 128, 2048, 768))
+      for g in (None, "x", "weights")
+    ),
   ]
