@@ -92,7 +92,7 @@ def flash_attention(
       None,
     )
   elif backend == "xla":
-    out, lse = reference.attention(query, key, value, options, bias)
+    out, lse = reference.attention(query, key, value, options, bias, target)
   else:
     out, lse = _pallas(backend, target, query, key, value, options)
   return (out, lse) if return_lse else out  # type: ignore[return-value]

@@ -1,13 +1,23 @@
 """Attention in plain JAX, query block by query block: what every other backend is measured against."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.attention.options import Options, visible
 
 MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 QUERY_BLOCK = 512  # queries whose scores are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """queries: of a block, whose scores are held at once."""
+
+  queries: int
 
 
 def attention(
@@ -16,21 +26,23 @@ def attention(
   value: Float[Array, "B S K H"],
   options: Options,
   bias: Float[Array, "#B N T S"] | None = None,
+  target: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result and the log-sum-exp of the scores; differentiable in everything, slopes and bias too."""
   B, length = query.shape[:2]
   offset = jnp.zeros(B, jnp.int32) if options.query_offset is None else options.query_offset
-  if length <= QUERY_BLOCK:
+  tiles = tuning.tiles("attention_xla", target, Tiles(QUERY_BLOCK), dtype=query.dtype.name)
+  if length <= tiles.queries:
     return _dense(query, key, value, options, offset, options.query_segments, bias)
 
   # Longer than a block: queries go block by block and scores are recomputed in the backward pass, so
   # that memory grows with T and not with T * S.
-  pad = -length % QUERY_BLOCK
-  blocks = (length + pad) // QUERY_BLOCK
+  pad = -length % tiles.queries
+  blocks = (length + pad) // tiles.queries
 
   def in_blocks(x):
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, tiles.queries, *x.shape[2:]), 1, 0)
 
   @jax.checkpoint
   def one(block):
@@ -40,7 +52,7 @@ def attention(
 
   segments = None if options.query_segments is None else in_blocks(options.query_segments)
   bias_rows = None if bias is None else in_blocks(jnp.moveaxis(bias, 2, 1))
-  starts = jnp.arange(blocks) * QUERY_BLOCK
+  starts = jnp.arange(blocks) * tiles.queries
   out, lse = jax.lax.map(one, (in_blocks(query), starts, segments, bias_rows))
   out = jnp.moveaxis(out, 0, 1).reshape(B, length + pad, query.shape[2], -1)[:, :length]
   return out, jnp.moveaxis(lse, 0, 2).reshape(B, query.shape[2], length + pad)[:, :, :length]
