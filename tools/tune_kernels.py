@@ -110,7 +110,7 @@ def compiles(case: Case, op: str, backend: str, fields, target: str) -> None:
 
   for candidate in candidates(fields):
     with tuning.trying(op, candidate):
-      function = lambda *arguments: case.ours(backend, target)(*arguments)  # noqa: B023, E731
+      function = lambda *arguments: case.ours(backend, target)(*arguments)  # noqa: E731
       try:
         if target in machine_code.GPUS:
           for kernel in machine_code.compile_gpu(function, case.inputs, target)[1]:
