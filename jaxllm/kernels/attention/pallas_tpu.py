@@ -61,11 +61,11 @@ def forward(
     _forward_kernel,
     "attention_forward",
     {"query": (query, "query"), "key": (key, "key"), "value": (value, "key")},
-    results=[((query.shape, query.dtype), "query"), (((B, N, 1, T), jnp.float32), "query")],
+    results=[((query.shape, query.dtype), "query"), (((B, N, T), jnp.float32), "query")],
     scratch=[(rows, LANES), (rows, LANES), (rows, H)],
     products=2,
   )
-  return jnp.swapaxes(out, 1, 2), lse[:, :, 0]
+  return jnp.swapaxes(out, 1, 2), lse
 
 
 def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):

@@ -36,8 +36,8 @@ def backward(
   operands = {
     "query": (query, "query"),
     "d_out": (d_out, "query"),
-    "lse": (lse[:, :, None], "query"),
-    "delta": (delta.astype(jnp.float32)[:, :, None], "query"),
+    "lse": (lse, "query"),
+    "delta": (delta.astype(jnp.float32), "query"),
     "key": (key, "key"),
     "value": (value, "key"),
   }

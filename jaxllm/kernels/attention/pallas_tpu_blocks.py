@@ -23,15 +23,15 @@ def place(entry):
 
 
 def depends_on_data(options: Options) -> bool:
-  """Must each row of the batch have its own list?"""
+  """May rows of the batch have lists of their own?"""
   arrays = (options.query_offset, options.query_segments, options.prefix_lengths, options.key_positions)
   return any(array is not None for array in arrays)
 
 
 def pairs(
   options: Options, T: int, S: int, block_q: int, block_k: int, keys_outside: bool
-) -> tuple[Int[Array, " entries"], int, int | Int[Array, ""]]:
-  """The list of each row of the batch, one after the other; entries of one row; steps that some row needs.
+) -> tuple[Int[Array, "rows entries"], int | Int[Array, ""]]:
+  """The list of each row of the batch (one row, if all are alike), and the steps that some row needs.
 
   Pairs of one query block (of one key block, if keys_outside) follow each other, between FIRST and LAST; a block that
   sees nothing has one entry without RUN, so that its result is written too. MASK: some of the pair's scores are hidden.
@@ -63,7 +63,7 @@ def pairs(
   run, unmasked = (xp.take_along_axis(x.reshape(rows, -1), order, 1) for x in (some, every))
   flags = FIRST * first + LAST * last + RUN * run + MASK * (run & ~unmasked)
   i, j = (to, at) if keys_outside else (at, to)
-  return jnp.asarray(flags * real + (i << 4) + (j << 18), jnp.int32).reshape(-1), length, steps
+  return jnp.asarray(flags * real + (i << 4) + (j << 18), jnp.int32), steps
 
 
 def extremes(

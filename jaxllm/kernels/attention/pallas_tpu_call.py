@@ -85,27 +85,27 @@ class Call:
   def run(self, kernel, name, operands, results, scratch, products):
     """One pallas_call of `kernel(step, refs, *result refs, *scratch refs)`.
 
-    operands: name -> (array, "query" or "key"), arrays [B, heads or 1, length, H] or, of one number for each token,
-    [B, heads or 1, 1, length]. results: ((shape, dtype), "query" or "key"). products: matrix products for each pair.
+    operands: name -> (array, "query" or "key"); arrays are [B, heads or 1, length, H] or, with one number for each
+    token, [B, heads or 1, length]. results: ((shape, dtype), "query" or "key"). products: matrix products for a pair.
     """
     o, t = self.options, self.tiles
-    table, length, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside)
-    length = length if blocks.depends_on_data(o) else 0  # 0: rows of the batch share the list
+    table, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside)
+    length = table.shape[1] if table.shape[0] > 1 else 0  # 0: rows of the batch share the list
     fields = {"offset": o.query_offset, "prefix": o.prefix_lengths, "slopes": o.alibi_slopes, "sinks": o.sinks}
-    scalars = {"pairs": table, **{field: array for field, array in fields.items() if array is not None}}
+    scalars = {"pairs": table.reshape(-1), **{field: array for field, array in fields.items() if array is not None}}
     rows = {
       "query_segments": (o.query_segments, "query"),
       "key_segments": (o.key_segments, "key"),
       "key_positions": (o.key_positions, "key"),
     }
-    rows = {field: (array[:, None, None], side) for field, (array, side) in rows.items() if array is not None}
+    rows = {field: (array[:, None], side) for field, (array, side) in rows.items() if array is not None}
     operands = operands | rows
     # Numbers of the tokens that stay come as a row and are turned upright once, then kept for every lane.
     outside, block = ("key", t.block_k) if self.keys_outside else ("query", t.block_q)
     upright = {
       field: pltpu.VMEM((block, LANES), array.dtype)
       for field, (array, side) in operands.items()
-      if side == outside and array.shape[2] == 1
+      if side == outside and array.ndim == 3
     }
     names = [*scalars, *operands]
 
@@ -117,10 +117,10 @@ class Call:
         b, k, g, p = places(*at)
         block = blocks.place(at[4][b * length + p])[side == "key"]
         head = 0 if shape[1] == 1 else k if side == "key" else k * self.G + g
-        return (b, head, 0, block) if shape[2] == 1 else (b, head, block, 0)
+        return (b, head, 0, block) if len(shape) == 3 else (b, head, block, 0)
 
       size = t.block_q if side == "query" else t.block_k
-      return pl.BlockSpec((None, None, 1, size) if shape[2] == 1 else (None, None, size, shape[3]), index)
+      return pl.BlockSpec((None, None, 1, size) if len(shape) == 3 else (None, None, size, shape[3]), index)
 
     def body(*refs):
       given, rest = dict(zip(names, refs)), refs[len(names) :]
@@ -142,7 +142,8 @@ class Call:
     moved += sum(math.prod(shape) * jnp.dtype(dtype).itemsize for (shape, dtype), _ in results)
     cost = pl.CostEstimate(flops=int(2 * products * H * scores), transcendentals=int(scores), bytes_accessed=moved)
     semantics = ("parallel", "parallel", *(("arbitrary",) * 2 if self.keys_outside else ("parallel", "arbitrary")))
-    return pl.pallas_call(
+    as_rows = lambda shape: (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape  # noqa: E731
+    out = pl.pallas_call(
       body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(scalars),
@@ -151,11 +152,12 @@ class Call:
         out_specs=[spec(shape, side) for (shape, _), side in results],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch] + list(upright.values()),
       ),
-      out_shape=[jax.ShapeDtypeStruct(*form) for form, _ in results],
+      out_shape=[jax.ShapeDtypeStruct(as_rows(shape), dtype) for (shape, dtype), _ in results],
       compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=self.vmem),
       cost_estimate=cost,
       name=name,
-    )(*scalars.values(), *(array for array, _ in operands.values()))
+    )(*scalars.values(), *(array.reshape(as_rows(array.shape)) for array, _ in operands.values()))
+    return [x.reshape(shape) for x, ((shape, _), _) in zip(out, results)]
 
 
 class Step:
