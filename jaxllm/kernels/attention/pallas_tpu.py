@@ -1,0 +1,105 @@
+"""Flash attention for TPUs: the forward kernel, `refuses`, and how large the tiles are.
+
+One (row of the batch, query head) at a time walks a list of (query block, key block) pairs (`pallas_tpu_blocks`) and
+keeps one query block's running maximum, sum and weighted values in vector memory (arXiv 2205.14135, 2307.08691). A
+pair that nobody needs is not in the list; a pair that everybody sees pays for no mask.
+
+Scores are in units of log2(e), because the chip's exponential is 2^x: one multiplication scales and changes base.
+Maxima are held in each of 128 lanes, which the vector unit reads without moving them; sums stay apart by lane until
+the end. float32 operands are multiplied as float32 (six passes of the matrix unit), bfloat16 ones in one pass.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
+from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.attention.pallas_tpu_backward import backward
+from jaxllm.kernels.attention.pallas_tpu_call import LANES, LOG2E, Call, Tiles, default_tiles, dot, iota, lanes
+
+__all__ = ["Tiles", "backward", "forward", "refuses"]
+
+LOWEST = -1e30  # where running maxima start; finite, so that a query that sees nothing stays clear of NaN
+SCALAR_BYTES = 512 << 10  # of scalar memory that a list of pairs may take
+
+
+def refuses(query, key, options: Options, target: str | None) -> str | None:
+  """Why these kernels cannot compute a call, or None; by shapes and dtypes only."""
+  if query.dtype not in (jnp.bfloat16, jnp.float32) or key.dtype != query.dtype:
+    return f"bfloat16 or float32 throughout, not queries of {query.dtype} and keys of {key.dtype}"
+  B, T, _, H = query.shape
+  S = key.shape[1]
+  if 0 in (B, T, S):
+    return "no empty arrays"
+  if H > 512:
+    return f"head dims up to 512, not {H}"
+  tiles = default_tiles(target, H, query.dtype)[0].fitted(T, S)
+  rows = B if blocks.depends_on_data(options) else 1
+  if (pairs := rows * -(-T // tiles.block_q) * -(-S // tiles.block_k)) * 4 > SCALAR_BYTES:
+    return f"{pairs} pairs of blocks do not fit the scalar memory"
+  return None
+
+
+def forward(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  options: Options,
+  target: str | None,
+  *,
+  tiles: Tiles | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+  """The result, and the logarithm of the sum of the scores' exponentials (nats; -inf where nothing is seen)."""
+  call = Call.of(query, key, options, target, tiles)
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  B, N, T, H = query.shape
+  rows = call.tiles.block_q
+  out, lse = call.run(
+    _forward_kernel,
+    "attention_forward",
+    {"query": (query, "query"), "key": (key, "key"), "value": (value, "key")},
+    results=[((query.shape, query.dtype), "query"), (((B, N, T), jnp.float32), "query")],
+    scratch=[(rows, LANES), (rows, LANES), (rows, H)],
+    products=2,
+  )
+  return jnp.swapaxes(out, 1, 2), lse
+
+
+def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
+  H, tiles = acc_ref.shape[1], step.call.tiles
+
+  @pl.when(step.first)
+  def start():
+    top, total = jnp.full(top_ref.shape, LOWEST, jnp.float32), jnp.zeros(sum_ref.shape, jnp.float32)
+    if "sinks" in given:
+      sink = LOG2E * given["sinks"][step.head]
+      top = jnp.maximum(top, sink)
+      total = jnp.where(iota(sum_ref.shape, 1) == 0, jnp.exp2(sink - top), 0.0)
+    top_ref[...], sum_ref[...], acc_ref[...] = top, total, jnp.zeros_like(acc_ref)
+
+  def visit(masked):
+    for at in range(0, tiles.block_k, tiles.chunk):
+      keys = pl.ds(at, tiles.chunk)
+      value = step.cleared(given["value"][keys, :], "key", at, masked)
+      scores, _, seen = step.scores(given["query"][...], given["key"][keys, :], 0, at, masked)
+      if masked:
+        scores = jnp.where(seen, scores, -jnp.inf)
+      before = top_ref[...]
+      top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+      weights, fade = jnp.exp2(scores - lanes(top, tiles.chunk)), jnp.exp2(before - top)
+      apart = [weights[:, lane : lane + LANES] for lane in range(0, tiles.chunk, LANES)]
+      top_ref[...], sum_ref[...] = top, fade * sum_ref[...] + functools.reduce(jnp.add, apart)
+      acc_ref[...] = lanes(fade, H) * acc_ref[...] + dot(weights.astype(value.dtype), value, (1, 0))
+
+  step.visit(visit)
+
+  @pl.when(step.last)
+  def finish():
+    total = jnp.broadcast_to(sum_ref[...].sum(axis=1, keepdims=True), sum_ref.shape)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    out_ref[...] = (acc_ref[...] * lanes(1 / total, H)).astype(out_ref.dtype)
+    lse_ref[...] = jnp.where(some, top_ref[...] / LOG2E + jnp.log(total), -jnp.inf).T[:1]

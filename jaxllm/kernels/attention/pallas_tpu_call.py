@@ -1,0 +1,249 @@
+"""What flash attention's kernels on TPU share: tiles, operands and their blocks, and the scores of one block."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
+from jaxllm.kernels.attention.options import Options, visible
+
+LANES = 128
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Sizes of one call, multiples of 128.
+
+  block_q, block_k: queries and keys that one step of the grid holds. chunk: how many of the block that is walked over
+  (keys; queries in the kernel of the keys' gradient) have their scores held at once.
+  """
+
+  block_q: int
+  block_k: int
+  chunk: int
+
+  def fitted(self, T: int, S: int) -> "Tiles":
+    """No larger than a call of T queries and S keys needs.
+
+    Raises:
+      ConfigError: a size that is no multiple of 128.
+    """
+    if any(size % LANES or size < LANES for size in dataclasses.astuple(self)):
+      raise ConfigError(f"attention's tiles on TPU are multiples of {LANES}; these are {self}")
+
+    def fit(block, length):
+      unit = LANES if length <= self.chunk else self.chunk
+      return min(block, -(-length // unit) * unit)
+
+    block_q, block_k = fit(self.block_q, T), fit(self.block_k, S)
+    return Tiles(block_q, block_k, math.gcd(self.chunk, block_q, block_k))
+
+
+def default_tiles(target: str | None, H: int, dtype, backward: bool = False) -> tuple[Tiles, int | None]:
+  """Tiles, and the bytes of vector memory that a kernel may take (None: the compiler's default).
+
+  Chips with 128 MiB of vector memory (v5e, v6e), with 64 MiB (v5p, v7), and with 16 MiB (v4, or unknown). The faster
+  the matrix unit, the more queries must share a fetched key.
+  """
+  wide = H * jnp.dtype(dtype).itemsize > 256
+  vmem = {"v5e": 64 << 20, "v6e": 64 << 20, "v5p": 48 << 20, "v7": 48 << 20}.get(target or "")
+  if vmem is None:
+    return Tiles(256 if wide else 512, 512, 256), None
+  fast = target in ("v6e", "v7") and not wide
+  return Tiles(1024 if fast and not backward else 512, 1024, 512), vmem
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One kernel's call, before it runs. keys_outside: each key block walks over query blocks, not the reverse."""
+
+  options: Options
+  tiles: Tiles
+  B: int
+  T: int
+  S: int
+  K: int
+  G: int
+  vmem: int | None  # bytes of vector memory it may take; None: the compiler's default
+  keys_outside: bool = False
+
+  @classmethod
+  def of(cls, query, key, options, target, tiles, backward=False) -> "Call":
+    """Of a query [B, T, N, H] and a key [B, S, K, H]."""
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    chosen, vmem = default_tiles(target, H, query.dtype, backward)
+    return cls(options, (tiles or chosen).fitted(T, S), B, T, S, K, N // K, vmem)
+
+  def run(self, kernel, name, operands, results, scratch, products):
+    """One pallas_call of `kernel(step, refs, *result refs, *scratch refs)`.
+
+    operands: name -> (array, "query" or "key"); arrays are [B, heads or 1, length, H] or, with one number for each
+    token, [B, heads or 1, length]. results: ((shape, dtype), "query" or "key"). products: matrix products for a pair.
+    """
+    o, t = self.options, self.tiles
+    table, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside)
+    length = table.shape[1] if table.shape[0] > 1 else 0  # 0: rows of the batch share the list
+    fields = {"offset": o.query_offset, "prefix": o.prefix_lengths, "slopes": o.alibi_slopes, "sinks": o.sinks}
+    scalars = {"pairs": table.reshape(-1), **{field: array for field, array in fields.items() if array is not None}}
+    rows = {
+      "query_segments": (o.query_segments, "query"),
+      "key_segments": (o.key_segments, "key"),
+      "key_positions": (o.key_positions, "key"),
+    }
+    rows = {field: (array[:, None], side) for field, (array, side) in rows.items() if array is not None}
+    operands = operands | rows
+    # Numbers of the tokens that stay come as a row and are turned upright once, then kept for every lane.
+    outside, block = ("key", t.block_k) if self.keys_outside else ("query", t.block_q)
+    upright = {
+      field: pltpu.VMEM((block, LANES), array.dtype)
+      for field, (array, side) in operands.items()
+      if side == outside and array.ndim == 3
+    }
+    names = [*scalars, *operands]
+
+    def places(*at):  # the group is innermost where gradients of its heads add up
+      return (at[0], at[1], at[3], at[2]) if self.keys_outside else at[:4]
+
+    def spec(shape, side):
+      def index(*at):
+        b, k, g, p = places(*at)
+        block = blocks.place(at[4][b * length + p])[side == "key"]
+        head = 0 if shape[1] == 1 else k if side == "key" else k * self.G + g
+        return (b, head, 0, block) if len(shape) == 3 else (b, head, block, 0)
+
+      size = t.block_q if side == "query" else t.block_k
+      return pl.BlockSpec((None, None, 1, size) if len(shape) == 3 else (None, None, size, shape[3]), index)
+
+    def body(*refs):
+      given, rest = dict(zip(names, refs)), refs[len(names) :]
+      standing = dict(zip(upright, rest[len(rest) - len(upright) :]))
+      b, k, g, p = places(*(pl.program_id(i) for i in range(4)))
+      step = Step(self, given, standing, b, k * self.G + g, g, given["pairs"][b * length + p])
+
+      @pl.when(step.first)
+      def turn():
+        for field, ref in standing.items():
+          ref[...] = jnp.broadcast_to(given[field][...], (LANES, block)).T
+
+      kernel(step, given, *rest[: len(rest) - len(upright)])
+
+    seen = table.size if isinstance(steps, int) else self.T * self.S / (1 + o.visibility.causal) / t.block_q / t.block_k
+    scores = seen * t.block_q * t.block_k * self.B * self.K * self.G
+    H = operands["query"][0].shape[3]
+    moved = sum(array.size * array.dtype.itemsize for array, _ in operands.values())
+    moved += sum(math.prod(shape) * jnp.dtype(dtype).itemsize for (shape, dtype), _ in results)
+    cost = pl.CostEstimate(flops=int(2 * products * H * scores), transcendentals=int(scores), bytes_accessed=moved)
+    semantics = ("parallel", "parallel", *(("arbitrary",) * 2 if self.keys_outside else ("parallel", "arbitrary")))
+    as_rows = lambda shape: (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape  # noqa: E731
+    out = pl.pallas_call(
+      body,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(scalars),
+        grid=(self.B, self.K, *((steps, self.G) if self.keys_outside else (self.G, steps))),
+        in_specs=[spec(array.shape, side) for array, side in operands.values()],
+        out_specs=[spec(shape, side) for (shape, _), side in results],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch] + list(upright.values()),
+      ),
+      out_shape=[jax.ShapeDtypeStruct(as_rows(shape), dtype) for (shape, dtype), _ in results],
+      compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=self.vmem),
+      cost_estimate=cost,
+      name=name,
+    )(*scalars.values(), *(array.reshape(as_rows(array.shape)) for array, _ in operands.values()))
+    return [x.reshape(shape) for x, ((shape, _), _) in zip(out, results)]
+
+
+class Step:
+  """One step of the grid, inside a kernel: a pair of blocks and what is known about it."""
+
+  def __init__(self, call, given, standing, b, head, g, entry):
+    self.call, self.given, self.standing, self.head = call, given, standing, head
+    i, j = blocks.place(entry)
+    self.query_start, self.key_start = i * call.tiles.block_q, j * call.tiles.block_k  # places in the arrays
+    self.offset = given["offset"][b] if "offset" in given else 0
+    self.prefix = given["prefix"][b] if "prefix" in given else None
+    self.run, self.masked = (entry & blocks.RUN) != 0, (entry & blocks.MASK) != 0
+    self.first, self.last = (entry & blocks.FIRST) != 0, (entry & blocks.LAST) != 0
+    if call.keys_outside:
+      self.first, self.last = self.first & (g == 0), self.last & (g == call.G - 1)
+
+  def visit(self, body):
+    """body(masked), if somebody needs this pair; traced twice, so that a pair seen as a whole pays no mask."""
+    pl.when(self.run & ~self.masked)(functools.partial(body, False))
+    pl.when(self.masked)(functools.partial(body, True))
+
+  def scores(self, query, key, query_at, key_at, masked):
+    """(scores times log2(e), their derivative by the capped product, who is seen); [keys, queries] if keys_outside.
+
+    query_at, key_at: where these begin in their blocks. Without a cap the derivative is None; unless masked, so is
+    the last.
+    """
+    o, flipped = self.call.options, self.call.keys_outside
+    scores, derivative = dot(key, query, (1, 1)) if flipped else dot(query, key, (1, 1)), None
+    shape = scores.shape
+    if o.softcap is None:
+      scores = scores * (o.scale * LOG2E)
+    else:
+      capped = jnp.tanh(scores * (o.scale / o.softcap))
+      scores, derivative = capped * (o.softcap * LOG2E), 1 - capped * capped
+    query_row = self.query_start + query_at + iota(shape, int(flipped))
+    key_row = self.key_start + key_at + iota(shape, int(not flipped))
+    query_index = query_row + self.offset
+    if o.alibi_slopes is not None:
+      slope = LOG2E * self.given["slopes"][self.head].astype(jnp.float32)
+      scores = scores - slope * jnp.abs(query_index - key_row).astype(jnp.float32)
+    if not masked:
+      return scores, derivative, None
+    starts = {"query": (query_at, query.shape[0]), "key": (key_at, key.shape[0])}
+    row = {
+      name: self.numbers(name, *starts[name.split("_")[0]], shape)
+      for name in ("query_segments", "key_segments", "key_positions")
+      if name in self.given
+    }
+    if self.prefix is not None:
+      row["prefix_length"] = self.prefix
+    seen = visible(o, query_index, key_row, row)
+    if self.call.S % self.call.tiles.block_k:
+      seen &= key_row < self.call.S
+    if flipped and self.call.T % self.call.tiles.block_q:
+      seen &= query_row < self.call.T
+    return scores, derivative, seen
+
+  def numbers(self, name, at, count, shape):
+    """One number for each token, spread over [outside, walked] of a block's scores."""
+    if name in self.standing:
+      return lanes(self.standing[name][...], shape[1])
+    return jnp.broadcast_to(self.given[name][:, pl.ds(at, count)], shape)
+
+  def cleared(self, x, side, at, masked):
+    """Rows of a block past the end of its array hold anything; zeros instead, so that they may enter a product."""
+    call, of_query = self.call, side == "query"
+    length, block = (call.T, call.tiles.block_q) if of_query else (call.S, call.tiles.block_k)
+    if not masked or length % block == 0:
+      return x
+    row = (self.query_start if of_query else self.key_start) + at + iota(x.shape, 0)
+    return jnp.where(row < length, x, 0)
+
+
+def lanes(x, width):
+  """[rows, 128], alike in every lane, as [rows, width]."""
+  if width <= LANES:
+    return x[:, :width]
+  return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def iota(shape, axis):
+  return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def dot(a, b, axes):
+  """Product over an axis of each, in float32; float32 operands are multiplied as such."""
+  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision, jnp.float32)
