@@ -21,13 +21,13 @@ from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
 
 LANES = 128
-# TFLOP/s in bfloat16 and TB/s of a core, and MiB of vector memory that a kernel may take
+# TFLOP/s in bfloat16 and TB/s of a core, MiB of vector memory that a kernel may take, and the matrix unit's side
 CHIPS = {
-  "v4": (137.5, 0.615, 14),
-  "v5e": (197, 0.82, 64),
-  "v5p": (229.5, 1.23, 48),
-  "v6e": (920, 1.64, 64),
-  "v7": (1155, 3.7, 48),
+  "v4": (137.5, 0.615, 14, 128),
+  "v5e": (197, 0.82, 64, 128),
+  "v5p": (229.5, 1.23, 48, 128),
+  "v6e": (920, 1.64, 64, 256),
+  "v7": (1155, 3.7, 48, 256),
 }
 
 
@@ -61,9 +61,9 @@ def refuses(x: Array, weights: Array, target: str | None) -> str | None:
 
 
 def _chip(target):
-  """(TFLOP/s, TB/s, bytes of vector memory)."""
-  flops, bandwidth, memory = CHIPS.get(target or "", CHIPS["v4"])
-  return flops, bandwidth, memory << 20
+  """(TFLOP/s, TB/s, bytes of vector memory, side of the matrix unit)."""
+  flops, bandwidth, memory, side = CHIPS.get(target or "", CHIPS["v4"])
+  return flops, bandwidth, memory << 20, side
 
 
 def _divisors(n):
@@ -71,25 +71,35 @@ def _divisors(n):
   return [size for size in range(LANES, n, LANES) if n % size == 0] + [n]
 
 
+def _fits(rows, inner, columns, itemsize, target):
+  """Whether a block [rows, inner] times [inner, columns] fits the vector memory, twice, and compiles to code that is not
+  endless: products are unrolled. Six passes make a float32 one, of operands split into three."""
+  operands, result = rows * inner + inner * columns, rows * columns
+  used = 2 * itemsize * (operands + result) + 8 * result + (6 * operands if itemsize == 4 else 0)
+  return used <= _chip(target)[2] * 7 // 8 and rows * inner * columns <= 1 << (28 if itemsize == 4 else 30)
+
+
 def _candidates(M, E, K, N, itemsize, target):
-  """(tiles, bytes of vector memory) that fit, for rows [M, K] times [E, K, N]."""
-  memory = _chip(target)[2] * 7 // 8
+  """The tiles that fit, for rows [M, K] times [E, K, N]."""
   found = []
   for rows, columns in itertools.product((128, 256, 512, 1024), (256, 512, 1024, 2048)):
     rows, columns = min(rows, M), min(columns, N)
     part = LANES if rows % LANES == 0 else rows
     for inner in _divisors(K):
-      used = 2 * itemsize * (rows * inner + inner * columns + rows * columns) + 8 * rows * columns
-      if used <= memory:
+      if _fits(rows, inner, columns, itemsize, target):
         found.append(Tiles(rows, inner, columns, part))
   return found
 
 
 def _seconds(tiles, M, E, K, N, itemsize, target):
-  """Estimated time: of the multiplications or of the copies, whichever is longer, and of starting the visits."""
-  flops, bandwidth, _ = _chip(target)
+  """Estimated time: of the multiplications or of the copies, whichever is longer, and of starting the visits.
+
+  An estimate to rank tiles by, not measured. The matrix unit takes in part of a matrix while it multiplies rows by the
+  part before, which few rows do not hide.
+  """
+  flops, bandwidth, _, side = _chip(target)
   visits, across, along = M / tiles.rows + E, -(-N // tiles.columns), K // tiles.inner
-  work = 2 * (M + E * tiles.part) * K * N / (flops * 1e12) * (6 if itemsize == 4 else 1)
+  work = 2 * (M + E * tiles.part) * K * N / (flops * 1e12) * (6 if itemsize == 4 else 1) * (1 + side / 2 / tiles.rows)
   matrices = E if along == 1 else visits  # a matrix in one part stays while the visits are for its group
   moved = itemsize * (across * visits * tiles.rows * K + matrices * K * N + M * N)
   return max(work, moved / (bandwidth * 1e12)) + 0.35e-6 * visits * across * along
@@ -104,14 +114,12 @@ def _tiles(M, E, K, N, dtype, target) -> Tiles:
 def _gradient_tiles(M, E, D, F, dtype, target) -> Tiles:
   """For the gradient [E, D, F]: rows are contracted, so few of them suffice; a large block of the result reads x and
   dy least often."""
-  memory, size = _chip(target)[2] * 7 // 8, jnp.dtype(dtype).itemsize
   rows = min(M, 512 if M // E >= 256 else 256)
   best = None
   for d, f in itertools.product((256, 512, 1024, 2048), repeat=2):
     d, f = min(d, D), min(f, F)
-    used = 2 * size * (rows * (d + f) + d * f) + 8 * d * f
     moved = -(-F // f) * D + -(-D // d) * F
-    if used <= memory and (best is None or moved < best[0]):
+    if _fits(d, rows, f, jnp.dtype(dtype).itemsize, target) and (best is None or moved < best[0]):
       best = moved, Tiles(rows, d, f, LANES if rows % LANES == 0 else rows)
   assert best is not None
   return best[1]
@@ -143,6 +151,12 @@ def _range(group, tile, starts, ends, rows, at):
   """Rows [low, high) of the visited tile that are the group's."""
   base = tile[at] * rows
   return starts[group[at]] - base, ends[group[at]] - base
+
+
+def _parts(t, low, high):
+  """The parts of a tile that hold rows from [low, high)."""
+  low, high = jnp.maximum(low, 0), jnp.minimum(high, t.rows)
+  return low // t.part, jnp.where(high > low, (high + t.part - 1) // t.part, 0)
 
 
 def _dot(a, b, a_axis, b_axis):
@@ -236,11 +250,15 @@ def _product_kernel(t, E, steps, matrix_axis, group, tile, starts, ends, total, 
 
   whole = live & real & (low <= 0) & (high >= t.rows)
   pl.when(whole)(lambda: multiply(pl.ds(0, t.rows)))
-  for start in range(0, t.rows, t.part):
-    part = pl.ds(start, t.part)
-    some = live & ~whole & (low < start + t.part) & (high > start)
-    pl.when(some & real)(functools.partial(multiply, part))
-    pl.when(some & ~real & final)(functools.partial(store, part, jnp.zeros((t.part, t.columns), jnp.float32)))
+
+
+  @pl.when(live & ~whole)
+  def _():
+    @pl.loop(*_parts(t, low, high))
+    def _(index):
+      part = pl.ds(pl.multiple_of(index * t.part, t.part), t.part)
+      pl.when(real)(lambda: multiply(part))
+      pl.when(~real & final)(lambda: store(part, jnp.zeros((t.part, t.columns), jnp.float32)))
 
 
 # ---------------------------------------------------------------- the weights' gradient
@@ -307,9 +325,11 @@ def _gradient_kernel(t, group, tile, starts, ends, total, x, dy, out, acc):
 
     acc[...] += _dot(own(x), own(dy), 0, 0)
 
-  for start in range(0, t.rows, t.part):
-    some = live & ~whole & (low < start + t.part) & (high > start) & (high > low)
-    pl.when(some)(functools.partial(multiply, pl.ds(start, t.part)))
+  @pl.when(live & ~whole)
+  def _():
+    @pl.loop(*_parts(t, low, high))
+    def _(index):
+      multiply(pl.ds(pl.multiple_of(index * t.part, t.part), t.part))
 
   @pl.when(live & last)
   def _():
