@@ -228,7 +228,7 @@ def _product_kernel(t, transposed, table, count, x, weights, out, *, left, right
     """(group, first row, low, high) of the index-th tile, its first column, and its number of steps."""
     tile, column = _place(index, tiles, across, t.strip)
     group, row, low, high = (table[tile, i] for i in range(4))
-    return group, row, low, high, column * t.columns, jnp.where(group < E, steps, 0)
+    return group, pl.multiple_of(row, 8), low, high, column * t.columns, jnp.where(group < E, steps, 0)
 
   def copy(index, step):
     group, row, _, _, column, steps = place(index)
@@ -312,7 +312,7 @@ def _gradient_kernel(t, bounds, x, dy, out, *, left, right, whole, parts, ready,
     group = lax.div(index, down * across)
     tile, column = _place(index - group * (down * across), down, across, t.strip)
     start, end = bounds[group, 0], bounds[group, 1]
-    first = lax.div(start, 8) * 8
+    first = pl.multiple_of(lax.div(start, 8) * 8, 8)
     steps = jnp.where(end > start, lax.div(end - first + 63, 64), 0)
     return group, start, end, tile * (2 * ROWS), column * t.columns, first, steps
 

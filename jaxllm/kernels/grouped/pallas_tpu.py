@@ -156,7 +156,7 @@ def _range(group, tile, starts, ends, rows, at):
 def _parts(t, low, high):
   """The parts of a tile that hold rows from [low, high)."""
   low, high = jnp.maximum(low, 0), jnp.minimum(high, t.rows)
-  return low // t.part, jnp.where(high > low, (high + t.part - 1) // t.part, 0)
+  return lax.div(low, t.part), jnp.where(high > low, lax.div(high + (t.part - 1), t.part), 0)
 
 
 def _dot(a, b, a_axis, b_axis):
