@@ -33,7 +33,7 @@ def product(
     y = lax.ragged_dot_general(jnp.where(real, x, 0), weights, sizes, numbers)
     return jnp.where(real, y, 0)
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  rows = tiles or _rows(weights.shape[0], M)
+  rows = min(M, tiles or _rows(weights.shape[0], M))
   starts, ends = _bounds(sizes, M)
   count = (ends - starts + rows - 1) // rows
   last = jnp.cumsum(count)  # tiles of this group and those before
@@ -62,7 +62,7 @@ def weights_gradient(
       jnp.where(real, x, 0), jnp.where(real, dy, 0), sizes, numbers
     )
   M = x.shape[0]
-  rows = tiles or _rows(sizes.shape[0], M)
+  rows = min(M, tiles or _rows(sizes.shape[0], M))
 
   def of_group(bounds):
     start, end = bounds
@@ -87,7 +87,7 @@ def _native(target):
 
 def _rows(groups, M):
   """Rows of a tile: about a group's share, so that little of a tile is another group's."""
-  return min(M, 512, max(16, 1 << (M // groups - 1).bit_length()))
+  return min(512, max(16, 1 << (M // groups - 1).bit_length()))
 
 
 def _bounds(sizes, M):
