@@ -314,4 +314,5 @@ class Compute:
   matmul: str = "auto"
   elementwise: str = "auto"
   cross_entropy: str = "auto"
+  grouped_matmul: str = "auto"  # of the experts
   unroll_layers: int | None = None  # layers per scan step; None: by target

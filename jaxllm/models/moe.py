@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.kernels import backends
+from jaxllm.kernels import backends, grouped_matmul
 from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, dense, parameter
@@ -32,6 +33,7 @@ class MoE(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.m = m = c.moe
+    self.grouped, self.target = compute.grouped_matmul, compute.target
     activation, gated = MLPS[c.mlp]
     self.activation = activation
     backend = backends.choose("matmul", compute.matmul, compute.target)
@@ -64,7 +66,8 @@ class MoE(nnx.Module):
     if drop and self.m.capacity_factor is not None:
       y, dropped = with_capacity(feed, x, weights, experts, real, matrices, self.m.capacity_factor)
     else:
-      y = dropless(feed, x, weights, experts, matrices)
+      multiply = functools.partial(grouped_matmul, backend=self.grouped, target=self.target)
+      y = dropless(feed, x, weights, experts, matrices, multiply)
     if self.shared is not None:
       y = y + self.shared(x)
     return y, router_losses(logits, scores, experts, real) | {"dropped": dropped}
@@ -121,15 +124,17 @@ def _feed_forward(activation, multiply, x, matrices: Matrices):
   return multiply(activation(checkpoint_name(multiply(x, gate), "mlp_gate")) * hidden, down)
 
 
-def dropless(feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices) -> Float[Array, "B T D"]:
-  """Every token through all its experts: rows sorted by expert, one ragged product each.
+def dropless(
+  feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices, multiply: Callable = grouped_matmul
+) -> Float[Array, "B T D"]:
+  """Every token through all its experts: rows sorted by expert, one grouped product (`multiply`) each.
 
   On a mesh with an `expert` axis a device holds some of the experts. It gathers the tokens of the devices
   along that axis, adds up what its experts say of them, and hands back the sums.
   """
   context = activation_context()
   if context is None:
-    return _dropless(feed, x, weights, experts, matrices, 0)
+    return _dropless(feed, x, weights, experts, matrices, multiply, 0)
   mesh, rules = context
   spec = functools.partial(partition_spec, rules=rules)
   token, matrix = spec(("batch", "seq", None)), spec(("expert", None, "mlp"))
@@ -141,7 +146,7 @@ def dropless(feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrice
     first = jax.lax.axis_index(rules.expert) * matrices[1].shape[0] if rules.expert else 0
     if gathered:
       x, weights, experts = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, weights, experts))
-    y = _dropless(feed, x, weights, experts, matrices, first)
+    y = _dropless(feed, x, weights, experts, matrices, multiply, first)
     if summed:
       y = jax.lax.psum(y, summed)
     return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
@@ -150,7 +155,7 @@ def dropless(feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrice
   return run(x, weights, experts, matrices)
 
 
-def _dropless(feed, x, weights, experts, matrices, first):
+def _dropless(feed, x, weights, experts, matrices, multiply, first):
   """What the experts from `first` on, whose matrices these are, add to each token."""
   k, E = experts.shape[-1], matrices[1].shape[0]
   rows = x.reshape(-1, x.shape[-1])
@@ -158,7 +163,7 @@ def _dropless(feed, x, weights, experts, matrices, first):
   own = jnp.where((own >= 0) & (own < E), own, E)  # other devices' experts sort to the end
   order = jnp.argsort(own, stable=True)
   sizes = jnp.bincount(own, length=E + 1)[:E]
-  y = feed(functools.partial(jax.lax.ragged_dot, group_sizes=sizes), rows[order // k], matrices)
+  y = feed(functools.partial(multiply, group_sizes=sizes), rows[order // k], matrices)
   weight = weights.reshape(-1)[order].astype(y.dtype)
   y = jnp.where((own[order] < E)[:, None], weight[:, None] * y, 0)
   y = y[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).sum(1)

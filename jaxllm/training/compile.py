@@ -64,7 +64,7 @@ def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
   auto = "xla" if target == "cpu" and mesh.size > 1 else "auto"
   requested = {
     op: auto if getattr(training, op) == "auto" else getattr(training, op)
-    for op in ("attention", "matmul", "elementwise", "cross_entropy")
+    for op in ("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul")
   }
   return Compute(
     target=target,

@@ -25,6 +25,7 @@ class TrainingConfig:
   matmul: str = "auto"
   elementwise: str = "auto"
   cross_entropy: str = "auto"
+  grouped_matmul: str = "auto"
   unroll_layers: int | None = None
   z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)
   ema_decay: float | None = None  # keep an exponential moving average of the weights

@@ -36,6 +36,8 @@ def startup_table(
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
     "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
   }
+  if program.model.moe is not None and (used := backends.chosen("grouped_matmul", compute.target)):
+    kernels["experts"] = " and ".join(used)
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
   rows = [

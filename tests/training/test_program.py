@@ -90,7 +90,7 @@ def test_half_precision_follows(reference, dtype):
 
 
 def test_the_cpu_kernels_and_xla_train_alike(reference):
-  plain = dict.fromkeys(("attention", "matmul", "elementwise", "cross_entropy"), "xla")
+  plain = dict.fromkeys(("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul"), "xla")
   np.testing.assert_allclose(losses(training=dataclasses.replace(TRAINING, **plain)), reference, rtol=2e-5)
 
 

@@ -1,0 +1,85 @@
+"""`grouped_matmul`: the product of a mixture of experts, with its gradients, by named backends."""
+
+import functools
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import backends
+from jaxllm.kernels.grouped import varying
+
+MODULES = {"xla": "reference", "pallas_tpu": "pallas_tpu", "mosaic_gpu": "mosaic_gpu"}
+
+
+def grouped_matmul(
+  x: Float[Array, "M D"],
+  weights: Float[Array, "E D F"],
+  group_sizes: Int[Array, " E"],
+  *,
+  backend: str = "xla",
+  target: str | None = None,
+  tiles: tuple[Any, Any, Any] = (None, None, None),
+) -> Float[Array, "M F"]:
+  """Each row of x times the matrix of its group: group e is the next group_sizes[e] rows, in order.
+
+  Sums run in float32, the result has x's dtype. Rows past the sum of the sizes belong to no group: they give zeros,
+  get zero gradients, and whatever they hold (NaN too) reaches nothing else; nor does a group's NaN reach the other
+  groups. Differentiable in x and weights, once; a group without rows gives zeros as its matrix' gradient. No copy of
+  x for each expert and no transposed copy of the weights is made: the kernels visit tiles of rows with the matrix of
+  their group (MegaBlocks, Gale et al. 2022, arXiv 2211.15841), a tile that groups share once for each.
+
+  Args:
+    group_sizes: int32, not negative. What of them goes past M is cut off.
+    backend: a name of `backends.BACKENDS["grouped_matmul"]`, or "auto": the first that can, for `target`.
+    target: the chip; None together with a backend's name takes that backend without asking the table.
+    tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
+
+  Raises:
+    ConfigError: the backend cannot compute what is asked, or the shapes or dtypes do not fit together.
+  """
+  (M, D), (E, *matrix) = x.shape, weights.shape
+  if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or x.dtype != weights.dtype:
+    raise ConfigError(
+      "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype and group_sizes [E]; these are "
+      f"{x.dtype}{x.shape}, {weights.dtype}{weights.shape}, {group_sizes.shape}"
+    )
+  refuses = functools.partial(_refuses, x, weights)
+  backend = backends.choose("grouped_matmul", backend, target, refuses)
+  if not (x.size and weights.size):
+    return jnp.zeros((M, matrix[1]), x.dtype)
+  # Inside shard_map all operands vary over the same axes; the transpose of that is the sum of their gradients.
+  x, weights, group_sizes = varying.alike(x, weights, group_sizes.astype(jnp.int32))
+  return _product(backend, target, tiles, x, weights, group_sizes)
+
+
+def _refuses(x, weights, backend, target) -> str | None:
+  """Why a backend cannot compute this call, or None."""
+  return importlib.import_module(f"jaxllm.kernels.grouped.{MODULES[backend]}").refuses(x, weights, target)
+
+
+def _module(backend):
+  return importlib.import_module(f"jaxllm.kernels.grouped.{MODULES[backend]}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(backend, target, tiles, x, weights, sizes):
+  return _module(backend).product(x, weights, sizes, target, tiles=tiles[0])
+
+
+def _forward(backend, target, tiles, x, weights, sizes):
+  return _product(backend, target, tiles, x, weights, sizes), (x, weights, sizes)
+
+
+def _backward(backend, target, tiles, saved, dy):
+  x, weights, sizes = saved
+  module = _module(backend)
+  dx = module.product(dy, weights, sizes, target, transposed=True, tiles=tiles[1])
+  dweights = module.weights_gradient(x, dy, sizes, target, tiles=tiles[2])
+  return dx, dweights, None
+
+
+_product.defvjp(_forward, _backward)
