@@ -118,9 +118,9 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
   full_stop = jnp.where(full_stop >= length, up(full_stop), down(full_stop)) if short_is_full else down(full_stop)
   if segments is not None:
     low, high, full_low, full_high = segments
-    empty = high <= low
-    head, start, stop = jnp.where(low > 0, 0, jnp.minimum(head, high)), jnp.maximum(start, low), jnp.minimum(stop, high)
-    head = jnp.where(empty, 0, head)
+    joined = (low > 0) & (low < head)  # [low, head) is no range from 0: visit all of [low, stop)
+    start, stop = jnp.where(joined, low, jnp.maximum(start, low)), jnp.where(joined, jnp.maximum(stop, head), stop)
+    head, stop = jnp.where(low > 0, 0, jnp.minimum(head, high)), jnp.minimum(stop, high)
     full_start, full_stop = jnp.maximum(full_start, full_low), jnp.minimum(full_stop, full_high)
   start = jnp.maximum(start, head)
   return Visits(head, start, jnp.maximum(stop, start), full_start, full_stop)
