@@ -74,8 +74,9 @@ def key_visits(options: Options, first, last, length: int, block: int, prefix=No
   if options.prefix_lengths is not None:
     prefix = jnp.clip(prefix, 0, length)
     head = jnp.maximum(head, prefix)
-    joined = (prefix >= full_start) | (full_stop <= full_start)
-    full_start, full_stop = jnp.where(joined, 0, full_start), jnp.where(joined, jnp.maximum(full_stop, prefix), full_stop)
+    empty, joined = full_stop <= full_start, prefix >= full_start
+    full_start = jnp.where(joined | empty, 0, full_start)
+    full_stop = jnp.where(joined, jnp.maximum(full_stop, prefix), jnp.where(empty, prefix, full_stop))
   return _in_blocks(head, start, stop, full_start, full_stop, block, length, segments)
 
 
@@ -109,12 +110,14 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
   """Visits from ranges of elements. short_is_full: the last, short block needs no mask of its own."""
 
   def down(x):
-    return lax.div(jnp.clip(x, 0, length), jnp.int32(block))
+    return lax.div(x, jnp.int32(block))
 
   def up(x):
-    return lax.div(jnp.clip(x, 0, length) + (block - 1), jnp.int32(block))
+    return lax.div(x + (block - 1), jnp.int32(block))
 
-  head, start, stop, full_start = up(head), down(start), up(stop), up(full_start)
+  head, start, stop, full_start, full_stop = (jnp.clip(x, 0, length) for x in (head, start, stop, full_start, full_stop))
+  stop = jnp.where(stop > start, up(stop), 0)
+  head, start, full_start = up(head), down(start), up(full_start)
   full_stop = jnp.where(full_stop >= length, up(full_stop), down(full_stop)) if short_is_full else down(full_stop)
   if segments is not None:
     low, high, full_low, full_high = segments
