@@ -68,7 +68,7 @@ def key_visits(options: Options, first, last, length: int, block: int, prefix=No
     if v.sink_tokens and options.key_positions is None:
       head = jnp.int32(min(v.sink_tokens, length))
     elif v.sink_tokens:  # anywhere: documents start in the middle of a packed row
-      start = jnp.int32(0)
+      start, stop = jnp.int32(0), jnp.int32(length)
   if v.causal:
     head, stop, full_stop = jnp.minimum(head, last + 1), jnp.minimum(stop, last + 1), jnp.minimum(full_stop, first + 1)
   if options.prefix_lengths is not None:
