@@ -26,7 +26,7 @@ WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Lay
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-  """Blocks that a tile visits: [0, head) and then [start, stop), head <= start; no mask in [full_start, full_stop)."""
+  """Blocks that a tile visits: [0, head) and [start, stop), head <= start; of them [full_start, full_stop) unmasked."""
 
   head: Array
   start: Array
@@ -38,12 +38,17 @@ class Visits:
   def count(self) -> Array:
     return self.head + self.stop - self.start
 
-  def block(self, step: Array) -> Array:
-    """Which block the `step`-th visit is for."""
-    return jnp.where(step < self.head, step, step + self.start - self.head)
+  @property
+  def full_count(self) -> Array:
+    """How many of the visited blocks need no mask."""
+    return jnp.maximum(self.full_stop - self.full_start, 0)
 
-  def masked(self, block: Array) -> Array:
-    return (block < self.full_start) | (block >= self.full_stop)
+  def block(self, step: Array) -> Array:
+    """Which block the `step`-th visit is for: first the `full_count` that need no mask, then the others in order."""
+    before = jnp.where(self.full_start < self.head, self.full_start, self.full_start - self.start + self.head)
+    place = jnp.where(step < self.full_count, step + before, step)
+    place = jnp.where((step >= self.full_count) & (step < self.full_count + before), step - self.full_count, place)
+    return jnp.where(place < self.head, place, place + self.start - self.head)
 
 
 def ever_masked(options: Options, length: int, block: int) -> bool:
@@ -126,7 +131,9 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
     head, stop = jnp.where(low > 0, 0, jnp.minimum(head, high)), jnp.minimum(stop, high)
     full_start, full_stop = jnp.maximum(full_start, full_low), jnp.minimum(full_stop, full_high)
   start = jnp.maximum(start, head)
-  return Visits(head, start, jnp.maximum(stop, start), full_start, full_stop)
+  stop = jnp.maximum(stop, start)
+  full_start = jnp.where(full_start < head, full_start, jnp.maximum(full_start, start))
+  return Visits(head, start, stop, full_start, jnp.minimum(full_stop, stop))
 
 
 def segment_ranges(
@@ -220,6 +227,7 @@ def logits(options: Options, raw: Float[Array, "Q S"], query_place, key_place, s
   return values, factor, capped
 
 
-def seen(options: Options, query_place, key_place, length: int, row: dict[str, Array]) -> Bool[Array, "Q S"]:
+def seen(options: Options, query_place, key_place, length: int, block: int, row: dict[str, Array]) -> Bool[Array, "Q S"]:
   """`visible` for arrays of one shape, which also hides what lies behind the last of `length` keys."""
-  return visible(options, query_place, key_place, row) & (key_place < length)
+  mask = visible(options, query_place, key_place, row)
+  return mask if length % block == 0 else mask & (key_place < length)
