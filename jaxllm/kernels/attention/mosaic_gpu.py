@@ -43,7 +43,7 @@ class Tiles:
 def _tiles(head_dim: int) -> Tiles:
   """What fits 227 KiB of shared memory and 64 Ki registers without spills; `head_dim` is a multiple of 64."""
   return {
-    64: Tiles(block_kv=128, stages=4, warpgroups=3),
+    64: Tiles(block_kv=128, stages=4),
     128: Tiles(block_kv=128, stages=2),
     192: Tiles(block_kv=64, stages=3),
     256: Tiles(block_kv=64, stages=2),
@@ -139,26 +139,31 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
 
   last = jnp.minimum((tile + 1) * rows, T) - 1
   visits = common.key_visits(options, offset + tile * rows, offset + last, S, tiles.block_kv, prefix, ranges)
+  # A tile that sees nothing goes through one block all the same, wholly masked.
+  steps = jnp.maximum(visits.count, 1)
+
+  def block_of(step):
+    return jnp.minimum(visits.block(step), pl.cdiv(S, tiles.block_kv) - 1)
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(232 if tiles.warpgroups == 2 else 160, action="increase")
+    plgpu.set_max_registers(240 if tiles.warpgroups == 2 else 160, action="increase")
     first = tile * rows + warpgroup * tiles.block_q
-    _compute(options, tiles, S, gmem, (row, head, warpgroup, first, offset, prefix), visits, **scratch)
+    _compute(options, tiles, S, gmem, (row, head, warpgroup, first, offset, prefix), visits, steps, block_of, **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(40 if tiles.warpgroups == 2 else 32, action="decrease")
-    _copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits, **scratch)
+    plgpu.set_max_registers(24 if tiles.warpgroups == 2 else 32, action="decrease")
+    _copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), steps, block_of, **scratch)
 
 
-def _copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
+def _copy(tiles, gmem, row, head, count, block_of, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
   """Keys and values of every visited block, each into its slot once all who read the slot are done with it."""
 
-  @pl.loop(0, visits.count)
+  @pl.loop(0, count)
   def _(step):
     slot = lax.rem(step, jnp.int32(tiles.stages))
-    keys = pl.ds(visits.block(step) * tiles.block_kv, tiles.block_kv)
+    keys = pl.ds(block_of(step) * tiles.block_kv, tiles.block_kv)
     plgpu.barrier_wait(key_done.at[slot])
     plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
     if "of_keys" in gmem:
@@ -169,7 +174,7 @@ def _copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, va
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
 
-def _compute(options, tiles, S, gmem, place, visits, **scratch):
+def _compute(options, tiles, S, gmem, place, visits, count, block_of, **scratch):
   """The rows of one warpgroup, from their queries to their results."""
   row, head, warpgroup, first, offset, prefix = place
   key_smem, value_smem, turn = scratch["key_smem"], scratch["value_smem"], scratch["turn"]
@@ -216,71 +221,81 @@ def _compute(options, tiles, S, gmem, place, visits, **scratch):
     seen = common.seen(options, iota(0) + (offset + first), iota(1) + block * tiles.block_kv, S, tiles.block_kv, of_row)
     return jnp.where(seen, values, -jnp.inf)
 
-  def step(index, carry, masked):
-    acc, top, total = carry
-    slot, block = lax.rem(index, jnp.int32(tiles.stages)), visits.block(index)
+  def slot_of(index):
+    return lax.rem(index, jnp.int32(tiles.stages))
 
-    def score(acc_ref):
-      plgpu.wgmma(acc_ref, query_smem, key_smem.at[slot].T)
-      pass_turn()
-      return acc_ref[...]
-
-    raw = pl.run_scoped(score, plgpu.ACC(scores_shape, jnp.float32))
-    if "of_keys" not in gmem:
-      plgpu.barrier_arrive(key_done.at[slot])
+  def softmax(raw, index, top, total, masked):
+    """Probabilities against the new maximum, this and the new sum, and by how much what came before shrinks."""
+    block = block_of(index)
     values, factor, _ = common.logits(
       options, raw, lambda: iota(0) + (offset + first), lambda: iota(1) + block * tiles.block_kv, slope
     )
     if masked:
-      values = mask(values, block, slot)
-    if "of_keys" in gmem:
-      plgpu.barrier_arrive(key_done.at[slot])
-
+      values = mask(values, block, slot_of(index))
     new_top = jnp.maximum(top, values.max(axis=1) * factor)
     # A row that has seen nothing yet keeps -inf; against 0 its exponentials are 0 and not NaN.
     against = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
     shrink = jnp.exp2(top - against)
     p = jnp.exp2(values * factor - over(against, scores_shape))
-    acc *= over(shrink, acc.shape)
-    total = total * shrink + p.sum(axis=1)
-    p16 = p.astype(dtype)
-    acc, total, new_top, p16 = lax.optimization_barrier((acc, total, new_top, p16))
-    plgpu.barrier_wait(value_ready.at[slot])
-    plgpu.barrier_wait(turn.at[warpgroup])
+    return p, new_top, total * shrink + p.sum(axis=1), shrink
 
-    def weigh(acc_ref):
-      plgpu.wgmma(acc_ref, p16, value_smem.at[slot])
+  def rows_of(acc):
+    top = plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), common.ROW)
+    total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), common.ROW)
+    if "sinks" in gmem:  # a logit without a value: the softmax starts from it
+      top = plgpu.layout_cast(jnp.full((block_q,), gmem["sinks"][head] * common.LOG2E, jnp.float32), common.ROW)
+      total += 1.0
 
-      @pl.when(index + 1 < visits.count)
-      def _():
-        plgpu.barrier_wait(key_ready.at[lax.rem(index + 1, jnp.int32(tiles.stages))])
+    plgpu.barrier_wait(scratch["query_ready"].at[warpgroup])
+    pl.when(warpgroup == tiles.warpgroups - 1)(pass_turn)  # the first one's
 
-    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
-    plgpu.barrier_arrive(value_done.at[slot])
-    return acc, new_top, total
+    def first_scores(scores):
+      plgpu.barrier_wait(key_ready.at[0])
+      plgpu.barrier_wait(turn.at[warpgroup])
+      plgpu.wgmma(scores, query_smem, key_smem.at[0].T)
+      pass_turn()
+      return scores[...]
 
-  top = plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), common.ROW)
-  total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), common.ROW)
-  if "sinks" in gmem:  # a logit without a value: the softmax starts from it
-    top = plgpu.layout_cast(jnp.full((block_q,), gmem["sinks"][head] * common.LOG2E, jnp.float32), common.ROW)
-    total += 1.0
-  acc = plgpu.layout_cast(jnp.zeros((block_q, width), jnp.float32), common.WGMMA)
+    raw = pl.run_scoped(first_scores, plgpu.ACC(scores_shape, jnp.float32))
+    p, top, total, _ = softmax(raw, jnp.int32(0), top, total, maskable)
+    plgpu.barrier_arrive(key_done.at[0])
 
-  plgpu.barrier_wait(scratch["query_ready"].at[warpgroup])
+    def step(index, carry, masked):
+      p16, top, total = carry
+      slot, before = slot_of(index), slot_of(index - 1)
 
-  @pl.when(visits.count > 0)
-  def _():
-    plgpu.barrier_wait(key_ready.at[0])
+      def multiply(scores):
+        plgpu.barrier_wait(key_ready.at[slot])
+        plgpu.barrier_wait(turn.at[warpgroup])
+        plgpu.wgmma(scores, query_smem, key_smem.at[slot].T)
+        plgpu.barrier_wait(value_ready.at[before])
+        plgpu.wgmma(acc, p16, value_smem.at[before])
+        pass_turn()
+        return plgpu.wgmma_accumulator_load(scores, wait_n=1)
 
-  pl.when(warpgroup == tiles.warpgroups - 1)(pass_turn)  # the first one's
-  plgpu.barrier_wait(turn.at[warpgroup])
-  plain = visits.full_count if maskable else visits.count
-  carry = lax.fori_loop(0, plain, functools.partial(step, masked=False), (acc, top, total))
-  if maskable:
-    carry = lax.fori_loop(plain, visits.count, functools.partial(step, masked=True), carry)
-  acc, top, total = carry
-  pass_turn()
+      raw = pl.run_scoped(multiply, plgpu.ACC(scores_shape, jnp.float32))
+      if "of_keys" not in gmem:
+        plgpu.barrier_arrive(key_done.at[slot])
+      p, top, total, shrink = softmax(raw, index, top, total, masked)
+      if "of_keys" in gmem:
+        plgpu.barrier_arrive(key_done.at[slot])
+      # The compiler waits for this product after the maximum and before the exponentials, whatever the order here.
+      weighed = acc[...]
+      plgpu.barrier_arrive(value_done.at[before])
+      acc[...] = weighed * over(shrink, weighed.shape)
+      return p.astype(dtype), top, total
 
+    plain = jnp.maximum(visits.full_count, 1) if maskable else count
+    carry = lax.fori_loop(1, plain, functools.partial(step, masked=False), (p.astype(dtype), top, total))
+    if maskable:
+      carry = lax.fori_loop(plain, count, functools.partial(step, masked=True), carry)
+    p16, top, total = carry
+    last = slot_of(count - 1)
+    plgpu.barrier_wait(value_ready.at[last])
+    plgpu.wgmma(acc, p16, value_smem.at[last])
+    return acc[...], top, total
+
+  acc, top, total = pl.run_scoped(rows_of, plgpu.ACC((block_q, width), jnp.float32))
   lse_smem[...] = (top + jnp.log2(total)) * math.log(2)
   acc *= over(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
   query_smem[...] = acc.astype(dtype)
