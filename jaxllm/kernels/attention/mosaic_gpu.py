@@ -133,32 +133,38 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
   if options.visibility.causal:
     tile = count - 1 - tile
   rows = tiles.block_q * tiles.warpgroups
-  offset = gmem["offset"][row] if "offset" in gmem else 0
-  prefix = gmem["prefix"][row] if "prefix" in gmem else None
-  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
 
-  last = jnp.minimum((tile + 1) * rows, T) - 1
-  visits = common.key_visits(options, offset + tile * rows, offset + last, S, tiles.block_kv, prefix, ranges)
-  # A tile that sees nothing goes through one block all the same, wholly masked.
-  steps = jnp.maximum(visits.count, 1)
+  def places():
+    """What both roles work out for themselves: one result for both would stay in registers, and spill."""
+    offset = gmem["offset"][row] if "offset" in gmem else 0
+    prefix = gmem["prefix"][row] if "prefix" in gmem else None
+    ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+    last = jnp.minimum((tile + 1) * rows, T) - 1
+    visits = common.key_visits(options, offset + tile * rows, offset + last, S, tiles.block_kv, prefix, ranges)
+    # A tile that sees nothing goes through one block all the same, wholly masked.
+    steps = jnp.maximum(visits.count, 1)
 
-  def block_of(step):
-    return jnp.minimum(visits.block(step), pl.cdiv(S, tiles.block_kv) - 1)
+    def block_of(step):
+      return jnp.minimum(visits.block(step), pl.cdiv(S, tiles.block_kv) - 1)
+
+    return offset, prefix, visits.full_count, steps, block_of
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(240 if tiles.warpgroups == 2 else 160, action="increase")
     first = tile * rows + warpgroup * tiles.block_q
-    _compute(options, tiles, S, gmem, (row, head, warpgroup, first, offset, prefix), visits, steps, block_of, **scratch)
+    _compute(options, tiles, S, gmem, (row, head, warpgroup, first), places(), **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
     plgpu.set_max_registers(24 if tiles.warpgroups == 2 else 32, action="decrease")
-    _copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), steps, block_of, **scratch)
+    _copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), places(), **scratch)
 
 
-def _copy(tiles, gmem, row, head, count, block_of, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
+def _copy(tiles, gmem, row, head, places, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
   """Keys and values of every visited block, each into its slot once all who read the slot are done with it."""
+
+  *_, count, block_of = places
 
   @pl.loop(0, count)
   def _(step):
@@ -174,9 +180,10 @@ def _copy(tiles, gmem, row, head, count, block_of, *, key_smem, value_smem, key_
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
 
-def _compute(options, tiles, S, gmem, place, visits, count, block_of, **scratch):
+def _compute(options, tiles, S, gmem, place, places, **scratch):
   """The rows of one warpgroup, from their queries to their results."""
-  row, head, warpgroup, first, offset, prefix = place
+  row, head, warpgroup, first = place
+  offset, prefix, full_count, count, block_of = places
   key_smem, value_smem, turn = scratch["key_smem"], scratch["value_smem"], scratch["turn"]
   key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
   key_done, value_done = scratch["key_done"], scratch["value_done"]
@@ -276,16 +283,18 @@ def _compute(options, tiles, S, gmem, place, visits, count, block_of, **scratch)
       raw = pl.run_scoped(multiply, plgpu.ACC(scores_shape, jnp.float32))
       if "of_keys" not in gmem:
         plgpu.barrier_arrive(key_done.at[slot])
+      # The compiler waits for the second product after the maximum and before the exponentials, wherever this stands;
+      # except that masks made of arrays need the registers that the product reads.
+      early = acc[...] if masked and "of_keys" in gmem else None
       p, top, total, shrink = softmax(raw, index, top, total, masked)
       if "of_keys" in gmem:
         plgpu.barrier_arrive(key_done.at[slot])
-      # The compiler waits for this product after the maximum and before the exponentials, whatever the order here.
-      weighed = acc[...]
+      weighed = acc[...] if early is None else early
       plgpu.barrier_arrive(value_done.at[before])
       acc[...] = weighed * over(shrink, weighed.shape)
       return p.astype(dtype), top, total
 
-    plain = jnp.maximum(visits.full_count, 1) if maskable else count
+    plain = jnp.maximum(full_count, 1) if maskable else count
     carry = lax.fori_loop(1, plain, functools.partial(step, masked=False), (p.astype(dtype), top, total))
     if maskable:
       carry = lax.fori_loop(plain, count, functools.partial(step, masked=True), carry)
