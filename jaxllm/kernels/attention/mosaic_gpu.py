@@ -40,8 +40,13 @@ class Tiles:
   warpgroups: int = 2
 
 
-def _tiles(head_dim: int) -> Tiles:
-  """What fits 227 KiB of shared memory and 64 Ki registers without spills; `head_dim` is a multiple of 64."""
+def _tiles(head_dim: int, key_arrays: int) -> Tiles:
+  """What fits 227 KiB of shared memory and the registers; `head_dim` is a multiple of 64.
+
+  key_arrays: how many masks look at (`common.key_arrays`); two leave too few registers for 128 keys.
+  """
+  if head_dim == 128 and key_arrays == 2:
+    return Tiles(block_kv=64, stages=4)
   return {
     64: Tiles(block_kv=128, stages=4),
     128: Tiles(block_kv=128, stages=2),
@@ -79,7 +84,7 @@ def forward(
   # The copy engine clips and fills whatever ends in the middle of a tile, but rows come eight at a time.
   query, key, value = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in (query, key, value))
   width = query.shape[3]
-  tiles = tiles or _tiles(width)
+  tiles = tiles or _tiles(width, (options.query_segments is not None) + (options.key_positions is not None))
   rows = tiles.block_q * tiles.warpgroups
   count = pl.cdiv(T, rows)
 
@@ -129,13 +134,16 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
   """One tile of queries of one head: the last warpgroup copies, the others compute."""
   T, S, group, count = sizes
   gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
-  row, tile, head, warpgroup = (lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
-  if options.visibility.causal:
-    tile = count - 1 - tile
   rows = tiles.block_q * tiles.warpgroups
+  # 504 or 512 in all.
+  compute_registers, copy_registers = (240, 24) if tiles.warpgroups == 2 else (160, 32)
+  warpgroup = lax.axis_index("warpgroup")
 
   def places():
     """What both roles work out for themselves: one result for both would stay in registers, and spill."""
+    row, tile, head = (lax.axis_index(name) for name in ("batch", "tile", "head"))
+    if options.visibility.causal:
+      tile = count - 1 - tile
     offset = gmem["offset"][row] if "offset" in gmem else 0
     prefix = gmem["prefix"][row] if "prefix" in gmem else None
     ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
@@ -147,24 +155,24 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
     def block_of(step):
       return jnp.minimum(visits.block(step), pl.cdiv(S, tiles.block_kv) - 1)
 
-    return offset, prefix, visits.full_count, steps, block_of
+    return row, tile, head, offset, prefix, visits.full_count, steps, block_of
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(240 if tiles.warpgroups == 2 else 160, action="increase")
-    first = tile * rows + warpgroup * tiles.block_q
-    _compute(options, tiles, S, gmem, (row, head, warpgroup, first), places(), **scratch)
+    plgpu.set_max_registers(compute_registers, action="increase")
+    _compute(options, tiles, S, gmem, warpgroup, places(), **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(24 if tiles.warpgroups == 2 else 32, action="decrease")
-    _copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), places(), **scratch)
+    plgpu.set_max_registers(copy_registers, action="decrease")
+    _copy(tiles, gmem, group, places(), **scratch)
 
 
-def _copy(tiles, gmem, row, head, places, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
+def _copy(tiles, gmem, group, places, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
   """Keys and values of every visited block, each into its slot once all who read the slot are done with it."""
 
-  *_, count, block_of = places
+  row, _, head, *_, count, block_of = places
+  head = lax.div(head, jnp.int32(group))
 
   @pl.loop(0, count)
   def _(step):
@@ -180,10 +188,10 @@ def _copy(tiles, gmem, row, head, places, *, key_smem, value_smem, key_ready, va
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
 
-def _compute(options, tiles, S, gmem, place, places, **scratch):
+def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
   """The rows of one warpgroup, from their queries to their results."""
-  row, head, warpgroup, first = place
-  offset, prefix, full_count, count, block_of = places
+  row, tile, head, offset, prefix, full_count, count, block_of = places
+  first = (tile * tiles.warpgroups + warpgroup) * tiles.block_q
   key_smem, value_smem, turn = scratch["key_smem"], scratch["value_smem"], scratch["turn"]
   key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
   key_done, value_done = scratch["key_done"], scratch["value_done"]
