@@ -181,9 +181,7 @@ def _copy(tiles, gmem, group, places, *, key_smem, value_smem, key_ready, value_
     plgpu.barrier_wait(key_done.at[slot])
     plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
     if "of_keys" in gmem:
-      plgpu.copy_gmem_to_smem(
-        gmem["of_keys"].at[row, :, keys], rest["of_keys_smem"].at[slot], key_ready.at[slot]
-      )
+      plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], rest["of_keys_smem"].at[slot], key_ready.at[slot])
     plgpu.barrier_wait(value_done.at[slot])
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
@@ -202,9 +200,7 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
   maskable = common.ever_masked(options, S, tiles.block_kv)
   queries = pl.ds(first, block_q)
 
-  plgpu.copy_gmem_to_smem(
-    gmem["query"].at[row, queries, head], query_smem, scratch["query_ready"].at[warpgroup]
-  )
+  plgpu.copy_gmem_to_smem(gmem["query"].at[row, queries, head], query_smem, scratch["query_ready"].at[warpgroup])
   for slot in range(tiles.stages):
     plgpu.barrier_arrive(key_done.at[slot])
     plgpu.barrier_arrive(value_done.at[slot])

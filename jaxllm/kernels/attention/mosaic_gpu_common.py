@@ -8,7 +8,6 @@ few scalars; only segments need a look at the arrays, which `segment_ranges` tak
 import dataclasses
 import math
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -85,7 +84,9 @@ def key_visits(options: Options, first, last, length: int, block: int, prefix=No
   return _in_blocks(head, start, stop, full_start, full_stop, block, length, segments)
 
 
-def query_visits(options: Options, first, last, length: int, block: int, offset=0, prefix=None, segments=None) -> Visits:
+def query_visits(
+  options: Options, first, last, length: int, block: int, offset=0, prefix=None, segments=None
+) -> Visits:
   """Query blocks for the keys `first` to `last`, both included.
 
   Args:
@@ -120,7 +121,9 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
   def up(x):
     return lax.div(x + (block - 1), jnp.int32(block))
 
-  head, start, stop, full_start, full_stop = (jnp.clip(x, 0, length) for x in (head, start, stop, full_start, full_stop))
+  head, start, stop, full_start, full_stop = (
+    jnp.clip(x, 0, length) for x in (head, start, stop, full_start, full_stop)
+  )
   stop = jnp.where(stop > start, up(stop), 0)
   head, start, full_start = up(head), down(start), up(full_start)
   full_stop = jnp.where(full_stop >= length, up(full_stop), down(full_stop)) if short_is_full else down(full_stop)
@@ -181,9 +184,7 @@ def row_arrays(options: Options) -> dict[str, Array]:
     "prefix": options.prefix_lengths,
     "slope": options.alibi_slopes,
   }
-  return {
-    name: x.astype(jnp.float32 if name == "slope" else jnp.int32) for name, x in arrays.items() if x is not None
-  }
+  return {name: x.astype(jnp.float32 if name == "slope" else jnp.int32) for name, x in arrays.items() if x is not None}
 
 
 def key_arrays(options: Options, block: int) -> Int[Array, "B A S"] | None:
@@ -227,7 +228,9 @@ def logits(options: Options, raw: Float[Array, "Q S"], query_place, key_place, s
   return values, factor, capped
 
 
-def seen(options: Options, query_place, key_place, length: int, block: int, row: dict[str, Array]) -> Bool[Array, "Q S"]:
+def seen(
+  options: Options, query_place, key_place, length: int, block: int, row: dict[str, Array]
+) -> Bool[Array, "Q S"]:
   """`visible` for arrays of one shape, which also hides what lies behind the last of `length` keys."""
   mask = visible(options, query_place, key_place, row)
   return mask if length % block == 0 else mask & (key_place < length)
