@@ -229,7 +229,8 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
       of_row[name] = lax.broadcast_in_dim(x, scores_shape, [1])
     if segments is not None:
       of_row["query_segments"] = over(segments, scores_shape)
-    seen = common.seen(options, iota(0) + (offset + first), iota(1) + block * tiles.block_kv, S, tiles.block_kv, of_row)
+    length = S if S % tiles.block_kv else None
+    seen = common.seen(options, iota(0) + (offset + first), iota(1) + block * tiles.block_kv, length, of_row)
     return jnp.where(seen, values, -jnp.inf)
 
   def slot_of(index):
@@ -250,6 +251,11 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
     p = jnp.exp2(values * factor - over(against, scores_shape))
     return p, new_top, total * shrink + p.sum(axis=1), shrink
 
+  def release_keys(slot, masked):
+    if masked and "of_keys" in gmem:
+      plgpu.commit_smem()  # threads have read what the copy engine is to write next
+    plgpu.barrier_arrive(key_done.at[slot])
+
   def rows_of(acc):
     top = plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), common.ROW)
     total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), common.ROW)
@@ -269,7 +275,7 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
 
     raw = pl.run_scoped(first_scores, plgpu.ACC(scores_shape, jnp.float32))
     p, top, total, _ = softmax(raw, jnp.int32(0), top, total, maskable)
-    plgpu.barrier_arrive(key_done.at[0])
+    release_keys(0, maskable)
 
     def step(index, carry, masked):
       p16, top, total = carry
@@ -285,14 +291,15 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
         return plgpu.wgmma_accumulator_load(scores, wait_n=1)
 
       raw = pl.run_scoped(multiply, plgpu.ACC(scores_shape, jnp.float32))
-      if "of_keys" not in gmem:
-        plgpu.barrier_arrive(key_done.at[slot])
+      reads = masked and "of_keys" in gmem
+      if not reads:
+        release_keys(slot, masked)
       # The compiler waits for the second product after the maximum and before the exponentials, wherever this stands;
       # except that masks made of arrays need the registers that the product reads.
-      early = acc[...] if masked and "of_keys" in gmem else None
+      early = acc[...] if reads else None
       p, top, total, shrink = softmax(raw, index, top, total, masked)
-      if "of_keys" in gmem:
-        plgpu.barrier_arrive(key_done.at[slot])
+      if reads:
+        release_keys(slot, masked)
       weighed = acc[...] if early is None else early
       plgpu.barrier_arrive(value_done.at[before])
       acc[...] = weighed * over(shrink, weighed.shape)
