@@ -35,6 +35,12 @@ BACKENDS = {
   # RMSNorm, SwiGLU, RoPE
   "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
   "cross_entropy": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  "quantized_matmul": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("mosaic_gpu", "xla"),
+    "gpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+  },
 }
 
 # Backends whose kernels are written for this or later versions of jax.
