@@ -123,8 +123,7 @@ def _call(x, weight, x_scale, t, Fp):
         tile = plgpu.layout_cast(plgpu.load(w_smem.at[mine], layout=plgpu.Layout.WGMMA_UPCAST_2X), WGMMA)
         zero = None if grouped or weight.zeros is None else per_feature(scale_gmem[1])
         for half in range(halves):
-          scale_refs = [ref.at[:, mine] for ref in refs[halves + half :: halves]] if grouped else []
-          a = scaled(weight, load_codes(weight, tile, half), scale_refs, zero)
+          a = scaled(weight, load_codes(weight, tile, half), refs[halves + half :: halves], mine, zero)
           plgpu.wgmma(acc, a, refs[half].T)
         plgpu.commit_smem()  # what was read by loads is next written by a copy
       plgpu.wgmma_wait(0)

@@ -52,11 +52,12 @@ def scale_rows(weight: QuantizedWeight, padded: int) -> tuple[jax.Array, ...]:
   return tuple(jnp.pad(a.astype(jnp.float32), ((0, 0), (0, padded - a.shape[1]))) for a in arrays)
 
 
-def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, zero: jax.Array | None) -> jax.Array:
+def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, mine, zero) -> jax.Array:
   """codes [R, K] times their groups' scales, less zero points.
 
-  groups: (scales,) or (scales, zeros), shared memory [groups of the tile, R]; empty where the scales are those of
-  output features and multiply the sums. zero: then the features' zero points, if any.
+  groups: (scales,) or (scales, zeros), shared memory [groups of the tile, features of the block], of which `mine` are
+  the tile's; empty where the scales are those of output features and multiply the sums. zero: then the features' zero
+  points, or None.
   """
 
   def spread(row, columns):
@@ -68,8 +69,8 @@ def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, zero: ja
   size = codes.shape[1] // count
   parts = []
   for j in range(count):
-    part = lax.slice_in_dim(codes, j * size, (j + 1) * size, axis=1)
+    part = codes[:, j * size : (j + 1) * size]
     if len(groups) > 1:
-      part -= spread(plgpu.load(groups[1].at[j], layout=ROW) - 8.0, size)
-    parts.append(part * spread(plgpu.load(groups[0].at[j], layout=ROW), size))
+      part -= spread(plgpu.load(groups[1].at[j, mine], layout=ROW) - 8.0, size)
+    parts.append(part * spread(plgpu.load(groups[0].at[j, mine], layout=ROW), size))
   return parts[0] if count == 1 else lax.concatenate(parts, 1)
