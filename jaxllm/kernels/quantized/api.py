@@ -26,8 +26,8 @@ def quantized_matmul(
 ) -> Float[Array, "*batch F"]:
   """x W for a quantized weight W [D, F], summed in float32 and returned in x's dtype.
 
-  The kernels unpack and scale the weight in registers or vector memory, tile by tile: a dense one never lies in
-  memory ('xla' leaves that to its compiler). Values are multiplied in x's dtype. With a dynamic format the
+  The accelerators' kernels unpack and scale the weight in registers or vector memory, tile by tile: a dense one never
+  lies in memory ('xla', and the gradient on 'cpu', leave that to their compiler). Values are multiplied in x's dtype. With a dynamic format the
   activations are rounded as well, each token with its own scale, and multiplied in 8 bits.
 
   Differentiable in x: dx = dy W^T, with W as stored (the rounding of activations counts as the identity). Codes,

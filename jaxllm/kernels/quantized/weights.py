@@ -10,7 +10,7 @@ such rows straight into registers, a CPU's dot products stream them, and a TPU's
 * scales [ceil(D' / group_size), F], zeros alike: a group's scales of neighbouring features lie side by side, as a
   tile of a kernel needs them. group_size None: one row, a scale for each output feature.
 
-Rows and codes past D are padding of value 0. Leading axes (layers of a stack) may stand before all of them.
+What lies past D is padding: activations of 0 meet it, and its part of a gradient is cut off. Leading axes (layers of a stack) may stand before all of them.
 """
 
 import dataclasses
@@ -169,7 +169,6 @@ def from_codes(
   codes = jnp.swapaxes(codes, -1, -2)
   block = 2 * HALF if packed else HALF
   padded = -(-D // block) * block
-  # The padding's scale is 0: in-range codes of any kind then have the value 0.
   values = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padded - D)])
   rows = -(-padded // group_size) if group_size else 1
   extra = [(0, 0)] * (scales.ndim - 2) + [(0, rows - scales.shape[-2]), (0, 0)]
