@@ -4,4 +4,13 @@ from jaxllm.kernels.attention import Visibility, flash_attention
 from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy
 from jaxllm.kernels.quantized import QuantizedWeight, dequantize, quantize, quantized_matmul
 
-__all__ = ["CrossEntropy", "QuantizedWeight", "Visibility", "cross_entropy", "dequantize", "flash_attention", "quantize", "quantized_matmul"]
+__all__ = [
+  "CrossEntropy",
+  "QuantizedWeight",
+  "Visibility",
+  "cross_entropy",
+  "dequantize",
+  "flash_attention",
+  "quantize",
+  "quantized_matmul",
+]

@@ -12,9 +12,9 @@ from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends
 from jaxllm.kernels.quantized.weights import QuantizedWeight
 
-MODULES = {
-  name: f"jaxllm.kernels.quantized.{name}" for name in ("cpu", "pallas_tpu", "mosaic_gpu")
-} | {"xla": "jaxllm.kernels.quantized.reference"}
+MODULES = {name: f"jaxllm.kernels.quantized.{name}" for name in ("cpu", "pallas_tpu", "mosaic_gpu")} | {
+  "xla": "jaxllm.kernels.quantized.reference"
+}
 
 
 def quantized_matmul(
@@ -27,8 +27,8 @@ def quantized_matmul(
   """x W for a quantized weight W [D, F], summed in float32 and returned in x's dtype.
 
   The accelerators' kernels unpack and scale the weight in registers or vector memory, tile by tile: a dense one never
-  lies in memory ('xla', and the gradient on 'cpu', leave that to their compiler). Values are multiplied in x's dtype. With a dynamic format the
-  activations are rounded as well, each token with its own scale, and multiplied in 8 bits.
+  lies in memory ('xla', and the gradient on 'cpu', leave that to their compiler). Values are multiplied in x's dtype.
+  With a dynamic format the activations are rounded as well, each token with its own scale, and multiplied in 8 bits.
 
   Differentiable in x: dx = dy W^T, with W as stored (the rounding of activations counts as the identity). Codes,
   scales and zero points are constants and get a gradient of zero.

@@ -45,7 +45,7 @@ class Tiles:
 def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
   """Not yet measured. Long rows and many copies in flight while memory is the limit; once it is the tensor core, more
   features than tokens, because a token's activations take two to four times the bytes of a feature's codes."""
-  tokens = next((t for t in (8, 16, 32, 64) if M <= t), 128)
+  tokens = next((t for t in (8, 16, 32, 64) if t >= M), 128)
   features = 256 if tokens == 128 else 128
   row_bytes = 64 if tokens == 128 and not weight.dynamic else 128
   blocks = pl.cdiv(M, tokens) * pl.cdiv(weight.shape[-1], features)
@@ -192,9 +192,7 @@ def _call(x, weight, x_scale, t, Fp):
     num_threads=WARPGROUPS + 1,
     thread_name="wg",
     kernel_name=f"quantized_matmul_{weight.format}",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-    ),
+    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     scratch_types=[out_smem],
   )
   return call(values, x, *scales, *extra)

@@ -7,7 +7,6 @@ and are turned once for each tile, because a weight row is a row of codes.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -122,7 +121,9 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
   )(x, weight.values, *scales, *x_scale)
 
 
-def backward(dy: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None) -> jax.Array:
+def backward(
+  dy: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None
+) -> jax.Array:
   """dy [M, F] W^T -> [M, D] in dy's dtype; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
   t = tiles or dataclasses.replace(_tiles(M, weight), features=min(512, -(-F // LANES) * LANES))
@@ -180,9 +181,7 @@ def backward(dy: jax.Array, weight: QuantizedWeight, target: str | None = None, 
 
 
 def _parameters():
-  return pltpu.CompilerParams(
-    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-  )
+  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _precision(dtype):

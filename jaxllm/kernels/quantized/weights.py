@@ -10,7 +10,8 @@ such rows straight into registers, a CPU's dot products stream them, and a TPU's
 * scales [ceil(D' / group_size), F], zeros alike: a group's scales of neighbouring features lie side by side, as a
   tile of a kernel needs them. group_size None: one row, a scale for each output feature.
 
-What lies past D is padding: activations of 0 meet it, and its part of a gradient is cut off. Leading axes (layers of a stack) may stand before all of them.
+What lies past D is padding: activations of 0 meet it, and its part of a gradient is cut off. Leading axes (layers of a
+stack) may stand before all of them.
 """
 
 import dataclasses
