@@ -3,5 +3,16 @@
 from jaxllm.kernels.attention import Visibility, flash_attention
 from jaxllm.kernels.grouped import grouped_matmul
 from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy
+from jaxllm.kernels.quantized import QuantizedWeight, dequantize, quantize, quantized_matmul
 
-__all__ = ["CrossEntropy", "Visibility", "cross_entropy", "flash_attention", "grouped_matmul"]
+__all__ = [
+  "CrossEntropy",
+  "QuantizedWeight",
+  "Visibility",
+  "cross_entropy",
+  "dequantize",
+  "flash_attention",
+  "grouped_matmul",
+  "quantize",
+  "quantized_matmul",
+]

@@ -41,6 +41,12 @@ BACKENDS = {
     "gpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
   },
+  "quantized_matmul": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("mosaic_gpu", "xla"),
+    "gpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+  },
 }
 
 # Backends whose kernels are written for this or later versions of jax.

@@ -1,0 +1,47 @@
+"""Products on CPUs by the C++ kernel (`kernels/cpu/quantized.cc`), in float32; the gradient is the plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels.quantized import reference
+from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight
+
+
+def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
+  """Why this kernel cannot compute the call, or None."""
+  if weight.format not in ("int8", "int4", "nf4"):
+    return f"int8, int4 and nf4 only, not {weight.format}"
+  size = weight.group_size
+  if size is not None and size < weight.padded_features and (size < 16 or size & (size - 1)):
+    return f"groups of a power of two from 16, not {size}"
+  if not cpu_ffi.available():
+    return cpu_ffi.why_unavailable() or "the C++ kernels are switched off or did not build"
+  return None
+
+
+def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None) -> jax.Array:
+  """x [M, D] W -> [M, F] in x's dtype; weights and sums in float32."""
+  padded = weight.padded_features
+  rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
+  plain = weight.format == "int4" and weight.zeros is None  # zero point 8
+  table = jnp.asarray(NF4 if weight.format == "nf4" else np.arange(16) - 8 * plain, jnp.float32)
+  zeros = jnp.zeros((0, 0)) if weight.zeros is None else weight.zeros
+  y = cpu_ffi.call(
+    "cpu_quantized_matmul",
+    jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
+    rows,
+    weight.values,
+    weight.scales.astype(jnp.float32),
+    zeros.astype(jnp.float32),
+    table,
+    packed=weight.packed,
+    group=np.int64(weight.group_size or padded),
+  )
+  return y.astype(x.dtype)
+
+
+def backward(dy: jax.Array, weight: QuantizedWeight, target: str | None = None) -> jax.Array:
+  """dy [M, F] W^T -> [M, D] in dy's dtype."""
+  return reference.backward(dy, weight)

@@ -1,0 +1,204 @@
+"""Forward product on Hopper: weights are the left operand of the tensor core, y^T = W^T x^T.
+
+The tensor core of Hopper takes its left operand from registers, 64 rows at a time, and its right one from shared
+memory in any width from 8. So the weights go left: a warpgroup reads a tile of codes from shared memory, unpacks and
+scales it in registers and multiplies; tokens are the right operand, 8 of them in decoding, 256 in prefill. (Marlin,
+arXiv 2408.11743, is the model for 4 bits; for the operand swap, jax's own mixed-type example for Hopper.) Codes of the
+dynamic formats go to the tensor core as they are.
+
+TMA copies run ahead in a warpgroup of their own. Where the tiles are fewer than the multiprocessors, the contraction
+is split, and the parts, float32 and transposed, are summed outside.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.kernels.quantized import reference
+from jaxllm.kernels.quantized.mosaic_gpu_backward import backward
+from jaxllm.kernels.quantized.mosaic_gpu_tiles import ROW, WGMMA, load_codes, scale_rows, scaled
+from jaxllm.kernels.quantized.weights import HALF, QuantizedWeight
+
+__all__ = ["Tiles", "backward", "forward", "refuses"]
+
+WARPGROUPS = 2  # that compute
+MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """features: of a block, 128 or 256. tokens: of a block, 8 to 128. row_bytes: of each weight row and step, 64 or 128.
+  steps: that copies run ahead. splits: of the contraction."""
+
+  features: int
+  tokens: int
+  row_bytes: int
+  steps: int
+  splits: int
+
+
+def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
+  """Not yet measured. Long rows and many copies in flight while memory is the limit; once it is the tensor core, more
+  features than tokens, because a token's activations take two to four times the bytes of a feature's codes."""
+  tokens = next((t for t in (8, 16, 32, 64) if t >= M), 128)
+  features = 256 if tokens == 128 else 128
+  row_bytes = 64 if tokens == 128 and not weight.dynamic else 128
+  blocks = pl.cdiv(M, tokens) * pl.cdiv(weight.shape[-1], features)
+  total = weight.values.shape[-1] // row_bytes
+  splits = 1
+  while tokens < 128 and blocks * splits <= MULTIPROCESSORS // 2 and total % (2 * splits) == 0 and total >= 8 * splits:
+    splits *= 2
+  per_step = features * row_bytes + tokens * row_bytes * (1 if weight.dynamic else 4 if weight.packed else 2)
+  if weight.group_size:
+    per_step += 16 * features * max(1, row_bytes // weight.group_size)
+  spare = (224 << 10) - WARPGROUPS * tokens * 64 * (4 if splits > 1 else 2)
+  return Tiles(features, tokens, row_bytes, max(1, min(8, spare // per_step, total // splits)), splits)
+
+
+def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
+  """Why these kernels cannot compute the call, or None."""
+  if x.dtype != jnp.bfloat16:
+    return f"bfloat16 activations only, not {x.dtype}"
+  size = weight.group_size
+  if size not in (None, 32, 64, 128) and size % (2 * HALF):
+    return f"groups of 32, 64, 128 or a multiple of 256, not {size}"
+  return None
+
+
+def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None) -> jax.Array:
+  """x [M, D] W -> [M, F] in bfloat16."""
+  M, D = x.shape
+  F = weight.shape[-1]
+  t = tiles or _tiles(M, weight)
+  Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, pl.cdiv(F, t.features) * t.features
+  x_scale = None
+  if weight.dynamic:
+    x, x_scale = reference.quantize_rows(x, weight.values.dtype)
+    x_scale = jnp.pad(x_scale, (0, Mp - M))
+  x = jnp.pad(x, ((0, Mp - M), (0, weight.padded_features - D)))
+  out = _call(x, weight, x_scale, t, Fp)
+  if t.splits > 1:
+    out = out.sum(0).T.astype(jnp.bfloat16)
+  return out[:M, :F]
+
+
+def _call(x, weight, x_scale, t, Fp):
+  row_total, Mp = weight.values.shape[1], x.shape[0]
+  grouped = weight.group_size is not None
+  values = lax.bitcast_convert_type(weight.values, jnp.int8) if weight.packed else weight.values
+  scales = scale_rows(weight, Fp)  # (scales,) or (scales, zeros), float32, F padded
+  halves = 2 if weight.packed else 1
+  rows = t.features // WARPGROUPS  # weight rows of a warpgroup
+  per_split = row_total // t.row_bytes // t.splits
+  pieces = HALF // t.row_bytes if weight.packed else 1  # steps in which a packed block is read
+
+  def x_block(half, k):  # which piece of D, counted in row_bytes, meets this half of the codes of step k
+    return k if halves == 1 else (k // pieces * halves + half) * pieces + k % pieces
+
+  groups = max(1, t.row_bytes // weight.group_size) if grouped else 1  # of a piece of D
+  w_transforms = _transforms(t.row_bytes, values.dtype)
+  x_transforms = _transforms(t.row_bytes, x.dtype)
+  out_dtype = jnp.float32 if t.splits > 1 else jnp.bfloat16
+
+  def kernel(values_gmem, x_gmem, *rest):
+    *scale_gmem, out_gmem, out_smem = rest
+    part, mi, fi = lax.axis_index("part"), lax.axis_index("m"), lax.axis_index("f")
+    wg = lax.axis_index("wg")
+    mine = pl.ds(wg * rows, rows)
+    first, f0, m0 = part * per_split, fi * t.features + wg * rows, mi * t.tokens
+
+    def per_feature(ref):
+      return plgpu.load(ref.at[0, pl.ds(f0, rows)], layout=ROW, optimized=False)
+
+    def body(_, w_smem, *refs):
+      *refs, acc = refs
+      if weight.dynamic:
+        plgpu.wgmma(acc, w_smem.at[mine], refs[0].T)
+      else:
+        tile = plgpu.layout_cast(plgpu.load(w_smem.at[mine], layout=plgpu.Layout.WGMMA_UPCAST_2X), WGMMA)
+        zero = None if grouped or weight.zeros is None else per_feature(scale_gmem[1])
+        for half in range(halves):
+          a = scaled(weight, load_codes(weight, tile, half), refs[halves + half :: halves], mine, zero)
+          plgpu.wgmma(acc, a, refs[half].T)
+        plgpu.commit_smem()  # what was read by loads is next written by a copy
+      plgpu.wgmma_wait(0)
+      return acc
+
+    def context(run):
+      dtype = jnp.int32 if values.dtype == jnp.int8 and weight.dynamic else jnp.float32
+      acc = pl.run_scoped(lambda acc: (run(acc), acc[...])[1], plgpu.ACC((rows, t.tokens), dtype))
+      y = acc.astype(jnp.float32)
+      if not grouped:
+        y *= lax.broadcast_in_dim(per_feature(scale_gmem[0]), y.shape, [0])
+      if x_scale is not None:
+        column = plgpu.load(scale_gmem[-1].at[pl.ds(m0, t.tokens)], layout=WGMMA.reduce(0), optimized=False)
+        y *= lax.broadcast_in_dim(column, y.shape, [1])
+      for i in range(rows // 64):
+        piece, features, tokens = y[i * 64 : (i + 1) * 64], pl.ds(f0 + i * 64, 64), pl.ds(m0, t.tokens)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if t.splits > 1:
+          out_smem[wg] = piece
+          there = out_gmem.at[part, features, tokens]
+        else:
+          out_smem.at[wg].T[...] = plgpu.layout_cast(piece.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
+          there = out_gmem.at[tokens, features]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[wg], there)
+      plgpu.wait_smem_to_gmem(0)
+
+    def scale_block(half, k):
+      return x_block(half, first + k) * t.row_bytes // weight.group_size // groups, fi
+
+    spec = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
+    in_specs = [spec((t.features, t.row_bytes), lambda k: (fi, first + k), transforms=w_transforms)]
+    operands = [values_gmem]
+    for half in range(halves):
+      in_specs.append(
+        spec((t.tokens, t.row_bytes), lambda k, half=half: (mi, x_block(half, first + k)), transforms=x_transforms)
+      )
+      operands.append(x_gmem)
+    if grouped:
+      for ref in scale_gmem:
+        for half in range(halves):
+          in_specs.append(spec((groups, t.features), functools.partial(scale_block, half)))
+          operands.append(ref)
+    plgpu.emit_pipeline_warp_specialized(
+      body,
+      grid=(per_split,),
+      memory_registers=40,
+      in_specs=in_specs,
+      wg_axis="wg",
+      num_compute_wgs=WARPGROUPS,
+      max_concurrent_steps=min(t.steps, per_split),
+      compute_context=context,
+    )(*operands)
+
+  if t.splits > 1:
+    out_shape, out_smem = (t.splits, Fp, Mp), plgpu.SMEM((WARPGROUPS, 64, t.tokens), jnp.float32)
+  else:
+    out_shape = (Mp, Fp)
+    out_smem = plgpu.SMEM((WARPGROUPS, t.tokens, 64), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(128),))
+  extra = () if x_scale is None else (x_scale,)
+  call = plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(out_shape, out_dtype),
+    grid=(t.splits, Mp // t.tokens, Fp // t.features),
+    grid_names=("part", "m", "f"),
+    num_threads=WARPGROUPS + 1,
+    thread_name="wg",
+    kernel_name=f"quantized_matmul_{weight.format}",
+    compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    scratch_types=[out_smem],
+  )
+  return call(values, x, *scales, *extra)
+
+
+def _transforms(columns, dtype):
+  bits = jnp.dtype(dtype).itemsize * 8
+  swizzle = plgpu.find_swizzle(columns * bits)
+  return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)

@@ -1,0 +1,180 @@
+"""The kernels for accelerators: in their emulators against float64, and compiled ahead of time at real shapes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import quantized_oracle as oracle
+from emulators import RECENT, gpu_emulator, needs_emulators, tpu_emulator
+
+from jaxllm.kernels import quantize, quantized_matmul
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+needs_libtpu = pytest.mark.skipif(not RECENT or importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+needs_cuda = pytest.mark.skipif(
+  not RECENT or importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="needs jax's CUDA plugin"
+)
+
+# format, group size, asymmetric
+KINDS = [
+  ("int8", None, False),
+  ("int8", 64, False),
+  ("int4", 32, False),
+  ("int4", 128, True),
+  ("int4", None, True),
+  ("nf4", 64, False),
+  ("fp8", None, False),
+  ("int8_dynamic", None, False),
+  ("fp8_dynamic", None, False),
+]
+
+
+def normal(seed, *shape, dtype="bfloat16"):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def weight(D, F, kind):
+  return quantize(normal(0, D, F, dtype="float32") * 0.1, *kind[:2], asymmetric=kind[2])
+
+
+def poisoned(q):
+  """Codes past D are noise: they must not matter."""
+  used = q.in_features // (2 if q.packed else 1)
+  if q.padded_features == q.in_features or q.packed:  # in a packed block they share bytes with real ones
+    return q
+  return jax.tree.map(lambda a: a.at[:, used:].set(jnp.asarray(77, a.dtype)) if a is q.values else a, q)
+
+
+def check(emulator, backend, kind, M, D, F, dtype, tolerance):
+  q = weight(D, F, kind)
+  x, dy = normal(1, M, D, dtype=dtype), normal(2, M, F, dtype=dtype)
+
+  @jax.jit
+  def both(x, q, dy):
+    y, pull = jax.vjp(lambda x: quantized_matmul(x, q, backend=backend), x)
+    return y, pull(dy)[0]
+
+  with emulator():
+    got = [np.asarray(a) for a in both(x, poisoned(q), dy)]
+    again = [np.asarray(a) for a in both(x, poisoned(q), dy)]
+  for a, b, want in zip(got, again, (oracle.product(x, q), oracle.gradient(dy, q))):
+    np.testing.assert_array_equal(a, b)
+    assert a.dtype == x.dtype and a.shape == want.shape
+    assert np.abs(a.astype(np.float64) - want).max() <= tolerance * np.abs(want).max()
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gpu(kind):
+  check(gpu_emulator, "mosaic_gpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)
+
+
+@needs_emulators
+@pytest.mark.slow
+@pytest.mark.parametrize("M,F", [(1, 70), (16, 128), (70, 200), (130, 264)])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[5], KINDS[7]], ids=str)
+def test_gpu_sizes(kind, M, F):
+  check(gpu_emulator, "mosaic_gpu", kind, M, 768, F, "bfloat16", 1.5e-2)
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", KINDS[::4], ids=str)
+def test_gpu_split_contraction(kind):
+  from jaxllm.kernels.quantized import mosaic_gpu
+
+  q, x = weight(1024, 128, kind), normal(1, 9, 1024)
+  tiles = mosaic_gpu.Tiles(features=256, tokens=16, row_bytes=64, steps=2, splits=4)
+  with gpu_emulator():
+    y = np.asarray(jax.jit(lambda x, q: mosaic_gpu.forward(x, q, "h100", tiles))(x, q), np.float64)
+  want = oracle.product(x, q)
+  assert np.abs(y - want).max() <= 1.5e-2 * np.abs(want).max()
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_tpu(kind):
+  check(tpu_emulator, "pallas_tpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=str)
+def test_tpu_several_tiles_in_float32(kind):
+  from jaxllm.kernels.quantized import pallas_tpu
+
+  q, x, dy = weight(512, 200, kind), normal(1, 20, 512, dtype="float32"), normal(2, 20, 200, dtype="float32")
+  tiles = pallas_tpu.Tiles(tokens=16, features=128, inputs=256)
+  with tpu_emulator():
+    y = jax.jit(lambda x, q: pallas_tpu.forward(x, q, None, tiles))(x, q)
+    dx = jax.jit(lambda x, q: pallas_tpu.backward(x, q, None, tiles))(dy, q)
+  for got, want in ((y, oracle.product(x, q)), (dx, oracle.gradient(dy, q))):
+    assert np.abs(np.asarray(got, np.float64) - want).max() <= 3e-6 * np.abs(want).max()
+
+
+@needs_emulators
+def test_nf4_polynomial_is_the_table_in_bfloat16():
+  from jaxllm.kernels.quantized.mosaic_gpu_tiles import nf4
+
+  got = np.asarray(nf4((jnp.arange(16, dtype=jnp.float32) - 7) / 8).astype(jnp.bfloat16))
+  np.testing.assert_array_equal(got, oracle.NF4.astype(ml_dtypes.bfloat16))
+
+
+D, F = 4096, 14336  # Llama 3 8B's feed-forward
+
+
+def avals(kind, M):
+  q = jax.eval_shape(lambda: quantize(jnp.zeros((D, F)), *kind[:2], asymmetric=kind[2]))
+  return jax.ShapeDtypeStruct((M, D), jnp.bfloat16), q, jax.ShapeDtypeStruct((M, F), jnp.bfloat16)
+
+
+def calls(backend, target):
+  def forward(x, q):
+    return quantized_matmul(x, q, backend=backend, target=target)
+
+  def backward(x, q, dy):
+    return jax.vjp(lambda x: forward(x, q), x)[1](dy)[0]
+
+  return forward, backward
+
+
+def some_slow(kinds, sizes, quick):
+  return [
+    pytest.param(kind, M, marks=() if (kind, M) in quick else pytest.mark.slow, id=f"{kind}-{M}")
+    for kind in kinds
+    for M in sizes
+  ]
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind,M", some_slow(KINDS, (1, 16, 256, 4096), [(KINDS[3], 1), (KINDS[5], 4096)]))
+def test_h100_machine_code(kind, M):
+  from machine_code import SHARED_MEMORY_LIMIT, compile_gpu
+
+  forward, backward = calls("mosaic_gpu", "h100")
+  x, q, dy = avals(kind, M)
+  for function, inputs in ((forward, (x, q)), (backward, (x, q, dy))):
+    compiled, kernels = compile_gpu(function, inputs)
+    (code,) = kernels
+    assert code.tensor_core > 0 and code.tma > 0
+    assert code.spill_bytes == 0 and code.local == 0
+    assert code.shared_bytes <= SHARED_MEMORY_LIMIT
+    # Padded or rounded activations; nothing of the weight's size.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 128 * 2 * F + 2 * M * D
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
+@pytest.mark.parametrize("kind,M", some_slow(KINDS, (1, 16, 256, 4096), [(KINDS[0], 16)]))
+def test_tpus(kind, M, chip):
+  from machine_code import compile_tpu
+
+  forward, backward = calls("pallas_tpu", chip)
+  x, q, dy = avals(kind, M)
+  for function, inputs in ((forward, (x, q)), (backward, (x, q, dy))):
+    compiled = compile_tpu(function, inputs, chip)
+    assert "custom-call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes <= D * F // 4
