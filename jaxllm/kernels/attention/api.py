@@ -110,6 +110,8 @@ def _refuses(query, key, value, options, bias, return_lse, backend, target) -> s
     whole = not options.visibility.causal and options.visibility.window is None
     if T != S and not (backend == "cpu" and whole):
       return "queries and keys of one length only"
+    if backend == "cudnn" and "segment_ids" in asked and backends.TARGETS.get(target) == "hopper":
+      return "segments only as a mask of T x S"  # elsewhere there is nothing better
     if backend == "cudnn" and query.dtype.itemsize != 2:
       return f"16 bits only, not {query.dtype}"
     if value.shape[3] != H:
