@@ -34,7 +34,13 @@ BACKENDS = {
   "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
   # RMSNorm, SwiGLU, RoPE
   "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
-  "cross_entropy": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  # token_log_probs too
+  "cross_entropy": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("mosaic_gpu", "xla"),
+    "gpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+  },
 }
 
 # Backends whose kernels are written for this or later versions of jax.
