@@ -9,6 +9,7 @@ chunks are as large as a bound on chunk * V lets them be; that bound also keeps 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,6 +60,13 @@ class Part(NamedTuple):
 
 # (x [C, D], head in x's dtype, targets [C], keep: whether exponentials are needed) -> Part
 Compute = Callable[[Array, Array, Array, bool], Part]
+# (Part, scale [C, n] of the exponentials, targets [C], coefficients) -> gradient of the logits [C, V] in x's dtype
+Finish = Callable[[Part, Array, Array, Coefficients], Array]
+
+
+def round_up(n: int, multiple: int) -> int:
+  """The next multiple."""
+  return -(-n // multiple) * multiple
 
 
 def chunk_rows(M: int, V: int, budget: int, multiple: int, most: int | None = None) -> int:
@@ -67,7 +75,7 @@ def chunk_rows(M: int, V: int, budget: int, multiple: int, most: int | None = No
   if most is not None:
     limit = min(limit, most)
   chunks = -(-M // limit)
-  return -(-M // (chunks * multiple)) * multiple
+  return round_up(-(-M // chunks), multiple)
 
 
 def statistics(
@@ -92,6 +100,7 @@ def gradients(
   options: Options,
   rows: int,
   dtype: Any,
+  finish: Finish | None = None,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
   """Statistics and the gradients of x, in x's dtype, and of the head.
 
@@ -99,16 +108,18 @@ def gradients(
     w: the head in x's dtype.
     dtype: the head's own. Its gradient is summed in it, unless x's is wider: a 16-bit gradient is rounded after each
       chunk, because to sum it in float32 would take twice the head's memory.
+    finish: makes the logits' gradient of the exponentials; by default XLA does.
   """
   summed = jnp.promote_types(dtype, x.dtype)
-  V = w.shape[0 if options.vd else 1]
+  finish = finish or functools.partial(_finish, options, w.shape[0 if options.vd else 1], x.dtype)
   over_v, over_d = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
   def body(d_head, piece):
     xc, t, k = piece
     part = compute(xc, w, t, True)
     stats = _combine(part)
-    dz = _logit_gradient(part, stats, t, k, options, V).astype(x.dtype)
+    scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
+    dz = finish(part, scale, t, k)
     dx = lax.dot_general(dz, w, over_v if options.vd else over_d, preferred_element_type=jnp.float32)
     a, b = (dz, xc) if options.vd else (xc, dz)
     # The dtype of the sum, so that the compiler makes one product that adds in place.
@@ -146,19 +157,26 @@ def _combine(part: Part) -> Statistics:
   return Statistics(top + jnp.log(total), part.ats.sum(-1), top, sums)
 
 
-def _logit_gradient(part, stats, targets, k, options, V) -> Float[Array, "C V"]:
-  """One elementwise pass over the exponentials."""
-
-  def wide(a: Any):  # [C, n] -> [C, V]
-    return a if a.shape[1] == 1 else jnp.repeat(a, part.width, axis=1)[:, :V]
-
-  e = part.exponentials[:, :V].astype(jnp.float32)
-  scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
-  dz = e * wide(scale) - jnp.where(jnp.arange(V) == targets[:, None], k.of_target[:, None], 0.0)
+def logit_gradient(options: Options, e: Array, scale, top, is_target, of_target, of_all) -> Float[Array, "C V"]:
+  """From exponentials; the other arguments are of one shape with them, or broadcast along the vocabulary."""
+  e = e.astype(jnp.float32)
+  dz = e * scale - jnp.where(is_target, of_target, 0.0)
   if options.sums:
-    dz = dz - k.of_all[:, None]
+    dz = dz - of_all
   if options.softcap is not None:
     # The logit is the exponential's logarithm; one so small that it became 0 is taken for the lowest.
-    z = jnp.maximum(wide(part.tops) + jnp.log(e), -options.softcap)
-    dz = dz * (1.0 - jnp.square(z / options.softcap))
+    z = jnp.maximum(top + jnp.log(e), -options.softcap)
+    dz = dz * (1.0 - (z / options.softcap) ** 2)
   return dz
+
+
+def _finish(options, V, dtype, part, scale, targets, k) -> Float[Array, "C V"]:
+  """One elementwise pass over the exponentials."""
+
+  def wide(a):  # [C, n] -> [C, V]
+    return a if a.shape[1] == 1 else jnp.repeat(a, part.width, axis=1)[:, :V]
+
+  is_target = jnp.arange(V) == targets[:, None]
+  per_token = k.of_target[:, None], k.of_all[:, None]
+  e = part.exponentials[:, :V]
+  return logit_gradient(options, e, wide(scale), wide(part.tops), is_target, *per_token).astype(dtype)

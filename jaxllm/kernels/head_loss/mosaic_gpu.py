@@ -28,7 +28,7 @@ from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statist
 LOG2E = math.log2(math.e)
 ROWS = 64  # tokens of a warpgroup: the height of a wgmma
 DEPTH = 64  # of x and head in one step of the pipeline: a row of 128 bytes, the widest swizzle
-STORE = 64  # columns of one store of exponentials, for the same reason
+STORE = 32  # columns of one store of exponentials; 64 would leave no room for the fourth stage
 NONE = -1e30  # of columns past the vocabulary; finite, because infinity minus infinity is NaN
 
 
@@ -40,7 +40,7 @@ class Tiles:
   stages: int = 4  # of the pipeline
   group: int = 16  # blocks of tokens that share a pass over the head: their x should stay in the L2 cache
   blocks: int = 132  # that run at once: the chip's multiprocessors
-  exponentials: int = 1 << 28  # of a chunk of tokens: 512 MiB
+  exponentials: int = 1 << 27  # of a chunk of tokens: 256 MiB, and as much again for the gradient made of them
 
 
 def refuses(x: Array, head: Array, options: Options, target: str | None) -> str | None:
@@ -61,7 +61,7 @@ def statistics(
   """Of every token's logits."""
   V = head.shape[0 if options.vd else 1]
   tiles, x, head, _ = _prepared(x, head, options, target, tiles)
-  rows = _round(x.shape[0], 2 * ROWS)  # nothing large is kept: all tokens at once
+  rows = chunks.round_up(x.shape[0], 2 * ROWS)  # nothing large is kept: all tokens at once
   return chunks.statistics(functools.partial(_part, options, tiles, V), x, head, targets, rows)
 
 
@@ -77,7 +77,7 @@ def gradients(
   """Statistics, and the gradients of x and of the head."""
   V, D = head.shape if options.vd else head.shape[::-1]
   tiles, wide_x, wide_head, dtype = _prepared(x, head, options, target, tiles)
-  rows = chunks.chunk_rows(x.shape[0], V, tiles.exponentials, 2 * ROWS, options.chunk and _round(options.chunk, 128))
+  rows = chunks.chunk_rows(x.shape[0], V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128))
   part = functools.partial(_part, options, tiles, V)
   stats, dx, d_head = chunks.gradients(part, wide_x, wide_head, targets, coefficients, options, rows, dtype)
   return stats, dx[:, :D], d_head[:V, :D] if options.vd else d_head[:D, :V]
@@ -87,15 +87,16 @@ def _prepared(x, head, options, target, tiles):
   """Tiles, and both operands in bfloat16 with rows that TMA can address and a depth of whole steps."""
   D = x.shape[1]
   tiles = tiles or Tiles(**(tuning.tuned("cross_entropy", target, D=D) or {}))
-  deeper = _round(D, DEPTH) - D
+  deeper = chunks.round_up(D, DEPTH) - D
   # [V, D] needs no more than the depth; rows of [D, V] must be multiples of 16 bytes.
   longer = 0 if options.vd else -head.shape[1] % 8
   pads = ((0, 0), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
   return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads), head.dtype
 
 
-def _round(n, multiple):
-  return -(-n // multiple) * multiple
+def _swizzled(columns):
+  """The layout of 16-bit rows in shared memory that wgmma reads and TMA writes without bank conflicts."""
+  return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
 
 
 def _part(options, tiles, V, x, w, targets, keep):
@@ -105,8 +106,8 @@ def _part(options, tiles, V, x, w, targets, keep):
   count = 4 if options.sums else 3
   out = [jax.ShapeDtypeStruct((count, blocks[1], C), jnp.float32)]
   if keep:
-    out.append(jax.ShapeDtypeStruct((C, _round(V, 8)), x.dtype))
-  swizzled = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
+    out.append(jax.ShapeDtypeStruct((C, chunks.round_up(V, 8)), x.dtype))
+  swizzled = _swizzled(DEPTH)
   kernel = plgpu.kernel(
     functools.partial(_kernel, options, tiles, V, keep),
     out_type=out,
@@ -117,7 +118,7 @@ def _part(options, tiles, V, x, w, targets, keep):
     scratch_types=dict(
       x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled),
       w_smem=plgpu.SMEM((tiles.stages, *((N, DEPTH) if vd else (DEPTH, N))), x.dtype, transforms=swizzled),
-      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=swizzled) if keep else None,
+      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=_swizzled(STORE)) if keep else None,
       stats_smem=plgpu.SMEM((2, count, ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
       empty=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
@@ -152,7 +153,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
 
   @pl.when(warpgroup == 2)
   def _load():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(56, action="decrease")
 
     @pl.loop(0, mine)
     def _block(i):
@@ -172,7 +173,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
 
   @pl.when(warpgroup < 2)
   def _compute():
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(224, action="increase")
 
     @pl.loop(0, mine)
     def _block(i):
