@@ -2,7 +2,7 @@
 
 from jaxllm.kernels.attention import Visibility, flash_attention
 from jaxllm.kernels.grouped import grouped_matmul
-from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy
+from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy, token_log_probs
 from jaxllm.kernels.quantized import QuantizedWeight, dequantize, quantize, quantized_matmul
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
   "grouped_matmul",
   "quantize",
   "quantized_matmul",
+  "token_log_probs",
 ]

@@ -24,7 +24,7 @@ TARGETS = {
 }
 
 # op -> family -> backends; "auto" takes the first that can compute the call. Our kernels for GPUs and TPUs are emulated
-# and compiled in the tests and have not run on a chip yet: where cuDNN computes the same, it goes first.
+# and compiled in the tests and have not run on a chip yet: where something proven is as good, it goes first.
 BACKENDS = {
   "attention": {
     "cpu": ("cpu", "xla"),
@@ -32,10 +32,13 @@ BACKENDS = {
     "gpu": ("cudnn", "xla"),
     "tpu": ("pallas_tpu", "xla"),
   },
-  "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
-  # RMSNorm, SwiGLU, RoPE
-  "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
-  "cross_entropy": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  # token_log_probs too
+  "cross_entropy": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("xla", "mosaic_gpu"),
+    "gpu": ("xla",),
+    "tpu": ("xla", "pallas_tpu"),
+  },
   "grouped_matmul": {
     "cpu": ("xla",),
     "hopper": ("mosaic_gpu", "xla"),
@@ -48,6 +51,9 @@ BACKENDS = {
     "gpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
   },
+  "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  # RMSNorm, SwiGLU, RoPE
+  "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
 }
 
 # Backends whose kernels are written for this or later versions of jax.

@@ -34,7 +34,7 @@ def startup_table(
   kernels = {
     "attention": " and ".join(backends.chosen("attention", compute.target)),
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
-    "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
+    "cross-entropy": " and ".join(backends.chosen("cross_entropy", compute.target)),
   }
   if program.model.moe is not None and (used := backends.chosen("grouped_matmul", compute.target)):
     kernels["experts"] = " and ".join(used)

@@ -28,9 +28,7 @@ def case(sizes, M, D, F, dtype=jnp.float32, seed=0):
   keys = jax.random.split(jax.random.key(seed), 3)
   sizes = np.asarray(sizes, np.int32)
   past = (np.arange(M) >= sizes.sum())[:, None]
-  x, dy = (
-    jnp.where(past, jnp.nan, jax.random.normal(key, (M, n), dtype)) for key, n in zip(keys, (D, F))
-  )
+  x, dy = (jnp.where(past, jnp.nan, jax.random.normal(key, (M, n), dtype)) for key, n in zip(keys, (D, F)))
   return x, jax.random.normal(keys[2], (len(sizes), D, F), dtype) * D**-0.5, jnp.asarray(sizes), dy
 
 

@@ -207,3 +207,29 @@ def test_attention_by_shards(sizes, options):
 
   want = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, flash_attention)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), jax.jit(on_mesh)(q, k, v), want)
+
+
+def test_head_loss_by_shards(monkeypatch):
+  """A kernel that the compiler cannot split runs on each device's tokens; here that kernel is XLA's."""
+  from jaxllm import kernels
+  from jaxllm.parallel import head_loss
+
+  rng = np.random.default_rng(0)
+  x, head = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((4, 16, 8), (8, 40)))
+  targets, weights = jnp.asarray(rng.integers(0, 40, (4, 16))), jnp.asarray(rng.integers(0, 3, (4, 16)), jnp.float32)
+  real, seen = kernels.cross_entropy, []
+
+  def kernel(x, *rest, backend, target, **options):
+    seen.append((backend, x.shape))
+    return real(x, *rest, **options)
+
+  def gradients(cross_entropy, **options):
+    loss = lambda x, head: cross_entropy(x, head, targets, weights, z_loss=1e-3, **options).loss_sum / 7  # noqa: E731
+    return jax.value_and_grad(loss, (0, 1))(x, head)
+
+  want = gradients(real)
+  monkeypatch.setattr(kernels, "cross_entropy", kernel)
+  with activation_sharding(make_mesh(MeshConfig(data=2, context=2, tensor=2)), RULES):
+    got = jax.jit(lambda: gradients(head_loss.cross_entropy, backend="mosaic_gpu", target="h100"))()
+  assert seen == [("mosaic_gpu", (2, 8, 8))]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)

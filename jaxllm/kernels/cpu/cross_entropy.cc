@@ -1,14 +1,16 @@
-// Cross-entropy of a language-model head with its gradients, a chunk of tokens at a time.
+// Statistics of a language-model head's logits and a gradient of them, a chunk of tokens at a time.
 //
-// The logits of a chunk exist once, in scratch, and become their own gradient there (Liger kernel, Hsu et al. 2024).
-// loss_t = lse_t - logit_t[target] + z_loss * lse_t^2, weighted by w_t.
+// The logits of a chunk exist once, in scratch, and become their own gradient there (Liger kernel, Hsu et al. 2024):
+// (k0 + k1 lse) softmax - k2 onehot(target) - k3, with four coefficients for each token.
 #include "gemm.h"
 
-// Row of V logits -> per-token statistics; with gradients, the row is overwritten by w * dloss/dlogits.
-static void row(float* z, int64_t V, int32_t target, float w, float z_loss, float* stats, int64_t M, bool grad) {
-  __m512 top = _mm512_set1_ps(-INFINITY);
-  for (int64_t c = 0; c < V; c += 16)
+// Row of V logits -> lse, target's logit, largest, sum; with gradients, the row is overwritten by them.
+static void row(float* z, int64_t V, int32_t target, const float* k, float* stats, int64_t M, bool grad) {
+  __m512 top = _mm512_set1_ps(-INFINITY), plain = _mm512_setzero_ps();
+  for (int64_t c = 0; c < V; c += 16) {
     top = _mm512_max_ps(top, _mm512_mask_loadu_ps(top, first(V - c), z + c));
+    plain = _mm512_add_ps(plain, _mm512_maskz_loadu_ps(first(V - c), z + c));
+  }
   float mx = _mm512_reduce_max_ps(top), at = target >= 0 && target < V ? z[target] : 0.f;
   __m512 m = _mm512_set1_ps(mx), sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < V; c += 16) {
@@ -18,19 +20,19 @@ static void row(float* z, int64_t V, int32_t target, float w, float z_loss, floa
     sum = _mm512_add_ps(sum, e);
   }
   float total = _mm512_reduce_add_ps(sum), lse = mx + std::log(total);
-  stats[0] = lse - at, stats[M] = lse * lse, stats[2 * M] = at >= mx;
+  stats[0] = lse, stats[M] = at, stats[2 * M] = mx, stats[3 * M] = _mm512_reduce_add_ps(plain);
   if (!grad) return;
-  __m512 s = _mm512_set1_ps(w * (1.f + 2.f * z_loss * lse) / total);
+  __m512 s = _mm512_set1_ps((k[0] + k[M] * lse) / total), u = _mm512_set1_ps(k[3 * M]);
   for (int64_t c = 0; c < V; c += 16) {
     __mmask16 k = first(V - c);
-    _mm512_mask_storeu_ps(z + c, k, _mm512_mul_ps(_mm512_maskz_loadu_ps(k, z + c), s));
+    _mm512_mask_storeu_ps(z + c, k, _mm512_fmsub_ps(_mm512_maskz_loadu_ps(k, z + c), s, u));
   }
-  if (target >= 0 && target < V) z[target] -= w;
+  if (target >= 0 && target < V) z[target] -= k[2 * M];
 }
 
 template <typename G>
-static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, const int32_t* targets, const float* w,
-                int64_t M, int64_t D, int64_t V, float z_loss, float* stats, void* dx_, float* dhead, bool grad) {
+static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, const int32_t* targets, const float* k,
+                int64_t M, int64_t D, int64_t V, float* stats, void* dx_, float* dhead, bool grad) {
   using T = typename G::T;
   static thread_local Scratch sl, sb, sf, sg;
   const int64_t C = std::min<int64_t>(M, 512), MB = 64, panels = (V + NR - 1) / NR, stride = G::panel(D);
@@ -62,7 +64,7 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, c
       int64_t r0 = i * MB, rows = std::min(MB, n - r0);
       G::block(rows, V, D, x + (c0 + r0) * D, D, false, fwd, stride, z + r0 * ld, ld, false);
       for (int64_t r = r0; r < r0 + rows; r++) {
-        row(z + r * ld, V, targets[c0 + r], w[c0 + r], z_loss, stats + c0 + r, M, grad);
+        row(z + r * ld, V, targets[c0 + r], k + c0 + r, stats + c0 + r, M, grad);
         if constexpr (!std::is_same_v<T, float>)
           if (grad)
             for (int64_t v = 0; v < ld; v += 32) _mm512_storeu_si512(zt + r * ld + v, row32(z + r * ld + v, first32(V - v)));
@@ -85,18 +87,18 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, c
 }
 
 static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head,
-                                   ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> weights,
+                                   ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> coefficients,
                                    ffi::Result<ffi::Buffer<ffi::F32>> stats, ffi::Result<ffi::AnyBuffer> dx,
-                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool head_vd, bool grad, float z_loss) {
+                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool head_vd, bool grad) {
   int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[head_vd ? 0 : 1];
   bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
   auto f = xb ? run<BF16> : run<F32>;
   f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, head_vd, targets.typed_data(),
-    weights.typed_data(), M, D, V, z_loss, stats->typed_data(), dx->untyped_data(), dhead->typed_data(), grad);
+    coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(), dhead->typed_data(), grad);
   return ffi::Error::Success();
 }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("head_vd").Attr<bool>("grad").Attr<float>("z_loss"));
+                                  .Attr<bool>("head_vd").Attr<bool>("grad"));

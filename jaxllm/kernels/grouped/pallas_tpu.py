@@ -251,7 +251,6 @@ def _product_kernel(t, E, steps, matrix_axis, group, tile, starts, ends, total, 
   whole = live & real & (low <= 0) & (high >= t.rows)
   pl.when(whole)(lambda: multiply(pl.ds(0, t.rows)))
 
-
   @pl.when(live & ~whole)
   def _():
     @pl.loop(*_parts(t, low, high))

@@ -58,9 +58,7 @@ def weights_gradient(
   if _native(target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(
-      jnp.where(real, x, 0), jnp.where(real, dy, 0), sizes, numbers
-    )
+    return lax.ragged_dot_general(jnp.where(real, x, 0), jnp.where(real, dy, 0), sizes, numbers)
   M = x.shape[0]
   rows = min(M, tiles or _rows(sizes.shape[0], M))
 

@@ -1,24 +1,20 @@
-"""Cross-entropy of a language-model head that never holds all logits.
-
-Tokens pass in chunks: a chunk's logits are made, reduced, turned into their own gradient and multiplied out before
-the next chunk starts, so memory is [chunk, V] instead of a few times [B, T, V] (Liger kernel, Hsu et al. 2024,
-arXiv 2410.10989). When the loss is differentiated the forward pass computes both gradients, the backward pass scales
-them.
-"""
+"""`cross_entropy` and `token_log_probs`: a language-model head and its softmax, never with all logits in memory."""
 
 import dataclasses
 import functools
-from typing import Literal
+import importlib
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.kernels import cpu_ffi
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import backends
+from jaxllm.kernels.head_loss.chunks import Coefficients, Options
 
-Backend = Literal["xla", "cpu"]
+HeadLayout = Literal["dv", "vd"]
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +28,21 @@ class CrossEntropy:
   weight_sum: Float[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is fixed when a call is traced."""
+
+  backend: str
+  target: str | None
+  options: Options
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+
+  @property
+  def kernels(self) -> Any:
+    return importlib.import_module(f"jaxllm.kernels.head_loss.{'reference' if self.backend == 'xla' else self.backend}")
+
+
 def cross_entropy(
   x: Float[Array, "B T D"],
   head: Float[Array, "D V"] | Float[Array, "V D"],
@@ -40,109 +51,156 @@ def cross_entropy(
   *,
   z_loss: float = 0.0,
   softcap: float | None = None,
-  head_layout: Literal["dv", "vd"] = "dv",
-  backend: Backend = "xla",
-  chunk: int = 1024,
+  label_smoothing: float = 0.0,
+  head_layout: HeadLayout = "dv",
+  backend: str = "xla",
+  target: str | None = None,
+  chunk: int | None = None,
 ) -> CrossEntropy:
-  """Token-weighted sums for one head; loss_sum = sum_t w_t (lse_t - logit_t[target_t] + z_loss lse_t^2), in float32,
-  is differentiable in x and head. `head_layout` 'vd': head is an embedding table [V, D]. `softcap` c: logits become
-  c tanh(logits / c) (Gemma 2). The product runs in x's dtype with float32 sums; head's gradient has head's dtype.
-  Backend 'cpu' takes the C++ kernel where there is one and no soft cap is asked for.
+  """Token-weighted sums of the cross-entropy of softmax(x head), in float32; differentiable in x and head.
+
+  loss_sum = sum_t w_t (lse_t - (1 - s) logit_t[target_t] - s mean_v logit_t[v] + z_loss lse_t^2), with lse the
+  logarithm of the sum of exponentials and s the label smoothing. When the loss is differentiated, the forward pass
+  computes both gradients and the backward pass scales them (see `chunks`). Products run in x's dtype with float32
+  sums; on TPU float32 products have the precision that jax's default says. A 16-bit head's gradient is summed in its
+  own dtype over the chunks of tokens. A head of another dtype than x's is copied into x's first.
+
+  Args:
+    targets: in [0, V); those of tokens without weight may be anything.
+    weights: tokens of weight 0 take no part: their x may be anything too, NaN included.
+    z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
+    label_smoothing: share of the target's probability that is spread evenly over all V (Szegedy et al.,
+      arXiv 1512.00567, section 7), in [0, 1).
+    head_layout: "dv", or "vd" for an embedding table [V, D].
+    backend: a name of `backends.BACKENDS["cross_entropy"]`, or "auto": the first that can, for `target`.
+      "cpu" takes the C++ kernel where there is one and no soft cap is asked for, else the same in XLA.
+    target: the chip; None together with a backend's name takes that backend without asking the table.
+    chunk: tokens at once; by default as many as a fixed number of logits allows.
+
+  Raises:
+    ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
   """
-  dtypes = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-  native = (
-    backend == "cpu"
-    and softcap is None
-    and {x.dtype, head.dtype} <= dtypes
-    and not (x.dtype == jnp.float32 and head.dtype == jnp.bfloat16)
-    and cpu_ffi.available()
-  )
-  B, T, D = x.shape
-  options = (float(z_loss), softcap, head_layout == "vd", native, min(chunk, B * T))
-  flat = (
-    x.reshape(B * T, D),
-    head,
-    targets.reshape(-1).astype(jnp.int32),
-    weights.reshape(-1).astype(jnp.float32),
-  )
-  nll_z, z, correct = _cross_entropy(options, *flat)
-  stop = lax.stop_gradient
-  return CrossEntropy(nll_z, stop(z), stop(correct), flat[3].sum())
+  if not 0.0 <= label_smoothing < 1.0:
+    raise ConfigError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+  options = Options(softcap, head_layout == "vd", label_smoothing > 0, chunk)
+  backend = _choose(backend, target, x, head, targets, options)
+  call = _Call(backend, target, options, float(z_loss), float(label_smoothing))
+  weights = weights.reshape(-1).astype(jnp.float32)
+  flat = _flat(x, targets, weights != 0)
+  loss, z, correct = _cross_entropy(call, flat[0], head, flat[1], weights)
+  return CrossEntropy(loss, lax.stop_gradient(z), lax.stop_gradient(correct), weights.sum())
+
+
+def token_log_probs(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "D V"] | Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  *,
+  mask: Bool[Array, "B T"] | None = None,
+  softcap: float | None = None,
+  head_layout: HeadLayout = "dv",
+  backend: str = "xla",
+  target: str | None = None,
+  chunk: int | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """(log softmax(x head)[target], log-sum-exp) of each token, in nats and float32; differentiable in x and head.
+
+  For losses that need each token apart (preference optimisation, policy gradients, perplexity by token). The
+  backward pass computes the logits once more, so where a weighted sum will do `cross_entropy` is cheaper.
+
+  Args:
+    mask: tokens to compute; the others give 0 and 0 and no gradient, whatever their x and target hold.
+    softcap, head_layout, backend, target, chunk: as in `cross_entropy`.
+
+  Raises:
+    ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
+  """
+  options = Options(softcap, head_layout == "vd", chunk=chunk)
+  call = _Call(_choose(backend, target, x, head, targets, options), target, options)
+  keep = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
+  flat = _flat(x, targets, None if mask is None else keep)
+  logp, lse = _token_log_probs(call, flat[0], head, flat[1])
+  return tuple(jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (logp, lse))  # type: ignore[return-value]
+
+
+def _choose(backend, target, x, head, targets, options) -> str:
+  D = head.shape[1 if options.vd else 0]
+  if x.ndim != 3 or head.ndim != 2 or x.shape[-1] != D or targets.shape != x.shape[:2]:
+    raise ConfigError(
+      f"the head's loss takes x [B, T, D], head [D, V] (or [V, D] with head_layout='vd') and targets [B, T]; "
+      f"these are {x.shape}, {head.shape}, {targets.shape}"
+    )
+
+  def refuses(backend, target):
+    if backend in ("xla", "cpu"):
+      return None
+    module = importlib.import_module(f"jaxllm.kernels.head_loss.{backend}")
+    return module.refuses(x, head, options, target)
+
+  return backends.choose("cross_entropy", backend, target, refuses)
+
+
+def _flat(x, targets, keep):
+  """Tokens in one row; what is not kept is cleared, because 0 times NaN is NaN."""
+  x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).astype(jnp.int32)
+  return x if keep is None else jnp.where(keep[:, None], x, 0), targets
+
+
+# ---------------------------------------------------------------- the weighted sum
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(options, x, head, targets, weights):
-  return _sums(options, x, head, targets, weights, grad=False)[0]
+def _cross_entropy(call, x, head, targets, weights):
+  return _sums(call, call.kernels.statistics(x, head, targets, call.options, call.target), head, weights)
 
 
-def _forward(options, x, head, targets, weights):
-  sums, dx, dhead = _sums(options, x, head, targets, weights, grad=True)
-  return sums, (dx, dhead, jnp.zeros((), head.dtype))
+def _forward(call, x, head, targets, weights):
+  V = head.shape[0 if call.options.vd else 1]
+  smooth = call.label_smoothing
+  k = Coefficients(weights, 2 * call.z_loss * weights, (1 - smooth) * weights, smooth / V * weights)
+  stats, dx, d_head = call.kernels.gradients(x, head, targets, k, call.options, call.target)
+  return _sums(call, stats, head, weights), (dx, d_head, jnp.zeros((), head.dtype))
 
 
-def _backward(options, saved, cotangents):
-  dx, dhead, like = saved
+def _sums(call, stats, head, weights):
+  V = head.shape[0 if call.options.vd else 1]
+  smooth = call.label_smoothing
+  nll = stats.lse - (1 - smooth) * stats.at - (smooth / V * stats.sum if smooth else 0.0)
+  z = call.z_loss * stats.lse * stats.lse
+  return tuple((a * weights).sum() for a in (nll + z, z, stats.at >= stats.top))
+
+
+def _backward(call, saved, cotangents):
+  dx, d_head, like = saved
   g = cotangents[0]
   # g is 1 / weight_sum or 1: one more pass over [M, D] and over the head, small beside the products
-  return (dx * g.astype(dx.dtype)), (dhead * g).astype(like.dtype), None, None
+  return (dx * g).astype(dx.dtype), (d_head * g).astype(like.dtype), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _sums(options, x, head, targets, weights, grad):
-  """((loss_sum, z_loss_sum, correct_sum), dx [M, D] | None, dhead float32 | None)."""
-  z_loss, softcap, vd, native, chunk = options
-  if native:
-    M = x.shape[0]
-    out = (
-      jax.ShapeDtypeStruct((3, M), jnp.float32),
-      jax.ShapeDtypeStruct(x.shape if grad else (0, 0), x.dtype),
-      jax.ShapeDtypeStruct(head.shape if grad else (0, 0), jnp.float32),
-    )
-    stats, dx, dhead = cpu_ffi.call(
-      "cpu_cross_entropy", out, x, head, targets, weights, head_vd=vd, grad=grad, z_loss=np.float32(z_loss)
-    )
-    nll, z, correct = stats @ weights
-    return (nll + z_loss * z, z_loss * z, correct), dx, dhead
-  return _xla_sums(z_loss, softcap, vd, chunk, x, head, targets, weights, grad)
+# ---------------------------------------------------------------- token by token
 
 
-def _xla_sums(z_loss, softcap, vd, chunk, x, head, targets, weights, grad):
-  M, D = x.shape
-  pad = -M % chunk
-  x, targets, weights = (jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)) for a in (x, targets, weights))
-  w = head.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_log_probs(call, x, head, targets):
+  stats = call.kernels.statistics(x, head, targets, call.options, call.target)
+  return stats.at - stats.lse, stats.lse
 
-  def split(a):
-    return a.reshape(-1, chunk, *a.shape[1:])
 
-  def body(carry, part):
-    sums, dhead = carry
-    xc, t, wt = part
-    z = lax.dot_general(xc, w, (((1,), (1 if vd else 0,)), ((), ())), preferred_element_type=jnp.float32)
-    if softcap is not None:
-      tanh = jnp.tanh(z / softcap)
-      z = softcap * tanh
-    top = z.max(-1)
-    e = jnp.exp(z - top[:, None])
-    total = e.sum(-1)
-    lse = top + jnp.log(total)
-    at = jnp.take_along_axis(z, t[:, None], axis=-1)[:, 0]
-    z_term = z_loss * lse * lse
-    sums = sums + jnp.stack([((lse - at + z_term) * wt).sum(), (z_term * wt).sum(), ((at >= top) * wt).sum()])
-    if not grad:
-      return (sums, dhead), None
-    dz = e * (wt * (1.0 + 2.0 * z_loss * lse) / total)[:, None]
-    dz = dz - jnp.where(jnp.arange(z.shape[-1])[None] == t[:, None], wt[:, None], 0.0)
-    if softcap is not None:
-      dz = dz * (1.0 - tanh * tanh)
-    dz = dz.astype(x.dtype)
-    dx = lax.dot_general(dz, w, (((1,), (0 if vd else 1,)), ((), ())), preferred_element_type=jnp.float32)
-    a, b = (dz, xc) if vd else (xc, dz)
-    dhead = dhead + lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return (sums, dhead), dx.astype(x.dtype)
+def _forward_tokens(call, x, head, targets):
+  return _token_log_probs(call, x, head, targets), (x, head, targets)
 
-  start = (jnp.zeros(3, jnp.float32), jnp.zeros(head.shape if grad else (), jnp.float32))
-  (sums, dhead), dx = lax.scan(body, start, (split(x), split(targets), split(weights)))
-  return tuple(sums), (dx.reshape(-1, D)[:M] if grad else None), dhead
+
+def _backward_tokens(call, saved, cotangents):
+  x, head, targets = saved
+  d_logp, d_lse = cotangents
+  zeros = jnp.zeros_like(d_lse)
+  k = Coefficients(d_lse - d_logp, zeros, -d_logp, zeros)
+  _, dx, d_head = call.kernels.gradients(x, head, targets, k, call.options, call.target)
+  return dx, d_head.astype(head.dtype), None
+
+
+_token_log_probs.defvjp(_forward_tokens, _backward_tokens)

@@ -1,0 +1,180 @@
+"""Statistics and gradients of a head, a chunk of tokens at a time: what the XLA and the Pallas backends share.
+
+A backend computes one chunk's logits and leaves their exponentials; here they become the logits' gradient, which is
+multiplied out before the next chunk starts (Liger kernel, Hsu et al. 2024, arXiv 2410.10989). That is three matrix
+products, as many as holding all logits takes. Recomputing the logits in the backward pass (Cut Cross-Entropy, Wijmans
+et al. 2024, arXiv 2411.09009) would be four or five, and its gain, skipping blocks whose gradient is negligible,
+changes the gradient. The price is the sum over chunks of the head's gradient, read and written once per chunk, so
+chunks are as large as a bound on chunk * V lets them be; that bound also keeps memory from growing with V.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a call asks of the logits. vd: the head is [V, D]. sums: label smoothing needs the sum of the logits."""
+
+  softcap: float | None = None
+  vd: bool = False
+  sums: bool = False
+  chunk: int | None = None  # tokens at once; None: the backend decides
+
+
+class Statistics(NamedTuple):
+  """Of each token's logits, float32."""
+
+  lse: Float[Array, " M"]  # log of the sum of exponentials
+  at: Float[Array, " M"]  # the target's
+  top: Float[Array, " M"]  # the largest
+  sum: Float[Array, " M"]  # zeros unless asked for
+
+
+class Coefficients(NamedTuple):
+  """The gradient of a token's logits is (of_p + of_p_lse * lse) softmax - of_target onehot(target) - of_all."""
+
+  of_p: Float[Array, " M"]
+  of_p_lse: Float[Array, " M"]
+  of_target: Float[Array, " M"]
+  of_all: Float[Array, " M"]
+
+
+class Part(NamedTuple):
+  """A chunk of C tokens as a backend leaves it; the vocabulary in n pieces of `width`, the last one perhaps shorter."""
+
+  tops: Float[Array, "C n"]  # the largest logit of each piece
+  totals: Float[Array, "C n"]  # sum of exp(logit - top)
+  ats: Float[Array, "C n"]  # the target's logit in its piece, 0 elsewhere
+  sums: Float[Array, "C n"] | None  # of logits
+  exponentials: Float[Array, "C V"] | None  # exp(logit - the piece's top); columns past V may follow
+  width: int
+
+
+# (x [C, D], head in x's dtype, targets [C], keep: whether exponentials are needed) -> Part
+Compute = Callable[[Array, Array, Array, bool], Part]
+# (Part, scale [C, n] of the exponentials, targets [C], coefficients) -> gradient of the logits [C, V] in x's dtype
+Finish = Callable[[Part, Array, Array, Coefficients], Array]
+
+
+def round_up(n: int, multiple: int) -> int:
+  """The next multiple."""
+  return -(-n // multiple) * multiple
+
+
+def chunk_rows(M: int, V: int, budget: int, multiple: int, most: int | None = None) -> int:
+  """Tokens of a chunk: a multiple of `multiple`, with rows * V up to `budget` elements and little padding of M."""
+  limit = max(budget // V // multiple * multiple, multiple)
+  if most is not None:
+    limit = min(limit, most)
+  chunks = -(-M // limit)
+  return round_up(-(-M // chunks), multiple)
+
+
+def statistics(compute: Compute, x: Float[Array, "M D"], w: Array, targets: Int[Array, " M"], rows: int) -> Statistics:
+  """Of every token; no gradients. w: the head in x's dtype."""
+
+  def body(carry, piece):
+    xc, t = piece
+    return carry, _combine(compute(xc, w, t, False))
+
+  _, stats = _by_rows(body, (), (x, targets), rows)
+  return stats
+
+
+def gradients(
+  compute: Compute,
+  x: Float[Array, "M D"],
+  w: Array,
+  targets: Int[Array, " M"],
+  coefficients: Coefficients,
+  options: Options,
+  rows: int,
+  dtype: Any,
+  finish: Finish | None = None,
+) -> tuple[Statistics, Float[Array, "M D"], Array]:
+  """Statistics and the gradients of x, in x's dtype, and of the head.
+
+  Args:
+    w: the head in x's dtype.
+    dtype: the head's own. Its gradient is summed in it, unless x's is wider: a 16-bit gradient is rounded after each
+      chunk, because to sum it in float32 would take twice the head's memory.
+    finish: makes the logits' gradient of the exponentials; by default XLA does.
+  """
+  summed = jnp.promote_types(dtype, x.dtype)
+  finish = finish or functools.partial(_finish, options, w.shape[0 if options.vd else 1], x.dtype)
+  over_v, over_d = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+
+  def body(d_head, piece):
+    xc, t, k = piece
+    part = compute(xc, w, t, True)
+    stats = _combine(part)
+    scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
+    dz = finish(part, scale, t, k)
+    dx = lax.dot_general(dz, w, over_v if options.vd else over_d, preferred_element_type=jnp.float32)
+    a, b = (dz, xc) if options.vd else (xc, dz)
+    # The dtype of the sum, so that the compiler makes one product that adds in place.
+    product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=summed)
+    return product if d_head is None else d_head + product, (stats, dx.astype(x.dtype))
+
+  one = x.shape[0] <= rows
+  start = None if one else jnp.zeros(w.shape, summed)
+  d_head, (stats, dx) = _by_rows(body, start, (x, targets, coefficients), rows)
+  return stats, dx, d_head
+
+
+def _by_rows(body, carry, arrays, rows):
+  """`lax.scan` of body over chunks of so many rows; rows that pad the last chunk are zeros and are cut off."""
+  M = jax.tree.leaves(arrays)[0].shape[0]
+  pad = -M % rows
+
+  def split(a):
+    a = jnp.pad(a, [(0, pad)] + [(0, 0)] * (a.ndim - 1)) if pad else a
+    return a.reshape(-1, rows, *a.shape[1:])
+
+  arrays = jax.tree.map(split, arrays)
+  if M <= rows:
+    carry, out = body(carry, jax.tree.map(lambda a: a[0], arrays))
+  else:
+    carry, out = lax.scan(body, carry, arrays)
+    out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+  return carry, jax.tree.map(lambda a: a[:M], out)
+
+
+def _combine(part: Part) -> Statistics:
+  top = part.tops.max(-1)
+  total = (part.totals * jnp.exp(part.tops - top[:, None])).sum(-1)
+  sums = jnp.zeros_like(top) if part.sums is None else part.sums.sum(-1)
+  return Statistics(top + jnp.log(total), part.ats.sum(-1), top, sums)
+
+
+def logit_gradient(options: Options, e: Array, scale, top, is_target, of_target, of_all) -> Float[Array, "C V"]:
+  """From exponentials; the other arguments are of one shape with them, or broadcast along the vocabulary."""
+  e = e.astype(jnp.float32)
+  dz = e * scale - jnp.where(is_target, of_target, 0.0)
+  if options.sums:
+    dz = dz - of_all
+  if options.softcap is not None:
+    # The logit is the exponential's logarithm; one so small that it became 0 is taken for the lowest.
+    z = jnp.maximum(top + jnp.log(e), -options.softcap)
+    dz = dz * (1.0 - (z / options.softcap) ** 2)
+  return dz
+
+
+def _finish(options, V, dtype, part, scale, targets, k) -> Float[Array, "C V"]:
+  """One elementwise pass over the exponentials."""
+
+  def wide(a):  # [C, n] -> [C, V]
+    return a if a.shape[1] == 1 else jnp.repeat(a, part.width, axis=1)[:, :V]
+
+  is_target = jnp.arange(V) == targets[:, None]
+  per_token = k.of_target[:, None], k.of_all[:, None]
+  e = part.exponentials[:, :V]
+  return logit_gradient(options, e, wide(scale), wide(part.tops), is_target, *per_token).astype(dtype)

@@ -1,0 +1,50 @@
+"""The head's loss on CPUs: the C++ kernel (`kernels/cpu/cross_entropy.cc`) where it can, else the XLA form."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels.head_loss import reference
+from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Statistics
+
+
+def statistics(
+  x: Float[Array, "M D"], head: Array, targets: Int[Array, " M"], options: Options, target: str | None
+) -> Statistics:
+  """Of every token's logits."""
+  if not _native(x, head, options):
+    return reference.statistics(x, head, targets, options, target)
+  return _call(x, head, targets, jnp.zeros((4, x.shape[0]), jnp.float32), options, grad=False)[0]
+
+
+def gradients(
+  x: Float[Array, "M D"],
+  head: Array,
+  targets: Int[Array, " M"],
+  coefficients: Coefficients,
+  options: Options,
+  target: str | None,
+) -> tuple[Statistics, Float[Array, "M D"], Array]:
+  """Statistics, and the gradients of x and, in float32, of the head."""
+  if not _native(x, head, options):
+    return reference.gradients(x, head, targets, coefficients, options, target)
+  return _call(x, head, targets, jnp.stack(coefficients), options, grad=True)
+
+
+def _native(x, head, options):
+  dtypes = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+  known = {x.dtype, head.dtype} <= dtypes and not (x.dtype == jnp.float32 and head.dtype == jnp.bfloat16)
+  return known and options.softcap is None and cpu_ffi.available()
+
+
+def _call(x, head, targets, coefficients, options, grad):
+  out = (
+    jax.ShapeDtypeStruct((4, x.shape[0]), jnp.float32),
+    jax.ShapeDtypeStruct(x.shape if grad else (0, 0), x.dtype),
+    jax.ShapeDtypeStruct(head.shape if grad else (0, 0), jnp.float32),
+  )
+  stats, dx, d_head = cpu_ffi.call(
+    "cpu_cross_entropy", out, x, head, targets, coefficients, head_vd=options.vd, grad=grad
+  )
+  return Statistics(*stats), dx, d_head

@@ -1,0 +1,54 @@
+"""The head's loss in plain JAX, a chunk of tokens with all its logits at a time: what other backends are measured by."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxllm.kernels.backends import TARGETS
+from jaxllm.kernels.head_loss import chunks
+from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
+
+LOGITS = 1 << 27  # of a chunk at most: 512 MiB
+CPU_ROWS = 1024  # more are no faster there
+
+
+def statistics(
+  x: Float[Array, "M D"], head: Array, targets: Int[Array, " M"], options: Options, target: str | None
+) -> Statistics:
+  """Of every token's logits."""
+  part, rows = functools.partial(_part, options), _rows(x, head, options, target)
+  return chunks.statistics(part, x, head.astype(x.dtype), targets, rows)
+
+
+def gradients(
+  x: Float[Array, "M D"],
+  head: Array,
+  targets: Int[Array, " M"],
+  coefficients: Coefficients,
+  options: Options,
+  target: str | None,
+) -> tuple[Statistics, Float[Array, "M D"], Array]:
+  """Statistics, and the gradients of x and of the head."""
+  part, rows = functools.partial(_part, options), _rows(x, head, options, target)
+  return chunks.gradients(part, x, head.astype(x.dtype), targets, coefficients, options, rows, head.dtype)
+
+
+def _rows(x, head, options, target):
+  if options.chunk is not None:
+    return min(options.chunk, x.shape[0])
+  most = CPU_ROWS if target is None or TARGETS[target] == "cpu" else None
+  return chunks.chunk_rows(x.shape[0], head.shape[0 if options.vd else 1], LOGITS, 8, most)
+
+
+def _part(options, x, w, targets, keep):
+  contract = (((1,), (1 if options.vd else 0,)), ((), ()))
+  z = lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
+  if options.softcap is not None:
+    z = options.softcap * jnp.tanh(z / options.softcap)
+  top = z.max(-1, keepdims=True)
+  e = jnp.exp(z - top)
+  at = jnp.take_along_axis(z, targets[:, None], axis=-1, mode="clip")
+  sums = z.sum(-1, keepdims=True) if options.sums else None
+  return Part(top, e.sum(-1, keepdims=True), at, sums, e if keep else None, z.shape[-1])
