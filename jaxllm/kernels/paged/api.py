@@ -82,7 +82,7 @@ def paged_attention(
     )
   if window is not None and window < 1 or splits is not None and splits < 1:
     raise ConfigError(f"window and splits are at least 1; these are {window}, {splits}")
-  options = Options(float(H**-0.5 if scale is None else scale), window, softcap, alibi_slopes)
+  options = Options(float(H**-0.5 if scale is None else scale), N // K, window, softcap, alibi_slopes)
   refuses = functools.partial(_refuses, query, pages, options)
   chosen = backends.choose("paged_attention", backend, target, refuses)
 
@@ -100,7 +100,7 @@ def paged_attention(
       shape = module.tile_shape(N // K, query_starts is None)
       work = plan(tile_tokens=shape.tokens, num_sequences=num_sequences)
       tiles = schedule.to_tiles(query, work, K, shape.rows)
-      out, lse = module.attend(tiles, pages, table, work, options, shape, target=target, splits=splits)
+      out, lse = module.attend(tiles, pages, table, work, options, target=target, splits=splits)
     return schedule.from_tiles(out, lse, work, N, sinks, query.dtype)
 
   @compute.defjvp

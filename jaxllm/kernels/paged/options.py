@@ -1,4 +1,4 @@
-"""What a call asks for beside queries and cache, as every backend gets it."""
+"""What a call asks for beside queries and cache, as every backend gets it; and the shape of a tile."""
 
 import dataclasses
 import functools
@@ -8,13 +8,22 @@ from jaxtyping import Array, Float
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("alibi_slopes",), meta_fields=("scale", "window", "softcap")
+  jax.tree_util.register_dataclass, data_fields=("alibi_slopes",), meta_fields=("scale", "group", "window", "softcap")
 )
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Sinks are no part of it: they join when the parts of a result are combined (`schedule.from_tiles`)."""
+  """group: G, query heads of a key head. Sinks are no part of it: they join when the parts of a result are combined (`schedule.from_tiles`)."""
 
   scale: float
+  group: int
   window: int | None = None
   softcap: float | None = None
   alibi_slopes: Float[Array, " N"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TileShape:
+  """tokens: new tokens of one tile; rows: of the matrix of a key head, at least tokens * G."""
+
+  tokens: int
+  rows: int

@@ -25,7 +25,7 @@ def attend(
   at_once = max(1, BLOCK // size)
   block = at_once * size
   table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % at_once)))
-  group = queries.shape[2] // schedule.tokens  # rows are tokens * G exactly here
+  group = options.group
   token = jnp.arange(R) // group
   position = schedule.position[:, None] + token  # [M, R]
   slopes = None if options.alibi_slopes is None else options.alibi_slopes.astype(jnp.float32).reshape(1, K, group)
