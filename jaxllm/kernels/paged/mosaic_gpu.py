@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels.backends import TARGETS
-from jaxllm.kernels.paged.options import Options, TileShape
+from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
@@ -144,7 +144,7 @@ def attend(
   elif shared:
     scratch["cleaned"] = plgpu.Barrier(num_arrivals=warpgroups)
   if options.alibi_slopes is not None:
-    inputs |= _slope_rows(options.alibi_slopes, K, R, schedule.tokens)
+    inputs |= slope_rows(options.alibi_slopes, K, R, schedule.tokens)
   return plgpu.kernel(
     functools.partial(_kernel, options, tiles, tuple(inputs), (splits, pages.page_size, shared)),
     out_type=(
@@ -167,24 +167,13 @@ def _tiled(dtype, columns):
   return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def _slope_rows(slopes, K, R, tokens):
-  """Each row's slope, and its slope times its token: distance * slope = row_bias - slope * (key - first token)."""
-  group = slopes.shape[0] // K
-  slopes = jnp.tile(slopes.astype(jnp.float32).reshape(K, 1, group), (1, tokens, 1))
-  by_token = slopes * jnp.arange(tokens, dtype=jnp.float32)[:, None]
-  return {
-    name: jnp.pad(x.reshape(K, tokens * group), ((0, 0), (0, R - tokens * group)))
-    for name, x in (("slope", slopes), ("row_bias", by_token))
-  }
-
-
 def _kernel(options, tiles, names, static, *refs, **scratch):
   """One tile, range of keys and head: the last warpgroup copies, the others compute."""
   splits, page_size, shared = static
   gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
   tile, split, head, warpgroup = (lax.axis_index(name) for name in ("tile", "split", "head", "warpgroup"))
   sequence, position, end = (gmem["work"][tile, i] for i in range(3))
-  first = jnp.int32(0)
+  first = 0
   if options.window is not None:
     first = lax.div(jnp.maximum(position - (options.window - 1), 0), jnp.int32(tiles.block))
   last = pl.cdiv(end, jnp.int32(tiles.block))
@@ -239,7 +228,7 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
   quantized = "key_scales" in gmem
   key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
   key_done, value_done = scratch["key_done"], scratch["value_done"]
-  row_start = warpgroup * ROWS if shared else jnp.int32(0)  # of this warpgroup among the tile's rows
+  row_start = warpgroup * ROWS if shared else 0  # of this warpgroup among the tile's rows
   query_smem = scratch["query_smem"].at[warpgroup if shared else 0]
   scores_shape = (ROWS, block)
 
@@ -317,9 +306,9 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
     else:
       plgpu.barrier_arrive(key_done.at[slot])
     values, factor = logits(raw, start)
-    partly = start + block > position + lax.div(row_start, jnp.int32(group)) + 1
+    partly = start + block > position + row_start // group + 1
     if options.window is not None:
-      partly |= start + options.window <= position + lax.div(row_start + ROWS - 1, jnp.int32(group))
+      partly |= start + options.window <= position + (row_start + ROWS - 1) // group
     values = lax.cond(partly, lambda: mask(values, start), lambda: values)
 
     new_top = jnp.maximum(top, values.max(axis=1) * factor)

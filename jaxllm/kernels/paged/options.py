@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -27,3 +28,14 @@ class TileShape:
 
   tokens: int
   rows: int
+
+
+def slope_rows(slopes: Float[Array, " N"], K: int, R: int, tokens: int) -> dict[str, Float[Array, "K R"]]:
+  """ALiBi for the rows of a tile: a score gains slope * (key - first token's position) - row_bias."""
+  group = slopes.shape[0] // K
+  slopes = jnp.tile(slopes.astype(jnp.float32).reshape(K, 1, group), (1, tokens, 1))
+  by_token = slopes * jnp.arange(tokens, dtype=jnp.float32)[:, None]
+  return {
+    name: jnp.pad(x.reshape(K, tokens * group), ((0, 0), (0, R - tokens * group)))
+    for name, x in (("slope", slopes), ("row_bias", by_token))
+  }
