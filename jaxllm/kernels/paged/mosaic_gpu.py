@@ -36,6 +36,7 @@ WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Lay
 LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
 ROWS = 64  # of one wgmma
 OUT_COLUMNS = 64  # results leave so many at a time
+SHARED_MEMORY = 232448  # bytes of a block
 MULTIPROCESSORS = 132  # of H100 and H200
 
 
@@ -48,13 +49,15 @@ class Tiles:
   warpgroups: int = 2
 
 
-def _tiles(head_dim: int, page_size: int, quantized: bool, shared: bool) -> Tiles:
-  """What fits 227 KiB of shared memory, and registers without spills."""
-  if shared and head_dim <= 128 and not quantized:
-    return Tiles(block=128, stages=2 if head_dim == 128 else 4)
-  stages = {64: 8, 128: 5, 192: 3, 256: 2}[head_dim]
-  # A copy of 16-bit scales or of a tile starts at a multiple of 128 bytes, which a page of 32 int8 tokens keeps.
-  return Tiles(block=64, stages=stages if not quantized else min(8, 2 * stages - 2))
+def _tiles(head_dim: int, rows: int, quantized: bool) -> Tiles:
+  """64 keys a step, or 128 where the products are what takes time; and as many stages as shared memory holds."""
+  block = 128 if rows > ROWS and head_dim <= 128 and not quantized else 64
+  fixed = 2 * rows * head_dim + 2 * ROWS * (OUT_COLUMNS + 1) * 4
+  stage = 2 * block * head_dim * 2
+  if quantized:
+    fixed += 2 * block * head_dim * 2
+    stage = 2 * block * (head_dim + 4)
+  return Tiles(block, min(8, (SHARED_MEMORY - 4096 - fixed) // stage))
 
 
 def tile_shape(group: int, decoding: bool) -> TileShape:
@@ -85,9 +88,10 @@ def refuses(query: Array, pages: KVPages, options: Options, target: str | None) 
   return None
 
 
-def default_splits(tiles: int, num_kv_heads: int, capacity: int) -> int:
+def default_splits(tiles: int, num_kv_heads: int, rows: int, capacity: int) -> int:
   """Ranges of keys: enough blocks that uneven lengths even out over the chip, none of less than 512 keys."""
-  return max(1, min(pl.cdiv(8 * MULTIPROCESSORS, tiles * num_kv_heads), capacity // 512))
+  enough = MULTIPROCESSORS * (8 if rows <= ROWS else 4)
+  return max(1, min(pl.cdiv(enough, tiles * num_kv_heads), capacity // 512))
 
 
 def attend(
@@ -105,11 +109,11 @@ def attend(
   del target  # one table for both Hopper chips
   M, K, R, H = queries.shape
   quantized, shared = pages.key_scales is not None, R > ROWS
-  tiles = tiles or _tiles(H, pages.page_size, quantized, shared)
+  tiles = tiles or _tiles(H, R, quantized)
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
-  splits = splits or default_splits(M, K, page_table.shape[1] * pages.page_size)
+  splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
   parts = splits if shared else splits * warpgroups
   out_dtype = queries.dtype if parts == 1 else jnp.float32
   rows = min(R, pl.cdiv(schedule.tokens * options.group, 8) * 8) if not shared else R
@@ -162,9 +166,10 @@ def attend(
 
 
 def _tiled(dtype, columns):
-  """128-byte swizzle, or less for narrow rows: what wgmma and the copy engine agree on."""
-  swizzle = min(128, columns * jnp.dtype(dtype).itemsize)
-  return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that."""
+  size = jnp.dtype(dtype).itemsize
+  swizzle = next(width for width in (128, 64, 32) if columns * size % width == 0)
+  return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(options, tiles, names, static, *refs, **scratch):
@@ -172,24 +177,28 @@ def _kernel(options, tiles, names, static, *refs, **scratch):
   splits, page_size, shared = static
   gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
   tile, split, head, warpgroup = (lax.axis_index(name) for name in ("tile", "split", "head", "warpgroup"))
-  sequence, position, end = (gmem["work"][tile, i] for i in range(3))
-  first = 0
-  if options.window is not None:
-    first = lax.div(jnp.maximum(position - (options.window - 1), 0), jnp.int32(tiles.block))
-  last = pl.cdiv(end, jnp.int32(tiles.block))
-  each = pl.cdiv(jnp.maximum(last - first, 0), jnp.int32(splits))
-  first += split * each
-  count = jnp.clip(last - first, 0, each)
+
+  def span():
+    """First step and number of steps. For each warpgroup of its own: values from before the branch cost spills."""
+    sequence, position, end = (gmem["work"][tile, i] for i in range(3))
+    first = 0
+    if options.window is not None:
+      first = lax.div(jnp.maximum(position - (options.window - 1), 0), jnp.int32(tiles.block))
+    last = pl.cdiv(end, jnp.int32(tiles.block))
+    each = pl.cdiv(jnp.maximum(last - first, 0), jnp.int32(splits))
+    first += split * each
+    return sequence, position, end, first, jnp.clip(last - first, 0, each)
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(232, action="increase")
-    place = tile, split, head, warpgroup, position, end
-    _compute(options, tiles, shared, gmem, place, first, count, **scratch)
+    plgpu.set_max_registers(240, action="increase")
+    _, position, end, first, count = span()
+    _compute(options, tiles, shared, gmem, (tile, split, head, warpgroup, position, end), first, count, **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
+    sequence, _, end, first, count = span()
     _copy(tiles, page_size, gmem, (sequence, head, end), first, count, **scratch)
 
 
@@ -270,8 +279,12 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
   def widen(narrow_ref):
     """A block of int8 as 16 bits in this warpgroup's buffer."""
     wide = scratch["wide_smem"].at[warpgroup]
-    wide[...] = narrow_ref[...].astype(dtype)
-    plgpu.commit_smem()
+    chunk = 128 if H % 128 == 0 else 64
+    for column in range(0, H, chunk):
+      here = slice(None), pl.ds(column, chunk)
+      narrow = plgpu.load(narrow_ref.at[here], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+      wide[here] = narrow.astype(dtype)
+      plgpu.commit_smem()  # after each chunk: loads of the next one do not move up and take registers
     return wide
 
   def clean(value_ref, start):
@@ -282,7 +295,7 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=WGMMA)
         values = plgpu.load(part, layout=WGMMA)
         part[...] = jnp.where(row < end - start - r, values, jnp.zeros_like(values))
-    plgpu.commit_smem()
+        plgpu.commit_smem()  # after each piece: loads of the next ones do not move up and take registers
 
   def step(turn, carry):
     acc, top, total = carry
@@ -320,12 +333,14 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
     plgpu.barrier_wait(value_ready.at[slot])
     values_ref = scratch["value_smem"].at[slot]
     if quantized:
-      values_ref = widen(values_ref)
       value_scales = plgpu.load(scratch["value_scale_smem"].at[slot], layout=COLUMN)
-      plgpu.barrier_arrive(value_done.at[slot])
       finite = jnp.abs(value_scales) < float(jnp.finfo(jnp.float32).max)  # not so in slots that were never written
-      value_scales = jnp.where(finite, value_scales, 0.0)
-      p *= lax.broadcast_in_dim(value_scales, scores_shape, [1])
+      p *= lax.broadcast_in_dim(jnp.where(finite, value_scales, 0.0), scores_shape, [1])
+    # Before the values are touched: 16 bits of a probability take half the registers.
+    acc, total, p16 = lax.optimization_barrier((acc, total, p.astype(dtype)))
+    if quantized:
+      values_ref = widen(values_ref)
+      plgpu.barrier_arrive(value_done.at[slot])
     else:
 
       @pl.when(start + block > end)
@@ -337,8 +352,6 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
         else:
           clean(values_ref, start)
 
-    p16 = p.astype(dtype)
-    acc, p16 = lax.optimization_barrier((acc, p16))
     acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p16, values_ref))(plgpu.ACC.init(acc))
     if not quantized:
       plgpu.barrier_arrive(value_done.at[slot])

@@ -124,13 +124,13 @@ def attend(
       in_specs=[spec(name, array) for name, array in inputs.items()],
       out_specs=[
         pl.BlockSpec((None, K, R, H), lambda core, i, *_: (core * (M // cores) + i, 0, 0, 0)),
-        pl.BlockSpec((None, K, R, LANES), lambda core, i, *_: (core * (M // cores) + i, 0, 0, 0)),
+        pl.BlockSpec((None, K, R), lambda core, i, *_: (core * (M // cores) + i, 0, 0)),
       ],
       scratch_shapes=list(scratch.values()),
     ),
     out_shape=[
       jax.ShapeDtypeStruct(queries.shape, queries.dtype),
-      jax.ShapeDtypeStruct((M, K, R, LANES), jnp.float32),
+      jax.ShapeDtypeStruct((M, K, R), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
@@ -138,7 +138,7 @@ def attend(
     cost_estimate=cost,
     name="paged_attention",
   )(*scalars, *inputs.values())
-  return out[None], lse[None, ..., 0]
+  return out[None], lse[None]
 
 
 def _kernel(options, block, size, max_pages, per_core, copied, names, table, sequences, positions, ends, *refs):
@@ -199,7 +199,7 @@ def _kernel(options, block, size, max_pages, per_core, copied, names, table, seq
     total = refs["total"][k]
     share = 1.0 / jnp.where(total > 0, total, 1.0)
     refs["out"][k] = (refs["acc"][k] * share[:, :1]).astype(refs["out"].dtype)
-    refs["lse"][k] = refs["top"][k] + jnp.log(total)
+    refs["lse"][k] = (refs["top"][k] + jnp.log(total))[:, 0]
 
 
 def _attend_block(options, refs, slot, start, position, end):
