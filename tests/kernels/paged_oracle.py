@@ -3,6 +3,7 @@ that no token was written to."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -122,3 +123,12 @@ def check(call, result, **options):
   np.testing.assert_allclose(out, expected, atol=2e-5 if exact else 2e-2, rtol=1e-4 if exact else 2e-2)
   np.testing.assert_allclose(lse, expected_lse, atol=2e-5 if exact else 4e-3, rtol=1e-5 if exact else 1e-3)
   assert not out[np.isneginf(expected_lse)].any()
+
+
+def model_shapes(*, sequences=64, length=8192, tokens=None, page_size=64, cache="bfloat16", N=32, K=8, H=128):
+  """Abstract positional arguments at the size of a real model (Llama 3 8B); `tokens` None: decoding."""
+  shape = jax.ShapeDtypeStruct
+  ints = lambda *s: shape(s, jnp.int32)  # noqa: E731
+  pages = jax.eval_shape(lambda: KVPages.zeros(sequences * length // page_size, page_size, K, H, cache))
+  arguments = shape((tokens or sequences, N, H), jnp.bfloat16), pages, ints(sequences, length // page_size)
+  return *arguments, ints(sequences), *(() if tokens is None else (ints(sequences + 1),))
