@@ -3,17 +3,21 @@
 from jaxllm.kernels.attention import Visibility, flash_attention
 from jaxllm.kernels.grouped import grouped_matmul
 from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy, token_log_probs
+from jaxllm.kernels.paged import KVPages, paged_attention, write_pages
 from jaxllm.kernels.quantized import QuantizedWeight, dequantize, quantize, quantized_matmul
 
 __all__ = [
   "CrossEntropy",
+  "KVPages",
   "QuantizedWeight",
   "Visibility",
   "cross_entropy",
   "dequantize",
   "flash_attention",
   "grouped_matmul",
+  "paged_attention",
   "quantize",
   "quantized_matmul",
   "token_log_probs",
+  "write_pages",
 ]

@@ -51,6 +51,12 @@ BACKENDS = {
     "gpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),
   },
+  "paged_attention": {
+    "cpu": ("xla",),
+    "hopper": ("mosaic_gpu", "xla"),
+    "gpu": ("xla",),
+    "tpu": ("pallas_tpu", "xla"),
+  },
   "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
   # RMSNorm, SwiGLU, RoPE
   "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},

@@ -1,0 +1,119 @@
+"""`paged_attention`: new tokens of many sequences against a cache in pages; named backends."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import backends
+from jaxllm.kernels.paged import reference, schedule
+from jaxllm.kernels.paged.options import Options
+from jaxllm.kernels.paged.pages import KVPages
+
+
+def paged_attention(
+  query: Float[Array, "T N H"],
+  pages: KVPages,
+  page_table: Int[Array, "B max_pages"],
+  kv_lengths: Int[Array, " B"],
+  query_starts: Int[Array, " B+1"] | None = None,
+  num_sequences: Int[Array, ""] | int | None = None,
+  *,
+  scale: float | None = None,
+  window: int | None = None,
+  softcap: float | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  alibi_slopes: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
+  splits: int | None = None,
+  backend: str = "xla",
+  target: str | None = None,
+) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+  """Causal attention of each sequence's newest tokens to all its tokens, whose keys and values lie in pages.
+
+  One call decodes (one new token a sequence), prefills (many), or does both for different sequences, whose tokens
+  stand back to back in `query`. The new tokens' keys and values are in the pages already (`write_pages`). Token i of
+  n new ones sits at position kv_length - n + i and sees positions up to its own. Query head n reads key head n // G.
+  The softmax runs in float32. Tokens of no sequence give zeros. Slots that no token was written to may hold anything,
+  NaN included. There is no derivative: training calls `flash_attention`.
+
+  PagedAttention: arXiv 2309.06180. Ragged batches: arXiv 2604.15464. Parts of a long sequence computed side by side
+  and combined by their log-sum-exp: Flash-Decoding (crfm.stanford.edu/2023/10/12/flashdecoding.html).
+
+  Args:
+    page_table: pages of each sequence in order, page p holding positions p * page_size and on. Entries past a
+      sequence's length are not read.
+    kv_lengths: tokens of each sequence, new ones included; 0 for none.
+    query_starts: sequence b's new tokens are query[query_starts[b]:query_starts[b + 1]]. None: decoding, T = B, token
+      b is sequence b's. Say so when it holds: tiles are made for it.
+    num_sequences: rows of page_table, kv_lengths and query_starts after so many are not read. None: all B count.
+    scale: of the scores, H ** -0.5 by default.
+    window: so many keys up to and including its own are seen by a token; pages before are not loaded.
+    softcap: scores become softcap * tanh(scores / softcap).
+    sinks: a logit per head that joins the softmax and carries no value (gpt-oss, arXiv 2508.10925).
+    alibi_slopes: scores lose slope * distance (arXiv 2108.12409).
+    return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink included;
+      -inf for tokens of no sequence.
+    splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla" and
+      "pallas_tpu" compute one part only and ignore it.
+    backend: a name of `backends.BACKENDS["paged_attention"]`, or "auto": the first that can, for `target`.
+    target: the chip; None together with a backend's name takes that backend without asking the table.
+
+  Raises:
+    ConfigError: shapes that do not belong together, a backend that cannot compute what is asked, or a derivative.
+  """
+  pages.check()
+  T, N, H = query.shape
+  K = pages.keys.shape[1]
+  if N % K or pages.keys.shape[3] != H:
+    raise ConfigError(
+      f"paged_attention takes query [T, N, H] and pages [pages, K, page_size, H] with N a multiple of K; "
+      f"these are {query.shape}, {pages.keys.shape}"
+    )
+  B = page_table.shape[0]
+  given = None if query_starts is None else query_starts.shape[0]
+  if kv_lengths.shape != (B,) or given not in (None, B + 1) or (given is None and T != B):
+    raise ConfigError(
+      f"paged_attention of {B} rows in page_table takes kv_lengths [{B}] and query_starts [{B + 1}], or no query_starts "
+      f"and {B} queries; these are {kv_lengths.shape}, {given}, {T} queries"
+    )
+  if window is not None and window < 1 or splits is not None and splits < 1:
+    raise ConfigError(f"window and splits are at least 1; these are {window}, {splits}")
+  options = Options(float(H**-0.5 if scale is None else scale), N // K, window, softcap, alibi_slopes)
+  refuses = functools.partial(_refuses, query, pages, options)
+  chosen = backends.choose("paged_attention", backend, target, refuses)
+
+  @jax.custom_jvp
+  def compute(query, pages, sinks, options, page_table, kv_lengths, query_starts, num_sequences):
+    capacity = page_table.shape[1] * pages.page_size
+    plan = functools.partial(schedule.plan, T, capacity=capacity, kv_lengths=kv_lengths, query_starts=query_starts)
+    table = jnp.clip(page_table.astype(jnp.int32), 0, pages.keys.shape[0] - 1)  # entries out of use may be anything
+    if chosen == "xla":
+      work = plan(tile_tokens=1 if query_starts is None else 16, num_sequences=num_sequences)
+      tiles = schedule.to_tiles(query, work, K, work.tokens * (N // K))
+      out, lse = reference.attend(tiles, pages, table, work, options)
+    else:
+      module = importlib.import_module(f"jaxllm.kernels.paged.{chosen}")
+      shape = module.tile_shape(N // K, query_starts is None)
+      work = plan(tile_tokens=shape.tokens, num_sequences=num_sequences)
+      tiles = schedule.to_tiles(query, work, K, shape.rows)
+      out, lse = module.attend(tiles, pages, table, work, options, target=target, splits=splits)
+    return schedule.from_tiles(out, lse, work, N, sinks, query.dtype)
+
+  @compute.defjvp
+  def _(primals, tangents):
+    raise ConfigError("paged_attention has no derivative: train with flash_attention")
+
+  out, lse = compute(query, pages, sinks, options, page_table, kv_lengths, query_starts, num_sequences)
+  return (out, lse) if return_lse else out
+
+
+def _refuses(query, pages, options, backend, target) -> str | None:
+  """Why a backend cannot compute this call, or None."""
+  if backend == "xla":
+    return None
+  module = importlib.import_module(f"jaxllm.kernels.paged.{backend}")
+  return module.refuses(query, pages, options, target)

@@ -1,0 +1,393 @@
+"""Paged attention for Hopper in Mosaic GPU.
+
+A block computes one tile of one key head, over one of `splits` equal ranges of the tile's keys. One warpgroup does
+nothing but look up pages and ask the copy engine (TMA) for them, `stages` blocks of keys ahead; the others multiply
+(wgmma) and keep a running softmax each.
+
+- Decoding, a tile has G rows (of 64 that wgmma computes) and time goes into reading the cache. The computing
+  warpgroups take the blocks of keys in turns, so that one's softmax overlaps with the other's products; each leaves a
+  part of its own, which is combined with the parts of the other ranges (`schedule.from_tiles`).
+- With longer pieces of sequences a tile has 128 rows, 64 for each computing warpgroup, and both read every block.
+
+int8 pages are copied as they are; a computing warpgroup widens a block to 16 bits through its registers, which is
+exact, and the scales multiply scores and probabilities, which are smaller than keys and values.
+
+Nothing here has run on a GPU: results are proved in jax's emulator, the machine code by compiling ahead of time.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxllm.kernels.backends import TARGETS
+from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
+from jaxllm.kernels.paged.pages import KVPages
+from jaxllm.kernels.paged.schedule import Schedule
+
+LOG2E = math.log2(math.e)
+WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
+ROWS = 64  # of one wgmma
+OUT_COLUMNS = 64  # results leave so many at a time
+SHARED_MEMORY = 232448  # bytes of a block
+MULTIPROCESSORS = 132  # of H100 and H200
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """block: keys of one step; stages: steps that are loaded ahead; warpgroups: computing ones."""
+
+  block: int = 64
+  stages: int = 4
+  warpgroups: int = 2
+
+
+def _tiles(head_dim: int, rows: int, quantized: bool) -> Tiles:
+  """64 keys a step, or 128 where the products are what takes time; and as many stages as shared memory holds."""
+  block = 128 if rows > ROWS and head_dim <= 128 and not quantized else 64
+  fixed = 2 * rows * head_dim + 2 * ROWS * (OUT_COLUMNS + 1) * 4
+  stage = 2 * block * head_dim * 2
+  if quantized:
+    fixed += 2 * block * head_dim * 2
+    stage = 2 * block * (head_dim + 4)
+  return Tiles(block, min(8, (SHARED_MEMORY - 4096 - fixed) // stage))
+
+
+def tile_shape(group: int, decoding: bool) -> TileShape:
+  """Tokens and rows of a tile; 64 rows are computed by warpgroups in turns, 128 by two at once."""
+  if decoding and group <= ROWS:
+    return TileShape(1, ROWS)
+  return TileShape(max(1, 2 * ROWS // group), 2 * ROWS)
+
+
+def refuses(query: Array, pages: KVPages, options: Options, target: str | None) -> str | None:
+  """Why this backend cannot compute the call, or None."""
+  del options
+  if target is not None and TARGETS[target] != "hopper":
+    return f"a kernel for H100 and H200, not {target}"
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"queries in bfloat16 or float16, not {query.dtype}"
+  if pages.keys.dtype not in (query.dtype, jnp.int8):
+    return f"pages of the queries' dtype or int8, not {pages.keys.dtype}"
+  if query.shape[2] not in (64, 128, 192, 256):
+    return f"head dims 64, 128, 192 and 256, not {query.shape[2]}"
+  smallest = 32 if pages.keys.dtype == jnp.int8 else 16
+  if pages.page_size not in (16, 32, 64) and pages.page_size % 128 or pages.page_size < smallest:
+    return f"pages of {smallest} to 64 tokens, a power of two, or of a multiple of 128, not {pages.page_size}"
+  if query.shape[1] // pages.keys.shape[1] > 2 * ROWS:
+    return f"up to {2 * ROWS} query heads for a key head, not {query.shape[1] // pages.keys.shape[1]}"
+  if not (query.size and pages.keys.size):
+    return "no queries or no pages"
+  return None
+
+
+def default_splits(tiles: int, num_kv_heads: int, rows: int, capacity: int) -> int:
+  """Ranges of keys: enough blocks that uneven lengths even out over the chip, none of less than 512 keys."""
+  enough = MULTIPROCESSORS * (8 if rows <= ROWS else 4)
+  return max(1, min(pl.cdiv(enough, tiles * num_kv_heads), capacity // 512))
+
+
+def attend(
+  queries: Float[Array, "M K R H"],
+  pages: KVPages,
+  page_table: Int[Array, "B max_pages"],
+  schedule: Schedule,
+  options: Options,
+  *,
+  target: str | None = None,
+  splits: int | None = None,
+  tiles: Tiles | None = None,
+) -> tuple[Float[Array, "P M K rows H"], Float[Array, "P M K R"]]:
+  """Results and log-sum-exp of every part of every tile; `rows` are the first ones, which hold tokens."""
+  del target  # one table for both Hopper chips
+  M, K, R, H = queries.shape
+  quantized, shared = pages.key_scales is not None, R > ROWS
+  tiles = tiles or _tiles(H, R, quantized)
+  warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
+  if shared and warpgroups * ROWS != R:
+    raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
+  splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
+  parts = splits if shared else splits * warpgroups
+  out_dtype = queries.dtype if parts == 1 else jnp.float32
+  rows = min(R, pl.cdiv(schedule.tokens * options.group, 8) * 8) if not shared else R
+
+  inputs = {
+    "query": queries,
+    "keys": pages.keys,
+    "values": pages.values,
+    "table": page_table,
+    "work": jnp.stack([schedule.sequence, schedule.position, schedule.end], 1).astype(jnp.int32),
+  }
+  copies = max(1, block // pages.page_size)  # of one step
+  scratch = {
+    "query_smem": plgpu.SMEM((R // ROWS, ROWS, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
+    "key_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
+    "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
+    "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(out_dtype, OUT_COLUMNS)),
+    "lse_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
+    "query_ready": plgpu.Barrier(num_barriers=warpgroups),
+    "key_ready": plgpu.Barrier(num_arrivals=copies * (1 + quantized), num_barriers=stages),
+    "value_ready": plgpu.Barrier(num_arrivals=copies * (1 + quantized), num_barriers=stages),
+    "key_done": plgpu.Barrier(num_arrivals=warpgroups if shared else 1, num_barriers=stages),
+    "value_done": plgpu.Barrier(num_arrivals=warpgroups if shared else 1, num_barriers=stages),
+  }
+  if quantized:
+    inputs |= {"key_scales": pages.key_scales, "value_scales": pages.value_scales}
+    scratch |= {
+      "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
+      "key_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
+      "value_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
+    }
+  elif shared:
+    scratch["cleaned"] = plgpu.Barrier(num_arrivals=warpgroups)
+  if options.alibi_slopes is not None:
+    inputs |= slope_rows(options.alibi_slopes, K, R, schedule.tokens)
+  return plgpu.kernel(
+    functools.partial(_kernel, options, tiles, tuple(inputs), (splits, pages.page_size, shared)),
+    out_type=(
+      jax.ShapeDtypeStruct((parts, M, K, rows, H), out_dtype),
+      jax.ShapeDtypeStruct((parts, M, K, R), jnp.float32),
+    ),
+    scratch_types=scratch,
+    grid=(M, splits, K),  # the last runs fastest: heads of one page lie side by side
+    grid_names=("tile", "split", "head"),
+    num_threads=warpgroups + 1,
+    thread_name="warpgroup",
+    kernel_name="paged_attention",
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(*inputs.values())
+
+
+def _tiled(dtype, columns):
+  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that."""
+  size = jnp.dtype(dtype).itemsize
+  swizzle = next(width for width in (128, 64, 32) if columns * size % width == 0)
+  return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def _kernel(options, tiles, names, static, *refs, **scratch):
+  """One tile, range of keys and head: the last warpgroup copies, the others compute."""
+  splits, page_size, shared = static
+  gmem = dict(zip((*names, "out", "lse"), refs, strict=True))
+  tile, split, head, warpgroup = (lax.axis_index(name) for name in ("tile", "split", "head", "warpgroup"))
+
+  def span():
+    """First step and number of steps. For each warpgroup of its own: values from before the branch cost spills."""
+    sequence, position, end = (gmem["work"][tile, i] for i in range(3))
+    first = 0
+    if options.window is not None:
+      first = lax.div(jnp.maximum(position - (options.window - 1), 0), jnp.int32(tiles.block))
+    last = pl.cdiv(end, jnp.int32(tiles.block))
+    each = pl.cdiv(jnp.maximum(last - first, 0), jnp.int32(splits))
+    first += split * each
+    return sequence, position, end, first, jnp.clip(last - first, 0, each)
+
+  @pl.when(warpgroup < tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(240, action="increase")
+    _, position, end, first, count = span()
+    _compute(options, tiles, shared, gmem, (tile, split, head, warpgroup, position, end), first, count, **scratch)
+
+  @pl.when(warpgroup == tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(24, action="decrease")
+    sequence, _, end, first, count = span()
+    _copy(tiles, page_size, gmem, (sequence, head, end), first, count, **scratch)
+
+
+def _copy(tiles, page_size, gmem, place, first, count, **scratch):
+  """Keys and values of every step, each into its slot once all who read the slot are done with it."""
+  sequence, head, end = place
+  last_page = lax.div(end - 1, jnp.int32(page_size))
+  piece = min(page_size, tiles.block)
+
+  @pl.loop(0, count)
+  def _(step):
+    slot = lax.rem(step, jnp.int32(tiles.stages))
+    sources = []
+    for i in range(tiles.block // piece):
+      start = (first + step) * tiles.block + i * piece
+      # Past the last page comes the last page again: it is in the second-level cache, and nobody looks at it.
+      page = jnp.minimum(lax.div(start, jnp.int32(page_size)), last_page)
+      sources.append((gmem["table"][sequence, page], pl.ds(lax.rem(start, jnp.int32(page_size)), piece)))
+    for name, array in (("key", "keys"), ("value", "values")):
+      ready = scratch[f"{name}_ready"].at[slot]
+      plgpu.barrier_wait(scratch[f"{name}_done"].at[slot])
+      for i, (page, rows) in enumerate(sources):
+        target = slot, pl.ds(i * piece, piece)
+        plgpu.copy_gmem_to_smem(gmem[array].at[page, head, rows], scratch[f"{name}_smem"].at[target], ready)
+        if f"{name}_scales" in gmem:
+          scales = gmem[f"{name}_scales"].at[page, head, rows]
+          plgpu.copy_gmem_to_smem(scales, scratch[f"{name}_scale_smem"].at[target], ready)
+
+
+def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
+  """The rows of one warpgroup, from their queries to their results."""
+  group = options.group
+  tile, split, head, warpgroup, position, end = place
+  block, dtype = tiles.block, scratch["query_smem"].dtype
+  H = scratch["query_smem"].shape[2]
+  quantized = "key_scales" in gmem
+  key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
+  key_done, value_done = scratch["key_done"], scratch["value_done"]
+  row_start = warpgroup * ROWS if shared else 0  # of this warpgroup among the tile's rows
+  query_smem = scratch["query_smem"].at[warpgroup if shared else 0]
+  scores_shape = (ROWS, block)
+
+  @pl.when(jnp.bool_(True) if shared else warpgroup == 0)
+  def _():
+    for slot in range(tiles.stages):
+      plgpu.barrier_arrive(key_done.at[slot])
+      plgpu.barrier_arrive(value_done.at[slot])
+
+  def over(rows, shape):
+    return lax.broadcast_in_dim(rows, shape, [0])
+
+  def mask(values, start):
+    # Row r is token r // group, at position + r // group: compared without dividing.
+    row = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=WGMMA) + row_start
+    ahead = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=WGMMA) + (start - position)
+    seen = ahead * group <= row
+    if options.window is not None:
+      seen &= row < (ahead + options.window) * group
+    return jnp.where(seen, values, -jnp.inf)
+
+  alibi = None
+  if options.alibi_slopes is not None:
+    here = head, pl.ds(row_start, ROWS)
+    alibi = [plgpu.load(gmem[name].at[here], layout=ROW, optimized=False) for name in ("slope", "row_bias")]
+
+  def logits(raw, start):
+    """Scores, and the factor that they still lack to be in base 2."""
+    if options.softcap is None and alibi is None and options.scale > 0:
+      return raw, options.scale * LOG2E
+    values = raw * options.scale
+    if options.softcap is not None:  # tanh by exp2: the chip's own tanh keeps 11 bits only
+      values = options.softcap - 2 * options.softcap / (1 + jnp.exp2(values * (2 * LOG2E / options.softcap)))
+    if alibi is not None:
+      ahead = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=WGMMA) + (start - position)
+      values += over(alibi[0], scores_shape) * ahead.astype(jnp.float32) - over(alibi[1], scores_shape)
+    return values, LOG2E
+
+  def widen(narrow_ref):
+    """A block of int8 as 16 bits in this warpgroup's buffer."""
+    wide = scratch["wide_smem"].at[warpgroup]
+    chunk = 128 if H % 128 == 0 else 64
+    for column in range(0, H, chunk):
+      here = slice(None), pl.ds(column, chunk)
+      narrow = plgpu.load(narrow_ref.at[here], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+      wide[here] = narrow.astype(dtype)
+      plgpu.commit_smem()  # after each chunk: loads of the next one do not move up and take registers
+    return wide
+
+  def clean(value_ref, start):
+    """Zeros in the slots after `end`: a probability of 0 times NaN would be NaN."""
+    for r in range(0, block, ROWS):
+      for c in range(0, H, 64):
+        part = value_ref.at[pl.ds(r, ROWS), pl.ds(c, 64)]
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=WGMMA)
+        values = plgpu.load(part, layout=WGMMA)
+        part[...] = jnp.where(row < end - start - r, values, jnp.zeros_like(values))
+        plgpu.commit_smem()  # after each piece: loads of the next ones do not move up and take registers
+
+  def step(turn, carry):
+    acc, top, total = carry
+    index = turn if shared else turn * tiles.warpgroups + warpgroup
+    slot, start = lax.rem(index, jnp.int32(tiles.stages)), (first + index) * block
+
+    plgpu.barrier_wait(key_ready.at[slot])
+    keys = scratch["key_smem"].at[slot]
+    if quantized:
+      keys = widen(keys)
+      key_scales = plgpu.load(scratch["key_scale_smem"].at[slot], layout=COLUMN)
+      plgpu.barrier_arrive(key_done.at[slot])
+
+    def score(acc_ref):
+      plgpu.wgmma(acc_ref, query_smem, keys.T)
+      return acc_ref[...]
+
+    raw = pl.run_scoped(score, plgpu.ACC(scores_shape, jnp.float32))
+    if quantized:
+      raw *= lax.broadcast_in_dim(key_scales, scores_shape, [1])
+    else:
+      plgpu.barrier_arrive(key_done.at[slot])
+    values, factor = logits(raw, start)
+    partly = start + block > position + row_start // group + 1
+    if options.window is not None:
+      partly |= start + options.window <= position + (row_start + ROWS - 1) // group
+    values = lax.cond(partly, lambda: mask(values, start), lambda: values)
+
+    new_top = jnp.maximum(top, values.max(axis=1) * factor)
+    shrink = jnp.exp2(top - new_top)
+    p = jnp.exp2(values * factor - over(new_top, scores_shape))
+    acc *= over(shrink, acc.shape)
+    total = total * shrink + p.sum(axis=1)
+
+    plgpu.barrier_wait(value_ready.at[slot])
+    values_ref = scratch["value_smem"].at[slot]
+    if quantized:
+      value_scales = plgpu.load(scratch["value_scale_smem"].at[slot], layout=COLUMN)
+      finite = jnp.abs(value_scales) < float(jnp.finfo(jnp.float32).max)  # not so in slots that were never written
+      p *= lax.broadcast_in_dim(jnp.where(finite, value_scales, 0.0), scores_shape, [1])
+    # Before the values are touched: 16 bits of a probability take half the registers.
+    acc, total, p16 = lax.optimization_barrier((acc, total, p.astype(dtype)))
+    if quantized:
+      values_ref = widen(values_ref)
+      plgpu.barrier_arrive(value_done.at[slot])
+    else:
+
+      @pl.when(start + block > end)
+      def _():
+        if shared:  # one cleans for all who read
+          pl.when(warpgroup == 0)(lambda: clean(values_ref, start))
+          plgpu.barrier_arrive(scratch["cleaned"])
+          plgpu.barrier_wait(scratch["cleaned"])
+        else:
+          clean(values_ref, start)
+
+    acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p16, values_ref))(plgpu.ACC.init(acc))
+    if not quantized:
+      plgpu.barrier_arrive(value_done.at[slot])
+    return acc, new_top, total
+
+  ready = scratch["query_ready"].at[warpgroup]
+  if shared:
+    plgpu.copy_gmem_to_smem(gmem["query"].at[tile, head, pl.ds(row_start, ROWS)], query_smem, ready)
+    plgpu.barrier_wait(ready)
+  else:
+    ready = scratch["query_ready"].at[0]
+    pl.when(warpgroup == 0)(lambda: plgpu.copy_gmem_to_smem(gmem["query"].at[tile, head], query_smem, ready))
+    plgpu.barrier_wait(ready)
+
+  turns = count if shared else lax.div(count - warpgroup + (tiles.warpgroups - 1), jnp.int32(tiles.warpgroups))
+  acc, top, total = lax.fori_loop(
+    0,
+    turns,
+    step,
+    (
+      plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), WGMMA),
+      plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), ROW),
+      plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+    ),
+  )
+
+  acc *= over(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
+  lse_smem, out_smem = scratch["lse_smem"].at[warpgroup], scratch["out_smem"].at[warpgroup]
+  lse_smem[...] = (top + jnp.log2(total)) * math.log(2)
+  part = split if shared else split * tiles.warpgroups + warpgroup
+  rows = min(ROWS, gmem["out"].shape[3])
+  for column in range(0, H, OUT_COLUMNS):
+    out_smem[...] = acc[:, column : column + OUT_COLUMNS].astype(out_smem.dtype)
+    plgpu.commit_smem()
+    out = gmem["out"].at[part, tile, head, pl.ds(row_start, rows), pl.ds(column, OUT_COLUMNS)]
+    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out)
+    if column == 0:
+      plgpu.copy_smem_to_gmem(lse_smem, gmem["lse"].at[part, tile, head, pl.ds(row_start, ROWS)])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,97 @@
+"""`paged_attention` on Hopper: results in the emulator, races included, and the machine code of real shapes."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import KVPages, paged_attention
+from tests.kernels.emulators import gpu_emulator, needs_emulators
+from tests.kernels.paged_oracle import check, make_call, model_shapes
+
+SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])
+CASES = {
+  "decoding": (dict(lengths=[130, 0, 64, 41], N=4, K=1, page_size=64, unused=1), dict(sinks=SINKS)),
+  "decoding, head dim 128, splits": (dict(lengths=[300, 5], H=128, page_size=128), dict(splits=3)),
+  "decoding, window, MHA": (dict(lengths=[150, 65], N=2, K=2, page_size=32), dict(window=70, splits=2)),
+  "decoding, float16, softcap": (dict(lengths=[90], page_size=16, dtype=jnp.float16), dict(softcap=2.0)),
+  "decoding, int8": (dict(lengths=[140, 20], page_size=32, cache=jnp.int8), dict(softcap=5.0, alibi_slopes=SLOPES)),
+  "mixed": (dict(lengths=[130, 20, 64], news=[40, 20, 1], N=4, K=1, page_size=16, padding=3), dict(alibi_slopes=SLOPES)),
+  "mixed, pages of 128": (dict(lengths=[200, 9], news=[60, 1], page_size=128), dict(window=33, sinks=SINKS)),
+  "mixed, int8, splits": (dict(lengths=[160, 30], news=[50, 30], page_size=64, cache=jnp.int8), dict(splits=2)),
+}
+
+
+def run(call, **options):
+  with gpu_emulator():
+    function = functools.partial(paged_attention, backend="mosaic_gpu", return_lse=True, **options)
+    return jax.block_until_ready(jax.jit(function)(*call.arguments))
+
+
+@needs_emulators
+@pytest.mark.parametrize("name", CASES)
+def test_emulated(name):
+  shape, options = CASES[name]
+  call = make_call(**shape)
+  result = run(call, **options)
+  options = {key: value for key, value in options.items() if key != "splits"}
+  check(call, result, **options)
+
+
+@needs_emulators
+def test_deterministic():
+  call = make_call([150, 40], [30, 1], page_size=64)
+  first, second = run(call), run(call)
+  np.testing.assert_array_equal(first[0].view(jnp.uint16), second[0].view(jnp.uint16))
+
+
+@needs_emulators
+def test_refuses():
+  call = make_call([20, 3], H=64)
+  query, pages, *rest = call.arguments
+  with pytest.raises(ConfigError, match="float32"):
+    paged_attention(query.astype(jnp.float32), pages, *rest, backend="mosaic_gpu", target="h100")
+  with pytest.raises(ConfigError, match="head dims"):
+    half = KVPages(pages.keys[..., :32], pages.values[..., :32])
+    paged_attention(query[..., :32], half, *rest, backend="mosaic_gpu", target="h100")
+  with pytest.raises(ConfigError, match="32 to 64 tokens"):
+    small = KVPages.zeros(4, 16, 2, 64, "int8")
+    paged_attention(query, small, *rest, backend="mosaic_gpu", target="h100")
+  with pytest.raises(ConfigError, match="no backend 'mosaic_gpu' on a100"):
+    paged_attention(query, pages, *rest, backend="mosaic_gpu", target="a100")
+
+
+compiler = pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None, reason="compiling for H100 needs jax-cuda13-plugin and ptxas"
+)
+MODELS = {
+  "decoding": (dict(), {}),
+  "decoding, pages of 128": (dict(page_size=128), {}),
+  "decoding, pages of 16": (dict(page_size=16), {}),
+  "decoding, int8": (dict(cache="int8"), {}),
+  "mixed": (dict(tokens=2048), {}),
+  "mixed, int8": (dict(tokens=2048, cache="int8"), {}),
+  "decoding, Gemma": (dict(N=16, K=8, H=256), dict(window=4096, softcap=50.0)),
+  "mixed, head dim 64, every option": (dict(tokens=512, H=64), dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32))),
+}
+
+
+@compiler
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[] if i in (0, 3, 4) else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
+)
+def test_machine_code(name):
+  from tools.machine_code import SHARED_MEMORY_LIMIT, compile_gpu
+
+  shapes, options = MODELS[name]
+  function = functools.partial(paged_attention, backend="auto", target="h100", **options)
+  _, kernels = compile_gpu(function, model_shapes(**shapes))
+  assert len(kernels) == 1
+  code = kernels[0]
+  assert code.spill_bytes == 0 and code.local == 0
+  assert code.tensor_core > 0 and code.tma > 0
+  assert code.shared_bytes <= SHARED_MEMORY_LIMIT
