@@ -1,0 +1,503 @@
+"""Attention for Hopper in Mosaic GPU: the backward pass, in two kernels without atomics, so the same bits every time.
+
+Both compute the probabilities again from lse, as FlashAttention does (Dao, arXiv 2307.08691, algorithm 2):
+
+    p = exp(score - lse)    dp = d_out value^T    ds = p * (dp - delta)    (times what a soft cap leaves)
+    d_query = scale ds key         d_key = scale ds^T query         d_value = p^T d_out
+
+`_query_kernel` owns a tile of queries and walks over the keys that they see; `_key_kernel` owns a tile of keys and
+walks over the queries that see them, those of all G query heads of the key head, so that their sum never leaves the
+registers. The second works with score^T, because p^T and ds^T are then where wgmma wants its left operand. One
+warpgroup only asks the copy engine (TMA) for blocks, `slots` ahead; the others multiply (wgmma), 64 rows each.
+
+dp's accumulator starts from -delta, which saves the subtraction and the registers that hold delta. d_key and d_value
+of 64 rows take H registers of a thread together; with head dims above 128 they do not fit beside the scores, so one
+warpgroup keeps d_value and another d_key of the same rows (`split`), and both compute the scores.
+
+Nothing here has run on a GPU: results are proved in jax's emulator, the machine code by compiling ahead of time.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxllm.kernels.attention import mosaic_gpu_common as common
+from jaxllm.kernels.attention.options import Options
+
+ROWS = 64  # of a warpgroup: what one wgmma covers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Of the query kernel: keys of one step, and how many blocks of keys and of values are in flight.
+
+  Of the key kernel: queries of one step, blocks of them in flight, and whether d_key and d_value of the same rows
+  belong to two warpgroups.
+  """
+
+  keys: int
+  key_slots: int
+  value_slots: int
+  queries: int
+  query_slots: int
+  split: bool = False
+  warpgroups: int = 2
+
+
+def _tiles(head_dim: int) -> Tiles:
+  """What fits 227 KiB of shared memory and 64 Ki registers without spills; `head_dim` is a multiple of 64."""
+  return {
+    64: Tiles(keys=128, key_slots=3, value_slots=3, queries=64, query_slots=4),
+    128: Tiles(keys=128, key_slots=2, value_slots=2, queries=64, query_slots=3),
+    192: Tiles(keys=64, key_slots=2, value_slots=2, queries=64, query_slots=2, split=True),
+    256: Tiles(keys=64, key_slots=2, value_slots=1, queries=64, query_slots=2, split=True),
+  }[head_dim]
+
+
+def backward(
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  options: Options,
+  lse: Float[Array, "B N T"],
+  d_out: Float[Array, "B T N H"],
+  delta: Float[Array, "B N T"],
+  target: str | None,
+  *,
+  tiles: Tiles | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+  """Gradients with respect to query, key and value, in their dtypes.
+
+  Args:
+    lse: as the forward pass returns it: of the scores, in nats, sinks included, -inf where nothing is seen.
+    delta: sum(out * d_out) of each row, less the gradient of lse.
+  """
+  del target  # one table for both Hopper chips
+  B, T, N, H = query.shape
+  S, K = key.shape[1:3]
+  query, key, value, d_out = (common.pad_to(x, 3, 64) for x in (query, key, value, d_out.astype(query.dtype)))
+  tiles = tiles or _tiles(query.shape[3])
+  query_rows, key_rows = ROWS * tiles.warpgroups, ROWS if tiles.split else ROWS * tiles.warpgroups
+
+  # [B, N, 2, whole tiles]: lse in base 2, and what dp starts from. Rows that see nothing, or are not there, get an lse
+  # that makes all their probabilities 0.
+  longest = max(query_rows, tiles.queries)
+  lse = jnp.pad(lse, [(0, 0), (0, 0), (0, -T % longest)], constant_values=-jnp.inf)
+  hidden = lse == -jnp.inf
+  less_delta = jnp.where(hidden, 0.0, -common.pad_to(delta, 2, longest))
+  rows = jnp.stack([jnp.where(hidden, jnp.inf, lse * common.LOG2E), less_delta], 2).astype(jnp.float32)
+
+  inputs = {"query": query, "key": key, "value": value, "d_out": d_out, "rows": rows} | common.row_arrays(options)
+  of_keys = common.key_arrays(options, max(tiles.keys, key_rows))
+  of_queries = common.query_arrays(options, longest)
+  if of_keys is not None:
+    inputs["of_keys"] = of_keys
+  ranges = None, None
+  if of_queries is not None:
+    inputs["of_queries"] = of_queries
+    ranges = (
+      common.segment_ranges(of_queries, of_keys[:, 0], query_rows, tiles.keys),
+      common.segment_ranges(of_keys[:, 0], of_queries, key_rows, tiles.queries),
+    )
+  sizes = (T, S, N // K)
+  d_query = _query_gradient(options, tiles, sizes, inputs, ranges[0])
+  d_key, d_value = _key_gradients(options, tiles, sizes, inputs, ranges[1])
+  return d_query[..., :H], d_key[..., :H], d_value[..., :H]
+
+
+def _call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
+  """One of the kernels; its references come by name."""
+
+  def body(*refs, **scratch):
+    kernel(options, tiles, sizes, dict(zip((*inputs, *outputs), refs, strict=True)), **scratch)
+
+  return plgpu.kernel(
+    body,
+    out_type=tuple(outputs.values()),
+    scratch_types=scratch,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=tiles.warpgroups + 1,
+    thread_name="warpgroup",
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(*inputs.values())
+
+
+def _slot(step, slots):
+  return lax.rem(step, jnp.int32(slots))
+
+
+def _row_scalars(gmem, row):
+  """(place of the row's first query among the keys, its prefix length or None)."""
+  return gmem["offset"][row] if "offset" in gmem else 0, gmem["prefix"][row] if "prefix" in gmem else None
+
+
+def _probabilities(options, length, raw, lse, masked, mask_row, query_place, key_place, slope, *, maskable):
+  """(p, w): p = exp(score - lse) where visible, and w such that ds = w * (dp - delta) / scale; of raw's shape.
+
+  Args:
+    lse: broadcast to raw's shape, in base 2.
+    masked: a scalar, whether this block needs its mask at all.
+    mask_row, query_place, key_place: functions without arguments, of what `common.seen` takes.
+  """
+  values, factor, capped = common.logits(options, raw, query_place, key_place, slope)
+  p = jnp.exp2(values * factor - lse)
+  if maskable:
+    # After exp2 and by choice, not by product: what is hidden may overflow.
+    hide = lambda: jnp.where(common.seen(options, query_place(), key_place(), length, mask_row()), p, 0.0)  # noqa: E731
+    p = lax.cond(masked, hide, lambda: p)
+  return p, p if capped is None else p * (1.0 - capped * capped)
+
+
+# ---------------------------------------------------------------- d_query
+
+
+def _query_gradient(options, tiles, sizes, inputs, ranges):
+  query, of_keys = inputs["query"], inputs.get("of_keys")
+  B, T, N, H = query.shape
+  warpgroups = tiles.warpgroups
+  if ranges is not None:
+    inputs = inputs | {"ranges": ranges}
+  blocks = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=common.TILED)
+  scratch = {
+    "query_smem": blocks((warpgroups, ROWS, H)),
+    "d_out_smem": blocks((warpgroups, ROWS, H)),
+    "key_smem": blocks((tiles.key_slots, tiles.keys, H)),
+    "value_smem": blocks((tiles.value_slots, tiles.keys, H)),
+    "rows_ready": plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+    "key_ready": plgpu.Barrier(num_arrivals=1 if of_keys is None else 2, num_barriers=tiles.key_slots),
+    "value_ready": plgpu.Barrier(num_barriers=tiles.value_slots),
+    "key_done": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=tiles.key_slots),
+    "value_done": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=tiles.value_slots),
+  }
+  if of_keys is not None:
+    scratch["of_keys_smem"] = plgpu.SMEM((tiles.key_slots, of_keys.shape[1], tiles.keys), jnp.int32)
+  outputs = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
+  grid = {"batch": B, "tile": pl.cdiv(T, ROWS * warpgroups), "head": N}  # the last runs fastest: heads share keys
+  return _call(_query_kernel, "attention_d_query", options, tiles, sizes, inputs, outputs, scratch, grid)[0]
+
+
+def _query_kernel(options, tiles, sizes, gmem, **scratch):
+  """One tile of queries of one head: the last warpgroup copies, the others compute."""
+  T, S, group = sizes
+  row, tile, head, warpgroup = (lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
+  size = ROWS * tiles.warpgroups
+  if options.visibility.causal:  # the tiles with most keys start first
+    tile = pl.cdiv(T, size) - 1 - tile
+  offset, prefix = _row_scalars(gmem, row)
+  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+
+  def visits(first, last):
+    return common.key_visits(options, offset + first, offset + last, S, tiles.keys, prefix, ranges)
+
+  of_tile = visits(tile * size, jnp.minimum((tile + 1) * size, T) - 1)
+
+  @pl.when(warpgroup < tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(240, action="increase")
+    first = tile * size + warpgroup * ROWS
+    of_rows = visits(first, first + (ROWS - 1))
+    place = (row, head, warpgroup, first, offset, prefix)
+    _query_compute(options, tiles, S, gmem, place, of_tile, of_rows, **scratch)
+
+  @pl.when(warpgroup == tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(24, action="decrease")
+    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), of_tile, **scratch)
+
+
+def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, value_ready, **rest):
+  """Keys and values of every visited block, each into its slot once all who read the slot are done with it."""
+
+  @pl.loop(0, visits.count)
+  def _(step):
+    keys = pl.ds(visits.block(step) * tiles.keys, tiles.keys)
+    slot = _slot(step, tiles.key_slots)
+
+    @pl.when(step >= tiles.key_slots)
+    def _():
+      plgpu.barrier_wait(rest["key_done"].at[slot])
+
+    plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
+    if "of_keys" in gmem:
+      plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], rest["of_keys_smem"].at[slot], key_ready.at[slot])
+    slot = _slot(step, tiles.value_slots)
+
+    @pl.when(step >= tiles.value_slots)
+    def _():
+      plgpu.barrier_wait(rest["value_done"].at[slot])
+
+    plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
+
+
+def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
+  """The rows of one warpgroup, from their queries to their gradients."""
+  row, head, warpgroup, first, offset, prefix = place
+  query_smem, d_out_smem = (scratch[name].at[warpgroup] for name in ("query_smem", "d_out_smem"))
+  key_smem, value_smem = scratch["key_smem"], scratch["value_smem"]
+  rows_ready = scratch["rows_ready"].at[warpgroup]
+  queries = pl.ds(first, ROWS)
+  shape = (ROWS, tiles.keys)
+
+  plgpu.copy_gmem_to_smem(gmem["query"].at[row, queries, head], query_smem, rows_ready)
+  plgpu.copy_gmem_to_smem(gmem["d_out"].at[row, queries, head], d_out_smem, rows_ready)
+
+  def of_each(ref):
+    return plgpu.load(ref, layout=common.ROW, optimized=False)
+
+  def over(x):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+  def iota(axis):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=common.WGMMA)
+
+  lse, less_delta = (of_each(gmem["rows"].at[row, head, i, queries]) for i in range(2))
+  segments = of_each(gmem["of_queries"].at[row, queries]) if "of_queries" in gmem else None
+  slope = gmem["slope"][head] if "slope" in gmem else None
+
+  def mask_row(slot):
+    found = {} if prefix is None else {"prefix_length": prefix}
+    names = ["key_segments"] if segments is not None else []
+    names += ["key_positions"] if options.key_positions is not None else []
+    for i, name in enumerate(names):
+      x = plgpu.load(scratch["of_keys_smem"].at[slot, i], layout=common.COLUMN)
+      found[name] = lax.broadcast_in_dim(x, shape, [1])
+    if segments is not None:
+      found["query_segments"] = over(segments)
+    return found
+
+  def step(d_query, index):
+    block = visits.block(index)
+    key_slot, value_slot = _slot(index, tiles.key_slots), _slot(index, tiles.value_slots)
+
+    def weights(score, dp):
+      dp[...] = over(less_delta)
+      plgpu.barrier_wait(scratch["key_ready"].at[key_slot])
+      plgpu.wgmma(score, query_smem, key_smem.at[key_slot].T)
+      plgpu.barrier_wait(scratch["value_ready"].at[value_slot])
+      plgpu.wgmma(dp, d_out_smem, value_smem.at[value_slot].T)
+      _, w = _probabilities(
+        options,
+        S,
+        plgpu.wgmma_accumulator_load(score, wait_n=1),  # the exponentials run beside the second product
+        over(lse),
+        of_rows.masked(block),
+        lambda: mask_row(key_slot),
+        lambda: iota(0) + (offset + first),
+        lambda: iota(1) + block * tiles.keys,
+        slope,
+        maskable=common.ever_masked(options, S, tiles.keys),
+      )
+      return (w * dp[...]).astype(query_smem.dtype)
+
+    accumulator = plgpu.ACC(shape, jnp.float32)
+    ds = pl.run_scoped(weights, accumulator, accumulator)
+    plgpu.barrier_arrive(scratch["value_done"].at[value_slot])
+    plgpu.wgmma(d_query, ds, key_smem.at[key_slot])
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(scratch["key_done"].at[key_slot])
+
+  def all_steps(d_query):
+    pl.loop(0, visits.count)(functools.partial(step, d_query))
+    return d_query[...]
+
+  plgpu.barrier_wait(rows_ready)
+  d_query = pl.run_scoped(all_steps, plgpu.ACC(query_smem.shape, jnp.float32))
+  query_smem[...] = (d_query * options.scale).astype(query_smem.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(query_smem, gmem["d_query"].at[row, queries, head])
+  plgpu.wait_smem_to_gmem(0)
+
+
+# ---------------------------------------------------------------- d_key and d_value
+
+
+def _key_gradients(options, tiles, sizes, inputs, ranges):
+  key = inputs["key"]
+  B, S, K, H = key.shape
+  if ranges is not None:
+    inputs = inputs | {"ranges": ranges}
+  groups = 1 if tiles.split else tiles.warpgroups  # of key rows
+  blocks = functools.partial(plgpu.SMEM, dtype=key.dtype, transforms=common.TILED)
+  slots = tiles.query_slots
+  scratch = {
+    "key_smem": blocks((groups, ROWS, H)),
+    "value_smem": blocks((groups, ROWS, H)),
+    "query_smem": blocks((slots, tiles.queries, H)),
+    "d_out_smem": blocks((slots, tiles.queries, H)),
+    "rows_smem": plgpu.SMEM((slots, 2, tiles.queries), jnp.float32),
+    "keys_ready": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+    "all_read": plgpu.Barrier(num_arrivals=tiles.warpgroups),
+    "query_ready": plgpu.Barrier(num_arrivals=3 if "of_queries" in inputs else 2, num_barriers=slots),
+    "d_out_ready": plgpu.Barrier(num_barriers=slots),
+    "query_done": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
+    "d_out_done": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
+  }
+  if "of_queries" in inputs:
+    scratch["of_queries_smem"] = plgpu.SMEM((slots, tiles.queries), jnp.int32)
+  outputs = {name: jax.ShapeDtypeStruct(key.shape, key.dtype) for name in ("d_key", "d_value")}
+  grid = {"batch": B, "head": K, "tile": pl.cdiv(S, ROWS * groups)}
+  return _call(_key_kernel, "attention_d_key_value", options, tiles, sizes, inputs, outputs, scratch, grid)
+
+
+def _key_kernel(options, tiles, sizes, gmem, **scratch):
+  """One tile of keys of one key head: the last warpgroup copies, the others compute."""
+  T, S, group = sizes
+  row, tile, head, warpgroup = (lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
+  groups = 1 if tiles.split else tiles.warpgroups
+  size = ROWS * groups
+  offset, prefix = _row_scalars(gmem, row)
+  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+
+  def visits(first, last):
+    return common.query_visits(options, first, jnp.minimum(last, S - 1), T, tiles.queries, offset, prefix, ranges)
+
+  of_tile = visits(tile * size, tile * size + (size - 1))
+
+  def compute(part, wanted):
+    plgpu.set_max_registers(240, action="increase")
+    first = tile * size + part * ROWS
+    place = (row, head, part, first, offset, prefix)
+    of_rows = visits(first, first + (ROWS - 1))
+    _key_compute(options, tiles, (S, group), gmem, place, of_tile, of_rows, wanted, **scratch)
+
+  if tiles.split:
+    for i, name in enumerate(("d_key", "d_value")):
+      pl.when(warpgroup == i)(functools.partial(compute, 0, (name,)))
+  else:
+    pl.when(warpgroup < tiles.warpgroups)(lambda: compute(warpgroup, ("d_key", "d_value")))
+
+  @pl.when(warpgroup == tiles.warpgroups)
+  def _():
+    plgpu.set_max_registers(24, action="decrease")
+    for part in range(groups):
+      keys = pl.ds(tile * size + part * ROWS, ROWS)
+      for name in ("key", "value"):
+        smem = scratch[f"{name}_smem"].at[part]
+        plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], smem, scratch["keys_ready"].at[part])
+    _key_copy(tiles, gmem, row, head * group, group, of_tile, **scratch)
+
+
+def _key_copy(tiles, gmem, row, first_head, group, visits, *, query_ready, d_out_ready, **rest):
+  """What belongs to the queries of every visited block, head after head, each into its slot once that is free."""
+
+  @pl.loop(0, visits.count * group)
+  def _(step):
+    head = first_head + lax.div(step, visits.count)
+    queries = pl.ds(visits.block(lax.rem(step, visits.count)) * tiles.queries, tiles.queries)
+    slot = _slot(step, tiles.query_slots)
+
+    @pl.when(step >= tiles.query_slots)
+    def _():
+      plgpu.barrier_wait(rest["query_done"].at[slot])
+
+    plgpu.copy_gmem_to_smem(gmem["query"].at[row, queries, head], rest["query_smem"].at[slot], query_ready.at[slot])
+    plgpu.copy_gmem_to_smem(gmem["rows"].at[row, head, :, queries], rest["rows_smem"].at[slot], query_ready.at[slot])
+    if "of_queries" in gmem:
+      smem = rest["of_queries_smem"].at[slot]
+      plgpu.copy_gmem_to_smem(gmem["of_queries"].at[row, queries], smem, query_ready.at[slot])
+
+    @pl.when(step >= tiles.query_slots)
+    def _():
+      plgpu.barrier_wait(rest["d_out_done"].at[slot])
+
+    plgpu.copy_gmem_to_smem(gmem["d_out"].at[row, queries, head], rest["d_out_smem"].at[slot], d_out_ready.at[slot])
+
+
+def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **scratch):
+  """`wanted`, of "d_key" and "d_value", for the 64 keys of one warpgroup."""
+  S, group = sizes
+  row, head, part, first, offset, prefix = place
+  key_smem, value_smem = (scratch[name].at[part] for name in ("key_smem", "value_smem"))
+  dtype = key_smem.dtype
+  keys = pl.ds(first, ROWS)
+  shape = (ROWS, tiles.queries)
+  accumulator = plgpu.ACC(shape, jnp.float32)
+
+  def iota(axis):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=common.WGMMA)
+
+  def over(ref):  # a number for each query, over all keys
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.COLUMN), shape, [1])
+
+  of_keys = {}
+  if "of_keys" in gmem:
+    names = ["key_segments"] if "of_queries" in gmem else []
+    names += ["key_positions"] if options.key_positions is not None else []
+    for i, name in enumerate(names):
+      of_keys[name] = plgpu.load(gmem["of_keys"].at[row, i, keys], layout=common.ROW, optimized=False)
+
+  def mask_row(slot):
+    found = {name: lax.broadcast_in_dim(x, shape, [0]) for name, x in of_keys.items()}
+    if prefix is not None:
+      found["prefix_length"] = prefix
+    if "of_queries" in gmem:
+      found["query_segments"] = over(scratch["of_queries_smem"].at[slot])
+    return found
+
+  def step(gradients, index):
+    block = visits.block(lax.rem(index, visits.count))
+    slope = gmem["slope"][head * group + lax.div(index, visits.count)] if "slope" in gmem else None
+    slot = _slot(index, tiles.query_slots)
+    query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
+    rows_smem = scratch["rows_smem"].at[slot]
+
+    def products(score, dp=None):
+      plgpu.barrier_wait(scratch["query_ready"].at[slot])
+      if dp is not None:
+        dp[...] = over(rows_smem.at[1])
+      plgpu.wgmma(score, key_smem, query_smem.T)
+      plgpu.barrier_wait(scratch["d_out_ready"].at[slot])
+      if dp is not None:
+        plgpu.wgmma(dp, value_smem, d_out_smem.T)
+      p, w = _probabilities(
+        options,
+        S,
+        plgpu.wgmma_accumulator_load(score, wait_n=0 if dp is None else 1),  # exponentials beside the second product
+        over(rows_smem.at[0]),
+        of_rows.masked(block),
+        lambda: mask_row(slot),
+        lambda: iota(1) + (offset + block * tiles.queries),
+        lambda: iota(0) + first,
+        slope,
+        # Keys behind the last have rows of their own, which are not stored.
+        maskable=common.ever_masked(options, tiles.queries, tiles.queries),
+      )
+      if "d_value" in gradients:
+        plgpu.wgmma(gradients["d_value"], p.astype(dtype), d_out_smem)
+      if dp is not None:
+        dp = plgpu.wgmma_accumulator_load(dp, wait_n=len(gradients) - 1)  # and ds beside the third
+        plgpu.wgmma(gradients["d_key"], (w * dp).astype(dtype), query_smem)
+        plgpu.wgmma_wait(1)
+        plgpu.barrier_arrive(scratch["d_out_done"].at[slot])
+      plgpu.wgmma_wait(0)
+      if dp is None:
+        plgpu.barrier_arrive(scratch["d_out_done"].at[slot])
+      plgpu.barrier_arrive(scratch["query_done"].at[slot])
+
+    pl.run_scoped(products, *[accumulator] * (2 if "d_key" in wanted else 1))
+
+  def all_steps(*refs):
+    gradients = dict(zip(wanted, refs, strict=True))
+    pl.loop(0, visits.count * group)(functools.partial(step, gradients))
+    return [ref[...] for ref in refs]
+
+  plgpu.barrier_wait(scratch["keys_ready"].at[part])
+  results = pl.run_scoped(all_steps, *(plgpu.ACC(key_smem.shape, jnp.float32) for _ in wanted))
+  if tiles.split:  # the other warpgroup reads the same keys and values, where the results go out
+    plgpu.barrier_arrive(scratch["all_read"])
+    plgpu.barrier_wait(scratch["all_read"])
+  for name, result in zip(wanted, results, strict=True):
+    smem = key_smem if name == "d_key" else value_smem
+    smem[...] = (result * options.scale if name == "d_key" else result).astype(dtype)
+  plgpu.commit_smem()
+  for name in wanted:
+    plgpu.copy_smem_to_gmem(key_smem if name == "d_key" else value_smem, gmem[name].at[row, keys, head])
+  plgpu.wait_smem_to_gmem(0)
