@@ -81,7 +81,8 @@ def backward(
   del target  # one table for both Hopper chips
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
-  query, key, value, d_out = (common.pad_to(x, 3, 64) for x in (query, key, value, d_out.astype(query.dtype)))
+  arrays = (query, key, value, d_out.astype(query.dtype))
+  query, key, value, d_out = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in arrays)  # TMA's tiles: 8 x 64
   tiles = tiles or _tiles(query.shape[3])
   query_rows, key_rows = ROWS * tiles.warpgroups, ROWS if tiles.split else ROWS * tiles.warpgroups
 
@@ -108,7 +109,7 @@ def backward(
   sizes = (T, S, N // K)
   d_query = _query_gradient(options, tiles, sizes, inputs, ranges[0])
   d_key, d_value = _key_gradients(options, tiles, sizes, inputs, ranges[1])
-  return d_query[..., :H], d_key[..., :H], d_value[..., :H]
+  return d_query[:, :T, :, :H], d_key[:, :S, :, :H], d_value[:, :S, :, :H]
 
 
 def _call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
@@ -302,6 +303,8 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
     plgpu.barrier_arrive(scratch["value_done"].at[value_slot])
     plgpu.wgmma(d_query, ds, key_smem.at[key_slot])
     plgpu.wgmma_wait(0)
+    if "of_keys" in gmem:
+      plgpu.commit_smem()  # it was read by threads, and TMA will write it
     plgpu.barrier_arrive(scratch["key_done"].at[key_slot])
 
   def all_steps(d_query):
@@ -480,6 +483,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
       plgpu.wgmma_wait(0)
       if dp is None:
         plgpu.barrier_arrive(scratch["d_out_done"].at[slot])
+      plgpu.commit_smem()  # `rows_smem` was read by threads, and TMA will write it
       plgpu.barrier_arrive(scratch["query_done"].at[slot])
 
     pl.run_scoped(products, *[accumulator] * (2 if "d_key" in wanted else 1))
