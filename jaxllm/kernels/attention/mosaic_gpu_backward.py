@@ -31,6 +31,7 @@ from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.options import Options
 
 ROWS = 64  # of a warpgroup: what one wgmma covers
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,21 @@ def backward(
 
 
 def _call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
-  """One of the kernels; its references come by name."""
+  """One of the kernels; its references come by name.
+
+  "counting" is 0, 1, 2, ...: places that masks compare are read from shared memory where they are needed. Computed,
+  they would not change from step to step, and the compiler keeps them in registers that the products need.
+  """
 
   def body(*refs, **scratch):
     kernel(options, tiles, sizes, dict(zip((*inputs, *outputs), refs, strict=True)), **scratch)
 
+  counting = max(tiles.keys, tiles.queries)
+  inputs = inputs | {"counting": jnp.arange(counting, dtype=jnp.int32)}
+  scratch = scratch | {
+    "counting_smem": plgpu.SMEM((counting,), jnp.int32),
+    "counting_ready": plgpu.Barrier(),
+  }
   return plgpu.kernel(
     body,
     out_type=tuple(outputs.values()),
@@ -202,7 +213,7 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     first = tile * size + warpgroup * ROWS
     of_rows = visits(first, first + (ROWS - 1))
     place = (row, head, warpgroup, first, offset, prefix)
@@ -210,7 +221,8 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
     _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), of_tile, **scratch)
 
 
@@ -256,8 +268,9 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
   def over(x):
     return lax.broadcast_in_dim(x, shape, [0])
 
-  def iota(axis):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=common.WGMMA)
+  def places(start):  # of keys
+    counting = plgpu.load(scratch["counting_smem"].at[pl.ds(0, tiles.keys)], layout=common.COLUMN)
+    return lax.broadcast_in_dim(counting + start, shape, [1])
 
   lse, less_delta = (of_each(gmem["rows"].at[row, head, i, queries]) for i in range(2))
   segments = of_each(gmem["of_queries"].at[row, queries]) if "of_queries" in gmem else None
@@ -291,8 +304,8 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
         over(lse),
         of_rows.masked(block),
         lambda: mask_row(key_slot),
-        lambda: iota(0) + (offset + first),
-        lambda: iota(1) + block * tiles.keys,
+        lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + (offset + first),
+        lambda: places(block * tiles.keys),
         slope,
         maskable=common.ever_masked(options, S, tiles.keys),
       )
@@ -312,6 +325,7 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
     return d_query[...]
 
   plgpu.barrier_wait(rows_ready)
+  plgpu.barrier_wait(scratch["counting_ready"])
   d_query = pl.run_scoped(all_steps, plgpu.ACC(query_smem.shape, jnp.float32))
   query_smem[...] = (d_query * options.scale).astype(query_smem.dtype)
   plgpu.commit_smem()
@@ -365,7 +379,7 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
   of_tile = visits(tile * size, tile * size + (size - 1))
 
   def compute(part, wanted):
-    plgpu.set_max_registers(240, action="increase")
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
     first = tile * size + part * ROWS
     place = (row, head, part, first, offset, prefix)
     of_rows = visits(first, first + (ROWS - 1))
@@ -379,7 +393,8 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
-    plgpu.set_max_registers(24, action="decrease")
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
     for part in range(groups):
       keys = pl.ds(tile * size + part * ROWS, ROWS)
       for name in ("key", "value"):
@@ -424,11 +439,8 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
   shape = (ROWS, tiles.queries)
   accumulator = plgpu.ACC(shape, jnp.float32)
 
-  def iota(axis):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=common.WGMMA)
-
-  def over(ref):  # a number for each query, over all keys
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.COLUMN), shape, [1])
+  def over(ref, plus=0):  # a number for each query, over all keys
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.COLUMN) + plus, shape, [1])
 
   of_keys = {}
   if "of_keys" in gmem:
@@ -467,8 +479,8 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
         over(rows_smem.at[0]),
         of_rows.masked(block),
         lambda: mask_row(slot),
-        lambda: iota(1) + (offset + block * tiles.queries),
-        lambda: iota(0) + first,
+        lambda: over(scratch["counting_smem"].at[pl.ds(0, tiles.queries)], offset + block * tiles.queries),
+        lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + first,
         slope,
         # Keys behind the last have rows of their own, which are not stored.
         maskable=common.ever_masked(options, tiles.queries, tiles.queries),
@@ -494,6 +506,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
     return [ref[...] for ref in refs]
 
   plgpu.barrier_wait(scratch["keys_ready"].at[part])
+  plgpu.barrier_wait(scratch["counting_ready"])
   results = pl.run_scoped(all_steps, *(plgpu.ACC(key_smem.shape, jnp.float32) for _ in wanted))
   if tiles.split:  # the other warpgroup reads the same keys and values, where the results go out
     plgpu.barrier_arrive(scratch["all_read"])
