@@ -19,6 +19,7 @@ Nothing here has run on a GPU: results are proved in jax's emulator, the machine
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -151,21 +152,53 @@ def _row_scalars(gmem, row):
   return gmem["offset"][row] if "offset" in gmem else 0, gmem["prefix"][row] if "prefix" in gmem else None
 
 
-def _probabilities(options, length, raw, lse, masked, mask_row, query_place, key_place, slope, *, maskable):
-  """(p, w): p = exp(score - lse) where visible, and w such that ds = w * (dp - delta) / scale; of raw's shape.
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """Scores of a block of queries and keys, or their transpose; functions give arrays of its shape when asked."""
 
-  Args:
-    lse: broadcast to raw's shape, in base 2.
-    masked: a scalar, whether this block needs its mask at all.
-    mask_row, query_place, key_place: functions without arguments, of what `common.seen` takes.
-  """
-  values, factor, capped = common.logits(options, raw, query_place, key_place, slope)
-  p = jnp.exp2(values * factor - lse)
-  if maskable:
-    # After exp2 and by choice, not by product: what is hidden may overflow.
-    hide = lambda: jnp.where(common.seen(options, query_place(), key_place(), length, mask_row()), p, 0.0)  # noqa: E731
-    p = lax.cond(masked, hide, lambda: p)
-  return p, p if capped is None else p * (1.0 - capped * capped)
+  options: Options
+  length: int  # number of keys
+  maskable: bool
+  masked: Array  # a scalar: whether this block needs its mask
+  lse: Callable[[], Array]  # in base 2
+  query_place: Callable[[], Array]
+  key_place: Callable[[], Array]
+  mask_row: Callable[[], dict[str, Array]]  # as `options.visible` takes it
+  slope: Array | None
+
+  @property
+  def linear(self) -> bool:
+    """Whether a logit is the product times a positive constant, so that lse can be taken off the product."""
+    return self.options.softcap is None and self.options.alibi_slopes is None and self.options.scale > 0
+
+  def start(self, shape) -> Float[Array, "R C"]:
+    """What the accumulator of query times key starts from: -inf where hidden.
+
+    Masks come first because all that they look at takes registers, which the products need later.
+    """
+    if self.linear:
+      start = self.lse() * (-1.0 / (self.options.scale * common.LOG2E))
+    else:
+      start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), common.WGMMA)
+    if not self.maskable:
+      return start
+
+    def mask():
+      seen = common.seen(self.options, self.query_place(), self.key_place(), self.length, self.mask_row())
+      return jnp.where(seen, start, -jnp.inf)
+
+    return lax.cond(self.masked, mask, lambda: start)
+
+  def weights(self, raw: Float[Array, "R C"]) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
+    """From the accumulated product: p, and w such that ds = w * (dp - delta)."""
+    if self.linear:
+      p = jnp.exp2(raw * (self.options.scale * common.LOG2E))
+      return p, p
+    values, factor, capped = common.logits(self.options, raw, self.query_place, self.key_place, self.slope)
+    p = jnp.exp2(values * factor - self.lse())
+    if self.maskable:
+      p = jnp.where(raw == -jnp.inf, 0.0, p)
+    return p, p if capped is None else p * (1.0 - capped * capped)
 
 
 # ---------------------------------------------------------------- d_query
@@ -291,24 +324,26 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
     block = visits.block(index)
     key_slot, value_slot = _slot(index, tiles.key_slots), _slot(index, tiles.value_slots)
 
+    scores = _Block(
+      options,
+      S,
+      common.ever_masked(options, S, tiles.keys),
+      of_rows.masked(block),
+      lse=lambda: over(lse),
+      query_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + (offset + first),
+      key_place=lambda: places(block * tiles.keys),
+      mask_row=lambda: mask_row(key_slot),
+      slope=slope,
+    )
+
     def weights(score, dp):
-      dp[...] = over(less_delta)
       plgpu.barrier_wait(scratch["key_ready"].at[key_slot])
+      score[...] = scores.start(shape)
+      dp[...] = over(less_delta)
       plgpu.wgmma(score, query_smem, key_smem.at[key_slot].T)
       plgpu.barrier_wait(scratch["value_ready"].at[value_slot])
       plgpu.wgmma(dp, d_out_smem, value_smem.at[value_slot].T)
-      _, w = _probabilities(
-        options,
-        S,
-        plgpu.wgmma_accumulator_load(score, wait_n=1),  # the exponentials run beside the second product
-        over(lse),
-        of_rows.masked(block),
-        lambda: mask_row(key_slot),
-        lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + (offset + first),
-        lambda: places(block * tiles.keys),
-        slope,
-        maskable=common.ever_masked(options, S, tiles.keys),
-      )
+      _, w = scores.weights(plgpu.wgmma_accumulator_load(score, wait_n=1))  # runs beside the second product
       return (w * dp[...]).astype(query_smem.dtype)
 
     accumulator = plgpu.ACC(shape, jnp.float32)
@@ -464,27 +499,30 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
     query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
     rows_smem = scratch["rows_smem"].at[slot]
 
+    scores = _Block(
+      options,
+      S,
+      # Keys behind the last have rows of their own, which are not stored.
+      common.ever_masked(options, tiles.queries, tiles.queries),
+      of_rows.masked(block),
+      lse=lambda: over(rows_smem.at[0]),
+      query_place=lambda: over(scratch["counting_smem"].at[pl.ds(0, tiles.queries)], offset + block * tiles.queries),
+      key_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + first,
+      mask_row=lambda: mask_row(slot),
+      slope=slope,
+    )
+
     def products(score, dp=None):
       plgpu.barrier_wait(scratch["query_ready"].at[slot])
+      score[...] = scores.start(shape)
       if dp is not None:
         dp[...] = over(rows_smem.at[1])
       plgpu.wgmma(score, key_smem, query_smem.T)
       plgpu.barrier_wait(scratch["d_out_ready"].at[slot])
       if dp is not None:
         plgpu.wgmma(dp, value_smem, d_out_smem.T)
-      p, w = _probabilities(
-        options,
-        S,
-        plgpu.wgmma_accumulator_load(score, wait_n=0 if dp is None else 1),  # exponentials beside the second product
-        over(rows_smem.at[0]),
-        of_rows.masked(block),
-        lambda: mask_row(slot),
-        lambda: over(scratch["counting_smem"].at[pl.ds(0, tiles.queries)], offset + block * tiles.queries),
-        lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + first,
-        slope,
-        # Keys behind the last have rows of their own, which are not stored.
-        maskable=common.ever_masked(options, tiles.queries, tiles.queries),
-      )
+      # The exponentials run beside the second product.
+      p, w = scores.weights(plgpu.wgmma_accumulator_load(score, wait_n=0 if dp is None else 1))
       if "d_value" in gradients:
         plgpu.wgmma(gradients["d_value"], p.astype(dtype), d_out_smem)
       if dp is not None:
