@@ -189,16 +189,24 @@ class _Block:
 
     return lax.cond(self.masked, mask, lambda: start)
 
-  def weights(self, raw: Float[Array, "R C"]) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
-    """From the accumulated product: p, and w such that ds = w * (dp - delta)."""
+  def weights(self, score, second, products: int = 1) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
+    """p, and w such that ds = w * (dp - delta), from the accumulator `score` whose product is under way.
+
+    second: starts `products` further products. They run beside the exponentials where the registers suffice, which
+    they do not for what a soft cap or slopes need; then they start at the end.
+    """
     if self.linear:
-      p = jnp.exp2(raw * (self.options.scale * common.LOG2E))
+      second()
+      p = jnp.exp2(plgpu.wgmma_accumulator_load(score, wait_n=products) * (self.options.scale * common.LOG2E))
       return p, p
+    raw = score[...]
     values, factor, capped = common.logits(self.options, raw, self.query_place, self.key_place, self.slope)
     p = jnp.exp2(values * factor - self.lse())
     if self.maskable:
       p = jnp.where(raw == -jnp.inf, 0.0, p)
-    return p, p if capped is None else p * (1.0 - capped * capped)
+    w = p if capped is None else p * (1.0 - capped * capped)
+    second()
+    return p, w
 
 
 # ---------------------------------------------------------------- d_query
@@ -337,13 +345,15 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
     )
 
     def weights(score, dp):
+      def second():
+        dp[...] = over(less_delta)
+        plgpu.barrier_wait(scratch["value_ready"].at[value_slot])
+        plgpu.wgmma(dp, d_out_smem, value_smem.at[value_slot].T)
+
       plgpu.barrier_wait(scratch["key_ready"].at[key_slot])
       score[...] = scores.start(shape)
-      dp[...] = over(less_delta)
       plgpu.wgmma(score, query_smem, key_smem.at[key_slot].T)
-      plgpu.barrier_wait(scratch["value_ready"].at[value_slot])
-      plgpu.wgmma(dp, d_out_smem, value_smem.at[value_slot].T)
-      _, w = scores.weights(plgpu.wgmma_accumulator_load(score, wait_n=1))  # runs beside the second product
+      _, w = scores.weights(score, second)
       return (w * dp[...]).astype(query_smem.dtype)
 
     accumulator = plgpu.ACC(shape, jnp.float32)
@@ -372,7 +382,7 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
 
 
 def _key_gradients(options, tiles, sizes, inputs, ranges):
-  key = inputs["key"]
+  key, of_keys = inputs["key"], inputs.get("of_keys")
   B, S, K, H = key.shape
   if ranges is not None:
     inputs = inputs | {"ranges": ranges}
@@ -385,13 +395,15 @@ def _key_gradients(options, tiles, sizes, inputs, ranges):
     "query_smem": blocks((slots, tiles.queries, H)),
     "d_out_smem": blocks((slots, tiles.queries, H)),
     "rows_smem": plgpu.SMEM((slots, 2, tiles.queries), jnp.float32),
-    "keys_ready": plgpu.Barrier(num_arrivals=2, num_barriers=groups),
+    "keys_ready": plgpu.Barrier(num_arrivals=2 if of_keys is None else 3, num_barriers=groups),
     "all_read": plgpu.Barrier(num_arrivals=tiles.warpgroups),
     "query_ready": plgpu.Barrier(num_arrivals=3 if "of_queries" in inputs else 2, num_barriers=slots),
     "d_out_ready": plgpu.Barrier(num_barriers=slots),
     "query_done": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
     "d_out_done": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
   }
+  if of_keys is not None:
+    scratch["of_keys_smem"] = plgpu.SMEM((groups, of_keys.shape[1], ROWS), jnp.int32)
   if "of_queries" in inputs:
     scratch["of_queries_smem"] = plgpu.SMEM((slots, tiles.queries), jnp.int32)
   outputs = {name: jax.ShapeDtypeStruct(key.shape, key.dtype) for name in ("d_key", "d_value")}
@@ -435,16 +447,31 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
       for name in ("key", "value"):
         smem = scratch[f"{name}_smem"].at[part]
         plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], smem, scratch["keys_ready"].at[part])
+      if "of_keys" in gmem:
+        smem = scratch["of_keys_smem"].at[part]
+        plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], smem, scratch["keys_ready"].at[part])
     _key_copy(tiles, gmem, row, head * group, group, of_tile, **scratch)
+
+
+def _each_query_block(visits, group, do):
+  """do(step, visit, head of the group) for all visits of all heads."""
+
+  def step(index, place):
+    visit, head = place
+    do(index, visit, head)
+    last = visit + 1 == visits.count
+    return jnp.where(last, 0, visit + 1), jnp.where(last, head + 1, head)
+
+  lax.fori_loop(0, visits.count * group, step, (jnp.int32(0), jnp.int32(0)))
 
 
 def _key_copy(tiles, gmem, row, first_head, group, visits, *, query_ready, d_out_ready, **rest):
   """What belongs to the queries of every visited block, head after head, each into its slot once that is free."""
 
-  @pl.loop(0, visits.count * group)
-  def _(step):
-    head = first_head + lax.div(step, visits.count)
-    queries = pl.ds(visits.block(lax.rem(step, visits.count)) * tiles.queries, tiles.queries)
+  @functools.partial(_each_query_block, visits, group)
+  def _(step, visit, head):
+    head += first_head
+    queries = pl.ds(visits.block(visit) * tiles.queries, tiles.queries)
     slot = _slot(step, tiles.query_slots)
 
     @pl.when(step >= tiles.query_slots)
@@ -477,24 +504,22 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
   def over(ref, plus=0):  # a number for each query, over all keys
     return lax.broadcast_in_dim(plgpu.load(ref, layout=common.COLUMN) + plus, shape, [1])
 
-  of_keys = {}
-  if "of_keys" in gmem:
+  def of_each(ref):  # a number for each key, over all queries
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.ROW), shape, [0])
+
+  def mask_row(slot):
+    found = {} if prefix is None else {"prefix_length": prefix}
     names = ["key_segments"] if "of_queries" in gmem else []
     names += ["key_positions"] if options.key_positions is not None else []
     for i, name in enumerate(names):
-      of_keys[name] = plgpu.load(gmem["of_keys"].at[row, i, keys], layout=common.ROW, optimized=False)
-
-  def mask_row(slot):
-    found = {name: lax.broadcast_in_dim(x, shape, [0]) for name, x in of_keys.items()}
-    if prefix is not None:
-      found["prefix_length"] = prefix
+      found[name] = of_each(scratch["of_keys_smem"].at[part, i])
     if "of_queries" in gmem:
       found["query_segments"] = over(scratch["of_queries_smem"].at[slot])
     return found
 
-  def step(gradients, index):
-    block = visits.block(lax.rem(index, visits.count))
-    slope = gmem["slope"][head * group + lax.div(index, visits.count)] if "slope" in gmem else None
+  def step(gradients, index, visit, head_of_group):
+    block = visits.block(visit)
+    slope = gmem["slope"][head * group + head_of_group] if "slope" in gmem else None
     slot = _slot(index, tiles.query_slots)
     query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
     rows_smem = scratch["rows_smem"].at[slot]
@@ -513,21 +538,23 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
     )
 
     def products(score, dp=None):
+      def second():
+        if dp is not None:
+          dp[...] = over(rows_smem.at[1])
+        plgpu.barrier_wait(scratch["d_out_ready"].at[slot])
+        if dp is not None:
+          plgpu.wgmma(dp, value_smem, d_out_smem.T)
+
       plgpu.barrier_wait(scratch["query_ready"].at[slot])
       score[...] = scores.start(shape)
-      if dp is not None:
-        dp[...] = over(rows_smem.at[1])
       plgpu.wgmma(score, key_smem, query_smem.T)
-      plgpu.barrier_wait(scratch["d_out_ready"].at[slot])
-      if dp is not None:
-        plgpu.wgmma(dp, value_smem, d_out_smem.T)
-      # The exponentials run beside the second product.
-      p, w = scores.weights(plgpu.wgmma_accumulator_load(score, wait_n=0 if dp is None else 1))
+      p, w = scores.weights(score, second, products=0 if dp is None else 1)
       if "d_value" in gradients:
         plgpu.wgmma(gradients["d_value"], p.astype(dtype), d_out_smem)
       if dp is not None:
-        dp = plgpu.wgmma_accumulator_load(dp, wait_n=len(gradients) - 1)  # and ds beside the third
-        plgpu.wgmma(gradients["d_key"], (w * dp).astype(dtype), query_smem)
+        # dp is the first of those under way: ds is computed beside the product for d_value.
+        ds = (w * plgpu.wgmma_accumulator_load(dp, wait_n=len(gradients) - 1)).astype(dtype)
+        plgpu.wgmma(gradients["d_key"], ds, query_smem)
         plgpu.wgmma_wait(1)
         plgpu.barrier_arrive(scratch["d_out_done"].at[slot])
       plgpu.wgmma_wait(0)
@@ -540,7 +567,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
 
   def all_steps(*refs):
     gradients = dict(zip(wanted, refs, strict=True))
-    pl.loop(0, visits.count * group)(functools.partial(step, gradients))
+    _each_query_block(visits, group, functools.partial(step, gradients))
     return [ref[...] for ref in refs]
 
   plgpu.barrier_wait(scratch["keys_ready"].at[part])
