@@ -147,6 +147,14 @@ def _slot(step, slots):
   return lax.rem(step, jnp.int32(slots))
 
 
+def _mine(scratch, first, second, part):
+  """A warpgroup's own blocks, for use in a loop: without the barrier the compiler works out where each wgmma finds its
+  operand before the loop, and keeps these addresses in registers that the products need."""
+  if not isinstance(part, int):
+    part = lax.optimization_barrier(part)
+  return scratch[first].at[part], scratch[second].at[part]
+
+
 def _row_scalars(gmem, row):
   """(place of the row's first query among the keys, its prefix length or None)."""
   return gmem["offset"][row] if "offset" in gmem else 0, gmem["prefix"][row] if "prefix" in gmem else None
@@ -294,7 +302,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
 def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
   """The rows of one warpgroup, from their queries to their gradients."""
   row, head, warpgroup, first, offset, prefix = place
-  query_smem, d_out_smem = (scratch[name].at[warpgroup] for name in ("query_smem", "d_out_smem"))
+  query_smem, d_out_smem = scratch["query_smem"].at[warpgroup], scratch["d_out_smem"].at[warpgroup]
   key_smem, value_smem = scratch["key_smem"], scratch["value_smem"]
   rows_ready = scratch["rows_ready"].at[warpgroup]
   queries = pl.ds(first, ROWS)
@@ -330,6 +338,7 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
 
   def step(d_query, index):
     block = visits.block(index)
+    query_smem, d_out_smem = _mine(scratch, "query_smem", "d_out_smem", warpgroup)
     key_slot, value_slot = _slot(index, tiles.key_slots), _slot(index, tiles.value_slots)
 
     scores = _Block(
@@ -495,7 +504,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
   """`wanted`, of "d_key" and "d_value", for the 64 keys of one warpgroup."""
   S, group = sizes
   row, head, part, first, offset, prefix = place
-  key_smem, value_smem = (scratch[name].at[part] for name in ("key_smem", "value_smem"))
+  key_smem, value_smem = scratch["key_smem"].at[part], scratch["value_smem"].at[part]
   dtype = key_smem.dtype
   keys = pl.ds(first, ROWS)
   shape = (ROWS, tiles.queries)
@@ -519,6 +528,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
 
   def step(gradients, index, visit, head_of_group):
     block = visits.block(visit)
+    key_smem, value_smem = _mine(scratch, "key_smem", "value_smem", part)
     slope = gmem["slope"][head * group + head_of_group] if "slope" in gmem else None
     slot = _slot(index, tiles.query_slots)
     query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
