@@ -150,8 +150,7 @@ def _slot(step, slots):
 def _mine(scratch, first, second, part):
   """A warpgroup's own blocks, for use in a loop: without the barrier the compiler works out where each wgmma finds its
   operand before the loop, and keeps these addresses in registers that the products need."""
-  if not isinstance(part, int):
-    part = lax.optimization_barrier(part)
+  part = lax.optimization_barrier(jnp.int32(part))
   return scratch[first].at[part], scratch[second].at[part]
 
 
