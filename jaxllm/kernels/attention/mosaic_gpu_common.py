@@ -8,7 +8,6 @@ few scalars; only segments need a look at the arrays, which `segment_ranges` tak
 import dataclasses
 import math
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +25,7 @@ WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Lay
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-  """Blocks that a tile visits: [0, head) and then [start, stop), head <= start; no mask in [full_start, full_stop)."""
+  """Blocks that a tile visits: [0, head) and [start, stop), head <= start; of them [full_start, full_stop) unmasked."""
 
   head: Array
   start: Array
@@ -38,12 +37,17 @@ class Visits:
   def count(self) -> Array:
     return self.head + self.stop - self.start
 
-  def block(self, step: Array) -> Array:
-    """Which block the `step`-th visit is for."""
-    return jnp.where(step < self.head, step, step + self.start - self.head)
+  @property
+  def full_count(self) -> Array:
+    """How many of the visited blocks need no mask."""
+    return jnp.maximum(self.full_stop - self.full_start, 0)
 
-  def masked(self, block: Array) -> Array:
-    return (block < self.full_start) | (block >= self.full_stop)
+  def block(self, step: Array) -> Array:
+    """Which block the `step`-th visit is for: first the `full_count` that need no mask, then the others in order."""
+    before = jnp.where(self.full_start < self.head, self.full_start, self.full_start - self.start + self.head)
+    place = jnp.where(step < self.full_count, step + before, step)
+    place = jnp.where((step >= self.full_count) & (step < self.full_count + before), step - self.full_count, place)
+    return jnp.where(place < self.head, place, place + self.start - self.head)
 
 
 def ever_masked(options: Options, length: int, block: int) -> bool:
@@ -68,7 +72,7 @@ def key_visits(options: Options, first, last, length: int, block: int, prefix=No
     if v.sink_tokens and options.key_positions is None:
       head = jnp.int32(min(v.sink_tokens, length))
     elif v.sink_tokens:  # anywhere: documents start in the middle of a packed row
-      start = jnp.int32(0)
+      start, stop = jnp.int32(0), jnp.int32(length)
   if v.causal:
     head, stop, full_stop = jnp.minimum(head, last + 1), jnp.minimum(stop, last + 1), jnp.minimum(full_stop, first + 1)
   if options.prefix_lengths is not None:
@@ -80,7 +84,9 @@ def key_visits(options: Options, first, last, length: int, block: int, prefix=No
   return _in_blocks(head, start, stop, full_start, full_stop, block, length, segments)
 
 
-def query_visits(options: Options, first, last, length: int, block: int, offset=0, prefix=None, segments=None) -> Visits:
+def query_visits(
+  options: Options, first, last, length: int, block: int, offset=0, prefix=None, segments=None
+) -> Visits:
   """Query blocks for the keys `first` to `last`, both included.
 
   Args:
@@ -115,7 +121,9 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
   def up(x):
     return lax.div(x + (block - 1), jnp.int32(block))
 
-  head, start, stop, full_start, full_stop = (jnp.clip(x, 0, length) for x in (head, start, stop, full_start, full_stop))
+  head, start, stop, full_start, full_stop = (
+    jnp.clip(x, 0, length) for x in (head, start, stop, full_start, full_stop)
+  )
   stop = jnp.where(stop > start, up(stop), 0)
   head, start, full_start = up(head), down(start), up(full_start)
   full_stop = jnp.where(full_stop >= length, up(full_stop), down(full_stop)) if short_is_full else down(full_stop)
@@ -126,7 +134,9 @@ def _in_blocks(head, start, stop, full_start, full_stop, block, length, segments
     head, stop = jnp.where(low > 0, 0, jnp.minimum(head, high)), jnp.minimum(stop, high)
     full_start, full_stop = jnp.maximum(full_start, full_low), jnp.minimum(full_stop, full_high)
   start = jnp.maximum(start, head)
-  return Visits(head, start, jnp.maximum(stop, start), full_start, full_stop)
+  stop = jnp.maximum(stop, start)
+  full_start = jnp.where(full_start < head, full_start, jnp.maximum(full_start, start))
+  return Visits(head, start, stop, full_start, jnp.minimum(full_stop, stop))
 
 
 def segment_ranges(
@@ -174,9 +184,7 @@ def row_arrays(options: Options) -> dict[str, Array]:
     "prefix": options.prefix_lengths,
     "slope": options.alibi_slopes,
   }
-  return {
-    name: x.astype(jnp.float32 if name == "slope" else jnp.int32) for name, x in arrays.items() if x is not None
-  }
+  return {name: x.astype(jnp.float32 if name == "slope" else jnp.int32) for name, x in arrays.items() if x is not None}
 
 
 def key_arrays(options: Options, block: int) -> Int[Array, "B A S"] | None:
@@ -220,6 +228,9 @@ def logits(options: Options, raw: Float[Array, "Q S"], query_place, key_place, s
   return values, factor, capped
 
 
-def seen(options: Options, query_place, key_place, length: int, row: dict[str, Array]) -> Bool[Array, "Q S"]:
+def seen(
+  options: Options, query_place, key_place, length: int, block: int, row: dict[str, Array]
+) -> Bool[Array, "Q S"]:
   """`visible` for arrays of one shape, which also hides what lies behind the last of `length` keys."""
-  return visible(options, query_place, key_place, row) & (key_place < length)
+  mask = visible(options, query_place, key_place, row)
+  return mask if length % block == 0 else mask & (key_place < length)
