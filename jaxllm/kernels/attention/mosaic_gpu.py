@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import mosaic_gpu_common as common
+from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
 from jaxllm.kernels.attention.options import Options
 from jaxllm.kernels.backends import TARGETS
 

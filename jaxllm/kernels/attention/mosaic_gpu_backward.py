@@ -154,9 +154,15 @@ def _mine(scratch, first, second, part):
   return scratch[first].at[part], scratch[second].at[part]
 
 
-def _row_scalars(gmem, row):
-  """(place of the row's first query among the keys, its prefix length or None)."""
-  return gmem["offset"][row] if "offset" in gmem else 0, gmem["prefix"][row] if "prefix" in gmem else None
+def _scalars(gmem, row, tile):
+  """(place of the row's first query among the keys, its prefix length or None, the tile's segment ranges or None).
+
+  Each role asks for itself: what all know beforehand has to fit the copying warpgroup's few registers.
+  """
+  offset = gmem["offset"][row] if "offset" in gmem else 0
+  prefix = gmem["prefix"][row] if "prefix" in gmem else None
+  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+  return offset, prefix, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +170,7 @@ class _Block:
   """Scores of a block of queries and keys, or their transpose; functions give arrays of its shape when asked."""
 
   options: Options
-  length: int  # number of keys
+  keys: tuple[int, int]  # how many there are, and of a block; the last block may be short
   maskable: bool
   masked: Array  # a scalar: whether this block needs its mask
   lse: Callable[[], Array]  # in base 2
@@ -191,7 +197,7 @@ class _Block:
       return start
 
     def mask():
-      seen = common.seen(self.options, self.query_place(), self.key_place(), self.length, self.mask_row())
+      seen = common.seen(self.options, self.query_place(), self.key_place(), *self.keys, self.mask_row())
       return jnp.where(seen, start, -jnp.inf)
 
     return lax.cond(self.masked, mask, lambda: start)
@@ -251,27 +257,23 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
   size = ROWS * tiles.warpgroups
   if options.visibility.causal:  # the tiles with most keys start first
     tile = pl.cdiv(T, size) - 1 - tile
-  offset, prefix = _row_scalars(gmem, row)
-  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
 
-  def visits(first, last):
-    return common.key_visits(options, offset + first, offset + last, S, tiles.keys, prefix, ranges)
-
-  of_tile = visits(tile * size, jnp.minimum((tile + 1) * size, T) - 1)
+  def visits(offset, prefix, ranges):
+    start, end = offset + tile * size, offset + jnp.minimum((tile + 1) * size, T)
+    return common.key_visits(options, start, end - 1, S, tiles.keys, prefix, ranges)
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    first = tile * size + warpgroup * ROWS
-    of_rows = visits(first, first + (ROWS - 1))
-    place = (row, head, warpgroup, first, offset, prefix)
-    _query_compute(options, tiles, S, gmem, place, of_tile, of_rows, **scratch)
+    offset, prefix, ranges = _scalars(gmem, row, tile)
+    place = (row, head, warpgroup, tile * size + warpgroup * ROWS, offset, prefix)
+    _query_compute(options, tiles, S, gmem, place, visits(offset, prefix, ranges), **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
-    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), of_tile, **scratch)
+    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits(*_scalars(gmem, row, tile)), **scratch)
 
 
 def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, value_ready, **rest):
@@ -298,7 +300,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
 
-def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
+def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
   """The rows of one warpgroup, from their queries to their gradients."""
   row, head, warpgroup, first, offset, prefix = place
   query_smem, d_out_smem = scratch["query_smem"].at[warpgroup], scratch["d_out_smem"].at[warpgroup]
@@ -342,9 +344,9 @@ def _query_compute(options, tiles, S, gmem, place, visits, of_rows, **scratch):
 
     scores = _Block(
       options,
-      S,
+      (S, tiles.keys),
       common.ever_masked(options, S, tiles.keys),
-      of_rows.masked(block),
+      index >= visits.full_count,
       lse=lambda: over(lse),
       query_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + (offset + first),
       key_place=lambda: places(block * tiles.keys),
@@ -394,16 +396,16 @@ def _key_gradients(options, tiles, sizes, inputs, ranges):
   B, S, K, H = key.shape
   if ranges is not None:
     inputs = inputs | {"ranges": ranges}
-  groups = 1 if tiles.split else tiles.warpgroups  # of key rows
+  parts = 1 if tiles.split else tiles.warpgroups
   blocks = functools.partial(plgpu.SMEM, dtype=key.dtype, transforms=common.TILED)
   slots = tiles.query_slots
   scratch = {
-    "key_smem": blocks((groups, ROWS, H)),
-    "value_smem": blocks((groups, ROWS, H)),
+    "key_smem": blocks((parts, ROWS, H)),
+    "value_smem": blocks((parts, ROWS, H)),
     "query_smem": blocks((slots, tiles.queries, H)),
     "d_out_smem": blocks((slots, tiles.queries, H)),
     "rows_smem": plgpu.SMEM((slots, 2, tiles.queries), jnp.float32),
-    "keys_ready": plgpu.Barrier(num_arrivals=2 if of_keys is None else 3, num_barriers=groups),
+    "keys_ready": plgpu.Barrier(num_arrivals=2 if of_keys is None else 3, num_barriers=parts),
     "all_read": plgpu.Barrier(num_arrivals=tiles.warpgroups),
     "query_ready": plgpu.Barrier(num_arrivals=3 if "of_queries" in inputs else 2, num_barriers=slots),
     "d_out_ready": plgpu.Barrier(num_barriers=slots),
@@ -411,11 +413,11 @@ def _key_gradients(options, tiles, sizes, inputs, ranges):
     "d_out_done": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=slots),
   }
   if of_keys is not None:
-    scratch["of_keys_smem"] = plgpu.SMEM((groups, of_keys.shape[1], ROWS), jnp.int32)
+    scratch["of_keys_smem"] = plgpu.SMEM((parts, of_keys.shape[1], ROWS), jnp.int32)
   if "of_queries" in inputs:
     scratch["of_queries_smem"] = plgpu.SMEM((slots, tiles.queries), jnp.int32)
   outputs = {name: jax.ShapeDtypeStruct(key.shape, key.dtype) for name in ("d_key", "d_value")}
-  grid = {"batch": B, "head": K, "tile": pl.cdiv(S, ROWS * groups)}
+  grid = {"batch": B, "head": K, "tile": pl.cdiv(S, ROWS * parts)}
   return _call(_key_kernel, "attention_d_key_value", options, tiles, sizes, inputs, outputs, scratch, grid)
 
 
@@ -423,22 +425,18 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
   """One tile of keys of one key head: the last warpgroup copies, the others compute."""
   T, S, group = sizes
   row, tile, head, warpgroup = (lax.axis_index(name) for name in ("batch", "tile", "head", "warpgroup"))
-  groups = 1 if tiles.split else tiles.warpgroups
-  size = ROWS * groups
-  offset, prefix = _row_scalars(gmem, row)
-  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+  parts = 1 if tiles.split else tiles.warpgroups
+  size = ROWS * parts
 
-  def visits(first, last):
-    return common.query_visits(options, first, jnp.minimum(last, S - 1), T, tiles.queries, offset, prefix, ranges)
-
-  of_tile = visits(tile * size, tile * size + (size - 1))
+  def visits(offset, prefix, ranges):
+    end = jnp.minimum((tile + 1) * size, S)
+    return common.query_visits(options, tile * size, end - 1, T, tiles.queries, offset, prefix, ranges)
 
   def compute(part, wanted):
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    first = tile * size + part * ROWS
-    place = (row, head, part, first, offset, prefix)
-    of_rows = visits(first, first + (ROWS - 1))
-    _key_compute(options, tiles, (S, group), gmem, place, of_tile, of_rows, wanted, **scratch)
+    offset, prefix, ranges = _scalars(gmem, row, tile)
+    place = (row, head, part, tile * size + part * ROWS, offset, prefix)
+    _key_compute(options, tiles, (S, group), gmem, place, visits(offset, prefix, ranges), wanted, **scratch)
 
   if tiles.split:
     for i, name in enumerate(("d_key", "d_value")):
@@ -450,15 +448,14 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
   def _():
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
-    for part in range(groups):
+    for part in range(parts):
       keys = pl.ds(tile * size + part * ROWS, ROWS)
+      ready = scratch["keys_ready"].at[part]
       for name in ("key", "value"):
-        smem = scratch[f"{name}_smem"].at[part]
-        plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], smem, scratch["keys_ready"].at[part])
+        plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], scratch[f"{name}_smem"].at[part], ready)
       if "of_keys" in gmem:
-        smem = scratch["of_keys_smem"].at[part]
-        plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], smem, scratch["keys_ready"].at[part])
-    _key_copy(tiles, gmem, row, head * group, group, of_tile, **scratch)
+        plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], scratch["of_keys_smem"].at[part], ready)
+    _key_copy(tiles, gmem, row, head * group, group, visits(*_scalars(gmem, row, tile)), **scratch)
 
 
 def _each_query_block(visits, group, do):
@@ -499,7 +496,7 @@ def _key_copy(tiles, gmem, row, first_head, group, visits, *, query_ready, d_out
     plgpu.copy_gmem_to_smem(gmem["d_out"].at[row, queries, head], rest["d_out_smem"].at[slot], d_out_ready.at[slot])
 
 
-def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **scratch):
+def _key_compute(options, tiles, sizes, gmem, place, visits, wanted, **scratch):
   """`wanted`, of "d_key" and "d_value", for the 64 keys of one warpgroup."""
   S, group = sizes
   row, head, part, first, offset, prefix = place
@@ -535,10 +532,9 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, of_rows, wanted, **
 
     scores = _Block(
       options,
-      S,
-      # Keys behind the last have rows of their own, which are not stored.
-      common.ever_masked(options, tiles.queries, tiles.queries),
-      of_rows.masked(block),
+      (S, 1),  # none is short: keys behind the last have rows of their own, which are not stored
+      common.ever_masked(options, S, 1),
+      visit >= visits.full_count,
       lse=lambda: over(rows_smem.at[0]),
       query_place=lambda: over(scratch["counting_smem"].at[pl.ds(0, tiles.queries)], offset + block * tiles.queries),
       key_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + first,
