@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import mosaic_gpu_common as common
+from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
 from jaxllm.kernels.attention.options import Options
 from jaxllm.kernels.backends import TARGETS
 
@@ -229,8 +230,8 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
       of_row[name] = lax.broadcast_in_dim(x, scores_shape, [1])
     if segments is not None:
       of_row["query_segments"] = over(segments, scores_shape)
-    length = S if S % tiles.block_kv else None
-    seen = common.seen(options, iota(0) + (offset + first), iota(1) + block * tiles.block_kv, length, of_row)
+    pair = iota(0) + (offset + first), iota(1) + block * tiles.block_kv
+    seen = common.seen(options, *pair, S, tiles.block_kv, of_row)
     return jnp.where(seen, values, -jnp.inf)
 
   def slot_of(index):

@@ -42,9 +42,6 @@ class Visits:
     """How many of the visited blocks need no mask."""
     return jnp.maximum(self.full_stop - self.full_start, 0)
 
-  def masked(self, block: Array) -> Array:
-    return (block < self.full_start) | (block >= self.full_stop)
-
   def block(self, step: Array) -> Array:
     """Which block the `step`-th visit is for: first the `full_count` that need no mask, then the others in order."""
     before = jnp.where(self.full_start < self.head, self.full_start, self.full_start - self.start + self.head)
@@ -231,7 +228,9 @@ def logits(options: Options, raw: Float[Array, "Q S"], query_place, key_place, s
   return values, factor, capped
 
 
-def seen(options: Options, query_place, key_place, length: int | None, row: dict[str, Array]) -> Bool[Array, "Q S"]:
-  """`visible` for arrays of one shape, which also hides what lies behind the last of `length` keys (None: nothing)."""
+def seen(
+  options: Options, query_place, key_place, length: int, block: int, row: dict[str, Array]
+) -> Bool[Array, "Q S"]:
+  """`visible` for arrays of one shape, which also hides what lies behind the last of `length` keys."""
   mask = visible(options, query_place, key_place, row)
-  return mask if length is None else mask & (key_place < length)
+  return mask if length % block == 0 else mask & (key_place < length)
