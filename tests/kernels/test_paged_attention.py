@@ -84,7 +84,9 @@ def test_a_sequence_written_piece_by_piece(dtype):
   for news in [30, 1, 1, 17, 12]:
     piece, at = slice(at, at + news), at + news
     rest = (table, jnp.array([at, 0]), jnp.array([0, news, news]))
-    pages = write(pages, jnp.pad(k[piece], ((0, 3), (0, 0), (0, 0))), jnp.pad(v[piece], ((0, 3), (0, 0), (0, 0))), *rest)
+    pages = write(
+      pages, jnp.pad(k[piece], ((0, 3), (0, 0), (0, 0))), jnp.pad(v[piece], ((0, 3), (0, 0), (0, 0))), *rest
+    )
     out = paged_attention(q[piece], pages, *rest)
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 3e-2, "float8_e4m3fn": 0.15}[dtype]
     np.testing.assert_allclose(out, expected[piece], atol=tolerance)

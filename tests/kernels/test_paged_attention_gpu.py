@@ -20,7 +20,10 @@ CASES = {
   "decoding, window, MHA": (dict(lengths=[150, 65], N=2, K=2, page_size=32), dict(window=70, splits=2)),
   "decoding, float16, softcap": (dict(lengths=[90], page_size=16, dtype=jnp.float16), dict(softcap=2.0)),
   "decoding, int8": (dict(lengths=[140, 20], page_size=32, cache=jnp.int8), dict(softcap=5.0, alibi_slopes=SLOPES)),
-  "mixed": (dict(lengths=[130, 20, 64], news=[40, 20, 1], N=4, K=1, page_size=16, padding=3), dict(alibi_slopes=SLOPES)),
+  "mixed": (
+    dict(lengths=[130, 20, 64], news=[40, 20, 1], N=4, K=1, page_size=16, padding=3),
+    dict(alibi_slopes=SLOPES),
+  ),
   "mixed, pages of 128": (dict(lengths=[200, 9], news=[60, 1], page_size=128), dict(window=33, sinks=SINKS)),
   "mixed, int8, splits": (dict(lengths=[160, 30], news=[50, 30], page_size=64, cache=jnp.int8), dict(splits=2)),
 }
@@ -76,7 +79,10 @@ MODELS = {
   "mixed": (dict(tokens=2048), {}),
   "mixed, int8": (dict(tokens=2048, cache="int8"), {}),
   "decoding, Gemma": (dict(N=16, K=8, H=256), dict(window=4096, softcap=50.0)),
-  "mixed, head dim 64, every option": (dict(tokens=512, H=64), dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32))),
+  "mixed, head dim 64, every option": (
+    dict(tokens=512, H=64),
+    dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32)),
+  ),
 }
 
 

@@ -20,7 +20,10 @@ CASES = {
   "decoding, float32, softcap": (dict(lengths=[600, 90], page_size=16, dtype=jnp.float32), dict(softcap=2.0)),
   "decoding, int8": (dict(lengths=[600, 20], page_size=128, cache=jnp.int8), dict(alibi_slopes=SLOPES)),
   "decoding, fp8": (dict(lengths=[140, 20], page_size=128, cache=jnp.float8_e4m3fn), dict(softcap=5.0)),
-  "mixed": (dict(lengths=[130, 20, 64], news=[70, 20, 1], N=4, K=1, page_size=32, padding=3), dict(alibi_slopes=SLOPES)),
+  "mixed": (
+    dict(lengths=[130, 20, 64], news=[70, 20, 1], N=4, K=1, page_size=32, padding=3),
+    dict(alibi_slopes=SLOPES),
+  ),
   "mixed, head dim 256": (dict(lengths=[700, 9], news=[60, 1], H=256, page_size=64), dict(window=33, sinks=SINKS)),
   "mixed, int8": (dict(lengths=[260, 30], news=[50, 30], page_size=128, cache=jnp.int8), {}),
 }

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
 from jaxllm.kernels.attention.options import Options
@@ -79,13 +80,13 @@ def forward(
   tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result, and the log-sum-exp of each row's scores in nats (sinks included; -inf where nothing is seen)."""
-  del target  # one table for both Hopper chips
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   # The copy engine clips and fills whatever ends in the middle of a tile, but rows come eight at a time.
   query, key, value = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in (query, key, value))
   width = query.shape[3]
-  tiles = tiles or _tiles(width, (options.query_segments is not None) + (options.key_positions is not None))
+  masks = (options.query_segments is not None) + (options.key_positions is not None)
+  tiles = tiles or tuning.tiles("attention_forward", target, _tiles(width, masks), head_dim=width, key_arrays=masks)
   rows = tiles.block_q * tiles.warpgroups
   count = pl.cdiv(T, rows)
 

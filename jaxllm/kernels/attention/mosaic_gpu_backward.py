@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.options import Options
 
@@ -85,7 +86,8 @@ def backward(
   S, K = key.shape[1:3]
   arrays = (query, key, value, d_out.astype(query.dtype))
   query, key, value, d_out = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in arrays)  # TMA's tiles: 8 x 64
-  tiles = tiles or _tiles(query.shape[3])
+  width = query.shape[3]
+  tiles = tiles or tuning.tiles("attention_backward", target, _tiles(width), head_dim=width)
   query_rows, key_rows = ROWS * tiles.warpgroups, ROWS if tiles.split else ROWS * tiles.warpgroups
 
   # [B, N, 2, whole tiles]: lse in base 2, and what dp starts from. Rows that see nothing, or are not there, get an lse

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxllm.errors import ConfigError
+from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, visible
 
@@ -80,7 +81,9 @@ class Call:
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     chosen, vmem = default_tiles(target, H, query.dtype, backward)
-    return cls(options, (tiles or chosen).fitted(T, S), B, T, S, K, N // K, vmem)
+    name = "attention_backward" if backward else "attention_forward"
+    chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
+    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem)
 
   def run(self, kernel, name, operands, results, scratch, products):
     """One pallas_call of `kernel(step, refs, *result refs, *scratch refs)`.

@@ -17,13 +17,13 @@ measured, so open: tiles, stages and the order of tiles, clusters that share a c
 import dataclasses
 import functools
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
 
@@ -209,9 +209,8 @@ def product(
   tiles: Tiles | None = None,
 ) -> Float[Array, "M N"]:
   """Rows times their group's matrix. transposed: the matrices are [N, K]."""
-  del target  # one table for both Hopper chips
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  t = tiles or _tiles(N)
+  t = tiles or tuning.tiles("grouped_matmul", target, _tiles(N), columns=N)
   x = _whole_tiles(x, 2 * ROWS)
   table, count = row_tiles(sizes, x.shape[0], 2 * ROWS)
   out = varying.result((x.shape[0], N), x.dtype, x)
@@ -291,8 +290,7 @@ def weights_gradient(
   tiles: Tiles | None = None,
 ) -> Float[Array, "E D F"]:
   """x_e^T dy_e for each group e."""
-  del target
-  t = tiles or _tiles(dy.shape[1])
+  t = tiles or tuning.tiles("grouped_gradient", target, _tiles(dy.shape[1]), columns=dy.shape[1])
   M = x.shape[0]
   ends = jnp.minimum(jnp.cumsum(sizes), M).astype(jnp.int32)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
 
@@ -183,7 +183,7 @@ def product(
 ) -> Float[Array, "M N"]:
   """Rows times their group's matrix. transposed: the matrices are [N, K]."""
   (M, K), E, N = x.shape, weights.shape[0], weights.shape[1 if transposed else 2]
-  t = tiles or _tiles(M, E, K, N, x.dtype, target)
+  t = tiles or tuning.tiles("grouped_matmul", target, _tiles(M, E, K, N, x.dtype, target), inner=K, columns=N)
   visits = _visits(sizes, M, t.rows, empty=False)
   steps = K // t.inner
 
@@ -273,7 +273,8 @@ def weights_gradient(
 ) -> Float[Array, "E D F"]:
   """x_e^T dy_e for each group e."""
   (M, D), F, E = x.shape, dy.shape[1], sizes.shape[0]
-  t = tiles or _gradient_tiles(M, E, D, F, x.dtype, target)
+  t = _gradient_tiles(M, E, D, F, x.dtype, target)
+  t = tiles or tuning.tiles("grouped_gradient", target, t, inner=D, columns=F)
   visits = _visits(sizes, M, t.rows, empty=True)
   across, down = -(-F // t.columns), -(-D // t.inner)
   out = varying.result((E, D, F), x.dtype, x)

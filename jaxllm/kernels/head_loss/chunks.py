@@ -140,7 +140,7 @@ def _by_rows(body, carry, arrays, rows):
     return a.reshape(-1, rows, *a.shape[1:])
 
   arrays = jax.tree.map(split, arrays)
-  if M <= rows:
+  if rows >= M:
     carry, out = body(carry, jax.tree.map(lambda a: a[0], arrays))
   else:
     carry, out = lax.scan(body, carry, arrays)

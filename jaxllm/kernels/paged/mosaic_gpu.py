@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
@@ -106,10 +107,10 @@ def attend(
   tiles: Tiles | None = None,
 ) -> tuple[Float[Array, "P M K rows H"], Float[Array, "P M K R"]]:
   """Results and log-sum-exp of every part of every tile; `rows` are the first ones, which hold tokens."""
-  del target  # one table for both Hopper chips
   M, K, R, H = queries.shape
   quantized, shared = pages.key_scales is not None, R > ROWS
-  tiles = tiles or _tiles(H, R, quantized)
+  facts = {"head_dim": H, "rows": R, "dtype": pages.keys.dtype.name}
+  tiles = tiles or tuning.tiles("paged_attention", target, _tiles(H, R, quantized), **facts)
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")

@@ -132,9 +132,7 @@ def attend(
       jax.ShapeDtypeStruct(queries.shape, queries.dtype),
       jax.ShapeDtypeStruct((M, K, R), jnp.float32),
     ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
-    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem),
     cost_estimate=cost,
     name="paged_attention",
   )(*scalars, *inputs.values())

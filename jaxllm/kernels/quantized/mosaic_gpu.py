@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.quantized import reference
 from jaxllm.kernels.quantized.mosaic_gpu_backward import backward
 from jaxllm.kernels.quantized.mosaic_gpu_tiles import ROW, WGMMA, load_codes, scale_rows, scaled
@@ -74,7 +75,8 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
   """x [M, D] W -> [M, F] in bfloat16."""
   M, D = x.shape
   F = weight.shape[-1]
-  t = tiles or _tiles(M, weight)
+  facts = {"format": weight.format, "tokens": min(M, 128), "in_features": weight.in_features}
+  t = tiles or tuning.tiles("quantized_matmul", target, _tiles(M, weight), **facts)
   Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, pl.cdiv(F, t.features) * t.features
   x_scale = None
   if weight.dynamic:

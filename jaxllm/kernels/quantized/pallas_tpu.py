@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.quantized import reference
 from jaxllm.kernels.quantized.weights import HALF, NF4, QuantizedWeight
 
@@ -59,7 +60,8 @@ def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | 
 def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None) -> jax.Array:
   """x [M, D] W -> [M, F] in x's dtype."""
   M, F, dtype = x.shape[0], weight.shape[-1], x.dtype
-  t = tiles or _tiles(M, weight)
+  facts = {"format": weight.format, "tokens": min(M, 1024), "in_features": weight.in_features}
+  t = tiles or tuning.tiles("quantized_matmul", target, _tiles(M, weight), **facts)
   x_scale = []
   if weight.dynamic:
     x, scale = reference.quantize_rows(x, weight.values.dtype)
