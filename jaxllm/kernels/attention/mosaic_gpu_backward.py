@@ -81,7 +81,6 @@ def backward(
     lse: as the forward pass returns it: of the scores, in nats, sinks included, -inf where nothing is seen.
     delta: sum(out * d_out) of each row, less the gradient of lse.
   """
-  del target  # one table for both Hopper chips
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   arrays = (query, key, value, d_out.astype(query.dtype))
