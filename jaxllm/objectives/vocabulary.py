@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends, cross_entropy
 from jaxllm.models.transformer import Transformer
+from jaxllm.parallel.head_loss import cross_entropy
 
 Batch = dict[str, Array]  # inputs, targets, positions, segment_ids, loss_weights; each [B, T]
 Sum = Float[Array, ""]
@@ -36,7 +36,8 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
     z_loss=z_loss,
     softcap=model.config.logit_softcap,
     head_layout=layout,
-    backend=backends.choose("cross_entropy", compute.cross_entropy, compute.target),
+    backend=compute.cross_entropy,
+    target=compute.target,
   )
   weight = sums.weight_sum
   metrics = {"accuracy": (sums.correct_sum, weight), "nll": (sums.loss_sum - sums.z_loss_sum, weight)}

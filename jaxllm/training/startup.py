@@ -34,7 +34,7 @@ def startup_table(
   kernels = {
     "attention": " and ".join(backends.chosen("attention", compute.target)),
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
-    "cross-entropy": backends.choose("cross_entropy", compute.cross_entropy, compute.target),
+    "cross-entropy": " and ".join(backends.chosen("cross_entropy", compute.target)),
   }
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
@@ -50,7 +50,7 @@ def startup_table(
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
     ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown chip: no MFU"),
-    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items())),
+    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items() if backend)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (
       "data",

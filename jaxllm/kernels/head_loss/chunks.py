@@ -78,9 +78,7 @@ def chunk_rows(M: int, V: int, budget: int, multiple: int, most: int | None = No
   return round_up(-(-M // chunks), multiple)
 
 
-def statistics(
-  compute: Compute, x: Float[Array, "M D"], w: Array, targets: Int[Array, " M"], rows: int
-) -> Statistics:
+def statistics(compute: Compute, x: Float[Array, "M D"], w: Array, targets: Int[Array, " M"], rows: int) -> Statistics:
   """Of every token; no gradients. w: the head in x's dtype."""
 
   def body(carry, piece):
@@ -142,7 +140,7 @@ def _by_rows(body, carry, arrays, rows):
     return a.reshape(-1, rows, *a.shape[1:])
 
   arrays = jax.tree.map(split, arrays)
-  if M <= rows:
+  if rows >= M:
     carry, out = body(carry, jax.tree.map(lambda a: a[0], arrays))
   else:
     carry, out = lax.scan(body, carry, arrays)
