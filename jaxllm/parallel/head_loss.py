@@ -1,13 +1,20 @@
-"""The head's loss on a mesh: every device takes its own tokens, with the whole head."""
+"""The head's loss on a mesh: every device computes its own tokens with the whole head.
 
-import dataclasses
+The compiler cannot split a kernel that it did not write, and would gather all tokens on every device instead.
+"""
+
+import functools
+import math
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm import kernels
+from jaxllm.kernels import CrossEntropy
+from jaxllm.kernels import cross_entropy as on_one_device
 from jaxllm.kernels.backends import TARGETS
-from jaxllm.parallel.sharding import activation_context, partition_spec
+from jaxllm.parallel.sharding import activation_context
 
 
 def cross_entropy(
@@ -19,22 +26,30 @@ def cross_entropy(
   backend: str,
   target: str,
   **options,
-) -> kernels.CrossEntropy:
-  """`kernels.cross_entropy`; a Pallas kernel, which the compiler cannot split, by shards of the tokens.
+) -> CrossEntropy:
+  """`kernels.cross_entropy`, by shards inside `activation_sharding` on accelerators, else as it stands.
 
-  XLA's form it splits itself, over the vocabulary too.
+  Tokens are split over all axes of the mesh that divide them, those that split the model too: rows over the axes of
+  the batch, positions over the others. XLA's form, which "auto" takes first, the compiler splits itself.
   """
+  loss = functools.partial(on_one_device, backend=backend, target=target, **options)
   context = activation_context()
   if context is None or TARGETS.get(target) == "cpu" or backend in ("auto", "xla"):
-    return kernels.cross_entropy(x, head, targets, weights, backend=backend, target=target, **options)
+    return loss(x, head, targets, weights)
   mesh, rules = context
-  axes = (*rules.batch, *rules.seq)
+  B, T = targets.shape
+  rows = tuple(rules.batch) if B % math.prod(mesh.shape[axis] for axis in rules.batch) == 0 else ()
+  columns: tuple[str, ...] = ()
+  for axis in (*rules.seq, *(a for a in mesh.axis_names if a not in rules.seq)):
+    if axis not in rows and T % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in columns)) == 0:
+      columns += (axis,)
+  tokens = PartitionSpec(rows or None, columns or None)
 
   def local(x, head, targets, weights):
-    sums = kernels.cross_entropy(x, head, targets, weights, backend=backend, target=target, **options)
-    return tuple(jax.lax.psum(getattr(sums, field.name), axes) for field in dataclasses.fields(sums))
+    return jax.tree.map(lambda total: total[None], loss(x, head, targets, weights))
 
-  tokens = partition_spec(("batch", "seq"), rules)
-  rows, whole = partition_spec(("batch", "seq", None), rules), jax.sharding.PartitionSpec()
-  run = jax.shard_map(local, mesh=mesh, in_specs=(rows, whole, tokens, tokens), out_specs=(whole,) * 4, check_vma=False)
-  return kernels.CrossEntropy(*run(x, head, targets, weights))
+  # Kernels do not say what varies, so nothing can check it.
+  run = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+  specs = (PartitionSpec(*tokens, None), PartitionSpec(), tokens, tokens)
+  parts = run(local, in_specs=specs, out_specs=PartitionSpec(rows + columns or None))(x, head, targets, weights)
+  return jax.tree.map(jnp.sum, parts)

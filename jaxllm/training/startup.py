@@ -52,7 +52,7 @@ def startup_table(
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
     ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown chip: no MFU"),
-    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items())),
+    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items() if backend)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (
       "data",

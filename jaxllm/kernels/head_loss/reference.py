@@ -1,4 +1,4 @@
-"""The head's loss in plain JAX, a chunk of tokens with all its logits at a time: what other backends are measured by."""
+"""The head's loss in plain JAX, a chunk of tokens with all its logits at a time; other backends are compared to it."""
 
 import functools
 

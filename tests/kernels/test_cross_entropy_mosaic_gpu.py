@@ -1,0 +1,132 @@
+"""The head's loss on Hopper: in the emulator against float64, races watched, and as H100 machine code."""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulators import gpu_emulator, needs_emulators
+from head_loss_oracle import Case, all_logits, close, temporaries
+
+from jaxllm.errors import UserError
+from jaxllm.kernels import cross_entropy
+from jaxllm.kernels.head_loss.chunks import Options
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+pytestmark = needs_emulators
+BACKEND = dict(backend="mosaic_gpu", target="h100")
+
+
+@pytest.fixture
+def emulator():
+  with gpu_emulator(timeout=150):
+    yield
+
+
+@pytest.mark.parametrize(
+  "size,vd,options",
+  [
+    ((1, 128, 64, 256), False, {}),
+    ((2, 50, 65, 301), False, dict(z_loss=1e-2, softcap=3.0)),
+    ((1, 150, 128, 301), True, dict(label_smoothing=0.1, softcap=3.0)),
+    ((1, 70, 70, 40), True, dict(label_smoothing=0.1, z_loss=1e-2)),
+    ((1, 200, 64, 260), False, dict(label_smoothing=0.1, chunk=128)),
+  ],
+)
+def test_sums_and_gradients(emulator, size, vd, options):
+  case = Case.draw(*size, dtype=jnp.bfloat16, vd=vd)
+  got = case.sums_and_gradients(**BACKEND, **options)
+  options = {name: value for name, value in options.items() if name != "chunk"}
+  close(got, case.oracle(**options), 1e-2)
+
+
+def test_float32_head_and_tokens_without_weight(emulator):
+  case = Case.draw(1, 60, 64, 100, dtype=jnp.bfloat16, head_dtype=jnp.float32)
+  case.weights[0, :4] = 0
+  poison = jnp.where(case.weights[..., None] == 0, jnp.nan, case.x)
+  got = dataclasses.replace(case, x=poison).sums_and_gradients(**BACKEND)
+  close(got, case.oracle(), 1e-2)
+  jax.tree.map(np.testing.assert_array_equal, got, case.sums_and_gradients(**BACKEND))  # the same twice, too
+
+
+def test_token_log_probs(emulator):
+  case = Case.draw(1, 80, 64, 300, dtype=jnp.bfloat16)
+  d_logp, d_lse = np.random.default_rng(1).standard_normal((2, 1, 80))
+  got = case.log_probs_and_gradients(d_logp, d_lse, **BACKEND)
+  close(got, case.log_probs_oracle(d_logp, d_lse), 1e-2)
+
+
+def test_blocks_that_share_a_multiprocessor(emulator):
+  """More blocks than multiprocessors, more steps than stages, groups of tokens that do not come out even."""
+  from jaxllm.kernels.head_loss import mosaic_gpu
+
+  case = Case.draw(1, 384, 192, 320, dtype=jnp.bfloat16)
+  tiles = mosaic_gpu.Tiles(words=128, stages=2, group=2, blocks=2)
+  run = functools.partial(mosaic_gpu.statistics, options=Options(sums=True), target=None, tiles=tiles)
+  got = jax.jit(run)(case.x[0], case.head, jnp.asarray(case.targets[0]))
+  z = case.logits(None)[2]
+  want = np.log(np.exp(z).sum(-1)), z[np.arange(384), case.targets[0]], z.max(-1), z.sum(-1)
+  close(got, want, 1e-4)
+
+
+# ---------------------------------------------------------------- compiled for an H100
+
+
+@pytest.fixture(scope="module")
+def compiler():
+  """tools/machine_code.py, where there is what it needs."""
+  import machine_code
+
+  from jaxllm.parallel.topologies import gpu_mesh
+
+  if not all(machine_code.find_tool(name) for name in ("ptxas", "nvdisasm")):
+    pytest.skip("machine code needs ptxas and nvdisasm")
+  try:
+    gpu_mesh("h100")
+  except UserError as error:
+    pytest.skip(str(error))
+  return machine_code
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["gradients", "statistics"])
+@pytest.mark.parametrize(
+  "D,V,options",
+  [
+    (4096, 128256, Options()),
+    (2048, 151936, Options(vd=True, softcap=30.0, sums=True)),
+    (2048, 151936, Options(sums=True)),
+    (2048, 262144, Options(vd=True, softcap=30.0)),
+  ],
+  ids=["llama 3", "every option", "label smoothing", "gemma"],
+)
+def test_machine_code(compiler, D, V, options, keep):
+  from jaxllm.kernels.head_loss import mosaic_gpu
+
+  def run(x, w, targets):
+    part = mosaic_gpu._part(options, mosaic_gpu.Tiles(), V, x, w, targets, keep)
+    return part.tops, part.exponentials
+
+  s = jax.ShapeDtypeStruct
+  head = s((V, D) if options.vd else (D, V), jnp.bfloat16)
+  _, (code,) = compiler.compile_gpu(run, (s((1024, D), jnp.bfloat16), head, s((1024,), jnp.int32)))
+  assert code.tensor_core > 0 and code.tma > 0, code
+  assert code.spill_bytes == 0 and code.local == 0, code
+  assert code.shared_bytes <= compiler.SHARED_MEMORY_LIMIT, code
+  # A round of the pipeline keeps the tensor core busy: two warpgroups' instructions on four schedulers.
+  assert 2 * code.loop_issue_cycles < code.loop_tensor_cycles, code
+
+
+def test_memory(compiler):
+  """Under a tenth of all logits at a vocabulary of 128k, and no more at twice that."""
+
+  def of(loss, D, V):
+    return temporaries(loss, 8192, D, V, jnp.bfloat16, lambda f, avals: compiler.compile_gpu(f, avals)[0])
+
+  fused = lambda x, h, t, w: cross_entropy(x, h, t, w, **BACKEND).loss_sum  # noqa: E731
+  assert of(fused, 4096, 128256) < 0.1 * of(all_logits, 4096, 128256)
+  assert of(fused, 1024, 262144) < 1.1 * of(fused, 1024, 131072)

@@ -1,0 +1,123 @@
+"""The head's loss on TPU: in the emulator against float64, races watched, and compiled for four chips."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulators import needs_emulators, tpu_emulator
+from head_loss_oracle import Case, all_logits, close, temporaries
+
+from jaxllm.kernels import cross_entropy
+from jaxllm.kernels.head_loss.chunks import Coefficients, Options
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+
+pytestmark = needs_emulators
+BACKEND = dict(backend="pallas_tpu", target="v5e")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+  import jax.experimental.pallas as pl
+
+  from jaxllm.kernels.head_loss import pallas_tpu
+
+  # The emulator gives back an output that lies over a ragged input with the input's padding.
+  def apart(*args, input_output_aliases=None, **named):
+    return pl.pallas_call(*args, **named)
+
+  monkeypatch.setattr(pallas_tpu, "pl", SimpleNamespace(**(vars(pl) | {"pallas_call": apart})))
+  with tpu_emulator():
+    yield
+
+
+@pytest.mark.parametrize(
+  "size,dtype,vd,options",
+  [
+    ((1, 128, 128, 512), jnp.bfloat16, False, {}),
+    ((2, 50, 65, 301), jnp.float32, False, dict(z_loss=1e-2, softcap=3.0)),
+    ((1, 150, 64, 700), jnp.float32, True, dict(label_smoothing=0.1, softcap=3.0)),
+    ((1, 70, 70, 40), jnp.bfloat16, True, dict(label_smoothing=0.1, z_loss=1e-2)),
+    ((1, 200, 64, 260), jnp.float32, False, dict(label_smoothing=0.1, chunk=128)),
+  ],
+)
+def test_sums_and_gradients(emulator, size, dtype, vd, options):
+  case = Case.draw(*size, dtype=dtype, vd=vd)
+  got = case.sums_and_gradients(**BACKEND, **options)
+  options = {name: value for name, value in options.items() if name != "chunk"}
+  close(got, case.oracle(**options), 2e-5 if dtype == jnp.float32 else 1e-2)
+
+
+def test_float32_head_and_tokens_without_weight(emulator):
+  case = Case.draw(1, 60, 64, 100, dtype=jnp.bfloat16, head_dtype=jnp.float32)
+  case.weights[0, :4] = 0
+  poison = jnp.where(case.weights[..., None] == 0, jnp.nan, case.x)
+  got = dataclasses.replace(case, x=poison).sums_and_gradients(**BACKEND)
+  close(got, case.oracle(), 1e-2)
+  jax.tree.map(np.testing.assert_array_equal, got, case.sums_and_gradients(**BACKEND))  # the same twice, too
+
+
+def test_token_log_probs(emulator):
+  case = Case.draw(1, 80, 64, 300)
+  d_logp, d_lse = np.random.default_rng(1).standard_normal((2, 1, 80))
+  got = case.log_probs_and_gradients(d_logp, d_lse, **BACKEND)
+  close(got, case.log_probs_oracle(d_logp, d_lse), 2e-5)
+
+
+def test_several_blocks_of_tokens(emulator):
+  from jaxllm.kernels.head_loss import pallas_tpu
+
+  case = Case.draw(1, 300, 64, 300)
+  tiles = pallas_tpu.Tiles(tokens=128, words=128)
+  ones, zeros = jnp.ones(300), jnp.zeros(300)
+  k = Coefficients(ones, zeros, ones, zeros)
+  inputs = case.x[0], case.head, jnp.asarray(case.targets[0]), k
+  stats, dx, d_head = jax.jit(lambda *a: pallas_tpu.gradients(*a, Options(), None, tiles))(*inputs)
+  case.weights[:] = 1
+  sums, want_dx, want_head = case.oracle(scale=1.0)
+  close(((stats.lse - stats.at).sum(), dx[None], d_head), (sums[0], want_dx, want_head), 2e-5)
+
+
+# ---------------------------------------------------------------- compiled for chips that are not here
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
+@pytest.mark.parametrize(
+  "D,V,options",
+  [(4096, 128256, {}), (2048, 151936, dict(head_layout="vd", softcap=30.0, label_smoothing=0.1))],
+  ids=["llama 3", "every option"],
+)
+def test_compiles(chip, D, V, options):
+  """Both kernels, for one chunk of tokens: blocks that do not fit the vector memory would be an error."""
+  import machine_code
+
+  call = dict(backend="pallas_tpu", target=chip, **options)
+  s = jax.ShapeDtypeStruct
+  head = s((V, D) if "head_layout" in options else (D, V), jnp.bfloat16)
+  inputs = s((1, 512, D), jnp.bfloat16), head, s((1, 512), jnp.int32), s((1, 512), jnp.float32)
+  run = lambda x, h, t, w: jax.grad(lambda x, h: cross_entropy(x, h, t, w, **call).loss_sum, (0, 1))(x, h)  # noqa: E731
+  text = machine_code.compile_tpu(run, inputs, chip).as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_memory(chip):
+  """About a tenth of all logits at a vocabulary of 128k, and no more at twice that."""
+  import machine_code
+
+  def of(loss, D, V):
+    return temporaries(loss, 8192, D, V, jnp.bfloat16, lambda f, avals: machine_code.compile_tpu(f, avals, chip))
+
+  fused = lambda x, h, t, w: cross_entropy(x, h, t, w, backend="pallas_tpu", target=chip).loss_sum  # noqa: E731
+  assert of(fused, 4096, 128256) < 0.12 * of(all_logits, 4096, 128256)
+  assert of(fused, 1024, 262144) < 1.1 * of(fused, 1024, 131072)
