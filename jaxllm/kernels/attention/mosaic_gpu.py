@@ -141,11 +141,13 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
   compute_registers, copy_registers = (240, 24) if tiles.warpgroups == 2 else (160, 32)
   warpgroup = lax.axis_index("warpgroup")
 
-  def places():
-    """What both roles work out for themselves: one result for both would stay in registers, and spill."""
+  # Each role works its places out for itself, and again where it needs them late: kept, they would spill.
+  def where():
     row, tile, head = (lax.axis_index(name) for name in ("batch", "tile", "head"))
-    if options.visibility.causal:
-      tile = count - 1 - tile
+    return row, count - 1 - tile if options.visibility.causal else tile, head
+
+  def work():
+    row, tile, _ = where()
     offset = gmem["offset"][row] if "offset" in gmem else 0
     prefix = gmem["prefix"][row] if "prefix" in gmem else None
     ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
@@ -157,23 +159,25 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
     def block_of(step):
       return jnp.minimum(visits.block(step), pl.cdiv(S, tiles.block_kv) - 1)
 
-    return row, tile, head, offset, prefix, visits.full_count, steps, block_of
+    return offset, prefix, visits.full_count, steps, block_of
 
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(compute_registers, action="increase")
-    _compute(options, tiles, S, gmem, warpgroup, places(), **scratch)
+    _compute(options, tiles, S, gmem, where, work(), **scratch)
 
   @pl.when(warpgroup == tiles.warpgroups)
   def _():
     plgpu.set_max_registers(copy_registers, action="decrease")
-    _copy(tiles, gmem, group, places(), **scratch)
+    _copy(tiles, gmem, group, where, work(), **scratch)
 
 
-def _copy(tiles, gmem, group, places, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest):
+def _copy(
+  tiles, gmem, group, where, work, *, key_smem, value_smem, key_ready, value_ready, key_done, value_done, **rest
+):
   """Keys and values of every visited block, each into its slot once all who read the slot are done with it."""
-
-  row, _, head, *_, count, block_of = places
+  row, _, head = where()
+  *_, count, block_of = work
   head = lax.div(head, jnp.int32(group))
 
   @pl.loop(0, count)
@@ -188,14 +192,15 @@ def _copy(tiles, gmem, group, places, *, key_smem, value_smem, key_ready, value_
     plgpu.copy_gmem_to_smem(gmem["value"].at[row, keys, head], value_smem.at[slot], value_ready.at[slot])
 
 
-def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
+def _compute(options, tiles, S, gmem, where, work, **scratch):
   """The rows of one warpgroup, from their queries to their results."""
-  row, tile, head, offset, prefix, full_count, count, block_of = places
+  (row, tile, head), warpgroup = where(), lax.axis_index("warpgroup")
+  offset, prefix, full_count, count, block_of = work
   first = (tile * tiles.warpgroups + warpgroup) * tiles.block_q
   key_smem, value_smem, turn = scratch["key_smem"], scratch["value_smem"], scratch["turn"]
   key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
   key_done, value_done = scratch["key_done"], scratch["value_done"]
-  query_smem, lse_smem = (scratch[name].at[warpgroup] for name in ("query_smem", "lse_smem"))
+  query_smem = scratch["query_smem"].at[warpgroup]
   block_q, width = query_smem.shape
   scores_shape = (block_q, tiles.block_kv)
   dtype = query_smem.dtype
@@ -318,6 +323,9 @@ def _compute(options, tiles, S, gmem, warpgroup, places, **scratch):
     return acc[...], top, total
 
   acc, top, total = pl.run_scoped(rows_of, plgpu.ACC((block_q, width), jnp.float32))
+  (row, tile, head), warpgroup = where(), lax.axis_index("warpgroup")
+  queries = pl.ds((tile * tiles.warpgroups + warpgroup) * tiles.block_q, block_q)
+  query_smem, lse_smem = (scratch[name].at[warpgroup] for name in ("query_smem", "lse_smem"))
   lse_smem[...] = (top + jnp.log2(total)) * math.log(2)
   acc *= over(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
   query_smem[...] = acc.astype(dtype)
