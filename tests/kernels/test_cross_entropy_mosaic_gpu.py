@@ -121,6 +121,7 @@ def test_machine_code(compiler, D, V, options, keep):
   assert 2 * code.loop_issue_cycles < code.loop_tensor_cycles, code
 
 
+@pytest.mark.slow
 def test_memory(compiler):
   """Under a tenth of all logits at a vocabulary of 128k, and no more at twice that."""
 

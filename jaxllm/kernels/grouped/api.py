@@ -58,7 +58,7 @@ def grouped_matmul(
 
 def _refuses(x, weights, backend, target) -> str | None:
   """Why a backend cannot compute this call, or None."""
-  return importlib.import_module(f"jaxllm.kernels.grouped.{MODULES[backend]}").refuses(x, weights, target)
+  return _module(backend).refuses(x, weights, target)
 
 
 def _module(backend):

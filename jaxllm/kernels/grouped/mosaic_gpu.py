@@ -184,13 +184,12 @@ def _store_part(value, parts, out, row, column, low, high):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     parts[...] = value[:, start : start + 64]
     plgpu.commit_smem()
-    at = low
+    at, columns = low, pl.ds(column + start, 64)
     for size in (32, 16, 8, 4, 2, 1):
       rest = (high - low) & size
 
       @pl.when(rest != 0)
-      def _(at=at, size=size):
-        columns = pl.ds(column + start, 64)
+      def _(at=at, size=size, columns=columns):
         plgpu.copy_smem_to_gmem(parts.at[pl.ds(at, size)], out.at[pl.ds(row + at, size), columns])
 
       at += rest

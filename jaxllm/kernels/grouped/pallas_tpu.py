@@ -72,8 +72,8 @@ def _divisors(n):
 
 
 def _fits(rows, inner, columns, itemsize, target):
-  """Whether a block [rows, inner] times [inner, columns] fits the vector memory, twice, and compiles to code that is not
-  endless: products are unrolled. Six passes make a float32 one, of operands split into three."""
+  """Whether [rows, inner] times [inner, columns] fits the vector memory, twice, and compiles to code that is finite:
+  products are unrolled. Six passes make a float32 one, of operands split into three."""
   operands, result = rows * inner + inner * columns, rows * columns
   used = 2 * itemsize * (operands + result) + 8 * result + (6 * operands if itemsize == 4 else 0)
   return used <= _chip(target)[2] * 7 // 8 and rows * inner * columns <= 1 << (28 if itemsize == 4 else 30)
