@@ -20,6 +20,7 @@ Nothing here has run on a GPU: results are proved in jax's emulator, the machine
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -102,7 +103,7 @@ def backward(
   of_queries = common.query_arrays(options, longest)
   if of_keys is not None:
     inputs["of_keys"] = of_keys
-  ranges = None, None
+  ranges: tuple[Any, Any] = (None, None)
   if of_queries is not None:
     inputs["of_queries"] = of_queries
     ranges = (

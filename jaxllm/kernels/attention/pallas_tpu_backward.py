@@ -58,7 +58,7 @@ def backward(
     scratch=[(call.tiles.block_k, H)] * 2,
     products=4,
   )
-  return tuple(jnp.swapaxes(x, 1, 2) for x in (d_query, d_key, d_value))
+  return jnp.swapaxes(d_query, 1, 2), jnp.swapaxes(d_key, 1, 2), jnp.swapaxes(d_value, 1, 2)
 
 
 def _query_kernel(step, given, d_query_ref, acc_ref):

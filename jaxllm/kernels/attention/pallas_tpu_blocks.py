@@ -6,6 +6,8 @@ only (causal order, windows) it is a constant; where it depends on data (segment
 from the extremes of each block, which costs (T / block) * (S / block) and not T * S.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -47,6 +49,8 @@ def pairs(
   rows, outer, inner = some.shape
   needed = (some | (~some.any(2, keepdims=True) & (np.arange(inner) == 0))).reshape(rows, -1)
   count = needed.sum(1, keepdims=True)
+  order: Any
+  xp: Any
   if isinstance(needed, np.ndarray):
     order, xp = np.flatnonzero(needed[0])[None], np
     steps = length = order.shape[1]
@@ -60,7 +64,7 @@ def pairs(
   changes = at[:, 1:] != at[:, :-1]
   first, last = xp.concatenate([edge, changes], 1), xp.concatenate([changes, edge], 1)
   last = last | (np.arange(length) == count - 1)
-  run, unmasked = (xp.take_along_axis(x.reshape(rows, -1), order, 1) for x in (some, every))
+  run, unmasked = [xp.take_along_axis(x.reshape(rows, -1), order, 1) for x in (some, every)]
   flags = FIRST * first + LAST * last + RUN * run + MASK * (run & ~unmasked)
   i, j = (to, at) if keys_outside else (at, to)
   return jnp.asarray(flags * real + (i << 4) + (j << 18), jnp.int32), steps
@@ -78,6 +82,8 @@ def extremes(
   v = options.visibility
   q0, k0 = np.arange(0, T, block_q)[None, :, None], np.arange(0, S, block_k)[None, None, :]
   q1, k1 = np.minimum(q0 + block_q, T) - 1, np.minimum(k0 + block_k, S) - 1
+  every: Any
+  some: Any
   some = every = np.full((1, q0.size, k0.size), True)
   if options.query_offset is not None:
     q0, q1 = (x + options.query_offset[:, None, None] for x in (q0, q1))

@@ -58,7 +58,8 @@ def statistics(
   tiles = tiles or _tiles(x.shape[1], x.dtype, target)
   rows = chunks.chunk_rows(x.shape[0], 1, x.shape[0], LANES)  # nothing large is kept: all tokens at once
   part = functools.partial(_part, options, tiles, target, V)
-  return chunks.statistics(part, *_prepared(x, head, options), targets, rows)
+  wide_x, wide_head = _prepared(x, head, options)
+  return chunks.statistics(part, wide_x, wide_head, targets, rows)
 
 
 def gradients(
@@ -77,9 +78,11 @@ def gradients(
   most = options.chunk and chunks.round_up(options.chunk, LANES)
   rows = chunks.chunk_rows(x.shape[0], V, budget, LANES, most)
   part = functools.partial(_part, options, tiles, target, V)
-  wide = _prepared(x, head, options)
+  wide_x, wide_head = _prepared(x, head, options)
   finish = functools.partial(_finish, options, tiles, target)
-  stats, dx, d_head = chunks.gradients(part, *wide, targets, coefficients, options, rows, head.dtype, finish)
+  stats, dx, d_head = chunks.gradients(
+    part, wide_x, wide_head, targets, coefficients, options, rows, head.dtype, finish
+  )
   return stats, dx[:, :D], d_head[:, :D] if options.vd else d_head[:D]
 
 

@@ -71,6 +71,10 @@ def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, mine, ze
   for j in range(count):
     part = codes[:, j * size : (j + 1) * size]
     if len(groups) > 1:
-      part -= spread(plgpu.load(groups[1].at[j, mine], layout=ROW) - 8.0, size)
-    parts.append(part * spread(plgpu.load(groups[0].at[j, mine], layout=ROW), size))
+      part -= spread(_of_row(groups[1].at[j, mine]) - 8.0, size)
+    parts.append(part * spread(_of_row(groups[0].at[j, mine]), size))
   return parts[0] if count == 1 else lax.concatenate(parts, 1)
+
+
+def _of_row(ref):
+  return plgpu.load(ref, layout=ROW)  # type: ignore[call-arg]  # jax 0.10 had another signature
