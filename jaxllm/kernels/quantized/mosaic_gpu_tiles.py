@@ -60,8 +60,11 @@ def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, mine, ze
   points, or None.
   """
 
-  def spread(row, columns):
-    return lax.broadcast_in_dim(row.astype(jnp.bfloat16), (codes.shape[0], columns), [0])
+  def spread(values, columns):
+    return lax.broadcast_in_dim(values.astype(jnp.bfloat16), (codes.shape[0], columns), [0])
+
+  def row(ref, group):
+    return plgpu.load(ref.at[group, mine], layout=ROW)
 
   if not groups:
     return codes if zero is None else codes - spread(zero - 8.0, codes.shape[1])
@@ -71,10 +74,6 @@ def scaled(weight: QuantizedWeight, codes: jax.Array, groups: Sequence, mine, ze
   for j in range(count):
     part = codes[:, j * size : (j + 1) * size]
     if len(groups) > 1:
-      part -= spread(_of_row(groups[1].at[j, mine]) - 8.0, size)
-    parts.append(part * spread(_of_row(groups[0].at[j, mine]), size))
+      part -= spread(row(groups[1], j) - 8.0, size)
+    parts.append(part * spread(row(groups[0], j), size))
   return parts[0] if count == 1 else lax.concatenate(parts, 1)
-
-
-def _of_row(ref):
-  return plgpu.load(ref, layout=ROW)  # type: ignore[call-arg]  # jax 0.10 had another signature
