@@ -62,6 +62,7 @@ class Call:
 
   def dense(self):
     """Keys and values [pages, K, page_size, H] in float64, dequantized exactly."""
+
     def one(x, scales):
       x = np.asarray(x.astype(jnp.float32), np.float64)
       return x if scales is None else x * np.asarray(scales, np.float64)[..., None]

@@ -1,5 +1,7 @@
 """`paged_attention` in plain JAX against the definition; the cache; what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,16 @@ from jaxllm.errors import ConfigError
 from jaxllm.kernels import KVPages, flash_attention, paged_attention, write_pages
 from tests.kernels.paged_oracle import check, make_call
 
+
+def attend(call, **options):
+  function = functools.partial(paged_attention, **options, return_lse=True)
+  return jax.jit(function)(*call.arguments)
+
+
 SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
   lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
   decoding=st.booleans(),
@@ -43,13 +51,13 @@ def test_options_and_their_pairs(
   options = {"window": window, "softcap": softcap}
   options |= {"sinks": SINKS} if sinks else {}
   options |= {"alibi_slopes": SLOPES} if alibi else {}
-  check(call, paged_attention(*call.arguments, **options, return_lse=True), **options)
+  check(call, attend(call, **options), **options)
 
 
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_long_mixed_batch(H):
   call = make_call([700, 0, 33, 512, 1], [100, 0, 33, 1, 1], H=H, page_size=64, dtype=jnp.float32, padding=9)
-  check(call, paged_attention(*call.arguments, return_lse=True, scale=0.1), scale=0.1)
+  check(call, attend(call, scale=0.1), scale=0.1)
 
 
 def test_equals_flash_attention_on_contiguous_data():
@@ -79,13 +87,15 @@ def test_a_sequence_written_piece_by_piece(dtype):
     lambda x: x if x.dtype == jnp.int8 else jnp.full_like(x, jnp.nan), KVPages.zeros(9, size, K, H, dtype)
   )
   table = jnp.asarray([[5, 0, 7, 2], [1, 1, 1, 1]])  # the second sequence stays empty
-  write = jax.jit(write_pages, donate_argnums=0)
+  write, attend = jax.jit(write_pages, donate_argnums=0), jax.jit(paged_attention)
   at = 0
   for news in [30, 1, 1, 17, 12]:
     piece, at = slice(at, at + news), at + news
     rest = (table, jnp.array([at, 0]), jnp.array([0, news, news]))
-    pages = write(pages, jnp.pad(k[piece], ((0, 3), (0, 0), (0, 0))), jnp.pad(v[piece], ((0, 3), (0, 0), (0, 0))), *rest)
-    out = paged_attention(q[piece], pages, *rest)
+    pages = write(
+      pages, jnp.pad(k[piece], ((0, 3), (0, 0), (0, 0))), jnp.pad(v[piece], ((0, 3), (0, 0), (0, 0))), *rest
+    )
+    out = attend(q[piece], pages, *rest)
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 3e-2, "float8_e4m3fn": 0.15}[dtype]
     np.testing.assert_allclose(out, expected[piece], atol=tolerance)
 
@@ -109,14 +119,15 @@ def test_writing_touches_only_its_slots_and_rounds_to_the_nearest():
       assert np.abs(written[0]).max() == 127 and not written[1].any()
 
 
-def test_writing_is_in_place_when_donated():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_writing_is_in_place_when_donated(dtype):
   size = 64 * 2**20
-  pages = jax.eval_shape(lambda: KVPages.zeros(size // (64 * 2 * 64), 64, 2, 64))
+  pages = jax.eval_shape(lambda: KVPages.zeros(size // (64 * 2 * 64), 64, 2, 64, dtype))
   new = jax.ShapeDtypeStruct((8, 2, 64), jnp.bfloat16)
   ints = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8, 4), (8,))]
   compiled = jax.jit(write_pages, donate_argnums=0).lower(pages, new, new, *ints).compile()
   memory = compiled.memory_analysis()
-  assert memory.alias_size_in_bytes >= 4 * size and memory.temp_size_in_bytes < size // 16
+  assert memory.alias_size_in_bytes >= 2 * size * pages.keys.dtype.itemsize and memory.temp_size_in_bytes < size // 16
 
 
 def test_layers_share_pages_by_shifted_tables():

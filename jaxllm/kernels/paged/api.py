@@ -77,8 +77,8 @@ def paged_attention(
   given = None if query_starts is None else query_starts.shape[0]
   if kv_lengths.shape != (B,) or given not in (None, B + 1) or (given is None and T != B):
     raise ConfigError(
-      f"paged_attention of {B} rows in page_table takes kv_lengths [{B}] and query_starts [{B + 1}], or no query_starts "
-      f"and {B} queries; these are {kv_lengths.shape}, {given}, {T} queries"
+      f"paged_attention of {B} rows in page_table takes kv_lengths [{B}] and query_starts [{B + 1}], or no "
+      f"query_starts and {B} queries; these are {kv_lengths.shape}, {given}, {T} queries"
     )
   if window is not None and window < 1 or splits is not None and splits < 1:
     raise ConfigError(f"window and splits are at least 1; these are {window}, {splits}")

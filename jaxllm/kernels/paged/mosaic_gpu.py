@@ -118,7 +118,7 @@ def attend(
   out_dtype = queries.dtype if parts == 1 else jnp.float32
   rows = min(R, pl.cdiv(schedule.tokens * options.group, 8) * 8) if not shared else R
 
-  inputs = {
+  inputs: dict[str, Array | None] = {
     "query": queries,
     "keys": pages.keys,
     "values": pages.values,

@@ -13,7 +13,10 @@ from jaxtyping import Array, Float
 )
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """group: G, query heads of a key head. Sinks are no part of it: they join when the parts of a result are combined (`schedule.from_tiles`)."""
+  """group: G, query heads of a key head.
+
+  Sinks are no part of it: they join when the parts of a result are combined (`schedule.from_tiles`).
+  """
 
   scale: float
   group: int

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
@@ -90,18 +91,22 @@ def write_pages(
 
   def put(target, scales, new):
     if scales is None:
-      return target.at[page, :, slot].set(new.astype(target.dtype), mode="drop"), None
+      return scatter(target, new.astype(target.dtype)), None
     quantized, scale = _quantize(new, target.dtype)
-    return (
-      target.at[page, :, slot].set(quantized, mode="drop"),
-      scales.at[page, :, slot].set(scale.astype(scales.dtype), mode="drop"),
-    )
+    return scatter(target, quantized), scatter(scales, scale.astype(scales.dtype))
+
+  def scatter(target, new):
+    # As integers: XLA for CPU scatters small floats by way of float32, of the whole array.
+    bits = jnp.dtype(f"uint{8 * target.dtype.itemsize}")
+    target, new = (lax.bitcast_convert_type(x, bits) for x in (target, new))
+    return target.at[page, :, slot].set(new, mode="drop")
 
   (new_keys, key_scales), (new_values, value_scales) = (
     put(pages.keys, pages.key_scales, keys),
     put(pages.values, pages.value_scales, values),
   )
-  return KVPages(new_keys, new_values, key_scales, value_scales)
+  written = KVPages(new_keys, new_values, key_scales, value_scales)
+  return jax.tree.map(lambda bits, x: lax.bitcast_convert_type(bits, x.dtype), written, pages)
 
 
 def _quantize(x, dtype):

@@ -85,7 +85,7 @@ def attend(
   tiles = tiles or _tiles(K, H, pages.keys.dtype.itemsize, size, target)
   block, cores = tiles.block, 2 if target in ("v4", "v5p") and M % 2 == 0 else 1  # v4 and v5p: two cores, one device
   scalars = [page_table.reshape(-1), schedule.sequence, schedule.position, jnp.maximum(schedule.end, 1)]
-  inputs = {"query": queries, "keys": pages.keys, "values": pages.values}
+  inputs: dict[str, Array | None] = {"query": queries, "keys": pages.keys, "values": pages.values}
   buffer = pltpu.VMEM((2, K, block, H), pages.keys.dtype)
   scratch = {"keys_vmem": buffer, "values_vmem": buffer}
   if pages.key_scales is not None:
@@ -132,9 +132,7 @@ def attend(
       jax.ShapeDtypeStruct(queries.shape, queries.dtype),
       jax.ShapeDtypeStruct((M, K, R), jnp.float32),
     ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
-    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem),
     cost_estimate=cost,
     name="paged_attention",
   )(*scalars, *inputs.values())
@@ -151,7 +149,7 @@ def _kernel(options, block, size, max_pages, per_core, copied, names, table, seq
   def first_block(tile):
     if options.window is None:
       return 0
-    return jnp.maximum(positions[tile] - (options.window - 1), 0) // block
+    return lax.div(jnp.maximum(positions[tile] - (options.window - 1), 0), jnp.int32(block))
 
   def copies(tile, index, slot, act):
     """Starts or awaits the copies of one block's pages, those that hold keys."""
@@ -159,7 +157,7 @@ def _kernel(options, block, size, max_pages, per_core, copied, names, table, seq
       page = index * pages + i
 
       @pl.when(page * size < ends[tile])
-      def _():
+      def _(i=i, page=page):
         row = table[sequences[tile] * max_pages + page]
         for n, name in enumerate(copied):
           buffer = refs[f"{name}_vmem"].at[slot, :, pl.ds(i * size, size)]
