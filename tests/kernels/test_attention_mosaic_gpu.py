@@ -83,6 +83,7 @@ def check(B=1, T=100, S=None, N=2, K=1, H=64, dtype=jnp.bfloat16, visibility=Vis
 
 SEGMENTS, POSITIONS = packed(1, 200)
 SINKS, SLOPES = np.float32([0.5, -1.0]), np.float32([0.5, 0.25])
+MIXED = np.random.default_rng(0).integers(0, 3, (1, 200)).astype(np.int32)  # every block has every segment
 CASES = {
   "causal": dict(T=200),
   "short": dict(T=1, S=3),
@@ -95,6 +96,7 @@ CASES = {
   "packed-sink-tokens": dict(
     T=200, segment_ids=(SEGMENTS, SEGMENTS), key_positions=POSITIONS, visibility=Visibility(window=20, sink_tokens=3)
   ),
+  "interleaved": dict(T=130, S=200, segment_ids=(MIXED[:, :130], MIXED), visibility=Visibility(causal=False)),
   "offsets": dict(
     B=2, T=70, S=330, query_offset=np.int32([130, 40]), prefix_lengths=np.int32([70, 0]),
     visibility=Visibility(window=30, sink_tokens=2), alibi_slopes=SLOPES, sinks=SINKS,

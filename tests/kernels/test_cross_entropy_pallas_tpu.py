@@ -91,19 +91,30 @@ def test_several_blocks_of_tokens(emulator):
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
 @pytest.mark.parametrize(
-  "D,V,options",
-  [(4096, 128256, {}), (2048, 151936, dict(head_layout="vd", softcap=30.0, label_smoothing=0.1))],
-  ids=["llama 3", "every option"],
+  "D,V,dtype,options",
+  [
+    (4096, 128256, jnp.bfloat16, Options()),
+    (2048, 151936, jnp.bfloat16, Options(vd=True, softcap=30.0, sums=True)),
+    (2048, 50257, jnp.float32, Options(sums=True)),
+  ],
+  ids=["llama 3", "every option", "float32"],
 )
-def test_compiles(chip, D, V, options):
+def test_compiles(chip, D, V, dtype, options):
   """Both kernels, for one chunk of tokens: blocks that do not fit the vector memory would be an error."""
   import machine_code
 
-  call = dict(backend="pallas_tpu", target=chip, **options)
+  from jaxllm.kernels.head_loss import pallas_tpu
+
+  tiles = pallas_tpu._tiles(D, dtype, chip)
+
+  def run(x, head, targets, scale):
+    part = pallas_tpu._part(options, tiles, chip, V, x, head, targets, True)
+    k = Coefficients(scale, scale, scale, scale)
+    return part.totals, pallas_tpu._finish(options, tiles, chip, part, part.tops * scale[:, None], targets, k)
+
   s = jax.ShapeDtypeStruct
-  head = s((V, D) if "head_layout" in options else (D, V), jnp.bfloat16)
-  inputs = s((1, 512, D), jnp.bfloat16), head, s((1, 512), jnp.int32), s((1, 512), jnp.float32)
-  run = lambda x, h, t, w: jax.grad(lambda x, h: cross_entropy(x, h, t, w, **call).loss_sum, (0, 1))(x, h)  # noqa: E731
+  head = s((V, D) if options.vd else (D, V), dtype)
+  inputs = s((1024, D), dtype), head, s((1024,), jnp.int32), s((1024,), jnp.float32)
   text = machine_code.compile_tpu(run, inputs, chip).as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 2
 

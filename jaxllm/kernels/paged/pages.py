@@ -91,22 +91,36 @@ def write_pages(
 
   def put(target, scales, new):
     if scales is None:
-      return scatter(target, new.astype(target.dtype)), None
+      return _put(target, page, slot, new.astype(target.dtype)), None
     quantized, scale = _quantize(new, target.dtype)
-    return scatter(target, quantized), scatter(scales, scale.astype(scales.dtype))
-
-  def scatter(target, new):
-    # As integers: XLA for CPU scatters small floats by way of float32, of the whole array.
-    bits = jnp.dtype(f"uint{8 * target.dtype.itemsize}")
-    target, new = (lax.bitcast_convert_type(x, bits) for x in (target, new))
-    return target.at[page, :, slot].set(new, mode="drop")
+    return _put(target, page, slot, quantized), _put(scales, page, slot, scale.astype(scales.dtype))
 
   (new_keys, key_scales), (new_values, value_scales) = (
     put(pages.keys, pages.key_scales, keys),
     put(pages.values, pages.value_scales, values),
   )
-  written = KVPages(new_keys, new_values, key_scales, value_scales)
-  return jax.tree.map(lambda bits, x: lax.bitcast_convert_type(bits, x.dtype), written, pages)
+  return KVPages(new_keys, new_values, key_scales, value_scales)
+
+
+def _put(target, page, slot, new):
+  """target[page, :, slot] = new, token by token; not for pages past the last."""
+
+  def scatter(target, page, slot, new):
+    return target.at[page, :, slot].set(new, mode="drop")
+
+  def loop(target, page, slot, new):
+    def write(t, target):
+      start = jnp.minimum(page[t], target.shape[0] - 1), 0, slot[t], *(0,) * (target.ndim - 3)
+      piece = new[t].reshape(1, target.shape[1], 1, *target.shape[3:])
+      old = lax.dynamic_slice(target, start, piece.shape)
+      return lax.dynamic_update_slice(target, jnp.where(page[t] < target.shape[0], piece, old), start)
+
+    return lax.fori_loop(0, new.shape[0], write, target)
+
+  if not jnp.issubdtype(target.dtype, jnp.floating) or target.dtype.itemsize > 2:
+    return scatter(target, page, slot, new)
+  # XLA for CPU scatters small floats by way of float32: two copies of the whole cache.
+  return lax.platform_dependent(target, page, slot, new, cpu=loop, default=scatter)
 
 
 def _quantize(x, dtype):
