@@ -5,6 +5,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import machine_code
 import numpy as np
 import pytest
 from emulators import gpu_emulator, needs_emulators
@@ -12,7 +13,6 @@ from paged_oracle import check, make_call, model_shapes
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import KVPages, paged_attention
-from tools import machine_code
 
 SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])
 CASES = {

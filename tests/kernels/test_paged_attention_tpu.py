@@ -83,7 +83,7 @@ MODELS = {
   "name", [pytest.param(name, marks=[] if i == 0 else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
 )
 def test_compiles(name, chip):
-  from tools.machine_code import compile_tpu
+  from machine_code import compile_tpu
 
   shapes, options = MODELS[name]
   function = functools.partial(paged_attention, backend="auto", target=chip, **options)
