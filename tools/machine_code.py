@@ -2,7 +2,7 @@
 
     python tools/machine_code.py                    # every kernel and its peers, for H100 and four TPUs
     python tools/machine_code.py --ops=attention --chips=h100,v5e
-    python tools/machine_code.py --write            # into experiments/benchmarks/machine_code.{json,md}
+    python tools/machine_code.py --out=experiments/benchmarks/machine_code     # into .json and .md
 
 TPU: libtpu compiles, so a block that does not fit the vector memory is an error. H100: Mosaic GPU writes PTX, ptxas
 makes machine code of it, and nvdisasm lists the instructions. Needs Python 3.12, jax 0.11, libtpu, jax's CUDA plugin,
@@ -211,7 +211,8 @@ def main():
   parser.add_argument("--ops", default="", help="comma list; default: all")
   parser.add_argument("--chips", default="h100,v5e,v5p,v6e,v7")
   parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-  parser.add_argument("--write", action="store_true")
+  parser.add_argument("--match", default="", help="only cases whose name has this")
+  parser.add_argument("--out", default="", help="where to write the table, without ending")
   args = parser.parse_args()
   rows = []
   for chip in args.chips.split(","):
@@ -219,7 +220,7 @@ def main():
     report, backend = (report_gpu, "mosaic_gpu") if gpu else (report_tpu, "pallas_tpu")
     peers = ("tokamax", "jax FA3") if gpu else ("jax splash", "tokamax", "jax megablox", "jax ragged paged")
     for case in cases("hopper" if gpu else "tpu"):
-      if args.ops and case.op not in args.ops.split(","):
+      if args.match not in case.name or (args.ops and case.op not in args.ops.split(",")):
         continue
       sides = {"jaxllm": case.ours(backend, chip)}
       sides |= {name: peer for name, peer in case.others.items() if args.peers and name in peers}
@@ -230,8 +231,8 @@ def main():
           said = str(error).strip().split("\n")[0][:200]
           rows.append({"chip": chip, "op": case.op, "case": case.name, "side": name, "refused": said})
         print(json.dumps(rows[-1]), flush=True)
-  if args.write:
-    out = Path(__file__).parents[1] / "experiments" / "benchmarks" / "machine_code"
+  if args.out:
+    out = Path(args.out)
     facts = {"jax": jax.__version__, "command": "python " + " ".join(sys.argv)}
     out.with_suffix(".json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows, facts))
