@@ -211,7 +211,7 @@ def main():
   parser.add_argument("--ops", default="", help="comma list; default: all")
   parser.add_argument("--chips", default="h100,v5e,v5p,v6e,v7")
   parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-  parser.add_argument("--match", default="", help="only cases whose name has this")
+  parser.add_argument("--match", default="", help="only cases whose name this regular expression finds")
   parser.add_argument("--out", default="", help="where to write the table, without ending")
   args = parser.parse_args()
   rows = []
@@ -220,7 +220,7 @@ def main():
     report, backend = (report_gpu, "mosaic_gpu") if gpu else (report_tpu, "pallas_tpu")
     peers = ("tokamax", "jax FA3") if gpu else ("jax splash", "tokamax", "jax megablox", "jax ragged paged")
     for case in cases("hopper" if gpu else "tpu"):
-      if args.match not in case.name or (args.ops and case.op not in args.ops.split(",")):
+      if not re.search(args.match, case.name) or (args.ops and case.op not in args.ops.split(",")):
         continue
       sides = {"jaxllm": case.ours(backend, chip)}
       sides |= {name: peer for name, peer in case.others.items() if args.peers and name in peers}

@@ -89,7 +89,7 @@ def test_one_devices_numbers(name, sizes):
   for metric in ("moe/load_balance", "moe/z", "moe/dropped"):
     np.testing.assert_allclose(metrics[metric][0], want_metrics[metric][0], rtol=1e-5)
   assert (want_metrics["moe/dropped"][0] > 1) == (name == "capacity")
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), gradients, want_gradients)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6), gradients, want_gradients)
 
 
 def test_experts_that_do_not_divide():
