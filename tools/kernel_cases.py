@@ -379,7 +379,7 @@ def grouped_matmul(M, E, D, F, *, dtype=jnp.bfloat16, gradient=None) -> Case:
     oracle=oracle,
     flops=2 * M * D * F,
     bytes=(x.size + dy.size + w.size) * jnp.dtype(dtype).itemsize,
-    backends=("mosaic_gpu", "pallas_tpu", "cpu", "xla"),
+    backends=("mosaic_gpu", "pallas_tpu", "xla"),
     make=make,
   )
 

@@ -19,7 +19,6 @@ Nothing here has run on a GPU: results are proved in jax's emulator, the machine
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
+from jaxllm.kernels.attention import mosaic_gpu_gradients as shared
 from jaxllm.kernels.attention.options import Options
 
 ROWS = 64  # of a warpgroup: what one wgmma covers
@@ -116,114 +116,6 @@ def backward(
   return d_query[:, :T, :, :H], d_key[:, :S, :, :H], d_value[:, :S, :, :H]
 
 
-def _call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
-  """One of the kernels; its references come by name.
-
-  "counting" is 0, 1, 2, ...: places that masks compare are read from shared memory where they are needed. Computed,
-  they would not change from step to step, and the compiler keeps them in registers that the products need.
-  """
-
-  def body(*refs, **scratch):
-    kernel(options, tiles, sizes, dict(zip((*inputs, *outputs), refs, strict=True)), **scratch)
-
-  counting = max(tiles.keys, tiles.queries)
-  inputs = inputs | {"counting": jnp.arange(counting, dtype=jnp.int32)}
-  scratch = scratch | {
-    "counting_smem": plgpu.SMEM((counting,), jnp.int32),
-    "counting_ready": plgpu.Barrier(),
-  }
-  return plgpu.kernel(
-    body,
-    out_type=tuple(outputs.values()),
-    scratch_types=scratch,
-    grid=tuple(grid.values()),
-    grid_names=tuple(grid),
-    num_threads=tiles.warpgroups + 1,
-    thread_name="warpgroup",
-    kernel_name=name,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(*inputs.values())
-
-
-def _slot(step, slots):
-  return lax.rem(step, jnp.int32(slots))
-
-
-def _mine(scratch, first, second, part):
-  """A warpgroup's own blocks, for use in a loop: without the barrier the compiler works out where each wgmma finds its
-  operand before the loop, and keeps these addresses in registers that the products need."""
-  part = lax.optimization_barrier(jnp.int32(part))
-  return scratch[first].at[part], scratch[second].at[part]
-
-
-def _scalars(gmem, row, tile):
-  """(place of the row's first query among the keys, its prefix length or None, the tile's segment ranges or None).
-
-  Each role asks for itself: what all know beforehand has to fit the copying warpgroup's few registers.
-  """
-  offset = gmem["offset"][row] if "offset" in gmem else 0
-  prefix = gmem["prefix"][row] if "prefix" in gmem else None
-  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
-  return offset, prefix, ranges
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-  """Scores of a block of queries and keys, or their transpose; functions give arrays of its shape when asked."""
-
-  options: Options
-  keys: tuple[int, int]  # how many there are, and of a block; the last block may be short
-  maskable: bool
-  masked: Array  # a scalar: whether this block needs its mask
-  lse: Callable[[], Array]  # in base 2
-  query_place: Callable[[], Array]
-  key_place: Callable[[], Array]
-  mask_row: Callable[[], dict[str, Array]]  # as `options.visible` takes it
-  slope: Array | None
-
-  @property
-  def linear(self) -> bool:
-    """Whether a logit is the product times a positive constant, so that lse can be taken off the product."""
-    return self.options.softcap is None and self.options.alibi_slopes is None and self.options.scale > 0
-
-  def start(self, shape) -> Float[Array, "R C"]:
-    """What the accumulator of query times key starts from: -inf where hidden.
-
-    Masks come first because all that they look at takes registers, which the products need later.
-    """
-    if self.linear:
-      start = self.lse() * (-1.0 / (self.options.scale * common.LOG2E))
-    else:
-      start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), common.WGMMA)
-    if not self.maskable:
-      return start
-
-    def mask():
-      seen = common.seen(self.options, self.query_place(), self.key_place(), *self.keys, self.mask_row())
-      return jnp.where(seen, start, -jnp.inf)
-
-    return lax.cond(self.masked, mask, lambda: start)
-
-  def weights(self, score, second, products: int = 1) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
-    """p, and w such that ds = w * (dp - delta), from the accumulator `score` whose product is under way.
-
-    second: starts `products` further products. They run beside the exponentials where the registers suffice, which
-    they do not for what a soft cap or slopes need; then they start at the end.
-    """
-    if self.linear:
-      second()
-      p = jnp.exp2(plgpu.wgmma_accumulator_load(score, wait_n=products) * (self.options.scale * common.LOG2E))
-      return p, p
-    raw = score[...]
-    values, factor, capped = common.logits(self.options, raw, self.query_place, self.key_place, self.slope)
-    p = jnp.exp2(values * factor - self.lse())
-    if self.maskable:
-      p = jnp.where(raw == -jnp.inf, 0.0, p)
-    w = p if capped is None else p * (1.0 - capped * capped)
-    second()
-    return p, w
-
-
 # ---------------------------------------------------------------- d_query
 
 
@@ -249,7 +141,7 @@ def _query_gradient(options, tiles, sizes, inputs, ranges):
     scratch["of_keys_smem"] = plgpu.SMEM((tiles.key_slots, of_keys.shape[1], tiles.keys), jnp.int32)
   outputs = {"d_query": jax.ShapeDtypeStruct(query.shape, query.dtype)}
   grid = {"batch": B, "tile": pl.cdiv(T, ROWS * warpgroups), "head": N}  # the last runs fastest: heads share keys
-  return _call(_query_kernel, "attention_d_query", options, tiles, sizes, inputs, outputs, scratch, grid)[0]
+  return shared.call(_query_kernel, "attention_d_query", options, tiles, sizes, inputs, outputs, scratch, grid)[0]
 
 
 def _query_kernel(options, tiles, sizes, gmem, **scratch):
@@ -267,7 +159,7 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    offset, prefix, ranges = _scalars(gmem, row, tile)
+    offset, prefix, ranges = shared.scalars(gmem, row, tile)
     place = (row, head, warpgroup, tile * size + warpgroup * ROWS, offset, prefix)
     _query_compute(options, tiles, S, gmem, place, visits(offset, prefix, ranges), **scratch)
 
@@ -275,7 +167,7 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
   def _():
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
-    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits(*_scalars(gmem, row, tile)), **scratch)
+    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits(*shared.scalars(gmem, row, tile)), **scratch)
 
 
 def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, value_ready, **rest):
@@ -284,7 +176,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
   @pl.loop(0, visits.count)
   def _(step):
     keys = pl.ds(visits.block(step) * tiles.keys, tiles.keys)
-    slot = _slot(step, tiles.key_slots)
+    slot = shared.slot_of(step, tiles.key_slots)
 
     @pl.when(step >= tiles.key_slots)
     def _():
@@ -293,7 +185,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
     plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
     if "of_keys" in gmem:
       plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], rest["of_keys_smem"].at[slot], key_ready.at[slot])
-    slot = _slot(step, tiles.value_slots)
+    slot = shared.slot_of(step, tiles.value_slots)
 
     @pl.when(step >= tiles.value_slots)
     def _():
@@ -341,10 +233,10 @@ def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
 
   def step(d_query, index):
     block = visits.block(index)
-    query_smem, d_out_smem = _mine(scratch, "query_smem", "d_out_smem", warpgroup)
-    key_slot, value_slot = _slot(index, tiles.key_slots), _slot(index, tiles.value_slots)
+    query_smem, d_out_smem = shared.mine(scratch, "query_smem", "d_out_smem", warpgroup)
+    key_slot, value_slot = shared.slot_of(index, tiles.key_slots), shared.slot_of(index, tiles.value_slots)
 
-    scores = _Block(
+    scores = shared.Block(
       options,
       (S, tiles.keys),
       common.ever_masked(options, S, tiles.keys),
@@ -420,7 +312,7 @@ def _key_gradients(options, tiles, sizes, inputs, ranges):
     scratch["of_queries_smem"] = plgpu.SMEM((slots, tiles.queries), jnp.int32)
   outputs = {name: jax.ShapeDtypeStruct(key.shape, key.dtype) for name in ("d_key", "d_value")}
   grid = {"batch": B, "head": K, "tile": pl.cdiv(S, ROWS * parts)}
-  return _call(_key_kernel, "attention_d_key_value", options, tiles, sizes, inputs, outputs, scratch, grid)
+  return shared.call(_key_kernel, "attention_d_key_value", options, tiles, sizes, inputs, outputs, scratch, grid)
 
 
 def _key_kernel(options, tiles, sizes, gmem, **scratch):
@@ -436,7 +328,7 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
 
   def compute(part, wanted):
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    offset, prefix, ranges = _scalars(gmem, row, tile)
+    offset, prefix, ranges = shared.scalars(gmem, row, tile)
     place = (row, head, part, tile * size + part * ROWS, offset, prefix)
     _key_compute(options, tiles, (S, group), gmem, place, visits(offset, prefix, ranges), wanted, **scratch)
 
@@ -457,7 +349,7 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
         plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], scratch[f"{name}_smem"].at[part], ready)
       if "of_keys" in gmem:
         plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], scratch["of_keys_smem"].at[part], ready)
-    _key_copy(tiles, gmem, row, head * group, group, visits(*_scalars(gmem, row, tile)), **scratch)
+    _key_copy(tiles, gmem, row, head * group, group, visits(*shared.scalars(gmem, row, tile)), **scratch)
 
 
 def _each_query_block(visits, group, do):
@@ -479,7 +371,7 @@ def _key_copy(tiles, gmem, row, first_head, group, visits, *, query_ready, d_out
   def _(step, visit, head):
     head += first_head
     queries = pl.ds(visits.block(visit) * tiles.queries, tiles.queries)
-    slot = _slot(step, tiles.query_slots)
+    slot = shared.slot_of(step, tiles.query_slots)
 
     @pl.when(step >= tiles.query_slots)
     def _():
@@ -526,13 +418,13 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, wanted, **scratch):
 
   def step(gradients, index, visit, head_of_group):
     block = visits.block(visit)
-    key_smem, value_smem = _mine(scratch, "key_smem", "value_smem", part)
+    key_smem, value_smem = shared.mine(scratch, "key_smem", "value_smem", part)
     slope = gmem["slope"][head * group + head_of_group] if "slope" in gmem else None
-    slot = _slot(index, tiles.query_slots)
+    slot = shared.slot_of(index, tiles.query_slots)
     query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
     rows_smem = scratch["rows_smem"].at[slot]
 
-    scores = _Block(
+    scores = shared.Block(
       options,
       (S, 1),  # none is short: keys behind the last have rows of their own, which are not stored
       common.ever_masked(options, S, 1),
