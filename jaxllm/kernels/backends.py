@@ -94,18 +94,24 @@ def target_from_device_kind(platform: str, device_kind: str) -> str:
 
 
 def choose(
-  op: str, requested: str, target: str | None, refuses: Callable[[str, str | None], str | None] | None = None
+  op: str, requested: str | None, target: str | None, refuses: Callable[[str, str | None], str | None] | None = None
 ) -> str:
   """The backend that computes `op` on `target`; logged the first time, with what was passed over and why.
 
   Args:
-    requested: a backend's name, or "auto" for the first of the table that does not refuse.
+    requested: a backend's name, or "auto" for the first of the table that does not refuse. None: "auto" where a target
+      is given, else "xla", which is said once in the log, because it may not be the chip's fastest.
     target: a chip of `TARGETS`. None: unknown, so a backend has to be named and the table is not asked.
     refuses: (backend, target) -> why it cannot compute this call, or None.
 
   Raises:
     ConfigError: an unknown target, or a requested backend that cannot run there or refuses.
   """
+  if requested is None:
+    requested = "xla" if target is None else "auto"
+    if target is None and (op, "", requested, "") not in _logged:
+      _logged[op, "", requested, ""] = None
+      logging.getLogger("jaxllm").info("%s: xla, because neither backend= nor target= is given", op)
   if target is None:
     if requested == "auto":
       raise ConfigError(f"{op}: backend 'auto' needs target=, the chip; choose one of {', '.join(TARGETS)}")

@@ -1,5 +1,8 @@
 """CPU training kernels against float64 references: forward and gradients, float32 and bfloat16."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,15 @@ def check(f, reference, args, dtype):
 
 def normal(seed, *shape, dtype=jnp.float32, scale=1.0):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+def test_every_kernel_that_is_called_is_registered():
+  """Told by the sources, so that a machine without AVX-512 sees it too."""
+  python = Path(cpu_ffi.__file__).parent.rglob("*.py")
+  called = {name for path in python for name in re.findall(r'cpu_ffi\.call\(\s*"(\w+)"', path.read_text())}
+  cpp = cpu_ffi.SOURCES.glob("*.cc")
+  defined = {name for path in cpp for name in re.findall(r"(?:HANDLER_SYMBOL|OP)\((cpu_\w+)", path.read_text())}
+  assert called == defined == set(cpu_ffi.TARGETS)
 
 
 @pytest.fixture(params=["native", "fallback"])

@@ -30,7 +30,7 @@ def flash_attention(
   alibi_slopes: Float[Array, " N"] | None = None,
   bias: Float[Array, "#B N T S"] | None = None,
   return_lse: bool = False,
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
 ) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """softmax(scale * query key^T + bias) value over the keys that each query may see.
@@ -56,7 +56,8 @@ def flash_attention(
     return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink
       included; -inf where a query sees nothing. Differentiable too.
     backend: a name of `backends.BACKENDS["attention"]`, or "auto": the first that can, for `target`.
-    target: the chip; None together with a backend's name takes that backend without asking the table.
+      None: "auto" where a target is given, else "xla".
+    target: the chip; None takes the backend that is named without asking the table.
 
   Raises:
     ConfigError: the backend cannot compute what is asked.

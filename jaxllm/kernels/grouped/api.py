@@ -20,7 +20,7 @@ def grouped_matmul(
   weights: Float[Array, "E D F"],
   group_sizes: Int[Array, " E"],
   *,
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
   tiles: tuple[Any, Any, Any] = (None, None, None),
 ) -> Float[Array, "M F"]:
@@ -35,7 +35,8 @@ def grouped_matmul(
   Args:
     group_sizes: int32, not negative. What of them goes past M is cut off.
     backend: a name of `backends.BACKENDS["grouped_matmul"]`, or "auto": the first that can, for `target`.
-    target: the chip; None together with a backend's name takes that backend without asking the table.
+      None: "auto" where a target is given, else "xla".
+    target: the chip; None takes the backend that is named without asking the table.
     tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
 
   Raises:

@@ -53,7 +53,7 @@ def cross_entropy(
   softcap: float | None = None,
   label_smoothing: float = 0.0,
   head_layout: HeadLayout = "dv",
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
   chunk: int | None = None,
 ) -> CrossEntropy:
@@ -74,8 +74,9 @@ def cross_entropy(
       arXiv 1512.00567, section 7), in [0, 1).
     head_layout: "dv", or "vd" for an embedding table [V, D].
     backend: a name of `backends.BACKENDS["cross_entropy"]`, or "auto": the first that can, for `target`.
+      None: "auto" where a target is given, else "xla".
       "cpu" takes the C++ kernel where there is one and no soft cap is asked for, else the same in XLA.
-    target: the chip; None together with a backend's name takes that backend without asking the table.
+    target: the chip; None takes the backend that is named without asking the table.
     chunk: tokens at once; by default as many as a fixed number of logits allows.
 
   Raises:
@@ -100,7 +101,7 @@ def token_log_probs(
   mask: Bool[Array, "B T"] | None = None,
   softcap: float | None = None,
   head_layout: HeadLayout = "dv",
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
   chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:

@@ -29,7 +29,7 @@ def paged_attention(
   alibi_slopes: Float[Array, " N"] | None = None,
   return_lse: bool = False,
   splits: int | None = None,
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
 ) -> Float[Array, "T N H"] | tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
   """Causal attention of each sequence's newest tokens to all its tokens, whose keys and values lie in pages.
@@ -60,7 +60,8 @@ def paged_attention(
     splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla" and
       "pallas_tpu" compute one part only and ignore it.
     backend: a name of `backends.BACKENDS["paged_attention"]`, or "auto": the first that can, for `target`.
-    target: the chip; None together with a backend's name takes that backend without asking the table.
+      None: "auto" where a target is given, else "xla".
+    target: the chip; None takes the backend that is named without asking the table.
 
   Raises:
     ConfigError: shapes that do not belong together, a backend that cannot compute what is asked, or a derivative.

@@ -21,7 +21,7 @@ def quantized_matmul(
   x: Float[Array, "*batch D"],
   weight: QuantizedWeight,
   *,
-  backend: str = "xla",
+  backend: str | None = None,
   target: str | None = None,
 ) -> Float[Array, "*batch F"]:
   """x W for a quantized weight W [D, F], summed in float32 and returned in x's dtype.
@@ -36,7 +36,8 @@ def quantized_matmul(
   Args:
     weight: of `quantize` or `from_codes`, without leading axes.
     backend: a name of `backends.BACKENDS["quantized_matmul"]`, or "auto": the first that can, for `target`.
-    target: the chip; None together with a backend's name takes that backend without asking the table.
+      None: "auto" where a target is given, else "xla".
+    target: the chip; None takes the backend that is named without asking the table.
 
   Raises:
     ConfigError: the shapes disagree, or the backend cannot compute this call.
