@@ -421,7 +421,8 @@ def test_kill_9_at_any_moment_loses_at_most_the_save_in_flight(tmp_path):
     time.sleep(moments.uniform(0.05, 1.0))
     process.send_signal(signal.SIGKILL)
     process.communicate()
-  assert started == sorted(started) and started[-1] > 20
+  # How many steps a life has time for depends on the machine; that lives go on from each other's steps does not.
+  assert started == sorted(started) and len(set(started)) > 3
 
 
 MESHES = """
