@@ -75,7 +75,8 @@ class Product:
     a, b = operand(self.a), operand(self.b)
     acc = memory.get_buffer_content(*self.acc, None, logging_info=info)[0]
     wide = np.float64 if np.issubdtype(acc.dtype, np.integer) else acc.dtype  # exact for 8 bits, and fast
-    total = acc + np.matmul(a.astype(wide), b.astype(wide)).astype(acc.dtype)
+    with np.errstate(all="ignore"):  # NaN and infinity are products like others
+      total = acc + np.matmul(a.astype(wide), b.astype(wide)).astype(acc.dtype)
     memory.store_buffer_content(*self.acc, total, thread, increment_clock=False, logging_info=info)
 
 

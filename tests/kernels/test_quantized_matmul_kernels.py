@@ -96,6 +96,25 @@ def test_gpu_split_contraction(kind):
 
 
 @needs_emulators
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[3], KINDS[7]], ids=str)
+def test_gpu_slots_are_used_again(kind):
+  """More steps than slots, twice over; and fewer output features than a step of the gradient takes."""
+  from jaxllm.kernels.quantized import mosaic_gpu
+  from jaxllm.kernels.quantized.mosaic_gpu_backward import BackwardTiles
+
+  q, x, dy = weight(512, 320, kind), normal(1, 9, 512), normal(2, 9, 320)
+  tiles = mosaic_gpu.Tiles(features=128, tokens=16, row_bytes=64, steps=2, splits=1)
+  narrow, dn = weight(256, 40, kind), normal(3, 3, 40)
+  with gpu_emulator():
+    y = jax.jit(lambda x, q: mosaic_gpu.forward(x, q, "h100", tiles))(x, q)
+    dx = jax.jit(lambda dy, q: mosaic_gpu.backward(dy, q, "h100", BackwardTiles(tokens=64, steps=2)))(dy, q)
+    narrow_dx = jax.jit(lambda dy, q: mosaic_gpu.backward(dy, q, "h100"))(dn, narrow)
+  wants = oracle.product(x, q), oracle.gradient(dy, q), oracle.gradient(dn, narrow)
+  for got, want in zip((y, dx, narrow_dx), wants):
+    assert np.abs(np.asarray(got, np.float64) - want).max() <= 1.5e-2 * np.abs(want).max()
+
+
+@needs_emulators
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_tpu(kind):
   check(tpu_emulator, "pallas_tpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)
