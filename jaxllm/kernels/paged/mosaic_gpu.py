@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
@@ -39,6 +40,7 @@ ROWS = 64  # of one wgmma
 OUT_COLUMNS = 64  # results leave so many at a time
 SHARED_MEMORY = 232448  # bytes of a block
 MULTIPROCESSORS = 132  # of H100 and H200
+LARGEST_GRID = 65535  # of every axis but the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,8 @@ def attend(
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
+  if M > LARGEST_GRID:
+    raise ConfigError(f"paged_attention on Hopper takes up to {LARGEST_GRID} tiles at once, not {M}: give fewer tokens")
   if not shared and stages % warpgroups:
     raise ValueError(f"{warpgroups} warpgroups in turns take a multiple of {warpgroups} stages, not {stages}")
   splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
