@@ -105,10 +105,8 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
     axis_types=(jax.sharding.AxisType.Auto,),
     abstract_device=_abstract_device(GPUS[chip]["name"]),
   )
-  with (
-    _descriptors_checked(),
-    jax.sharding.use_abstract_mesh(abstract),
-  ):  # kernels that ask for the number of cores find it there
+  # Kernels that ask for the number of cores find it in the abstract mesh.
+  with _descriptors_checked(), jax.sharding.use_abstract_mesh(abstract):
     compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
   kernels = sorted(path for path in set(dump.iterdir()) - before if path.suffix == ".ptx")
   return compiled, [_read(path) for path in kernels]
@@ -120,14 +118,19 @@ def _descriptors_checked():
   the driver (cuTensorMapEncodeTiled) does not like ends the process; here it is a ValueError."""
   from jax.experimental.mosaic.gpu import launch_context, utils
   from jaxlib.mlir import ir
+  from jaxlib.mlir.dialects import func
 
   real = launch_context.LaunchContext._get_tma_desc
 
   def check(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction):
-    ref = launch_context._find_kernel_argument_for_gmem_ref(gmem_ref)
-    for transform in gmem_transform:
-      ref = transform.apply(ref)
-    kind = ir.MemRefType(ref.type)
+    argument = launch_context._find_kernel_argument_for_gmem_ref(gmem_ref)
+    with ir.InsertionPoint(ir.Module.create().body):  # the kernel itself stays as it is
+      aside = func.FuncOp("aside", ([argument.type], []))
+    with ir.InsertionPoint(aside.add_entry_block()):
+      (ref,) = aside.arguments
+      for transform in gmem_transform:
+        ref = transform.apply(ref)
+      kind = ir.MemRefType(ref.type)
     size = utils.bytewidth(kind.element_type)
     strides = [size * stride for stride in kind.get_strides_and_offset()[0]]
     row = window[-1] * size

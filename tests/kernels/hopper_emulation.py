@@ -11,6 +11,7 @@
 - A barrier's phase must not complete before all who wait on the barrier have, by the program's own order, seen the
   phase before: hardware keeps one bit of the phase, and who comes too late waits for ever. The emulator alone sees
   this only if the threads happen to run that way.
+- Blocks run one after another here, but must not write to the same place: which one comes last is chance on a chip.
 - A barrier's last phase need not be waited for, and two writes to an accumulator are no race.
 - More pseudo-threads of the copy engine: two copies that share one look ordered.
 """
@@ -31,7 +32,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params as params_lib
 from jax._src.state import types as state_types
 
 COPIES = 64  # that race detection tells apart
-REGISTERS = shared_memory.get_memory_space_idx(plgpu.MemorySpace.REGS)
+REGISTERS, GLOBAL = (shared_memory.get_memory_space_idx(plgpu.MemorySpace[name]) for name in ("REGS", "GMEM"))
 PRODUCTS = "products"  # marks a wait for copies as one for products: interpreters of jax 0.11 drop the latter
 
 
@@ -195,6 +196,7 @@ def _teach_products():
     real_reset(self)
     self.products = collections.defaultdict(collections.deque)
     self.issued = collections.Counter()
+    self.block = getattr(self, "block", -1) + 1
 
   shared_memory.GPUSharedMemory.reset_per_cluster_state = reset
 
@@ -248,14 +250,33 @@ def _teach_accumulators():
       return state_types.AbstractRef._setitem(self, tracer, idx, value)
     return real_set(self, tracer, idx, value)
 
+  pl.run_state, core.WGMMAAbstractAccumulatorRef._setitem = run_state, set_item
+
+
+# ---------------------------------------------------------------- writes
+
+
+def _teach_writes():
   real_check = race_detection_state.GPURaceDetectionState.check_write
 
-  def check_write(self, thread, clock, buffer_key, *rest, **named):
-    if buffer_key.memory_space_id != REGISTERS:  # an accumulator is its thread's own
-      real_check(self, thread, clock, buffer_key, *rest, **named)
+  def check_write(self, thread, clock, buffer_key, access, source_info=None):
+    if buffer_key.memory_space_id == REGISTERS:  # an accumulator is its thread's own
+      return
+    real_check(self, thread, clock, buffer_key, access, source_info=source_info)
+    if buffer_key.memory_space_id != GLOBAL:
+      return
+    memory = gpu_callbacks._get_shared_memory()
+    with self.lock:
+      writers = self.__dict__.setdefault("writers", {})  # buffer -> the block that wrote each element
+      if buffer_key not in writers:
+        writers[buffer_key] = np.full(memory.buffer_shape_and_dtype(buffer_key).shape, -1, np.int32)
+      others = (writers[buffer_key][access.range] != -1) & (writers[buffer_key][access.range] != memory.block)
+      writers[buffer_key][access.range] = memory.block
+      if others.any():
+        print(f"RACE DETECTED\n  two blocks write {buffer_key}[{access}]")
+        self.races_found = True
 
   race_detection_state.GPURaceDetectionState.check_write = check_write
-  pl.run_state, core.WGMMAAbstractAccumulatorRef._setitem = run_state, set_item
 
 
 # ---------------------------------------------------------------- barriers
@@ -315,4 +336,5 @@ def teach():
     _taught = True
     _teach_products()
     _teach_accumulators()
+    _teach_writes()
     _teach_barriers()

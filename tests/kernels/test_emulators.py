@@ -1,5 +1,7 @@
 """The emulators themselves: they must see a race, and compute what they are taught."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -283,6 +285,21 @@ def test_gpu_phase_of_a_barrier_that_somebody_may_miss(answers):
   else:
     with pytest.raises(Exception, match="phase|observed|already"), gpu_emulator():
       jax.block_until_ready(call(x))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_gpu_blocks_that_write_to_one_place(apart):
+  import jax.experimental.pallas as pl
+  import jax.experimental.pallas.mosaic_gpu as plgpu
+
+  def kernel(x_gmem, out_gmem):
+    rows = pl.ds(jax.lax.axis_index("block") * (64 if apart else 63), 64)
+    out_gmem[rows] = x_gmem[rows]
+
+  x = jnp.ones((128, 128))
+  call = plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(2,), grid_names=("block",))
+  with contextlib.nullcontext() if apart else pytest.raises(AssertionError, match="race"), gpu_emulator():
+    jax.block_until_ready(call(x))
 
 
 def test_tpu_race():
