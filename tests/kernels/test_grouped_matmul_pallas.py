@@ -225,5 +225,6 @@ def test_gpu_machine_code(name):
   assert len(kernels) == 3
   for kernel in kernels:
     assert kernel.tensor_core and kernel.tma and not kernel.spill_bytes and not kernel.local, dataclasses.asdict(kernel)
+    assert not kernel.serialized
     assert kernel.shared_bytes <= machine_code.SHARED_MEMORY_LIMIT
   assert program.memory_analysis().temp_size_in_bytes < 1 << 20

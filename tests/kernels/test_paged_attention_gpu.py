@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,16 @@ from emulators import gpu_emulator, needs_emulators
 from paged_oracle import check, make_call, model_shapes
 
 from jaxllm.errors import ConfigError
-from jaxllm.kernels import KVPages, paged_attention
+from jaxllm.kernels import KVPages, paged_attention, tuning
 
 SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])
+SMALL = {"stages": 2, "block": 64}  # so that short sequences use slots again
 CASES = {
-  "decoding": (dict(lengths=[130, 0, 64, 41], N=4, K=1, page_size=64, unused=1), dict(sinks=SINKS)),
+  "decoding": (dict(lengths=[300, 0, 64, 41], N=4, K=1, page_size=64, unused=1), dict(sinks=SINKS)),
   "decoding, head dim 128, splits": (dict(lengths=[300, 5], H=128, page_size=128), dict(splits=3)),
   "decoding, window, MHA": (dict(lengths=[150, 65], N=2, K=2, page_size=32), dict(window=70, splits=2)),
   "decoding, float16, softcap": (dict(lengths=[90], page_size=16, dtype=jnp.float16), dict(softcap=2.0)),
-  "decoding, int8": (dict(lengths=[140, 20], page_size=32, cache=jnp.int8), dict(softcap=5.0, alibi_slopes=SLOPES)),
+  "decoding, int8": (dict(lengths=[260, 20], page_size=32, cache=jnp.int8), dict(softcap=5.0, alibi_slopes=SLOPES)),
   "mixed": (dict(lengths=[130, 20], news=[40, 1], N=4, K=1, page_size=16, padding=3), dict(alibi_slopes=SLOPES)),
   "mixed, pages of 128": (dict(lengths=[200, 9], news=[60, 1], page_size=128), dict(window=33, sinks=SINKS)),
   "mixed, int8, splits": (
@@ -30,8 +32,8 @@ CASES = {
 }
 
 
-def run(call, **options):
-  with gpu_emulator():
+def run(call, tiles=SMALL, **options):
+  with tuning.trying("paged_attention", tiles), gpu_emulator():
     function = functools.partial(paged_attention, backend="mosaic_gpu", return_lse=True, **options)
     return jax.block_until_ready(jax.jit(function)(*call.arguments))
 
@@ -44,6 +46,23 @@ def test_emulated(name):
   result = run(call, **options)
   options = {key: value for key, value in options.items() if key != "splits"}
   check(call, result, **options)
+
+
+@needs_emulators
+def test_own_tiles():
+  call = make_call([150, 20], [70, 1], page_size=64)
+  check(call, run(call, tiles={}))
+
+
+@needs_emulators
+def test_warpgroups_that_take_turns_see_every_phase_of_their_barriers():
+  from jaxllm.kernels.paged import mosaic_gpu
+
+  for head_dim, quantized in itertools.product((64, 128, 192, 256), (False, True)):
+    tiles = mosaic_gpu._tiles(head_dim, mosaic_gpu.ROWS, quantized)
+    assert tiles.stages % tiles.warpgroups == 0, (head_dim, quantized)
+  with pytest.raises(ValueError, match="2 warpgroups in turns take a multiple of 2 stages, not 3"):
+    run(make_call([20, 3]), tiles={"stages": 3})
 
 
 @needs_emulators
@@ -101,6 +120,6 @@ def test_machine_code(name):
   _, kernels = machine_code.compile_gpu(function, model_shapes(**shapes))
   assert len(kernels) == 1
   code = kernels[0]
-  assert code.spill_bytes == 0 and code.local == 0
+  assert code.spill_bytes == 0 and code.local == 0 and not code.serialized
   assert code.tensor_core > 0 and code.tma > 0
   assert code.shared_bytes <= machine_code.SHARED_MEMORY_LIMIT

@@ -1,8 +1,10 @@
 """The kernels for accelerators: in their emulators against float64, and compiled ahead of time at real shapes."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 import quantized_oracle as oracle
 from emulators import RECENT, gpu_emulator, needs_emulators, tpu_emulator
 
-from jaxllm.kernels import quantize, quantized_matmul
+from jaxllm.kernels import quantize, quantized_matmul, tuning
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 needs_libtpu = pytest.mark.skipif(not RECENT or importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -71,7 +73,15 @@ def check(emulator, backend, kind, M, D, F, dtype, tolerance):
 @needs_emulators
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gpu(kind):
-  check(gpu_emulator, "mosaic_gpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)
+  """Two slots, so that few steps use them again."""
+  from jaxllm.kernels.quantized import mosaic_gpu_backward
+
+  two = functools.partial(mosaic_gpu_backward.BackwardTiles, steps=2)
+  with (
+    mock.patch.object(mosaic_gpu_backward, "BackwardTiles", two),
+    tuning.trying("quantized_matmul", {"steps": 2, "row_bytes": 64}),
+  ):
+    check(gpu_emulator, "mosaic_gpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)
 
 
 @needs_emulators
@@ -93,6 +103,17 @@ def test_gpu_split_contraction(kind):
     y = np.asarray(jax.jit(lambda x, q: mosaic_gpu.forward(x, q, "h100", tiles))(x, q), np.float64)
   want = oracle.product(x, q)
   assert np.abs(y - want).max() <= 1.5e-2 * np.abs(want).max()
+
+
+@needs_emulators
+def test_gpu_gradient_of_fewer_features_than_a_step():
+  from jaxllm.kernels.quantized import mosaic_gpu
+
+  q, dy = weight(256, 40, KINDS[0]), normal(1, 3, 40)
+  with gpu_emulator():
+    dx = np.asarray(jax.jit(lambda dy, q: mosaic_gpu.backward(dy, q, "h100"))(dy, q), np.float64)
+  want = oracle.gradient(dy, q)
+  assert np.abs(dx - want).max() <= 1.5e-2 * np.abs(want).max()
 
 
 @needs_emulators
@@ -160,7 +181,7 @@ def test_h100_machine_code(kind, M):
     compiled, kernels = compile_gpu(function, inputs)
     (code,) = kernels
     assert code.tensor_core > 0 and code.tma > 0
-    assert code.spill_bytes == 0 and code.local == 0
+    assert code.spill_bytes == 0 and code.local == 0 and not code.serialized
     assert code.shared_bytes <= SHARED_MEMORY_LIMIT
     # Padded or rounded activations; nothing of the weight's size.
     assert compiled.memory_analysis().temp_size_in_bytes <= 128 * 2 * F + 2 * M * D

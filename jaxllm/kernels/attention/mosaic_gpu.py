@@ -31,6 +31,8 @@ from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
 from jaxllm.kernels.attention.options import Options
 from jaxllm.kernels.backends import TARGETS
 
+LARGEST_GRID = 65535  # of every axis but the fastest
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -67,6 +69,8 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
     return f"head dims up to 256, not {query.shape[3]}"
   if not (query.size and key.size):
     return "no queries or no keys"
+  if query.shape[0] > LARGEST_GRID:
+    return f"batches up to {LARGEST_GRID}, not {query.shape[0]}"
   return None
 
 

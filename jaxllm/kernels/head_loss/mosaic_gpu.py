@@ -48,6 +48,8 @@ def refuses(x: Array, head: Array, options: Options, target: str | None) -> str 
   """Why this call cannot be computed here, or None."""
   if x.dtype != jnp.bfloat16:
     return f"bfloat16 only, not {x.dtype}"
+  if not (x.size and head.size):
+    return "no tokens or no vocabulary"
   return None
 
 

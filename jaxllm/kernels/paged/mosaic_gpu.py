@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
@@ -39,11 +40,16 @@ ROWS = 64  # of one wgmma
 OUT_COLUMNS = 64  # results leave so many at a time
 SHARED_MEMORY = 232448  # bytes of a block
 MULTIPROCESSORS = 132  # of H100 and H200
+LARGEST_GRID = 65535  # of every axis but the fastest
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """block: keys of one step; stages: steps that are loaded ahead; warpgroups: computing ones."""
+  """block: keys of one step; stages: steps that are loaded ahead; warpgroups: computing ones.
+
+  Where warpgroups take turns, `stages` is a multiple of their number: a warpgroup that waits on a barrier must wait for
+  each of its phases, because hardware tells it only whether an odd or an even number of them is over.
+  """
 
   block: int = 64
   stages: int = 4
@@ -58,7 +64,8 @@ def _tiles(head_dim: int, rows: int, quantized: bool) -> Tiles:
   if quantized:
     fixed += 2 * block * head_dim * 2
     stage = 2 * block * (head_dim + 4)
-  return Tiles(block, min(8, (SHARED_MEMORY - 4096 - fixed) // stage))
+  stages = min(8, (SHARED_MEMORY - 4096 - fixed) // stage)
+  return Tiles(block, stages if rows > ROWS else stages // 2 * 2)
 
 
 def tile_shape(group: int, decoding: bool) -> TileShape:
@@ -114,6 +121,10 @@ def attend(
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
+  if M > LARGEST_GRID:
+    raise ConfigError(f"paged_attention on Hopper takes up to {LARGEST_GRID} tiles at once, not {M}: give fewer tokens")
+  if not shared and stages % warpgroups:
+    raise ValueError(f"{warpgroups} warpgroups in turns take a multiple of {warpgroups} stages, not {stages}")
   splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
   parts = splits if shared else splits * warpgroups
   out_dtype = queries.dtype if parts == 1 else jnp.float32
@@ -305,9 +316,9 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
 
     plgpu.barrier_wait(key_ready.at[slot])
     keys = scratch["key_smem"].at[slot]
-    if quantized:
-      keys = widen(keys)
+    if quantized:  # scales first: what threads have read is committed before the copy engine may overwrite it
       key_scales = plgpu.load(scratch["key_scale_smem"].at[slot], layout=COLUMN)
+      keys = widen(keys)
       plgpu.barrier_arrive(key_done.at[slot])
 
     def score(acc_ref):

@@ -35,7 +35,8 @@ def backward(
   """dy [M, F] W^T -> [M, D] in bfloat16; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
   t = tiles or BackwardTiles(tokens=64 if M <= 64 else 128)
-  Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, pl.cdiv(F, FEATURES) * FEATURES
+  # Two steps at least: a slot is handed back one step after it was read.
+  Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, max(pl.cdiv(F, FEATURES), 2) * FEATURES
   dx = _call(jnp.pad(dy, ((0, Mp - M), (0, Fp - F))), weight, t)
   return dx[:M, : weight.in_features]
 
