@@ -65,9 +65,9 @@ class Bundles:
   spills: int  # vector registers stored and filled again
 
 
-def compile_tpu(function: Callable, avals: tuple, chip: str) -> jax.stages.Compiled:
-  """`function` compiled for one TPU chip ("v5e", "v5p", "v6e", "v7")."""
-  return _compile(function, avals, tpu_mesh(chip), "tpu")
+def compile_tpu(function: Callable, avals: tuple, chip: str, **options) -> jax.stages.Compiled:
+  """`function` compiled for one TPU chip ("v5e", "v5p", "v6e", "v7"); options as of `jax.jit`."""
+  return _compile(function, avals, tpu_mesh(chip), "tpu", **options)
 
 
 def schedules_tpu(function: Callable, avals: tuple, chip: str) -> tuple[jax.stages.Compiled, list[Bundles]]:
@@ -159,10 +159,10 @@ def _abstract_device(kind):
   return AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
 
 
-def _compile(function, avals, mesh, platform):
+def _compile(function, avals, mesh, platform, **options):
   sharding = NamedSharding(mesh, PartitionSpec())
   avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
-  return jax.jit(function).trace(*avals).lower(lowering_platforms=(platform,)).compile()
+  return jax.jit(function, **options).trace(*avals).lower(lowering_platforms=(platform,)).compile()
 
 
 def find_tool(name: str) -> str | None:

@@ -128,3 +128,17 @@ def all_logits(x, head, targets, weights):
   z = jnp.einsum("BTD,DV->BTV", x, head, preferred_element_type=jnp.float32)
   at = jnp.take_along_axis(z, targets[..., None], -1)[..., 0]
   return ((jax.nn.logsumexp(z, -1) - at) * weights).sum()
+
+
+def assert_a_tenth(loss, compile_, growth=True, M=8192, D=4096, V=128256):
+  """Temporary bytes are under a tenth of those of all logits, and (growth) no more at twice the vocabulary."""
+  unfused = 2 * 4 * M * V  # logits and their gradient in float32: `assert_all_logits_take` says that this is so
+  fused = temporaries(loss, M, D, V, jnp.bfloat16, compile_)
+  assert fused < 0.1 * unfused, fused / unfused
+  if growth:
+    assert temporaries(loss, M, D, 2 * V, jnp.bfloat16, compile_) < 1.1 * fused
+
+
+def assert_all_logits_take(compile_, M=8192, V=128256):
+  """What `assert_a_tenth` divides by is no more than what the compiler needs without this kernel."""
+  assert temporaries(all_logits, M, 256, V, jnp.bfloat16, compile_) >= 2 * 4 * M * V

@@ -51,6 +51,7 @@ class Call:
   starts: np.ndarray | None
   num_sequences: int | None
   page_size: int
+  plain: KVPages  # the same pages, [pages, K, page_size, H]
 
   @property
   def arguments(self):
@@ -67,18 +68,34 @@ class Call:
       x = np.asarray(x.astype(jnp.float32), np.float64)
       return x if scales is None else x * np.asarray(scales, np.float64)[..., None]
 
-    return one(self.pages.keys, self.pages.key_scales), one(self.pages.values, self.pages.value_scales)
+    return one(self.plain.keys, self.plain.key_scales), one(self.plain.values, self.plain.value_scales)
+
+
+def for_tpu(pages: KVPages) -> KVPages:
+  """Plain pages as a TPU keeps them: as many heads as 128 numbers hold in a row, zeros after them."""
+  _, K, _, H = pages.keys.shape
+  together = min(max(1, 128 // H), K)
+  lanes = -(-together * H // 128) * 128
+
+  def laid_out(x):
+    rows = np.zeros((x.shape[0], -(-K // together), x.shape[2], lanes), x.dtype)
+    for k in range(K):
+      at = k % together * H
+      rows[:, k // together, :, at : at + H] = x[:, k]
+    return jnp.asarray(rows)
+
+  return KVPages(laid_out(pages.keys), laid_out(pages.values), pages.key_scales, pages.value_scales, heads=(K, H))
 
 
 def make_call(
   lengths, news=None, *, N=4, K=2, H=64, page_size=16, dtype=jnp.bfloat16, cache=None, seed=0, padding=0, unused=0,
-  spare_pages=3,
+  spare_pages=3, tpu=False,
 ):  # fmt: skip
   """A call of sequences `lengths` long, `news` tokens of each new (None: decoding).
 
   padding: tokens of no sequence at the end, NaN. unused: rows of garbage after the sequences in use. Pages are in
   random order, whatever no token was written to is NaN (in quantized pages: the scales are), and entries of the
-  table that are out of use point nowhere.
+  table that are out of use point nowhere. tpu: pages are laid out for one.
   """
   rng = np.random.default_rng(seed)
   lengths = np.asarray(lengths)
@@ -111,8 +128,8 @@ def make_call(
   elif unused:
     query[B:] = np.nan
   return Call(
-    jnp.asarray(query, dtype), pages, table, np.append(lengths, rng.integers(0, 99, unused)), starts,
-    B if unused else None, page_size,
+    jnp.asarray(query, dtype), for_tpu(pages) if tpu else pages, table,
+    np.append(lengths, rng.integers(0, 99, unused)), starts, B if unused else None, page_size, pages,
   )  # fmt: skip
 
 
@@ -126,10 +143,12 @@ def check(call, result, **options):
   assert not out[np.isneginf(expected_lse)].any()
 
 
-def model_shapes(*, sequences=64, length=8192, tokens=None, page_size=64, cache="bfloat16", N=32, K=8, H=128):
+def model_shapes(
+  *, sequences=64, length=8192, tokens=None, page_size=64, cache="bfloat16", N=32, K=8, H=128, target=None
+):
   """Abstract positional arguments at the size of a real model (Llama 3 8B); `tokens` None: decoding."""
   shape = jax.ShapeDtypeStruct
   ints = lambda *s: shape(s, jnp.int32)  # noqa: E731
-  pages = jax.eval_shape(lambda: KVPages.zeros(sequences * length // page_size, page_size, K, H, cache))
+  pages = jax.eval_shape(lambda: KVPages.zeros(sequences * length // page_size, page_size, K, H, cache, target=target))
   arguments = shape((tokens or sequences, N, H), jnp.bfloat16), pages, ints(sequences, length // page_size)
   return *arguments, ints(sequences), *(() if tokens is None else (ints(sequences + 1),))

@@ -115,7 +115,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
     (dict(head_layout="vd"), r"\[V, D\]"),
     (dict(backend="cudnn"), "no backend 'cudnn'"),
     (dict(backend="mosaic_gpu", target="v5e"), "no backend 'mosaic_gpu' on v5e"),
-    (dict(backend="mosaic_gpu", target="h100"), "bfloat16 only|needs jax"),
+    (dict(backend="mosaic_gpu", target="h100"), "bfloat16 and float16 only|needs jax"),
     (dict(backend="pallas_tpu", target="v5e", float16=True), "bfloat16 and float32|needs jax"),
     (dict(backend="auto"), "needs target="),
   ],

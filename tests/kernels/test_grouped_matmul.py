@@ -138,6 +138,16 @@ def test_impossible_calls(x, w, sizes, options, message):
     grouped_matmul(jnp.ones(x), jnp.ones(w), jnp.ones(sizes, jnp.int32), **options)
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu"])
+def test_no_second_derivative(backend):
+  if backend == "pallas_tpu" and jax.__version_info__ < (0, 11):
+    pytest.skip("needs jax 0.11")
+  x, w, sizes, _ = case([3, 2], 6, 8, 4)
+  gradient = jax.grad(lambda w: (grouped_matmul(x, w, sizes, backend=backend) ** 2).sum())
+  with pytest.raises(ConfigError, match="no second derivative"):
+    jax.eval_shape(jax.grad(lambda w: gradient(w).sum()), w)
+
+
 def test_auto():
   assert backends.choose("grouped_matmul", "auto", "cpu") == "xla"
   check(case([3, 2], 6, 8, 4), backend="auto", target="cpu")

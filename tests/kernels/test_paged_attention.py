@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_oracle import check, make_call
+from paged_oracle import check, for_tpu, make_call
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import KVPages, flash_attention, paged_attention, write_pages
@@ -36,15 +36,16 @@ SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.
   alibi=st.booleans(),
   padding=st.integers(0, 5),
   unused=st.integers(0, 2),
+  tpu=st.booleans(),
   seed=st.integers(0, 99),
 )
 def test_options_and_their_pairs(
-  lengths, decoding, heads, page_size, dtype, cache, window, softcap, sinks, alibi, padding, unused, seed
+  lengths, decoding, heads, page_size, dtype, cache, window, softcap, sinks, alibi, padding, unused, tpu, seed
 ):
   news = None if decoding else [min(n, int(x)) for n, x in zip(lengths, np.random.default_rng(seed).integers(0, 40, 9))]
   call = make_call(
     lengths, news, N=heads[0], K=heads[1], H=16, page_size=page_size, dtype=dtype, cache=cache, seed=seed,
-    padding=padding, unused=unused,
+    padding=padding, unused=unused, tpu=tpu,
   )  # fmt: skip
   if call.query.shape[0] == 0:
     return
@@ -132,13 +133,42 @@ def test_writing_is_in_place_when_donated(dtype):
   assert memory.alias_size_in_bytes >= 2 * size * pages.keys.dtype.itemsize and memory.temp_size_in_bytes < size // 16
 
 
+@pytest.mark.parametrize("K,H,dtype", [(3, 64, "bfloat16"), (2, 80, "float32"), (5, 32, "int8"), (1, 192, "bfloat16")])
+def test_layout_for_tpu(K, H, dtype):
+  """New tokens land where the layout says, in rows without a gap for heads of 64; and are read from there."""
+  rng = np.random.default_rng(3)
+  write, attend = jax.jit(write_pages), jax.jit(paged_attention)
+  new = [jnp.asarray(rng.normal(size=(4, K, H)), dtype if dtype != "int8" else "float32") for _ in range(2)]
+  rest = jnp.array([[2, 0], [1, 3]]), jnp.array([18, 9]), jnp.array([0, 3, 4])
+  plain, laid_out = (write(KVPages.zeros(4, 16, K, H, dtype, target=target), *new, *rest) for target in ("h100", "v5e"))
+  jax.tree.map(np.testing.assert_array_equal, laid_out, for_tpu(plain))
+  query = jnp.asarray(rng.normal(size=(4, 2 * K, H)), jnp.float32)
+  np.testing.assert_array_equal(attend(query, laid_out, *rest), attend(query, plain, *rest))
+  if H == 64:
+    assert laid_out.keys.shape == (4, 2, 16, 128)
+
+
+@pytest.mark.parametrize("target,H,dtype", [("v5e", 64, "bfloat16"), ("v7", 128, "int8"), ("v6e", 80, "float8_e4m3fn")])
+def test_writing_is_in_place_on_tpu(target, H, dtype):
+  pytest.importorskip("libtpu")
+  from machine_code import compile_tpu
+
+  pages = jax.eval_shape(lambda: KVPages.zeros(8192, 128, 4, H, dtype, target=target))
+  new, ints = jax.ShapeDtypeStruct((64, 4, H), jnp.bfloat16), jax.ShapeDtypeStruct
+  inputs = pages, new, new, ints((8, 9), jnp.int32), ints((8,), jnp.int32), ints((9,), jnp.int32)
+  memory = compile_tpu(write_pages, inputs, target, donate_argnums=0).memory_analysis()
+  cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+  assert memory.alias_size_in_bytes >= cache and memory.temp_size_in_bytes < cache / 64
+
+
 def test_layers_share_pages_by_shifted_tables():
+  attend = jax.jit(paged_attention)
   call = make_call([40, 9], page_size=16)
   other = make_call([40, 9], page_size=16, seed=1)
   query, pages, table, *rest = call.arguments
   both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), other.pages, pages)
   np.testing.assert_array_equal(
-    paged_attention(query, both, table + other.pages.keys.shape[0], *rest), paged_attention(query, pages, table, *rest)
+    attend(query, both, table + other.pages.keys.shape[0], *rest), attend(query, pages, table, *rest)
   )
 
 

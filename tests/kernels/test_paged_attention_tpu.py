@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import needs_emulators, tpu_emulator
-from paged_oracle import check, make_call, model_shapes
+from paged_oracle import check, for_tpu, make_call, model_shapes
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import KVPages, paged_attention
@@ -26,6 +26,17 @@ CASES = {
   ),
   "mixed, head dim 256": (dict(lengths=[700, 9], news=[60, 1], H=256, page_size=64), dict(window=33, sinks=SINKS)),
   "mixed, int8": (dict(lengths=[260, 30], news=[50, 30], page_size=128, cache=jnp.int8), {}),
+  "decoding, head dim 64": (dict(lengths=[150, 0, 41], N=8, K=4, H=64, page_size=64), dict(softcap=3.0)),
+  "decoding, head dim 64, an odd head, int8": (
+    dict(lengths=[140, 20], N=3, K=3, H=64, page_size=128, cache=jnp.int8),
+    dict(alibi_slopes=SLOPES[:3], sinks=SINKS[:3]),
+  ),
+  "mixed, head dim 64": (
+    dict(lengths=[130, 20], news=[70, 1], N=4, K=2, H=64, page_size=32, padding=2),
+    dict(window=60, alibi_slopes=SLOPES),
+  ),
+  "mixed, head dim 80, fp8": (dict(lengths=[140, 9], news=[20, 1], H=80, page_size=128, cache=jnp.float8_e4m3fn), {}),
+  "decoding, head dim 32": (dict(lengths=[70], N=6, K=6, H=32, page_size=32), {}),
 }
 
 
@@ -39,7 +50,7 @@ def run(call, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_emulated(name):
   shape, options = CASES[name]
-  call = make_call(**{"H": 128, **shape})
+  call = make_call(**{"H": 128, "tpu": "head dim" in name, **shape})
   check(call, run(call, **options), **options)
 
 
@@ -53,16 +64,26 @@ def test_two_cores_and_twice_the_same():
 
 
 @needs_emulators
+@pytest.mark.parametrize("window,splits", [(None, None), (600, 3)])
+def test_parts_of_the_keys(window, splits):
+  """An odd number of tiles on two cores; parts without a block, and a sequence without a key."""
+  call = make_call([1600, 40, 0], page_size=128, N=4, K=2, H=64, tpu=True)
+  check(call, run(call, target="v5p", window=window, splits=splits), window=window)
+
+
+@needs_emulators
 def test_refuses():
   call = make_call([20, 3], H=64)
   query, pages, *rest = call.arguments
-  with pytest.raises(ConfigError, match="head dims"):
+  with pytest.raises(ConfigError, match=r"KVPages.zeros\(target="):
     paged_attention(query, pages, *rest, backend="pallas_tpu", target="v5e")
   with pytest.raises(ConfigError, match="multiple of 128 tokens"):
-    small = KVPages.zeros(4, 64, 2, 64, "int8")
+    small = KVPages.zeros(4, 64, 2, 64, "int8", target="v5e")
     paged_attention(query, small, *rest, backend="pallas_tpu", target="v5e")
   with pytest.raises(ConfigError, match="no backend 'pallas_tpu' on h100"):
     paged_attention(query, pages, *rest, backend="pallas_tpu", target="h100")
+  with pytest.raises(ConfigError, match="laid out for a TPU"):
+    paged_attention(query, for_tpu(pages), *rest, backend="mosaic_gpu", target="h100")
 
 
 MODELS = {
@@ -73,6 +94,10 @@ MODELS = {
   "mixed, Gemma": (dict(tokens=512, N=16, K=8, H=256), dict(window=4096, softcap=50.0)),
   "mixed, MHA, every option": (dict(tokens=512, K=32), dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32))),
   "decoding, fp8": (dict(page_size=128, cache="float8_e4m3fn"), {}),
+  "decoding, head dim 64, odd heads": (dict(N=15, K=5, H=64), {}),
+  "decoding, head dim 64, int8": (dict(page_size=128, H=64, cache="int8"), {}),
+  "mixed, head dim 80": (dict(tokens=512, H=80), dict(window=128)),
+  "decoding, one sequence": (dict(sequences=1, length=131072), {}),
 }
 
 
@@ -86,6 +111,9 @@ def test_compiles(name, chip):
   from machine_code import compile_tpu
 
   shapes, options = MODELS[name]
+  inputs = model_shapes(**shapes, target=chip)
   function = functools.partial(paged_attention, backend="auto", target=chip, **options)
-  compiled = compile_tpu(function, model_shapes(**shapes), chip)
+  compiled = compile_tpu(function, inputs, chip)
   assert "paged_attention" in compiled.as_text()
+  pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs[1]))
+  assert compiled.memory_analysis().temp_size_in_bytes < pages / 8, "the cache is copied"

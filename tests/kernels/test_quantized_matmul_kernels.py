@@ -198,4 +198,5 @@ def test_tpus(kind, M, chip):
   for function, inputs in ((forward, (x, q)), (backward, (x, q, dy))):
     compiled = compile_tpu(function, inputs, chip)
     assert "custom-call" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes <= D * F // 4
+    # Nothing of the weight's size; activations that a dynamic format rounds are one byte each.
+    assert compiled.memory_analysis().temp_size_in_bytes <= D * F // 4 + M * D * ("dynamic" in kind[0])

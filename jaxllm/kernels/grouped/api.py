@@ -75,12 +75,20 @@ def _forward(backend, target, tiles, x, weights, sizes):
   return _product(backend, target, tiles, x, weights, sizes), (x, weights, sizes)
 
 
-def _backward(backend, target, tiles, saved, dy):
-  x, weights, sizes = saved
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _gradients(backend, target, tiles, x, weights, sizes, dy):
   module = _module(backend)
   dx = module.product(dy, weights, sizes, target, transposed=True, tiles=tiles[1])
-  dweights = module.weights_gradient(x, dy, sizes, target, tiles=tiles[2])
-  return dx, dweights, None
+  return dx, module.weights_gradient(x, dy, sizes, target, tiles=tiles[2])
+
+
+@_gradients.defjvp
+def _(backend, target, tiles, primals, tangents):
+  raise ConfigError("grouped_matmul has no second derivative")
+
+
+def _backward(backend, target, tiles, saved, dy):
+  return *_gradients(backend, target, tiles, *saved, dy), None
 
 
 _product.defvjp(_forward, _backward)

@@ -99,6 +99,7 @@ def gradients(
   rows: int,
   dtype: Any,
   finish: Finish | None = None,
+  pinned: bool = False,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
   """Statistics and the gradients of x, in x's dtype, and of the head.
 
@@ -107,13 +108,22 @@ def gradients(
     dtype: the head's own. Its gradient is summed in it, unless x's is wider: a 16-bit gradient is rounded after each
       chunk, because to sum it in float32 would take twice the head's memory.
     finish: makes the logits' gradient of the exponentials; by default XLA does.
+    pinned: the head and its gradient go through the loop as [rows / 8, 8, columns], where they can be. XLA for TPU v7
+      prefers tiles of 16 rows for products in 16 bits, for which it copies both; eight rows admit no such tile.
   """
   summed = jnp.promote_types(dtype, x.dtype)
   finish = finish or functools.partial(_finish, options, w.shape[0 if options.vd else 1], x.dtype)
   over_v, over_d = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
+  head_shape = w.shape
+  pinned = pinned and w.shape[0] % 8 == 0
+  shape = (w.shape[0] // 8, 8, w.shape[1]) if pinned else w.shape
+  held = w.reshape(shape)
+
   def body(d_head, piece):
     xc, t, k = piece
+    # Without the barrier the reshaping moves out of the loop, and the other tiles come back.
+    w = lax.optimization_barrier((held, xc))[0].reshape(head_shape) if pinned else held
     part = compute(xc, w, t, True)
     stats = _combine(part)
     scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
@@ -122,12 +132,13 @@ def gradients(
     a, b = (dz, xc) if options.vd else (xc, dz)
     # The dtype of the sum, so that the compiler makes one product that adds in place.
     product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=summed)
-    return product if d_head is None else d_head + product, (stats, dx.astype(x.dtype))
+    total = product if d_head is None else d_head.reshape(head_shape) + product
+    return total.reshape(shape), (stats, dx.astype(x.dtype))
 
   one = x.shape[0] <= rows
-  start = None if one else jnp.zeros(w.shape, summed)
+  start = None if one else jnp.zeros(shape, summed)
   d_head, (stats, dx) = _by_rows(body, start, (x, targets, coefficients), rows)
-  return stats, dx, d_head
+  return stats, dx, d_head.reshape(head_shape)
 
 
 def _by_rows(body, carry, arrays, rows):

@@ -81,7 +81,7 @@ def gradients(
   wide_x, wide_head = _prepared(x, head, options)
   finish = functools.partial(_finish, options, tiles, target)
   stats, dx, d_head = chunks.gradients(
-    part, wide_x, wide_head, targets, coefficients, options, rows, head.dtype, finish
+    part, wide_x, wide_head, targets, coefficients, options, rows, head.dtype, finish, pinned=True
   )
   return stats, dx[:, :D], d_head[:, :D] if options.vd else d_head[:D]
 

@@ -10,7 +10,8 @@ from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.head_loss import chunks
 from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
 
-LOGITS = 1 << 27  # of a chunk at most: 512 MiB
+# Logits of a chunk at most: 384 MiB, and 192 for their gradient in 16 bits. XLA for TPU makes the gradient over them.
+LOGITS, LOGITS_TPU = 3 << 25, 1 << 27
 CPU_ROWS = 1024  # more are no faster there
 
 
@@ -32,14 +33,18 @@ def gradients(
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
   """Statistics, and the gradients of x and of the head."""
   part, rows = functools.partial(_part, options), _rows(x, head, options, target)
-  return chunks.gradients(part, x, head.astype(x.dtype), targets, coefficients, options, rows, head.dtype)
+  pinned = TARGETS[target or "cpu"] == "tpu"
+  return chunks.gradients(
+    part, x, head.astype(x.dtype), targets, coefficients, options, rows, head.dtype, pinned=pinned
+  )
 
 
 def _rows(x, head, options, target):
   if options.chunk is not None:
     return min(options.chunk, x.shape[0])
-  most = CPU_ROWS if target is None or TARGETS[target] == "cpu" else None
-  return chunks.chunk_rows(x.shape[0], head.shape[0 if options.vd else 1], LOGITS, 8, most)
+  family = TARGETS[target or "cpu"]
+  budget, most = LOGITS_TPU if family == "tpu" else LOGITS, CPU_ROWS if family == "cpu" else None
+  return chunks.chunk_rows(x.shape[0], head.shape[0 if options.vd else 1], budget, 8, most)
 
 
 def _part(options, x, w, targets, keep):

@@ -57,8 +57,8 @@ def paged_attention(
     alibi_slopes: scores lose slope * distance (arXiv 2108.12409).
     return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink included;
       -inf for tokens of no sequence.
-    splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla" and
-      "pallas_tpu" compute one part only and ignore it.
+    splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla"
+      computes one part only and ignores it; on TPU more than one part helps only two cores of one device.
     backend: a name of `backends.BACKENDS["paged_attention"]`, or "auto": the first that can, for `target`.
       None: "auto" where a target is given, else "xla".
     target: the chip; None takes the backend that is named without asking the table.
@@ -68,11 +68,11 @@ def paged_attention(
   """
   pages.check()
   T, N, H = query.shape
-  K = pages.keys.shape[1]
-  if N % K or pages.keys.shape[3] != H:
+  K = pages.num_kv_heads
+  if N % K or pages.head_dim != H:
     raise ConfigError(
-      f"paged_attention takes query [T, N, H] and pages [pages, K, page_size, H] with N a multiple of K; "
-      f"these are {query.shape}, {pages.keys.shape}"
+      f"paged_attention takes query [T, N, H] and pages of K heads of H, with N a multiple of K; these are "
+      f"{query.shape} and pages of {K} heads of {pages.head_dim}"
     )
   B = page_table.shape[0]
   given = None if query_starts is None else query_starts.shape[0]
@@ -116,5 +116,7 @@ def _refuses(query, pages, options, backend, target) -> str | None:
   """Why a backend cannot compute this call, or None."""
   if backend == "xla":
     return None
+  if backend == "mosaic_gpu" and pages.heads:
+    return "pages laid out for a TPU"
   module = importlib.import_module(f"jaxllm.kernels.paged.{backend}")
   return module.refuses(query, pages, options, target)

@@ -32,7 +32,7 @@ def attend(
   slopes = None if slopes is None else jnp.tile(slopes, (1, 1, schedule.tokens))[..., None]  # [1, K, R, 1]
 
   def load(array, ids):
-    return jnp.moveaxis(array[ids], 2, 1).reshape(M, K, block, *array.shape[3:])
+    return jnp.moveaxis(array[ids], 2, 1).reshape(M, array.shape[1], block, *array.shape[3:])
 
   def step(index, carry):
     acc, top, total = carry
@@ -40,7 +40,10 @@ def attend(
     place = index * block + jnp.arange(block)
     written = (place < schedule.end[:, None])[:, None, :]  # [M, 1, block]
     scores = jnp.einsum(
-      "mkrh,mksh->mkrs", queries, load(pages.keys, ids).astype(queries.dtype), preferred_element_type=jnp.float32
+      "mkrh,mksh->mkrs",
+      queries,
+      pages.split(load(pages.keys, ids)).astype(queries.dtype),
+      preferred_element_type=jnp.float32,
     )
     if pages.key_scales is not None:
       scores *= load(pages.key_scales, ids)[:, :, None].astype(jnp.float32)
@@ -61,7 +64,7 @@ def attend(
     if pages.value_scales is not None:
       p *= jnp.where(written, load(pages.value_scales, ids).astype(jnp.float32), 0.0)[:, :, None]
     # Slots that nobody wrote may hold NaN, and 0 * NaN is NaN.
-    value = jnp.where(written[..., None], load(pages.values, ids).astype(queries.dtype), 0)
+    value = jnp.where(written[..., None], pages.split(load(pages.values, ids)).astype(queries.dtype), 0)
     product = jnp.einsum("mkrs,mksh->mkrh", p.astype(queries.dtype), value, preferred_element_type=jnp.float32)
     return acc * shrink[..., None] + product, new_top, total
 
