@@ -119,20 +119,17 @@ class Bench:
   def row(self, job: dict) -> dict:
     """What became of a job. One whose child dies is tried once more in a new one, unless it was the first there: what
     an earlier job did to the memory must not be held against it."""
-    for _ in range(2):
-      fresh = self.child.process is None
-      try:
-        answer = self.child.ask(job, self.timeout)
-      except isolate.Lost as lost:
-        if fresh or "no answer" in str(lost):
-          return {"failed": str(lost)}
-        continue
-      if answer.pop("poisoned", False):
-        self.child.close()
-        if not fresh:
-          continue
-      return answer
-    return {"failed": str(lost) if "lost" in locals() else answer["failed"]}
+    fresh = self.child.process is None
+    try:
+      answer = self.child.ask(job, self.timeout)
+    except isolate.Lost as lost:
+      answer = {"failed": str(lost), "lost": True}
+    if answer.pop("poisoned", False):
+      self.child.close()
+      answer["lost"] = True
+    if answer.pop("lost", False) and not fresh and "no answer" not in answer["failed"]:
+      return self.row(job)
+    return answer
 
 
 def sources() -> str:
@@ -151,6 +148,16 @@ def commit() -> str:
   """The commit that is checked out, "+changes" if files differ from it; empty outside git."""
   run = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT).stdout.strip()  # noqa: E731
   return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", "-uno") else "")
+
+
+def earlier(path: Path, same: dict) -> dict:
+  """The record at `path` if it is of the same sources and device, else an empty one."""
+  if path.exists():
+    record = json.loads(path.read_text())
+    if all(record.get(name) == value for name, value in same.items()):
+      print(f"goes on from {len(record['rows'])} rows of {path}")
+      return record
+  return {"ceilings": {}, "rows": []}
 
 
 def write(record: dict, path: Path) -> None:
@@ -271,12 +278,7 @@ def main():
       raise SystemExit("\n".join(" ".join(str(part) for part in key(job) if part) for job in todo) or "nothing to do")
     out = Path(args.out or f"experiments/benchmarks/kernels_{facts['target']}")
     same = facts | {"sources": sources(), "calls": args.calls}
-    record = {"ceilings": {}, "rows": []}
-    if out.with_suffix(".json").exists() and not args.fresh:
-      old = json.loads(out.with_suffix(".json").read_text())
-      if all(old.get(name) == value for name, value in same.items()):
-        record = old
-        print(f"goes on from {len(old['rows'])} rows of {out}.json")
+    record = {"ceilings": {}, "rows": []} if args.fresh else earlier(out.with_suffix(".json"), same)
     record |= same | {"commit": commit(), "date": datetime.date.today().isoformat()}
     record["command"] = "python " + " ".join(sys.argv)
     if not record["ceilings"]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import bench_kernels
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,9 +72,9 @@ def test_what_is_wrong_is_called_so(first):
   assert "late" not in summary
 
 
-def test_a_run_of_other_sources_starts_again(first, tmp_path):
-  _, _, _, record, _ = first
-  out = tmp_path / "old"
-  out.with_suffix(".json").write_text(json.dumps(record | {"sources": "others"}))
-  again, said = bench(out, "--quick", "--match=right")
-  assert "goes on" not in said and set(rows(again)) == {("right", "cpu")}
+def test_only_rows_of_the_same_sources_and_device_are_kept(first):
+  out, _, _, record, _ = first
+  same = {name: record[name] for name in ("sources", "device", "versions", "calls")}
+  assert bench_kernels.earlier(out.with_suffix(".json"), same)["rows"] == record["rows"]
+  for name in same:
+    assert not bench_kernels.earlier(out.with_suffix(".json"), same | {name: "another"})["rows"]
