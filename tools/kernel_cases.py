@@ -195,9 +195,9 @@ def cross_entropy(M, D, V, *, dtype=jnp.bfloat16, backward=True, **options) -> C
     others["tokamax"] = call(_tokamax_cross_entropy)
 
   def oracle(inputs, result):
-    x, head, targets = (np.asarray(a, np.float64 if i < 2 else None) for i, a in enumerate(inputs))
     if M * V > 1 << 27:  # a float64 product of this size takes minutes
       return None
+    x, head, targets = (np.asarray(a, np.float64 if i < 2 else None) for i, a in enumerate(inputs))
     logits = x[0] @ head
     top = logits.max(-1)
     want = (top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(M), targets[0]]).sum()
@@ -280,8 +280,8 @@ def paged_attention(B, length, N, K, H, *, page_size=64, new=1, dtype="bfloat16"
     def draw(x):
       values = rng.standard_normal(x.shape, dtype=np.float32)
       if x.dtype == jnp.int8:
-        return jnp.asarray(np.clip(40 * values, -127, 127), jnp.int8)
-      return jnp.asarray(np.abs(values) / 40 if x.dtype == jnp.float32 else values, x.dtype)
+        return jnp.asarray(jnp.clip(40 * values, -127, 127), jnp.int8)
+      return jnp.asarray(jnp.abs(values) / 40 if x.dtype == jnp.float32 else values, x.dtype)
 
     places = jnp.asarray(rng.permutation(B * count).reshape(B, count), jnp.int32)
     return draw(query), jax.tree.map(draw, pages), places

@@ -52,7 +52,7 @@ BACKENDS = {
     "tpu": ("pallas_tpu", "xla"),
   },
   "paged_attention": {
-    "cpu": ("xla",),
+    "cpu": ("cpu", "xla"),
     "hopper": ("mosaic_gpu", "xla"),
     "gpu": ("xla",),
     "tpu": ("pallas_tpu", "xla"),

@@ -28,6 +28,7 @@ TARGETS = (
   "cpu_attention",
   "cpu_attention_grad",
   "cpu_cross_entropy",
+  "cpu_decode",
   "cpu_quantized_matmul",
   "cpu_rms_norm",
   "cpu_rms_norm_grad",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends
-from jaxllm.kernels.attention import reference
+from jaxllm.kernels.attention import decode, reference
 from jaxllm.kernels.attention.options import Options, Visibility
 
 
@@ -88,10 +88,8 @@ def flash_attention(
     query = jnp.where(real_query, query, 0)
     key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
   if backend in ("cpu", "cudnn"):
-    out, lse = (
-      importlib.import_module(f"jaxllm.kernels.attention.{backend}").attention(query, key, value, options),
-      None,
-    )
+    module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
+    out, lse = module.attention(query, key, value, options)
   elif backend == "xla":
     out, lse = reference.attention(query, key, value, options, bias, target)
   else:
@@ -105,6 +103,8 @@ def _refuses(query, key, value, options, bias, return_lse, backend, target) -> s
     return None
   asked = options.asked | ({"bias"} if bias is not None else set()) | ({"lse"} if return_lse else set())
   T, S, H = query.shape[1], key.shape[1], query.shape[3]
+  if backend == "cpu" and decode.computes(query, key, value, options) and "bias" not in asked:
+    return None
   if backend in ("cpu", "cudnn"):
     if unable := asked - {"causal", "window", "segment_ids"}:
       return f"no {', '.join(sorted(unable))}"

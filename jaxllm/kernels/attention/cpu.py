@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels.attention import decode
 from jaxllm.kernels.attention.options import Options
 
 CACHE_BYTES = 4 << 20  # scores of one head group in the XLA form should fit the second-level caches
@@ -22,13 +23,14 @@ CACHE_BYTES = 4 << 20  # scores of one head group in the XLA form should fit the
 
 def attention(
   query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
-) -> Float[Array, "B T N H"]:
-  """Plain attention: causal order, window and segments only."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
+  """Causal order, window and segments; of a few queries and a cache most options, and the log-sum-exp."""
+  if decode.computes(query, key, value, options):
+    return decode.attention(query, key, value, options)
   segment_ids = None if options.query_segments is None else (options.query_segments, options.key_segments)
   v = options.visibility
-  return attention_cpu(
-    query, key, value, causal=v.causal, window=v.window, segment_ids=segment_ids, scale=options.scale
-  )
+  out = attention_cpu(query, key, value, causal=v.causal, window=v.window, segment_ids=segment_ids, scale=options.scale)
+  return out, None
 
 
 def attention_cpu(

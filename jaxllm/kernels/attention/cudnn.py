@@ -11,8 +11,8 @@ def attention(
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K H"],
   options: Options,
-) -> Float[Array, "B T N H"]:
-  """Plain attention in 16 bits; segments go in as a mask array of [B, 1, T, S] bits."""
+) -> tuple[Float[Array, "B T N H"], None]:
+  """Plain attention in 16 bits, without log-sum-exp; segments go in as a mask array of [B, 1, T, S] bits."""
   mask = None
   if options.query_segments is not None:
     queries, keys = options.query_segments[:, None, :, None], options.key_segments[:, None, None, :]
@@ -21,7 +21,7 @@ def attention(
   if options.visibility.window is not None:
     width = options.visibility.window - 1
     window = (width, 0 if options.visibility.causal else width)
-  return jax.nn.dot_product_attention(
+  out = jax.nn.dot_product_attention(
     query,
     key,
     value,
@@ -31,3 +31,4 @@ def attention(
     local_window_size=window,
     implementation="cudnn",
   )
+  return out, None

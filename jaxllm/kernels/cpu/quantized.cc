@@ -1,7 +1,7 @@
 // Products with int8, int4 and nf4 weights as an XLA custom call: y = x W, float32. Layout: kernels/quantized/weights.py.
 //
-// A few tokens (decoding): each weight row is unpacked into registers once and multiplied with every token, so the time
-// is that of reading the codes. More tokens: 32 rows at a time become a packed panel in the first-level cache, which
+// A few tokens (decoding): each weight row is unpacked into registers once and multiplied with every token, scales once
+// a group, so the time is that of reading the codes. More tokens: 32 rows at a time become a packed panel in the first-level cache, which
 // the dense product's inner kernel multiplies.
 #include "gemm.h"
 
@@ -39,18 +39,95 @@ struct Codes {
   }
 };
 
-template <int M>
-static void few(const Codes& w, const float* x, float* y, int64_t f0, int64_t f1) {
+template <int N>
+static __m512 sum_of(const __m512* x) {
+  if constexpr (N == 1) return x[0];
+  else return _mm512_add_ps(sum_of<N / 2>(x), sum_of<N / 2>(x + N / 2));
+}
+
+// Sums of a span of weights that share a scale, times the activations of M tokens; then the scale, once.
+template <int M, bool Zeros>
+static void few_packed(const Codes& w, const float* x, float* y, int64_t f0, int64_t f1) {
+  constexpr int U = M <= 2 ? 4 : 1;
+  const int64_t span = std::min<int64_t>(128, w.shift < 7 ? 1 << w.shift : 128);
+  const __m512i low = _mm512_set1_epi32(15);
   for (int64_t f = f0; f < f1; f++) {
-    __m512 sum[M][2];
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-    w.row(f, 0, w.K, [&](int64_t k, __m512 v) {
+    const uint8_t* p = w.values + f * w.K / 2;
+    __m512 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < w.K; block += 256)
+      for (int64_t sub = 0; sub < 128; sub += span) {
+        const int64_t a = (block + sub >> w.shift) * w.F + f, b = (block + 128 + sub >> w.shift) * w.F + f;
+        const __m512 za = _mm512_set1_ps(Zeros ? w.zeros[a] : 0), zb = _mm512_set1_ps(Zeros ? w.zeros[b] : 0);
+        __m512 first[M][U], second[M][U];
+        for (int m = 0; m < M; m++)
+          for (int i = 0; i < U; i++) first[m][i] = second[m][i] = _mm512_setzero_ps();
+        const auto add = [&](int64_t j, int i) {
+          const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + block / 2 + j)));
+          __m512 u = _mm512_permutexvar_ps(_mm512_and_si512(both, low), w.table);
+          __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), w.table);
+          if (Zeros) u = _mm512_sub_ps(u, za), v = _mm512_sub_ps(v, zb);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) {
+            first[m][i] = _mm512_fmadd_ps(u, load16(x + m * w.K + block + j), first[m][i]);
+            second[m][i] = _mm512_fmadd_ps(v, load16(x + m * w.K + block + 128 + j), second[m][i]);
+          }
+        };
+        int64_t j = sub;
+        for (; j + 16 * U <= sub + span; j += 16 * U) {
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[m][k >> 4 & 1] = _mm512_fmadd_ps(v, load16(x + m * w.K + k), sum[m][k >> 4 & 1]);
-    });
-    for (int m = 0; m < M; m++) y[m * w.F + f] = _mm512_reduce_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]));
+          for (int i = 0; i < U; i++) add(j + 16 * i, i);
+        }
+        for (; j < sub + span; j += 16) add(j, 0);
+        const __m512 sa = _mm512_set1_ps(w.scales[a]), sb = _mm512_set1_ps(w.scales[b]);
+        for (int m = 0; m < M; m++)
+          total[m] = _mm512_fmadd_ps(sa, sum_of<U>(first[m]), _mm512_fmadd_ps(sb, sum_of<U>(second[m]), total[m]));
+      }
+    for (int m = 0; m < M; m++) y[m * w.F + f] = _mm512_reduce_add_ps(total[m]);
   }
 }
+
+// The same of codes that are numbers, several vectors at once; those have no zero points.
+template <int M>
+static void few_bytes(const Codes& w, const float* x, float* y, int64_t f0, int64_t f1) {
+  constexpr int U = M <= 2 ? 4 : M <= 4 ? 2 : 1;
+  const int64_t span = w.shift < 62 ? (int64_t)1 << w.shift : w.K;
+  for (int64_t f = f0; f < f1; f++) {
+    const uint8_t* p = w.values + f * w.K;
+    __m512 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm512_setzero_ps();
+    for (int64_t k0 = 0; k0 < w.K; k0 += span) {
+      const int64_t k1 = std::min(w.K, k0 + span);
+      __m512 sum[M][U];
+      for (int m = 0; m < M; m++)
+        for (int u = 0; u < U; u++) sum[m][u] = _mm512_setzero_ps();
+      const auto add = [&](int64_t k, int u) {
+        const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + k))));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) sum[m][u] = _mm512_fmadd_ps(v, load16(x + m * w.K + k), sum[m][u]);
+      };
+      int64_t k = k0;
+      for (; k + 16 * U <= k1; k += 16 * U) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; u++) add(k + 16 * u, u);
+      }
+      for (; k < k1; k += 16) add(k, 0);
+      const __m512 scale = _mm512_set1_ps(w.scales[(k0 >> w.shift) * w.F + f]);
+      for (int m = 0; m < M; m++) total[m] = _mm512_fmadd_ps(scale, sum_of<U>(sum[m]), total[m]);
+    }
+    for (int m = 0; m < M; m++) y[m * w.F + f] = _mm512_reduce_add_ps(total[m]);
+  }
+}
+
+template <int M>
+static void few(const Codes& w, const float* x, float* y, int64_t f0, int64_t f1) {
+  if (!w.packed) few_bytes<M>(w, x, y, f0, f1);
+  else if (w.zeros) few_packed<M, true>(w, x, y, f0, f1);
+  else few_packed<M, false>(w, x, y, f0, f1);
+}
+
+using Few = void (*)(const Codes&, const float*, float*, int64_t, int64_t);
+static constexpr Few FEW[] = {few<1>, few<2>, few<3>, few<4>, few<5>, few<6>, few<7>, few<8>};
 
 static void many(const Codes& w, const float* x, int64_t M, float* y, int64_t f0) {
   static thread_local Scratch rows, panel;
@@ -78,9 +155,9 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
           zeros.element_count() ? zeros.typed_data() : nullptr, _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  if (M <= 4) {
-    auto f = M == 1 ? few<1> : M == 2 ? few<2> : M == 3 ? few<3> : few<4>;
-    parallel_for(pool, (int)((F + 63) / 64), [&](int i) { f(w, in, out, i * 64, std::min<int64_t>(F, i * 64 + 64)); });
+  if (M >= 1 && M <= 8) {
+    parallel_for(pool, (int)((F + 63) / 64),
+                 [&](int i) { FEW[M - 1](w, in, out, i * 64, std::min<int64_t>(F, i * 64 + 64)); });
   } else {
     parallel_for(pool, (int)((F + NR - 1) / NR), [&](int i) { many(w, in, M, out, i * NR); });
   }

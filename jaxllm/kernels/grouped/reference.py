@@ -4,12 +4,22 @@ On CPU and GPU XLA's own `ragged_dot` copies x once for each expert and multipli
 for TPUs it has a kernel that does not, and there it is used.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """rows: of x at once."""
+
+  rows: int
 
 
 def refuses(x: Array, weights: Array, target: str | None) -> str | None:
@@ -33,7 +43,7 @@ def product(
     y = lax.ragged_dot_general(jnp.where(real, x, 0), weights, sizes, numbers)
     return jnp.where(real, y, 0)
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  rows = min(M, tiles or _rows(weights.shape[0], M))
+  rows = min(M, tiles or _rows(weights.shape[0], M, x.dtype, target))
   starts, ends = _bounds(sizes, M)
   count = (ends - starts + rows - 1) // rows
   last = jnp.cumsum(count)  # tiles of this group and those before
@@ -60,7 +70,7 @@ def weights_gradient(
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     return lax.ragged_dot_general(jnp.where(real, x, 0), jnp.where(real, dy, 0), sizes, numbers)
   M = x.shape[0]
-  rows = min(M, tiles or _rows(sizes.shape[0], M))
+  rows = min(M, tiles or _rows(sizes.shape[0], M, x.dtype, target))
 
   def of_group(bounds):
     start, end = bounds
@@ -83,9 +93,10 @@ def _native(target):
   return target is not None and TARGETS[target] == "tpu"
 
 
-def _rows(groups, M):
+def _rows(groups, M, dtype, target):
   """Rows of a tile: about a group's share, so that little of a tile is another group's."""
-  return min(512, max(16, 1 << (M // groups - 1).bit_length()))
+  share = min(512, max(16, 1 << (M // groups - 1).bit_length()))
+  return tuning.tiles("grouped_matmul_xla", target, Tiles(share), share=share, dtype=jnp.dtype(dtype).name).rows
 
 
 def _bounds(sizes, M):

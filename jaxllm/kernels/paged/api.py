@@ -95,7 +95,7 @@ def paged_attention(
     if chosen == "xla":
       work = plan(tile_tokens=1 if query_starts is None else 16, num_sequences=num_sequences)
       tiles = schedule.to_tiles(query, work, K, work.tokens * (N // K))
-      out, lse = reference.attend(tiles, pages, table, work, options)
+      out, lse = reference.attend(tiles, pages, table, work, options, target)
     else:
       module = importlib.import_module(f"jaxllm.kernels.paged.{chosen}")
       shape = module.tile_shape(N // K, query_starts is None)

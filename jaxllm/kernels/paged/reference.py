@@ -1,15 +1,24 @@
 """Paged attention in plain JAX, block of pages by block of pages: what every other backend is measured against."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.kernels import tuning
 from jaxllm.kernels.paged.options import Options
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
 LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
-BLOCK = 256  # keys of a tile at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """keys: of a tile at once."""
+
+  keys: int = 256
 
 
 def attend(
@@ -18,11 +27,13 @@ def attend(
   page_table: Int[Array, "B max_pages"],
   schedule: Schedule,
   options: Options,
+  target: str | None = None,
 ) -> tuple[Float[Array, "1 M K R H"], Float[Array, "1 M K R"]]:
   """Results in float32 and log-sum-exp of all tiles; as many blocks as the longest tile has."""
   M, K, R, H = queries.shape
   size = pages.page_size
-  at_once = max(1, BLOCK // size)
+  tiles = tuning.tiles("paged_attention_xla", target, Tiles(), dtype=pages.keys.dtype.name)
+  at_once = max(1, tiles.keys // size)
   block = at_once * size
   table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % at_once)))
   group = options.group

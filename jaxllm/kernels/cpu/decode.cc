@@ -1,0 +1,248 @@
+// Attention of a few queries to a long cache, in one piece or in pages: decoding, where the time is that of reading the
+// keys and values once.
+//
+// A tile is R rows (query heads of one key head, times new tokens) of one sequence. A task is a tile's key head and 256
+// keys: sixteen keys at a time are turned into [H, 16], so that scores of sixteen keys are one vector and no sum runs
+// across lanes; then the rows' sums of values. Tasks leave (sums, largest score, sum of exponentials), and a second round
+// adds them up in order, so that the result does not depend on who computed what (Flash-Decoding).
+#include <type_traits>
+
+#include "common.h"
+
+static inline __m512 load16(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+
+namespace {
+
+constexpr int64_t CHUNK = 256;  // keys of a task
+
+struct Cache {
+  int64_t K, H, R, group, page_size, max_pages, page, head, token;  // the last three: strides in elements
+  const int32_t *table, *sequence, *position, *end;
+  const float *key_scales, *value_scales, *slopes;  // may be null
+  bool causal;
+  int64_t window;
+  float scale, softcap;
+
+  int64_t first_key(int64_t m) const {
+    return window > 0 ? std::max<int64_t>(0, position[m] - window + 1) / 16 * 16 : 0;
+  }
+  // Where n <= 16 keys from `s` on lie, and their scales' places.
+  void places(int64_t m, int64_t k, int64_t s, int64_t n, int64_t* at, int64_t* scale_at) const {
+    const int32_t* pages = table + sequence[m] * max_pages;
+    int64_t index = s / page_size, slot = s - index * page_size;
+    for (int64_t i = 0; i < n; i++, slot++) {
+      if (slot == page_size) slot = 0, index++;
+      at[i] = pages[index] * page + k * head + slot * token;
+      scale_at[i] = (pages[index] * K + k) * page_size + slot;
+    }
+  }
+};
+
+// [16 keys, H] to [H, 16]; keys past n are zeros.
+template <typename T>
+void turn(const T* keys, const int64_t* at, int64_t n, int64_t H, float* out) {
+  for (int64_t h = 0; h < H; h += 16) {
+    __m512i r[16];
+    for (int64_t i = 0; i < 16; i++) r[i] = i < n ? _mm512_castps_si512(load16(keys + at[i] + h)) : _mm512_setzero_si512();
+    transpose16(r);
+    for (int64_t i = 0; i < 16; i++) _mm512_storeu_si512(out + (h + i) * 16, r[i]);
+  }
+}
+
+// Scores of sixteen keys for N rows: out[r * CHUNK + 0..15].
+template <int N>
+void scores(const float* q, const float* keys, int64_t H, float* out) {
+  __m512 sum[N];
+  for (int i = 0; i < N; i++) sum[i] = _mm512_setzero_ps();
+  for (int64_t h = 0; h < H; h++) {
+    __m512 k = _mm512_loadu_ps(keys + h * 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * H + h]), k, sum[i]);
+  }
+  for (int i = 0; i < N; i++) _mm512_storeu_ps(out + i * CHUNK, sum[i]);
+}
+
+// acc[r] += sum over n keys of p[r] value, for N rows and 64 numbers from h on (`masks`: those inside H).
+template <int N, typename T>
+void values(const float* p, const T* v, const int64_t* at, int64_t n, int64_t H, int64_t h, float* acc) {
+  const int64_t parts = std::min<int64_t>(4, (H - h) / 16);
+  __m512 sum[N][4];
+  for (int i = 0; i < N; i++)
+    for (int64_t c = 0; c < parts; c++) sum[i][c] = _mm512_loadu_ps(acc + i * H + h + c * 16);
+  if (parts == 4) {
+    for (int64_t s = 0; s < n; s++) {
+      const T* row = v + at[s] + h;
+      __m512 x[4] = {load16(row), load16(row + 16), load16(row + 32), load16(row + 48)};
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
+        __m512 weight = _mm512_set1_ps(p[i * CHUNK + s]);
+        for (int c = 0; c < 4; c++) sum[i][c] = _mm512_fmadd_ps(weight, x[c], sum[i][c]);
+      }
+    }
+  } else {
+    for (int64_t s = 0; s < n; s++)
+      for (int64_t c = 0; c < parts; c++) {
+        __m512 x = load16(v + at[s] + h + c * 16);
+        for (int i = 0; i < N; i++) sum[i][c] = _mm512_fmadd_ps(_mm512_set1_ps(p[i * CHUNK + s]), x, sum[i][c]);
+      }
+  }
+  for (int i = 0; i < N; i++)
+    for (int64_t c = 0; c < parts; c++) _mm512_storeu_ps(acc + i * H + h + c * 16, sum[i][c]);
+}
+
+template <typename T>
+void fetch(const T* x, const int64_t* at, int64_t n, int64_t H) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t h = 0; h < H; h += 64 / (int64_t)sizeof(T)) _mm_prefetch((const char*)(x + at[i] + h), _MM_HINT_T0);
+}
+
+// Sums [R, H], largest scores [R] and sums of exponentials [R] of the keys [s0, s1) of a tile's key head.
+template <typename T>
+void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t m, int64_t k, int64_t s0, int64_t s1,
+           float* acc, float* top, float* total) {
+  static thread_local Scratch turned_, p_;
+  const int64_t H = c.H, R = c.R, n = s1 - s0;
+  float *turned = turned_.get<float>(16 * H), *p = p_.get<float>(R * CHUNK);
+  int64_t at[CHUNK + 16], scale_at[CHUNK + 16];
+  for (int64_t s = 0; s < n; s += 16) c.places(m, k, s0 + s, std::min<int64_t>(16, n - s), at + s, scale_at + s);
+  const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t s = 0; s < n; s += 16) {
+    const int64_t here = std::min<int64_t>(16, n - s);
+    if (s + 16 < n) fetch(keys, at + s + 16, std::min<int64_t>(16, n - s - 16), H);
+    turn(keys, at + s, here, H, turned);
+    int64_t r = 0;
+    for (; r + 4 <= R; r += 4) scores<4>(q + r * H, turned, H, p + r * CHUNK + s);
+    for (; r < R; r++) scores<1>(q + r * H, turned, H, p + r * CHUNK + s);
+    __m512 factor = _mm512_set1_ps(c.scale);
+    if (c.key_scales)
+      for (int i = 0; i < here; i++)
+        factor = _mm512_mask_mul_ps(factor, 1 << i, factor, _mm512_set1_ps(c.key_scales[scale_at[s + i]]));
+    for (r = 0; r < R; r++) {
+      float* row = p + r * CHUNK + s;
+      const int64_t position = c.position[m] + r / c.group;
+      __m512 z = _mm512_mul_ps(_mm512_loadu_ps(row), factor);
+      if (c.softcap > 0) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        __m512 e = exp16(_mm512_min_ps(_mm512_mul_ps(z, _mm512_set1_ps(2 / c.softcap)), _mm512_set1_ps(80.f)));
+        __m512 t = _mm512_div_ps(_mm512_set1_ps(2.f), _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+        z = _mm512_mul_ps(_mm512_set1_ps(c.softcap), _mm512_sub_ps(_mm512_set1_ps(1.f), t));
+      }
+      if (c.slopes) {
+        __m512 distance = _mm512_sub_ps(_mm512_set1_ps((float)(position - s0 - s)), lanes);
+        z = _mm512_fnmadd_ps(_mm512_set1_ps(c.slopes[k * c.group + r % c.group]), _mm512_abs_ps(distance), z);
+      }
+      __mmask16 seen = first(here);
+      if (c.causal) seen &= first(position + 1 - s0 - s);
+      if (c.window > 0) seen &= ~first(position - c.window + 1 - s0 - s);
+      _mm512_storeu_ps(row, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, z));
+    }
+  }
+  const int64_t padded = (n + 15) / 16 * 16;
+  for (int64_t r = 0; r < R; r++) {
+    float* row = p + r * CHUNK;
+    __m512 high = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int64_t s = 0; s < padded; s += 16) high = _mm512_max_ps(high, _mm512_loadu_ps(row + s));
+    top[r] = _mm512_reduce_max_ps(high);
+    const __m512 t = _mm512_set1_ps(top[r] == -INFINITY ? 0 : top[r]);
+    for (int64_t s = 0; s < padded; s += 16) {
+      __m512 z = _mm512_loadu_ps(row + s);
+      __mmask16 seen = _mm512_cmp_ps_mask(z, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+      z = _mm512_maskz_mov_ps(seen, exp16(_mm512_sub_ps(z, t)));
+      sum = _mm512_add_ps(sum, z);
+      _mm512_storeu_ps(row + s, z);
+    }
+    total[r] = _mm512_reduce_add_ps(sum);
+    if (c.value_scales)
+      for (int64_t s = 0; s < n; s++) row[s] *= c.value_scales[scale_at[s]];
+  }
+  memset(acc, 0, R * H * sizeof(float));
+  for (int64_t s = 0; s < n; s += 32) {
+    const int64_t here = std::min<int64_t>(32, n - s);
+    if (s + 32 < n) fetch(vals, at + s + 32, std::min<int64_t>(32, n - s - 32), H);
+    for (int64_t h = 0; h < H; h += 64) {
+      int64_t r = 0;
+      for (; r + 4 <= R; r += 4) values<4>(p + r * CHUNK + s, vals, at + s, here, H, h, acc + r * H);
+      for (; r < R; r++) values<1>(p + r * CHUNK + s, vals, at + s, here, H, h, acc + r * H);
+    }
+  }
+}
+
+template <typename T>
+void attend(ffi::ThreadPool& pool, const Cache& c, const float* q, const void* keys, const void* vals, int64_t M,
+            float* out, float* lse) {
+  static thread_local Scratch parts_;
+  const int64_t K = c.K, R = c.R, H = c.H, size = R * (H + 2);
+  int64_t chunks = 1;
+  for (int64_t m = 0; m < M; m++) chunks = std::max(chunks, (c.end[m] - c.first_key(m) + CHUNK - 1) / CHUNK);
+  float* parts = parts_.get<float>(M * chunks * K * size);
+  const auto keys_of = [&](int64_t m, int64_t i) { return c.first_key(m) + i * CHUNK; };
+  parallel_for(pool, (int)(M * chunks * K), [&](int task) {
+    const int64_t k = task % K, i = task / K % chunks, m = task / K / chunks, s0 = keys_of(m, i);
+    if (s0 >= c.end[m]) return;
+    float *acc = parts + task * size, *top = acc + R * H;
+    chunk(c, q + (m * K + k) * R * H, (const T*)keys, (const T*)vals, m, k, s0,
+          std::min<int64_t>(c.end[m], s0 + CHUNK), acc, top, top + R);
+  });
+  parallel_for(pool, (int)M, [&](int m) {
+    for (int64_t row = 0; row < K * R; row++) {
+      const int64_t k = row / R, r = row % R, at = m * K * R + row;
+      const auto part = [&](int64_t i) { return parts + ((m * chunks + i) * K + k) * size; };
+      int64_t n = 0;
+      float top = -INFINITY, total = 0;
+      while (n < chunks && keys_of(m, n) < c.end[m]) top = std::max(top, part(n++)[R * H + r]);
+      float* o = out + at * H;
+      memset(o, 0, H * sizeof(float));
+      if (top == -INFINITY) {
+        lse[at] = -INFINITY;
+        continue;
+      }
+      for (int64_t i = 0; i < n; i++) total += std::exp(part(i)[R * H + r] - top) * part(i)[R * H + R + r];
+      for (int64_t i = 0; i < n; i++) {
+        const __m512 weight = _mm512_set1_ps(std::exp(part(i)[R * H + r] - top) / total);
+        for (int64_t h = 0; h < H; h += 16)
+          _mm512_storeu_ps(o + h, _mm512_fmadd_ps(weight, _mm512_loadu_ps(part(i) + r * H + h), _mm512_loadu_ps(o + h)));
+      }
+      lse[at] = top + std::log(total);
+    }
+  });
+}
+
+}  // namespace
+
+// q [M, K, R, H] float32; keys, values [B, S, K, H], or with `paged` [pages, K, page_size, H]; table [B, max_pages].
+static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                             ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
+                             ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> sequence,
+                             ffi::Buffer<ffi::S32> position, ffi::Buffer<ffi::S32> end, ffi::Buffer<ffi::F32> slopes,
+                             ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool paged,
+                             bool causal, int64_t group, int64_t window, float scale, float softcap) {
+  const auto d = keys.dimensions();
+  const int64_t M = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
+  if (H % 16 || d[3] != H || d[paged ? 1 : 2] != K) return ffi::Error::InvalidArgument("decode: shapes disagree");
+  const auto given = [](const ffi::Buffer<ffi::F32>& x) { return x.element_count() ? x.typed_data() : nullptr; };
+  const int64_t size = paged ? d[2] : d[1];
+  Cache c{K, H, R, group, size, table.dimensions()[1], size * K * H, paged ? size * H : H, paged ? H : K * H,
+          table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(),
+          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap};
+  auto run = [&](auto type) {
+    attend<decltype(type)>(pool, c, q.typed_data(), keys.untyped_data(), values.untyped_data(), M, out->typed_data(),
+                           lse->typed_data());
+  };
+  switch (keys.element_type()) {
+    case ffi::F32: run(float()); break;
+    case ffi::BF16: run(bf16()); break;
+    case ffi::S8: run(int8_t()); break;
+    default: return ffi::Error::InvalidArgument("decode: float32, bfloat16 and int8 only");
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_decode, DecodeImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("paged")
+                                  .Attr<bool>("causal").Attr<int64_t>("group").Attr<int64_t>("window")
+                                  .Attr<float>("scale").Attr<float>("softcap"));
