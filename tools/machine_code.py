@@ -1,23 +1,40 @@
 """What a kernel becomes on a chip that is not here: compiled ahead of time, read from the compiler's own output.
 
-    python tools/machine_code.py                    # every kernel and its peers, for H100 and four TPUs
-    python tools/machine_code.py --ops=attention --chips=h100,v5e
-    python tools/machine_code.py --out=experiments/benchmarks/machine_code     # into .json and .md
+    python tools/machine_code.py                                     # the targets and their peers, H100 and four TPUs
+    python tools/machine_code.py --tags=target,shape,option --ops=attention --chips=h100,v5e
+    python tools/machine_code.py --out=experiments/benchmarks/machine_code        # one table a family of chips
+    python tools/machine_code.py --out=... --resume                  # only what the tables lack: after an interruption
+
+With --out, what is compiled takes its place in OUT_h100 and OUT_tpu (.json and .md), and the rest of them stays: a part
+can be made again by --ops, --chips, --match or --tags. A case that fails is a row that says why.
 
 TPU: libtpu compiles, so a block that does not fit the vector memory is an error. H100: Mosaic GPU writes PTX, ptxas
 makes machine code of it, and nvdisasm lists the instructions. Needs Python 3.12, jax 0.11, libtpu, jax's CUDA plugin,
-ptxas and nvdisasm (`pip install -e '.[aot]'`).
+ptxas and nvdisasm (`pip install -e '.[aot]'`); tokamax among the peers needs `pip install -e '.[peers]'`.
 
-Cycles are estimates of one round of a kernel's longest loop with tensor-core work, from the instructions alone: the
-tensor core needs N / 2 cycles for a 64 x N x 16 product of 16-bit numbers (4096 FLOP a cycle and multiprocessor), and
-each of a multiprocessor's four schedulers issues one instruction a cycle. A loop whose issue cycles, times the
-warpgroups that share the multiprocessor, stay below their tensor-core cycles can keep the tensor core busy.
+What the columns say:
+
+* loop_tensor_cycles, loop_issue_cycles (GPU): of one warpgroup, a round of the longest loop with tensor-core work, from
+  the instructions alone. The tensor core needs N / 2 cycles for a 64 x N x 16 product of 16-bit numbers, or a 64 x N x
+  32 one of 8-bit numbers (4096 or 8192 FLOP a cycle and multiprocessor), and each of a multiprocessor's four schedulers
+  issues one instruction a cycle.
+* bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once, and the products of
+  a vector register with a matrix unit's tile in them. A bundle takes a cycle if nothing waits.
+* matrix_share: of the cycles of that loop or pass, the part in which the tensor core or the matrix units work if all of
+  them overlap with the rest: tensor / max(tensor, issue), or the cycles of the products on all matrix units / bundles.
+* estimated_ms: the kernel's FLOP over (nominal peak times matrix_share; on TPU times the part of a matrix unit that a
+  head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block, on a GPU
+  nothing outside the loop. Only where the kernel's FLOP are known and products, not bytes, set the pace.
+* cycles_outside (TPU): what XLA expects of the operations that it makes around the kernels.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,16 +43,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.extend
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.parallel.topologies import GPUS, gpu_mesh, tpu_mesh
+from jaxllm.parallel.topologies import GPUS, TPU_HOSTS, gpu_mesh, tpu_mesh
 
 SHARED_MEMORY_LIMIT = 232448  # bytes a block of Hopper may have
+# TPU: matrix units, their side, and the cycles that one takes for a register of 16-bit or 8-bit rows, half of them for
+# 32-bit rows. With clocks of 1.5, 1.75, 1.75 and 2.2 GHz these make the peaks.
+MATRIX_UNITS = {"v5e": (4, 128, 16), "v5p": (4, 128, 16), "v6e": (2, 256, 8), "v7": (2, 256, 8)}
+# Nominal dense TFLOP/s of 16-bit numbers, of a GPU or of one TPU core: NVIDIA's data sheet and jax's tpu_info.py.
+PEAK = {"h100": 989.4, "h200": 989.4, "v5e": 197.0, "v5p": 229.5, "v6e": 920.0, "v7": 1155.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +79,12 @@ class MachineCode:
   loop_issue_cycles: int
   serialized: bool  # ptxas lets each product wait for the one before it
 
+  @property
+  def matrix_share(self) -> float | None:
+    """Of the loop's cycles those in which the tensor core works, if it overlaps with everything."""
+    longest = max(self.loop_tensor_cycles, self.loop_issue_cycles)
+    return self.loop_tensor_cycles / longest if self.loop_tensor_cycles else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
@@ -61,8 +92,11 @@ class Bundles:
 
   name: str
   bundles: int  # of one straight pass: every loop body once
-  matrix_unit: int  # operations of the matrix units in them
+  products: int  # of a vector register with the tile that a matrix unit holds
+  bundles_per_product: float | None
+  matrix_unit: int  # all operations of the matrix units: loading tiles and taking results too
   spills: int  # vector registers stored and filled again
+  matrix_share: float | None
 
 
 def compile_tpu(function: Callable, avals: tuple, chip: str, **options) -> jax.stages.Compiled:
@@ -85,11 +119,27 @@ def schedules_tpu(function: Callable, avals: tuple, chip: str) -> tuple[jax.stag
   for path in sorted(dump.glob("*final_hlo-static-per-bundle-utilization.txt")):
     name = re.sub(r"^\d+-|-\d+-final_hlo.*$", "", path.name)
     if name in kernels:
-      lines = path.read_text().split("UTILIZATION:\n")[-1].splitlines()
-      rows = [[int(n) for n in line.split()] for line in lines if line.strip()]
-      found.append(Bundles(name, len(rows), sum(r[0] for r in rows), sum(r[6] + r[8] for r in rows)))
+      (listing,) = dump.glob(f"{path.name.split('-')[0]}-{name}-*-final_bundles.txt")
+      found.append(_read_bundles(name, path.read_text(), listing.read_text(), chip))
   shutil.rmtree(dump, ignore_errors=True)
   return compiled, found
+
+
+def _read_bundles(name: str, utilization: str, listing: str, chip: str) -> Bundles:
+  lines = utilization.split("UTILIZATION:\n")[-1].splitlines()
+  rows = [[int(n) for n in line.split()] for line in lines if line.strip()]
+  kinds = re.findall(r"\bvmatmul\.([\w.]+)", listing)
+  units, _, cycles = MATRIX_UNITS[chip]
+  busy = sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units
+  return Bundles(
+    name=name,
+    bundles=len(rows),
+    products=len(kinds),
+    bundles_per_product=round(len(rows) / len(kinds), 2) if kinds else None,
+    matrix_unit=sum(row[0] for row in rows),
+    spills=sum(row[6] + row[8] for row in rows),
+    matrix_share=busy / len(rows) if kinds else None,
+  )
 
 
 def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[jax.stages.Compiled, list[MachineCode]]:
@@ -162,7 +212,22 @@ def _abstract_device(kind):
 def _compile(function, avals, mesh, platform, **options):
   sharding = NamedSharding(mesh, PartitionSpec())
   avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
-  return jax.jit(function, **options).trace(*avals).lower(lowering_platforms=(platform,)).compile()
+  with _peers_believe_in(mesh):
+    return jax.jit(function, **options).trace(*avals).lower(lowering_platforms=(platform,)).compile()
+
+
+@contextlib.contextmanager
+def _peers_believe_in(mesh):
+  """Other people's kernels ask for the machine's own devices: those of the mesh answer."""
+  with contextlib.ExitStack() as stack:
+    devices = list(mesh.devices.flat)
+    stack.enter_context(mock.patch.object(jax, "devices", lambda *_: devices))
+    stack.enter_context(mock.patch.object(jax.extend.backend, "get_default_device", lambda: devices[0]))
+    if importlib.util.find_spec("tokamax") is not None:
+      from tokamax import config
+
+      stack.enter_context(config.cross_compile(True))
+    yield
 
 
 def find_tool(name: str) -> str | None:
@@ -218,91 +283,219 @@ def _longest_loop(sass: str) -> tuple[int, int]:
     target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
     if target and labels.get(target.group(1), end + 1) <= end:
       loops.append((labels[target.group(1)], end + 1))
-  innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-  best = (0, 0)
-  for start, end in innermost:
-    shapes = [re.search(r"GMMA\.64x(\d+)x", line) for line in lines[start:end]]
+
+  def work(loop):
+    shapes = [re.search(r"GMMA\.64x(\d+)x", line) for line in lines[loop[0] : loop[1]]]
     tensor = sum(int(shape.group(1)) // 2 for shape in shapes if shape)
-    best = max(best, (tensor, end - start - sum(bool(shape) for shape in shapes)))
-  return best
+    return tensor, loop[1] - loop[0] - sum(bool(shape) for shape in shapes)
+
+  found = {loop: work(loop) for loop in loops}
+  inside = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]  # noqa: E731
+  # Loops that wait for a barrier may be inside it.
+  innermost = [a for a in loops if found[a][0] and not any(inside(a, b) and found[b][0] for b in loops)]
+  return max((found[loop] for loop in innermost), default=(0, 0))
 
 
-def report_gpu(case, name, function, chip) -> list[dict]:
-  """Rows of one side of a case: a row for each Mosaic kernel, one without figures where there is none."""
+def report(case, side: str, chip: str) -> list[dict]:
+  """Rows of one side of a case: a row for each kernel, one without figures where there is none."""
+  function = case.ours(backend_of(chip), chip) if side == "jaxllm" else case.others[side]
   start = time.perf_counter()
-  compiled, kernels = compile_gpu(function, case.inputs, chip)
-  seconds = time.perf_counter() - start
-  row = {"chip": chip, "op": case.op, "case": case.name, "side": name, "compile_s": round(seconds, 1)}
-  row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-  return [row | dataclasses.asdict(kernel) for kernel in kernels] or [row]
+  compiled, kernels = (compile_gpu if chip in GPUS else schedules_tpu)(function, case.inputs, chip)
+  shared = {"compile_s": round(time.perf_counter() - start, 1)}
+  shared["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+  if chip not in GPUS:  # of what XLA makes around the kernels, which themselves count as none
+    shared["cycles_outside"] = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
+  flops = case.kernel_flops([kernel.name for kernel in kernels])
+  rows = []
+  for kernel, count in zip(kernels, flops):
+    share = kernel.matrix_share
+    row = dataclasses.asdict(kernel) | shared | {"matrix_share": None if share is None else round(share, 3)}
+    if count is not None and share:
+      row["estimated_ms"] = round(count / (PEAK[chip] * 1e9 * share * _fill(case, chip)), 4)
+    rows.append(row)
+  return rows or [shared]
 
 
-def report_tpu(case, name, function, chip) -> list[dict]:
-  """Rows of one side of a case: a row for each Pallas kernel, one without figures where there is none."""
-  start = time.perf_counter()
-  compiled, kernels = schedules_tpu(function, case.inputs, chip)
-  seconds = time.perf_counter() - start
-  row = {"chip": chip, "op": case.op, "case": case.name, "side": name, "compile_s": round(seconds, 1)}
-  row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-  # Of what XLA makes around the kernels, which themselves count as none.
-  row["cycles_outside"] = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))
-  return [row | dataclasses.asdict(kernel) for kernel in kernels] or [row]
+def _fill(case, chip) -> float:
+  """Of a TPU's matrix unit the part that a narrow matrix uses."""
+  side = MATRIX_UNITS[chip][1] if chip in MATRIX_UNITS else 1
+  return case.width / (-(-case.width // side) * side) if case.width else 1.0
+
+
+def backend_of(chip: str) -> str:
+  return "mosaic_gpu" if chip in GPUS else "pallas_tpu"
+
+
+def jobs(chips, ops, tags, match, peers) -> dict[tuple[str, str, str, str], object]:
+  """(chip, op, case, side) -> case, in the order of the table."""
+  from kernel_cases import cases
+  from kernel_cases.peers import KERNELS
+
+  found = {}
+  for chip in chips:
+    family = "hopper" if chip in GPUS else "tpu"
+    for case in cases(family):
+      if not (case.tags & tags) or not re.search(match, case.name) or (ops and case.op not in ops):
+        continue
+      sides = ["jaxllm", *(name for name in KERNELS[family] if name in case.others and peers)]
+      found |= {(chip, case.op, case.name, side): case for side in sides}
+  return found
+
+
+def work(connection, every: tuple) -> None:
+  """In a process of its own: compiles what it is asked for, until nothing more is asked."""
+  table = jobs(*every)
+  while (key := connection.recv()) is not None:
+    try:
+      rows = report(table[key], key[3], key[0])
+    except Exception as error:  # a limit is a result too
+      said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+      rows = [{"refused": f"{type(error).__name__}: {said[0]}"[:240]}]
+    connection.send(rows)
+
+
+class Compiler:
+  """A process that compiles for one chip. What kills a compiler, or keeps it for ever, costs one row."""
+
+  def __init__(self, every: tuple, limit_s: float):
+    self.every, self.limit_s, self.process = every, limit_s, None
+
+  def __call__(self, key) -> list[dict]:
+    if self.process is None:
+      context = multiprocessing.get_context("spawn")
+      self.connection, other = context.Pipe()
+      self.process = context.Process(target=work, args=(other, self.every), daemon=True)
+      self.process.start()
+      other.close()
+    self.connection.send(key)
+    try:
+      if self.connection.poll(self.limit_s):
+        return self.connection.recv()
+      said = f"not done after {self.limit_s:g} s"
+    except EOFError:
+      self.process.join()
+      said = f"the compiler died with exit code {self.process.exitcode}"
+    self.close()
+    return [{"refused": said}]
+
+  def close(self):
+    if self.process is not None:
+      self.process.kill()
+      self.process.join()
+      self.process = None
 
 
 def main():
-  from kernel_cases import cases
-
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--ops", default="", help="comma list; default: all")
   parser.add_argument("--chips", default="h100,v5e,v5p,v6e,v7")
-  parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument("--ops", default="", help="comma list; default: all")
+  parser.add_argument("--tags", default="target", help="comma list of target, shape, option")
   parser.add_argument("--match", default="", help="only cases whose name this regular expression finds")
-  parser.add_argument("--out", default="", help="where to write the table, without ending")
+  parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument("--out", default="", help="where to write the tables, without ending")
+  parser.add_argument("--resume", action="store_true", help="leave out what the tables of --out have")
+  parser.add_argument("--limit", type=float, default=900, help="seconds for one side of a case")
   args = parser.parse_args()
-  rows = []
-  for chip in args.chips.split(","):
-    gpu = chip in GPUS
-    report, backend = (report_gpu, "mosaic_gpu") if gpu else (report_tpu, "pallas_tpu")
-    peers = ("tokamax", "jax FA3") if gpu else ("jax splash", "tokamax", "jax megablox", "jax ragged paged")
-    for case in cases("hopper" if gpu else "tpu"):
-      if not re.search(args.match, case.name) or (args.ops and case.op not in args.ops.split(",")):
-        continue
-      sides = {"jaxllm": case.ours(backend, chip)}
-      sides |= {name: peer for name, peer in case.others.items() if args.peers and name in peers}
-      for name, function in sides.items():
-        try:
-          rows += report(case, name, function, chip)
-        except Exception as error:  # a peer's limits are a result too
-          said = str(error).strip().split("\n")[0][:200]
-          rows.append({"chip": chip, "op": case.op, "case": case.name, "side": name, "refused": said})
-        print(json.dumps(rows[-1]), flush=True)
-  if args.out:
-    out = Path(args.out)
-    facts = {"jax": jax.__version__, "command": "python " + " ".join(sys.argv)}
-    out.with_suffix(".json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows, facts))
-  if any("refused" in row and row["side"] == "jaxllm" for row in rows):
+  chips = args.chips.split(",")
+  tags = frozenset(args.tags.split(","))
+  asked = jobs(chips, [op for op in args.ops.split(",") if op], tags, args.match, args.peers)
+  everything = frozenset(("target", "shape", "option", "values"))
+  order = {key: i for i, key in enumerate(jobs([*GPUS, *TPU_HOSTS], [], everything, "", True))}
+  tables = {name: Table(args.out, name, order) for name in dict.fromkeys(map(table_of, chips))}
+  if args.resume:
+    asked = {key: case for key, case in asked.items() if not tables[table_of(key[0])].has(key)}
+  compile_side, chip, start, failed = None, None, time.perf_counter(), False
+  for i, key in enumerate(asked):
+    if key[0] != chip:  # a compiler's flags and memory are one chip's
+      if compile_side is not None:
+        compile_side.close()
+      chip = key[0]
+      compile_side = Compiler(([chip], [], everything, "", True), args.limit)
+    rows = compile_side(key)
+    failed |= key[3] == "jaxllm" and "refused" in rows[0] and "ConfigError" not in rows[0]["refused"]
+    tables[table_of(chip)].put(key, rows)
+    print(f"[{i + 1}/{len(asked)}, {time.perf_counter() - start:.0f} s] {' | '.join(key)}")
+    for row in rows:
+      print("    " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+  if compile_side is not None:
+    compile_side.close()
+  if failed:
     raise SystemExit("some of our kernels did not compile")
 
 
-def markdown(rows: list[dict], facts: dict) -> str:
-  """The table as people read it."""
-  gpu = ("op", "case", "side", "name", "registers", "spill_bytes", "local", "shared_bytes", "tensor_core", "tma")
-  gpu += ("loop_tensor_cycles", "loop_issue_cycles", "temp_bytes", "compile_s")
-  tpu = ("chip", "op", "case", "side", "name", "bundles", "matrix_unit", "spills", "cycles_outside", "temp_bytes")
-  tpu += ("compile_s",)
-  lines = [
-    f"# Machine code of the kernels\n\njax {facts['jax']}, `{facts['command']}`; columns: see tools/machine_code.py.\n"
-  ]
-  for title, columns, chips in (("H100", gpu, set(GPUS)), ("TPU", tpu, {row["chip"] for row in rows} - set(GPUS))):
-    lines += [f"\n## {title}\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+def table_of(chip: str) -> str:
+  return chip if chip in GPUS else "tpu"
+
+
+class Table:
+  """The rows of one family of chips, in a file that is whole after every side."""
+
+  GPU = ("registers", "spill_bytes", "local", "shared_bytes", "tensor_core", "tma", "instructions")
+  GPU += ("loop_tensor_cycles", "loop_issue_cycles")
+  TPU = ("bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
+  SHARED = ("matrix_share", "estimated_ms", "temp_bytes", "compile_s")
+
+  def __init__(self, out: str, name: str, order: dict):
+    self.path, self.name, self.order = (Path(f"{out}_{name}.json") if out else None), name, order
+    self.rows: dict[tuple, list[dict]] = {}
+    if self.path is not None and self.path.exists():
+      for row in json.loads(self.path.read_text())["rows"]:
+        self.rows.setdefault(tuple(row[field] for field in ("chip", "op", "case", "side")), []).append(row)
+    self.rows = {key: rows for key, rows in self.rows.items() if key in order}  # cases that are no more
+
+  def has(self, key) -> bool:
+    return key in self.rows
+
+  def put(self, key, rows):
+    facts = dict(zip(("chip", "op", "case", "side"), key)) | {"commit": commit()}
+    self.rows[key] = [facts | row for row in rows]
+    if self.path is None:
+      return
+    rows = [row for key in sorted(self.rows, key=self.order.__getitem__) for row in self.rows[key]]
+    record = {"versions": versions(), "command": "python " + " ".join(sys.argv), "rows": rows}
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+      (self.path, json.dumps(record, indent=1) + "\n"),
+      (self.path.with_suffix(".md"), self.markdown(rows, record)),
+    ):
+      path.with_suffix(".part").write_text(text)
+      path.with_suffix(".part").replace(path)
+
+  def markdown(self, rows: list[dict], record: dict) -> str:
+    """The table as people read it."""
+    columns = ("chip", "op", "case", "side", "name", *(self.TPU if self.name == "tpu" else self.GPU), *self.SHARED)
+    said = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+      f"# Machine code of the kernels: {'TPU' if self.name == 'tpu' else self.name.upper()}\n",
+      f"Compiled ahead of time, nothing was run. {said}. Made by `{record['command']}`; what the columns say is in"
+      " tools/machine_code.py.\n",
+      "| " + " | ".join(columns) + " |",
+      "|" + "---|" * len(columns),
+    ]
     for row in rows:
-      if row["chip"] in chips:
-        cells = [str(row.get(column, "")) for column in columns]
-        if "refused" in row:
-          cells[-1] = row["refused"].replace("|", "/")
-        lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines) + "\n"
+      cells = ["" if row.get(column) is None else str(row[column]) for column in columns]
+      if "refused" in row:
+        cells[columns.index("name")] = "refused: " + row["refused"].replace("|", "/")
+      lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def commit() -> str:
+  """Of this checkout, with a + where it was changed."""
+  git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+  changed = git("status", "--porcelain", "--untracked-files=no", "--", "jaxllm", "tools")
+  return git("rev-parse", "--short=8", "HEAD") + ("+" if changed else "")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+  names = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "tokamax")
+  found = {}
+  for name in names:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  return found
 
 
 if __name__ == "__main__":
