@@ -16,6 +16,7 @@ from jaxllm.kernels.attention.options import Options
 
 # One int32 for each pair: four flags, 14 bits of the query block, 13 of the key block.
 FIRST, LAST, RUN, MASK = 1, 2, 4, 8
+FLAGS = 15
 MAX_QUERY_BLOCKS, MAX_KEY_BLOCKS = 1 << 14, 1 << 13
 
 
@@ -31,20 +32,21 @@ def depends_on_data(options: Options) -> bool:
 
 
 def pairs(
-  options: Options, T: int, S: int, block_q: int, block_k: int, keys_outside: bool
+  options: Options, T: int, S: int, block_q: int, block_k: int, keys_outside: bool, query_sums: bool = False
 ) -> tuple[Int[Array, "rows entries"], int | Int[Array, ""]]:
   """The list of each row of the batch (one row, if all are alike), and the steps that some row needs.
 
   Pairs of one query block (of one key block, if keys_outside) follow each other, between FIRST and LAST; a block that
-  sees nothing has one entry without RUN, so that its result is written too. MASK: some of the pair's scores are hidden.
+  sees nothing has one entry without RUN, so that its result is written too. MASK: some of the pair's scores are hidden;
+  with query_sums also where the last query block is cut short, whose tail would reach the sums over queries.
   A row's list ends with entries that repeat its last place and ask for nothing.
   """
   some, every = extremes(options, T, S, block_q, block_k)
   if S % block_k:
     every = every & (np.arange(some.shape[2]) < S // block_k)
+  if query_sums and T % block_q:
+    every = every & (np.arange(some.shape[1]) < T // block_q)[:, None]
   if keys_outside:
-    if T % block_q:  # a query block's tail would reach the sums over queries
-      every = every & (np.arange(some.shape[1]) < T // block_q)[:, None]
     some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
   rows, outer, inner = some.shape
   needed = (some | (~some.any(2, keepdims=True) & (np.arange(inner) == 0))).reshape(rows, -1)
