@@ -187,7 +187,10 @@ def test_default_tiles(T, S):
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "v7"])
 def test_one_kernel_where_its_sums_fit(target):
   def fits(T, H, G=1, dtype=jnp.bfloat16):
-    query, key = jnp.broadcast_to(jnp.zeros((), dtype), (1, T, G, H)), jnp.broadcast_to(jnp.zeros((), dtype), (1, T, 1, H))
+    query, key = (
+      jnp.broadcast_to(jnp.zeros((), dtype), (1, T, G, H)),
+      jnp.broadcast_to(jnp.zeros((), dtype), (1, T, 1, H)),
+    )
     call = pallas_tpu_call.Call.of(query, key, Options(Visibility(), 1.0), target, None, backward=True)
     return pallas_tpu_backward.in_one(call, H)
 
@@ -334,9 +337,14 @@ SHAPES = {  # B, T, S, N, K, H
   "packed": ((2, 4096, 4096, 32, 8, 128), dict(visibility=Visibility(window=1024), segment_ids=True)),
   "ragged": ((1, 4000, 4000, 32, 8, 128), {}),
   "long": ((1, 32768, 32768, 32, 8, 128), {}),
+  "longer": ((1, 65536, 65536, 8, 1, 128), {}),  # sums of all keys do not fit: two kernels for the gradients
   "cached": ((2, 333, 5000, 8, 1, 80), dict(query_offset=True, prefix_lengths=True, alibi_slopes=True, sinks=True)),
   "float32": ((1, 2048, 2048, 8, 8, 128), {}),
 }
+
+
+def count_of_kernels(name, chip):
+  return 3 if name == "longer" or (name, chip) == ("long", "v4") else 2
 
 
 def call_and_avals(name, target):
@@ -372,7 +380,7 @@ def compiled(name, chip):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
 def test_compiles_and_fits(chip):
   """Vector memory included: a kernel that asks for too much does not compile."""
-  assert compiled("ragged", chip).as_text().count('custom_call_target="tpu_custom_call"') == 3
+  assert compiled("ragged", chip).as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @needs_libtpu
@@ -380,7 +388,8 @@ def test_compiles_and_fits(chip):
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_compiles_at_real_shapes(chip, name):
-  assert compiled(name, chip).as_text().count('custom_call_target="tpu_custom_call"') == 3
+  text = compiled(name, chip).as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == count_of_kernels(name, chip)
 
 
 @needs_libtpu
@@ -399,4 +408,4 @@ def test_lowers(name):
   """Without libtpu too."""
   step, avals = call_and_avals(name, "v5e")
   text = jax.jit(step).trace(*avals).lower(lowering_platforms=("tpu",)).as_text()
-  assert text.count("@tpu_custom_call(") == 3
+  assert text.count("@tpu_custom_call(") == count_of_kernels(name, "v5e")

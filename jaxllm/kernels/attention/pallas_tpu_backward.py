@@ -96,7 +96,7 @@ def _in_two(call, operands, of_query, of_key):
 
 
 def _kernel(step, given, d_query_ref, d_key_ref, d_value_ref, query_acc_ref, key_acc_ref, value_acc_ref):
-  call, tiles = step.call, step.call.tiles
+  call = step.call
 
   @pl.when(step.opens)
   def clear():
@@ -108,18 +108,16 @@ def _kernel(step, given, d_query_ref, d_key_ref, d_value_ref, query_acc_ref, key
   def start():
     query_acc_ref[...] = jnp.zeros_like(query_acc_ref)
 
-  def visit(masked):
-    query, d_out = (step.cleared(given[name][...], "query", 0, masked) for name in ("query", "d_out"))
-    for at in range(0, tiles.block_k, tiles.chunk):
-      keys = pl.ds(at, tiles.chunk)
-      key = step.cleared(given["key"][keys, :], "key", at, masked)
-      d_weights = dot(given["value"][keys, :], d_out, (1, 1))
-      weights, d_scores = _gradient(step, query, key, d_weights, 0, at, masked)
-      weights, d_scores = weights.astype(key.dtype), d_scores.astype(key.dtype)
-      place = (step.key_block, slice(None), keys) if call.turned else (step.key_block, keys)
-      value_acc_ref[place] += step.weigh(weights, d_out, 1)
-      key_acc_ref[place] += step.weigh(d_scores, query, 1)
-      query_acc_ref[...] += step.weigh(d_scores, key, 0)
+  def visit(queries, keys, masked):
+    query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
+    key = step.cleared(given["key"][keys, :], "key", keys, masked)
+    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
+    weights, d_scores = _gradient(step, query, key, d_weights, queries, keys, masked)
+    weights, d_scores = weights.astype(key.dtype), d_scores.astype(key.dtype)
+    rows = lambda part: (slice(None), part) if call.turned else (part, slice(None))  # noqa: E731
+    value_acc_ref[step.key_block, *rows(keys)] += step.weigh(weights, d_out, 1)
+    key_acc_ref[step.key_block, *rows(keys)] += step.weigh(d_scores, query, 1)
+    query_acc_ref[rows(queries)] += step.weigh(d_scores, key, 0)
 
   step.visit(visit)
   upright = lambda x: x.T if call.turned else x  # noqa: E731
@@ -135,19 +133,15 @@ def _kernel(step, given, d_query_ref, d_key_ref, d_value_ref, query_acc_ref, key
 
 
 def _query_kernel(step, given, d_query_ref, acc_ref):
-  tiles = step.call.tiles
-
   @pl.when(step.first)
   def start():
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  def visit(masked):
-    for at in range(0, tiles.block_k, tiles.chunk):
-      keys = pl.ds(at, tiles.chunk)
-      key = step.cleared(given["key"][keys, :], "key", at, masked)
-      d_weights = dot(given["d_out"][...], given["value"][keys, :], (1, 1))
-      _, d_scores = _gradient(step, given["query"][...], key, d_weights, 0, at, masked)
-      acc_ref[...] += dot(d_scores.astype(key.dtype), key, (1, 0))
+  def visit(queries, keys, masked):
+    key = step.cleared(given["key"][keys, :], "key", keys, masked)
+    d_weights = dot(given["d_out"][queries, :], given["value"][keys, :], (1, 1))
+    _, d_scores = _gradient(step, given["query"][queries, :], key, d_weights, queries, keys, masked)
+    acc_ref[queries, :] += dot(d_scores.astype(key.dtype), key, (1, 0))
 
   step.visit(visit)
 
@@ -157,20 +151,16 @@ def _query_kernel(step, given, d_query_ref, acc_ref):
 
 
 def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref):
-  tiles = step.call.tiles
-
   @pl.when(step.first)
   def start():
     key_acc_ref[...], value_acc_ref[...] = jnp.zeros_like(key_acc_ref), jnp.zeros_like(value_acc_ref)
 
-  def visit(masked):
-    for at in range(0, tiles.block_q, tiles.chunk):
-      queries = pl.ds(at, tiles.chunk)
-      query, d_out = (step.cleared(given[name][queries, :], "query", at, masked) for name in ("query", "d_out"))
-      d_weights = dot(given["value"][...], d_out, (1, 1))
-      weights, d_scores = _gradient(step, query, given["key"][...], d_weights, at, 0, masked)
-      value_acc_ref[...] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
-      key_acc_ref[...] += dot(d_scores.astype(query.dtype), query, (1, 0))
+  def visit(queries, keys, masked):
+    query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
+    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
+    weights, d_scores = _gradient(step, query, given["key"][keys, :], d_weights, queries, keys, masked)
+    value_acc_ref[keys, :] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
+    key_acc_ref[keys, :] += dot(d_scores.astype(query.dtype), query, (1, 0))
 
   step.visit(visit)
 
@@ -180,10 +170,10 @@ def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref)
     d_value_ref[...] = value_acc_ref[...].astype(d_value_ref.dtype)
 
 
-def _gradient(step, query, key, d_weights, query_at, key_at, masked):
+def _gradient(step, query, key, d_weights, queries, keys, masked):
   """The probabilities, and the gradient of scale * query key^T."""
-  scores, derivative, seen = step.scores(query, key, query_at, key_at, masked)
-  lse, delta = (step.numbers(name, query_at, query.shape[0], scores.shape) for name in ("lse", "delta"))
+  scores, derivative, seen = step.scores(query, key, queries, keys, masked)
+  lse, delta = (step.numbers(name, queries, scores.shape) for name in ("lse", "delta"))
   scores = scores - lse
   weights = jnp.exp2(jnp.where(seen, scores, -jnp.inf) if masked else scores)
   d_scores = weights * (d_weights - delta)

@@ -25,7 +25,8 @@ class Tiles:
   """Sizes of one call, multiples of 128.
 
   block_q, block_k: queries and keys that one step of the grid holds. chunk: how many of the block that is walked over
-  (keys; queries in the kernel of the keys' gradient) have their scores held at once.
+  (keys; queries in the kernel of the keys' gradient) have their scores held at once; where some scores are hidden, how
+  many of both, and what nobody sees is left out.
   """
 
   block_q: int
@@ -91,7 +92,7 @@ class Call:
     chosen, vmem = default_tiles(target, H, query.dtype, backward)
     name = "attention_backward" if backward else "attention_forward"
     chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
-    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=H < MATRIX_UNIT.get(target or "", 128))
+    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=MATRIX_UNIT.get(target or "", 128) > H)
 
   @property
   def key_blocks(self) -> int:
@@ -207,15 +208,35 @@ class Step:
       self.first, self.last = self.first & (g == 0), self.last & (g == call.G - 1)
 
   def visit(self, body):
-    """body(masked), if somebody needs this pair; traced twice, so that a pair seen as a whole pays no mask."""
-    pl.when(self.run & ~self.masked)(functools.partial(body, False))
-    pl.when(self.masked)(functools.partial(body, True))
+    """body(queries, keys, masked) for parts of this pair of blocks, if somebody needs it.
 
-  def scores(self, query, key, query_at, key_at, masked):
+    Traced twice, so that a pair seen as a whole pays no mask and a part that nobody sees costs nothing.
+    """
+    t, keys_outside = self.call.tiles, self.call.keys_outside
+
+    @pl.when(self.run & ~self.masked)
+    def whole():
+      for at in range(0, t.block_q if keys_outside else t.block_k, t.chunk):
+        part = pl.ds(at, t.chunk)
+        queries, keys = (part, pl.ds(0, t.block_k)) if keys_outside else (pl.ds(0, t.block_q), part)
+        body(queries, keys, False)
+
+    @pl.when(self.masked)
+    def partly():
+      @pl.loop(0, t.block_q // t.chunk)
+      def rows(i):
+        @pl.loop(0, t.block_k // t.chunk)
+        def columns(j):
+          queries, keys = (pl.ds(pl.multiple_of(at * t.chunk, t.chunk), t.chunk) for at in (i, j))
+          q0, k0 = self.query_start + queries.start + self.offset, self.key_start + keys.start
+          low = 0 if "key_positions" in self.given else k0
+          near = blocks.near(self.call.options, q0, q0 + t.chunk - 1, k0, k0 + t.chunk - 1, low, self.prefix)
+          pl.when(near)(functools.partial(body, queries, keys, True))
+
+  def scores(self, query, key, queries, keys, masked):
     """(scores times log2(e), their derivative by the capped product, who is seen); [keys, queries] if standing.
 
-    query_at, key_at: where these begin in their blocks. Without a cap the derivative is None; unless masked, so is
-    the last.
+    queries, keys: which of their blocks these are. Without a cap the derivative is None; unless masked, so is the last.
     """
     o, standing = self.call.options, self.call.standing
     scores, derivative = dot(key, query, (1, 1)) if standing else dot(query, key, (1, 1)), None
@@ -225,20 +246,16 @@ class Step:
     else:
       capped = jnp.tanh(scores * (o.scale / o.softcap))
       scores, derivative = capped * (o.softcap * LOG2E), 1 - capped * capped
-    query_row = self.query_start + query_at + iota(shape, int(standing))
-    key_row = self.key_start + key_at + iota(shape, int(not standing))
+    query_row = self.query_start + queries.start + iota(shape, int(standing))
+    key_row = self.key_start + keys.start + iota(shape, int(not standing))
     query_index = query_row + self.offset
     if o.alibi_slopes is not None:
       slope = LOG2E * self.given["slopes"][self.head].astype(jnp.float32)
       scores = scores - slope * jnp.abs(query_index - key_row).astype(jnp.float32)
     if not masked:
       return scores, derivative, None
-    starts = {"query": (query_at, query.shape[0]), "key": (key_at, key.shape[0])}
-    row = {
-      name: self.numbers(name, *starts[name.split("_")[0]], shape)
-      for name in ("query_segments", "key_segments", "key_positions")
-      if name in self.given
-    }
+    sides = {"query_segments": queries, "key_segments": keys, "key_positions": keys}
+    row = {name: self.numbers(name, part, shape) for name, part in sides.items() if name in self.given}
     if self.prefix is not None:
       row["prefix_length"] = self.prefix
     seen = visible(o, query_index, key_row, row)
@@ -248,11 +265,11 @@ class Step:
       seen &= query_row < self.call.T
     return scores, derivative, seen
 
-  def numbers(self, name, at, count, shape):
+  def numbers(self, name, part, shape):
     """One number for each token, spread over a block's scores."""
     if name in self.upright:
-      return lanes(self.upright[name][pl.ds(at, count), :], shape[1])
-    return jnp.broadcast_to(self.given[name][:, pl.ds(at, count)], shape)
+      return lanes(self.upright[name][part, :], shape[1])
+    return jnp.broadcast_to(self.given[name][:, part], shape)
 
   def weigh(self, scores, tokens, axis):
     """The sum over an axis of scores [rows, columns] times the tokens [that axis, H] along it; shape: `Call.sums`."""
@@ -260,13 +277,13 @@ class Step:
       return dot(tokens, scores, (0, axis))
     return dot(scores, tokens, (axis, 0))
 
-  def cleared(self, x, side, at, masked):
+  def cleared(self, x, side, part, masked):
     """Rows of a block past the end of its array hold anything; zeros instead, so that they may enter a product."""
     call, of_query = self.call, side == "query"
     length, block = (call.T, call.tiles.block_q) if of_query else (call.S, call.tiles.block_k)
     if not masked or length % block == 0:
       return x
-    row = (self.query_start if of_query else self.key_start) + at + iota(x.shape, 0)
+    row = (self.query_start if of_query else self.key_start) + part.start + iota(x.shape, 0)
     return jnp.where(row < length, x, 0)
 
 
