@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import Visibility, flash_attention
-from jaxllm.kernels.attention import Options, pallas_tpu, pallas_tpu_blocks, pallas_tpu_call
+from jaxllm.kernels.attention import Options, pallas_tpu, pallas_tpu_backward, pallas_tpu_blocks, pallas_tpu_call
 from jaxllm.kernels.attention.options import visible
 
 N, K = 2, 1
@@ -35,13 +35,19 @@ def arrays(B, T, S, H=64, dtype=np.float32, heads=(N, K), seed=0):
   return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
-def ours(q, k, v, d_out, d_lse=None, sinks=None, **options):
+@pytest.fixture
+def two_kernels(monkeypatch):
+  """No room for the sums of all keys."""
+  monkeypatch.setattr(pallas_tpu_backward, "in_one", lambda *_: False)
+
+
+def ours(q, k, v, d_out, d_lse=None, sinks=None, target="v5e", **options):
   """out, lse, and the gradients of query, key, value and sinks, through the public function."""
 
   @jax.jit
   def run(q, k, v, sinks):
     call = lambda q, k, v, sinks: flash_attention(  # noqa: E731
-      q, k, v, sinks=sinks, return_lse=True, backend="pallas_tpu", target="v5e", **options
+      q, k, v, sinks=sinks, return_lse=True, backend="pallas_tpu", target=target, **options
     )
     (out, lse), pull = jax.vjp(call, q, k, v, sinks)
     # Where a query sees nothing lse is -inf and has no gradient.
@@ -54,7 +60,7 @@ def ours(q, k, v, d_out, d_lse=None, sinks=None, **options):
 
 
 def check(data, *, d_lse=None, visibility=Visibility(), offset=None, segments=None, positions=None, prefix=None,
-          sinks=None, slopes=None, scale=None, softcap=None):  # fmt: skip
+          sinks=None, slopes=None, scale=None, softcap=None, target="v5e"):  # fmt: skip
   q, k, v, d_out = data
   (B, T), S = q.shape[:2], k.shape[1]
   seen = attention_oracle.visible(
@@ -67,7 +73,7 @@ def check(data, *, d_lse=None, visibility=Visibility(), offset=None, segments=No
   got = ours(
     q, k, v, d_out, d_lse, sinks, visibility=visibility, query_offset=put(offset), prefix_lengths=put(prefix),
     segment_ids=None if segments is None else tuple(map(put, segments)), key_positions=put(positions),
-    alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32), **more,
+    alibi_slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32), target=target, **more,
   )  # fmt: skip
   wanted = dict(out=want.out, d_query=want.d_query, d_key=want.d_key, d_value=want.d_value)
   half = q.dtype != np.float32
@@ -112,25 +118,36 @@ OPTIONS = {
 
 @needs_emulators
 @pytest.mark.parametrize(
-  "name",
+  "name, target",  # a matrix unit of 256 x 256 (v6e) turns the sums of the gradients
   [
-    name if name in ("causal", "bidirectional-window", "sink-tokens") else pytest.param(name, marks=pytest.mark.slow)
-    for name in OPTIONS
+    ("causal", "v5e"),
+    ("bidirectional-window", "v6e"),
+    ("sink-tokens", "v5e"),
+    *(pytest.param(name, target, marks=pytest.mark.slow) for name in OPTIONS for target in ("v5e", "v6e")),
   ],
 )
-def test_options(name, tiny):
+def test_options(name, target, tiny):
   """Two blocks each way, with ragged tails."""
   T = 200
   d_lse = np.random.default_rng(1).standard_normal((1, N, T)).astype(np.float32)
-  check(arrays(1, T, T), d_lse=d_lse, **OPTIONS[name])
+  check(arrays(1, T, T), d_lse=d_lse, target=target, **OPTIONS[name])
 
 
 @needs_emulators
-@pytest.mark.parametrize("name, scattered", [("causal", False), ("all", True)])
-def test_segments(name, scattered, tiny):
+@pytest.mark.parametrize("name, scattered, target", [("causal", False, "v5e"), ("all", True, "v6e")])
+def test_segments(name, scattered, target, tiny):
   T = 300
   segments, positions = packed(2, T, scattered)
-  check(arrays(2, T, T), segments=(segments, segments), positions=positions, **OPTIONS[name])
+  check(arrays(2, T, T), segments=(segments, segments), positions=positions, target=target, **OPTIONS[name])
+
+
+@needs_emulators
+@pytest.mark.parametrize("name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "all")])
+def test_two_kernels(name, tiny, two_kernels):
+  """Where the sums of all keys have no room."""
+  T = 200
+  segments, positions = packed(1, T, scattered=name == "all")
+  check(arrays(1, T, T), segments=(segments, segments), positions=positions, **OPTIONS[name])
 
 
 @needs_emulators
@@ -165,6 +182,20 @@ def test_queries_at_an_offset_and_prefixes(tiny):
 )
 def test_default_tiles(T, S):
   check(arrays(1, T, S), visibility=Visibility(causal=False))
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e", "v7"])
+def test_one_kernel_where_its_sums_fit(target):
+  def fits(T, H, G=1, dtype=jnp.bfloat16):
+    query, key = (
+      jnp.broadcast_to(jnp.zeros((), dtype), (1, T, G, H)),
+      jnp.broadcast_to(jnp.zeros((), dtype), (1, T, 1, H)),
+    )
+    call = pallas_tpu_call.Call.of(query, key, Options(Visibility(), 1.0), target, None, backward=True)
+    return pallas_tpu_backward.in_one(call, H)
+
+  assert fits(32768, 128, G=8) and fits(16384, 256) and fits(32768, 64, dtype=jnp.float32)
+  assert not fits(65536, 128) and not fits(32768, 256)
 
 
 @needs_emulators
@@ -306,9 +337,14 @@ SHAPES = {  # B, T, S, N, K, H
   "packed": ((2, 4096, 4096, 32, 8, 128), dict(visibility=Visibility(window=1024), segment_ids=True)),
   "ragged": ((1, 4000, 4000, 32, 8, 128), {}),
   "long": ((1, 32768, 32768, 32, 8, 128), {}),
+  "longer": ((1, 65536, 65536, 8, 1, 128), {}),  # sums of all keys do not fit: two kernels for the gradients
   "cached": ((2, 333, 5000, 8, 1, 80), dict(query_offset=True, prefix_lengths=True, alibi_slopes=True, sinks=True)),
   "float32": ((1, 2048, 2048, 8, 8, 128), {}),
 }
+
+
+def count_of_kernels(name, chip):
+  return 3 if name == "longer" or (name, chip) == ("long", "v4") else 2
 
 
 def call_and_avals(name, target):
@@ -344,7 +380,7 @@ def compiled(name, chip):
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
 def test_compiles_and_fits(chip):
   """Vector memory included: a kernel that asks for too much does not compile."""
-  assert compiled("ragged", chip).as_text().count('custom_call_target="tpu_custom_call"') == 3
+  assert compiled("ragged", chip).as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @needs_libtpu
@@ -352,7 +388,8 @@ def test_compiles_and_fits(chip):
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_compiles_at_real_shapes(chip, name):
-  assert compiled(name, chip).as_text().count('custom_call_target="tpu_custom_call"') == 3
+  text = compiled(name, chip).as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == count_of_kernels(name, chip)
 
 
 @needs_libtpu
@@ -371,4 +408,4 @@ def test_lowers(name):
   """Without libtpu too."""
   step, avals = call_and_avals(name, "v5e")
   text = jax.jit(step).trace(*avals).lower(lowering_platforms=("tpu",)).as_text()
-  assert text.count("@tpu_custom_call(") == 3
+  assert text.count("@tpu_custom_call(") == count_of_kernels(name, "v5e")

@@ -69,7 +69,7 @@ def forward(
 
 
 def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
-  H, tiles = acc_ref.shape[1], step.call.tiles
+  H = acc_ref.shape[1]
 
   @pl.when(step.first)
   def start():
@@ -80,19 +80,17 @@ def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
       total = jnp.where(iota(sum_ref.shape, 1) == 0, jnp.exp2(sink - top), 0.0)
     top_ref[...], sum_ref[...], acc_ref[...] = top, total, jnp.zeros_like(acc_ref)
 
-  def visit(masked):
-    for at in range(0, tiles.block_k, tiles.chunk):
-      keys = pl.ds(at, tiles.chunk)
-      value = step.cleared(given["value"][keys, :], "key", at, masked)
-      scores, _, seen = step.scores(given["query"][...], given["key"][keys, :], 0, at, masked)
-      if masked:
-        scores = jnp.where(seen, scores, -jnp.inf)
-      before = top_ref[...]
-      top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-      weights, fade = jnp.exp2(scores - lanes(top, tiles.chunk)), jnp.exp2(before - top)
-      apart = [weights[:, lane : lane + LANES] for lane in range(0, tiles.chunk, LANES)]
-      top_ref[...], sum_ref[...] = top, fade * sum_ref[...] + functools.reduce(jnp.add, apart)
-      acc_ref[...] = lanes(fade, H) * acc_ref[...] + dot(weights.astype(value.dtype), value, (1, 0))
+  def visit(queries, keys, masked):
+    value = step.cleared(given["value"][keys, :], "key", keys, masked)
+    scores, _, seen = step.scores(given["query"][queries, :], given["key"][keys, :], queries, keys, masked)
+    if masked:
+      scores = jnp.where(seen, scores, -jnp.inf)
+    before = top_ref[queries, :]
+    top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+    weights, fade = jnp.exp2(scores - lanes(top, keys.size)), jnp.exp2(before - top)
+    apart = [weights[:, lane : lane + LANES] for lane in range(0, keys.size, LANES)]
+    top_ref[queries, :], sum_ref[queries, :] = top, fade * sum_ref[queries, :] + functools.reduce(jnp.add, apart)
+    acc_ref[queries, :] = lanes(fade, H) * acc_ref[queries, :] + dot(weights.astype(value.dtype), value, (1, 0))
 
   step.visit(visit)
 
@@ -102,4 +100,8 @@ def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
     some = total > 0
     total = jnp.where(some, total, 1.0)
     out_ref[...] = (acc_ref[...] * lanes(1 / total, H)).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(some, top_ref[...] / LOG2E + jnp.log(total), -jnp.inf).T[:1]
+    lse = jnp.where(some, top_ref[...] / LOG2E + jnp.log(total), -jnp.inf)
+    diagonal = iota((LANES, LANES), 0) == iota((LANES, LANES), 1)
+    for at in range(0, lse.shape[0], LANES):  # alike in every lane: cheaper than a transposition
+      rows = pl.ds(at, LANES)
+      lse_ref[:, rows] = jnp.where(diagonal, lse[at : at + LANES], 0.0).sum(axis=0, keepdims=True)

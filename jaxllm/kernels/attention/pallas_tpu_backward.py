@@ -1,9 +1,13 @@
-"""The gradients of flash attention on TPUs: one kernel for the queries', one for the keys' and values'.
+"""The gradients of flash attention on TPUs: one kernel for all three, two where its sums do not fit.
 
-Both compute the probabilities again from the log-sum-exp. With p the probability, the gradient of a score is
-p * (d_out value^T - delta) (arXiv 2205.14135, section B.4). The second kernel holds a key block and walks over the
-query blocks of all heads of its group, with scores standing on end, [keys, queries]: then both sums over queries are
-plain products, and numbers of the queries lie along the lanes as they come.
+All compute the probabilities again from the log-sum-exp. With p the probability, the gradient of a score is
+p * (d_out value^T - delta) (arXiv 2205.14135, section B.4). That is five matrix products for a pair of blocks. The one
+kernel holds a query block and walks over its key blocks, head after head of a group, while the gradients of all keys
+and values that the group shares add up in vector memory; they are written after the last pair, a block at a time.
+Nothing is added up twice or in an order of chance. Two kernels, each with sums for one block only, pay seven products.
+
+Scores stand on end, [keys, queries], where they are summed over queries: then these sums are plain products, and
+numbers of the queries lie along the lanes as they come.
 """
 
 import dataclasses
@@ -13,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.attention.pallas_tpu_call import LOG2E, Call, Tiles, dot
+from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, Tiles, dot
 
 
 def backward(
@@ -41,40 +45,103 @@ def backward(
     "key": (key, "key"),
     "value": (value, "key"),
   }
-  H = query.shape[3]
+  of_query, of_key = ((query.shape, query.dtype), "query"), (key.shape, key.dtype)
+  if in_one(call, query.shape[3]):
+    gradients = _in_one(call, operands, of_query, of_key)
+  else:
+    gradients = _in_two(call, operands, of_query, of_key)
+  return tuple(jnp.swapaxes(x, 1, 2) for x in gradients)  # type: ignore[return-value]
+
+
+def in_one(call: Call, H: int) -> bool:
+  """Does one kernel compute all gradients? If float32 sums for every key and value of one head take no more than two
+  thirds of the vector memory that the target lends: 32768 keys of H = 128 on v5p and v7, 43690 on v5e and v6e."""
+  width = H if call.turned else -(-H // LANES) * LANES
+  return 3 * 2 * 4 * width * call.key_blocks * call.tiles.block_k <= 2 * (call.vmem or DEFAULT_VMEM)
+
+
+def _in_one(call, operands, of_query, of_key):
+  H, tiles = of_query[0][0][3], call.tiles
+  of_keys = (call.key_blocks, *call.sums(tiles.block_k, H))
+  return dataclasses.replace(call, standing=True).run(
+    _kernel,
+    "attention_backward",
+    operands,
+    results=[of_query, (of_key, "end"), (of_key, "end")],
+    scratch=[call.sums(tiles.block_q, H), of_keys, of_keys],
+    products=5,
+  )
+
+
+def _in_two(call, operands, of_query, of_key):
+  call = dataclasses.replace(call, turned=False)
+  H, tiles = of_query[0][0][3], call.tiles
   (d_query,) = call.run(
     _query_kernel,
     "attention_backward_query",
     operands,
-    results=[((query.shape, query.dtype), "query")],
-    scratch=[(call.tiles.block_q, H)],
+    results=[of_query],
+    scratch=[(tiles.block_q, H)],
     products=3,
   )
-  d_key, d_value = dataclasses.replace(call, keys_outside=True).run(
+  d_key, d_value = dataclasses.replace(call, keys_outside=True, standing=True).run(
     _key_kernel,
     "attention_backward_key",
     operands,
-    results=[((key.shape, key.dtype), "key"), ((value.shape, value.dtype), "key")],
-    scratch=[(call.tiles.block_k, H)] * 2,
+    results=[(of_key, "key"), (of_key, "key")],
+    scratch=[(tiles.block_k, H)] * 2,
     products=4,
   )
-  return jnp.swapaxes(d_query, 1, 2), jnp.swapaxes(d_key, 1, 2), jnp.swapaxes(d_value, 1, 2)
+  return d_query, d_key, d_value
+
+
+def _kernel(step, given, d_query_ref, d_key_ref, d_value_ref, query_acc_ref, key_acc_ref, value_acc_ref):
+  call = step.call
+
+  @pl.when(step.opens)
+  def clear():
+    @pl.loop(0, call.key_blocks)
+    def block(j):
+      key_acc_ref[j], value_acc_ref[j] = (jnp.zeros(ref.shape[1:], jnp.float32) for ref in (key_acc_ref, value_acc_ref))
+
+  @pl.when(step.first)
+  def start():
+    query_acc_ref[...] = jnp.zeros_like(query_acc_ref)
+
+  def visit(queries, keys, masked):
+    query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
+    key = step.cleared(given["key"][keys, :], "key", keys, masked)
+    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
+    weights, d_scores = _gradient(step, query, key, d_weights, queries, keys, masked)
+    weights, d_scores = weights.astype(key.dtype), d_scores.astype(key.dtype)
+    rows = lambda part: (slice(None), part) if call.turned else (part, slice(None))  # noqa: E731
+    value_acc_ref[step.key_block, *rows(keys)] += step.weigh(weights, d_out, 1)
+    key_acc_ref[step.key_block, *rows(keys)] += step.weigh(d_scores, query, 1)
+    query_acc_ref[rows(queries)] += step.weigh(d_scores, key, 0)
+
+  step.visit(visit)
+  upright = lambda x: x.T if call.turned else x  # noqa: E731
+
+  @pl.when(step.last)
+  def finish():
+    d_query_ref[...] = upright(call.options.scale * query_acc_ref[...]).astype(d_query_ref.dtype)
+
+  @pl.when(step.after >= 0)
+  def end():
+    d_key_ref[...] = upright(call.options.scale * key_acc_ref[step.after]).astype(d_key_ref.dtype)
+    d_value_ref[...] = upright(value_acc_ref[step.after]).astype(d_value_ref.dtype)
 
 
 def _query_kernel(step, given, d_query_ref, acc_ref):
-  tiles = step.call.tiles
-
   @pl.when(step.first)
   def start():
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  def visit(masked):
-    for at in range(0, tiles.block_k, tiles.chunk):
-      keys = pl.ds(at, tiles.chunk)
-      key = step.cleared(given["key"][keys, :], "key", at, masked)
-      d_weights = dot(given["d_out"][...], given["value"][keys, :], (1, 1))
-      _, d_scores = _gradient(step, given["query"][...], key, d_weights, 0, at, masked)
-      acc_ref[...] += dot(d_scores.astype(key.dtype), key, (1, 0))
+  def visit(queries, keys, masked):
+    key = step.cleared(given["key"][keys, :], "key", keys, masked)
+    d_weights = dot(given["d_out"][queries, :], given["value"][keys, :], (1, 1))
+    _, d_scores = _gradient(step, given["query"][queries, :], key, d_weights, queries, keys, masked)
+    acc_ref[queries, :] += dot(d_scores.astype(key.dtype), key, (1, 0))
 
   step.visit(visit)
 
@@ -84,20 +151,16 @@ def _query_kernel(step, given, d_query_ref, acc_ref):
 
 
 def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref):
-  tiles = step.call.tiles
-
   @pl.when(step.first)
   def start():
     key_acc_ref[...], value_acc_ref[...] = jnp.zeros_like(key_acc_ref), jnp.zeros_like(value_acc_ref)
 
-  def visit(masked):
-    for at in range(0, tiles.block_q, tiles.chunk):
-      queries = pl.ds(at, tiles.chunk)
-      query, d_out = (step.cleared(given[name][queries, :], "query", at, masked) for name in ("query", "d_out"))
-      d_weights = dot(given["value"][...], d_out, (1, 1))
-      weights, d_scores = _gradient(step, query, given["key"][...], d_weights, at, 0, masked)
-      value_acc_ref[...] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
-      key_acc_ref[...] += dot(d_scores.astype(query.dtype), query, (1, 0))
+  def visit(queries, keys, masked):
+    query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
+    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
+    weights, d_scores = _gradient(step, query, given["key"][keys, :], d_weights, queries, keys, masked)
+    value_acc_ref[keys, :] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
+    key_acc_ref[keys, :] += dot(d_scores.astype(query.dtype), query, (1, 0))
 
   step.visit(visit)
 
@@ -107,10 +170,10 @@ def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref)
     d_value_ref[...] = value_acc_ref[...].astype(d_value_ref.dtype)
 
 
-def _gradient(step, query, key, d_weights, query_at, key_at, masked):
+def _gradient(step, query, key, d_weights, queries, keys, masked):
   """The probabilities, and the gradient of scale * query key^T."""
-  scores, derivative, seen = step.scores(query, key, query_at, key_at, masked)
-  lse, delta = (step.numbers(name, query_at, query.shape[0], scores.shape) for name in ("lse", "delta"))
+  scores, derivative, seen = step.scores(query, key, queries, keys, masked)
+  lse, delta = (step.numbers(name, queries, scores.shape) for name in ("lse", "delta"))
   scores = scores - lse
   weights = jnp.exp2(jnp.where(seen, scores, -jnp.inf) if masked else scores)
   d_scores = weights * (d_weights - delta)

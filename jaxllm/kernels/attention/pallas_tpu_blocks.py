@@ -16,6 +16,7 @@ from jaxllm.kernels.attention.options import Options
 
 # One int32 for each pair: four flags, 14 bits of the query block, 13 of the key block.
 FIRST, LAST, RUN, MASK = 1, 2, 4, 8
+FLAGS = 15
 MAX_QUERY_BLOCKS, MAX_KEY_BLOCKS = 1 << 14, 1 << 13
 
 
@@ -31,20 +32,21 @@ def depends_on_data(options: Options) -> bool:
 
 
 def pairs(
-  options: Options, T: int, S: int, block_q: int, block_k: int, keys_outside: bool
+  options: Options, T: int, S: int, block_q: int, block_k: int, keys_outside: bool, query_sums: bool = False
 ) -> tuple[Int[Array, "rows entries"], int | Int[Array, ""]]:
   """The list of each row of the batch (one row, if all are alike), and the steps that some row needs.
 
   Pairs of one query block (of one key block, if keys_outside) follow each other, between FIRST and LAST; a block that
-  sees nothing has one entry without RUN, so that its result is written too. MASK: some of the pair's scores are hidden.
+  sees nothing has one entry without RUN, so that its result is written too. MASK: some of the pair's scores are hidden;
+  with query_sums also where the last query block is cut short, whose tail would reach the sums over queries.
   A row's list ends with entries that repeat its last place and ask for nothing.
   """
   some, every = extremes(options, T, S, block_q, block_k)
   if S % block_k:
     every = every & (np.arange(some.shape[2]) < S // block_k)
+  if query_sums and T % block_q:
+    every = every & (np.arange(some.shape[1]) < T // block_q)[:, None]
   if keys_outside:
-    if T % block_q:  # a query block's tail would reach the sums over queries
-      every = every & (np.arange(some.shape[1]) < T // block_q)[:, None]
     some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
   rows, outer, inner = some.shape
   needed = (some | (~some.any(2, keepdims=True) & (np.arange(inner) == 0))).reshape(rows, -1)
@@ -84,22 +86,23 @@ def extremes(
   q1, k1 = np.minimum(q0 + block_q, T) - 1, np.minimum(k0 + block_k, S) - 1
   every: Any
   some: Any
-  some = every = np.full((1, q0.size, k0.size), True)
+  every = np.full((1, q0.size, k0.size), True)
   if options.query_offset is not None:
     q0, q1 = (x + options.query_offset[:, None, None] for x in (q0, q1))
-  if v.window is not None:
-    some = some & (q0 - k1 < v.window) & (k0 - q1 < v.window)
-    every = every & (q1 - k0 < v.window) & (k1 - q0 < v.window)
-    if v.sink_tokens:
-      low, high = k0, k1
-      if options.key_positions is not None:
-        low, high = (x[:, None, :] for x in _ends(options.key_positions, block_k))
-      some, every = some | (low < v.sink_tokens), every | (high < v.sink_tokens)
-  if v.causal:
-    some, every = some & (k0 <= q1), every & (k1 <= q0)
+  low, high, prefix = k0, k1, None
+  if options.key_positions is not None:
+    low, high = (x[:, None, :] for x in _ends(options.key_positions, block_k))
   if options.prefix_lengths is not None:
     prefix = options.prefix_lengths[:, None, None]
-    some, every = some | (k0 < prefix), every | (k1 < prefix)
+  some = every & near(options, q0, q1, k0, k1, low, prefix)
+  if v.window is not None:
+    every = every & (q1 - k0 < v.window) & (k1 - q0 < v.window)
+    if v.sink_tokens:
+      every = every | (high < v.sink_tokens)
+  if v.causal:
+    every = every & (k1 <= q0)
+  if prefix is not None:
+    every = every | (k1 < prefix)
   if options.query_segments is not None:
     of_queries, of_keys = options.query_segments, options.key_segments
     # Padding sees nothing, so it does not widen a block's range of segments.
@@ -109,6 +112,24 @@ def extremes(
     one = (a[0] == a[1])[:, :, None] & (b[0] == b[1])[:, None, :]
     every = every & one & (a[0][:, :, None] == b[0][:, None, :]) & (b[0] != 0)[:, None, :]
   return some, every
+
+
+def near(options: Options, q0, q1, k0, k1, low, prefix):
+  """May queries between two places see keys between two places, segments apart?
+
+  low: the least position of these keys. prefix: length of the row's prefix, or None.
+  """
+  v = options.visibility
+  some: Any = True
+  if v.window is not None:
+    some = (q0 - k1 < v.window) & (k0 - q1 < v.window)
+    if v.sink_tokens:
+      some = some | (low < v.sink_tokens)
+  if v.causal:
+    some = some & (k0 <= q1)
+  if prefix is not None:
+    some = some | (k0 < prefix)
+  return some
 
 
 def _ends(ids: Int[Array, "B L"], block: int, skip_zero: bool = False):

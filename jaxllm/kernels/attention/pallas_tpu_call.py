@@ -15,6 +15,8 @@ from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, visible
 
 LANES = 128
+DEFAULT_VMEM = 16 << 20  # bytes, what the compiler lends a kernel that asks for nothing
+MATRIX_UNIT = {"v6e": 256, "v7": 256}  # columns of a result that come at once; 128 elsewhere
 LOG2E = math.log2(math.e)
 
 
@@ -23,7 +25,8 @@ class Tiles:
   """Sizes of one call, multiples of 128.
 
   block_q, block_k: queries and keys that one step of the grid holds. chunk: how many of the block that is walked over
-  (keys; queries in the kernel of the keys' gradient) have their scores held at once.
+  (keys; queries in the kernel of the keys' gradient) have their scores held at once; where some scores are hidden, how
+  many of both, and what nobody sees is left out.
   """
 
   block_q: int
@@ -63,7 +66,11 @@ def default_tiles(target: str | None, H: int, dtype, backward: bool = False) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """One kernel's call, before it runs. keys_outside: each key block walks over query blocks, not the reverse."""
+  """One kernel's call, before it runs.
+
+  keys_outside: each key block walks over query blocks, not the reverse. standing: scores are [keys, queries], not the
+  reverse. turned: sums of scores times tokens are [H, tokens], see `Step.weigh`.
+  """
 
   options: Options
   tiles: Tiles
@@ -74,6 +81,8 @@ class Call:
   G: int
   vmem: int | None  # bytes of vector memory it may take; None: the compiler's default
   keys_outside: bool = False
+  standing: bool = False
+  turned: bool = False
 
   @classmethod
   def of(cls, query, key, options, target, tiles, backward=False) -> "Call":
@@ -83,19 +92,32 @@ class Call:
     chosen, vmem = default_tiles(target, H, query.dtype, backward)
     name = "attention_backward" if backward else "attention_forward"
     chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
-    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem)
+    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=MATRIX_UNIT.get(target or "", 128) > H)
+
+  @property
+  def key_blocks(self) -> int:
+    return -(-self.S // self.tiles.block_k)
+
+  def sums(self, rows: int, H: int) -> tuple[int, int]:
+    """The shape that holds a sum over scores for each of `rows` tokens."""
+    return (H, rows) if self.turned else (rows, H)
 
   def run(self, kernel, name, operands, results, scratch, products):
     """One pallas_call of `kernel(step, refs, *result refs, *scratch refs)`.
 
     operands: name -> (array, "query" or "key"); arrays are [B, heads or 1, length, H] or, with one number for each
-    token, [B, heads or 1, length]. results: ((shape, dtype), "query" or "key"). products: matrix products for a pair.
+    token, [B, heads or 1, length]. results: ((shape, dtype), "query", "key" or "end"); what all queries add to is
+    written at the end, in one more step for each key block. products: matrix products for a pair.
     """
     o, t = self.options, self.tiles
-    table, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside)
+    query_sums = self.keys_outside or any(side == "end" for _, side in results)
+    table, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside, query_sums)
+    closing = self.key_blocks if any(side == "end" for _, side in results) else 0
     length = table.shape[1] if table.shape[0] > 1 else 0  # 0: rows of the batch share the list
     fields = {"offset": o.query_offset, "prefix": o.prefix_lengths, "slopes": o.alibi_slopes, "sinks": o.sinks}
     scalars = {"pairs": table.reshape(-1), **{field: array for field, array in fields.items() if array is not None}}
+    if closing:
+      scalars["steps"] = jnp.asarray(steps, jnp.int32).reshape(1)
     rows = {
       "query_segments": (o.query_segments, "query"),
       "key_segments": (o.key_segments, "key"),
@@ -103,23 +125,28 @@ class Call:
     }
     rows = {field: (array[:, None], side) for field, (array, side) in rows.items() if array is not None}
     operands = operands | rows
-    # Numbers of the tokens that stay come as a row and are turned upright once, then kept for every lane.
-    outside, block = ("key", t.block_k) if self.keys_outside else ("query", t.block_q)
+    # Numbers of the tokens along the scores' rows come as a row and are turned upright, then kept for every lane.
+    tall, block = ("key", t.block_k) if self.standing else ("query", t.block_q)
     upright = {
       field: pltpu.VMEM((block, LANES), array.dtype)
       for field, (array, side) in operands.items()
-      if side == outside and array.ndim == 3
+      if side == tall and array.ndim == 3
     }
     names = [*scalars, *operands]
 
-    def places(*at):  # the group is innermost where gradients of its heads add up
-      return (at[0], at[1], at[3], at[2]) if self.keys_outside else at[:4]
+    def place(at, given):  # the group is innermost where gradients of its heads add up block by block
+      b, k, g, p = (at[0], at[1], at[3], at[2]) if self.keys_outside else at
+      if not closing:
+        return b, k, g, given["pairs"][b * length + p], None
+      after = p - given["steps"][0]  # a key block to write, if this is the last head
+      entry = given["pairs"][b * length + jnp.minimum(p, given["steps"][0] - 1)]
+      return b, k, g, jnp.where(after < 0, entry, entry & ~blocks.FLAGS), jnp.where(g == self.G - 1, after, -1)
 
     def spec(shape, side):
       def index(*at):
-        b, k, g, p = places(*at)
-        block = blocks.place(at[4][b * length + p])[side == "key"]
-        head = 0 if shape[1] == 1 else k if side == "key" else k * self.G + g
+        b, k, g, entry, after = place(at[:4], dict(zip(scalars, at[4:])))
+        block = jnp.maximum(after, 0) if side == "end" else blocks.place(entry)[side == "key"]
+        head = 0 if shape[1] == 1 else k * self.G + g if side == "query" else k
         return (b, head, 0, block) if len(shape) == 3 else (b, head, block, 0)
 
       size = t.block_q if side == "query" else t.block_k
@@ -127,13 +154,13 @@ class Call:
 
     def body(*refs):
       given, rest = dict(zip(names, refs)), refs[len(names) :]
-      standing = dict(zip(upright, rest[len(rest) - len(upright) :]))
-      b, k, g, p = places(*(pl.program_id(i) for i in range(4)))
-      step = Step(self, given, standing, b, k * self.G + g, g, given["pairs"][b * length + p])
+      kept = dict(zip(upright, rest[len(rest) - len(upright) :]))
+      b, k, g, entry, after = place([pl.program_id(i) for i in range(4)], given)
+      step = Step(self, given, kept, b, k * self.G + g, g, entry, after)
 
-      @pl.when(step.first)
+      @pl.when(step.first if self.keys_outside == self.standing else step.masked)
       def turn():
-        for field, ref in standing.items():
+        for field, ref in kept.items():
           ref[...] = jnp.broadcast_to(given[field][...], (LANES, block)).T
 
       kernel(step, given, *rest[: len(rest) - len(upright)])
@@ -144,13 +171,13 @@ class Call:
     moved = sum(array.size * array.dtype.itemsize for array, _ in operands.values())
     moved += sum(math.prod(shape) * jnp.dtype(dtype).itemsize for (shape, dtype), _ in results)
     cost = pl.CostEstimate(flops=int(2 * products * H * scores), transcendentals=int(scores), bytes_accessed=moved)
-    semantics = ("parallel", "parallel", *(("arbitrary",) * 2 if self.keys_outside else ("parallel", "arbitrary")))
+    semantics = ("parallel", "parallel", "arbitrary" if query_sums else "parallel", "arbitrary")
     as_rows = lambda shape: (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape  # noqa: E731
     out = pl.pallas_call(
       body,
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(scalars),
-        grid=(self.B, self.K, *((steps, self.G) if self.keys_outside else (self.G, steps))),
+        grid=(self.B, self.K, *((steps, self.G) if self.keys_outside else (self.G, steps + closing))),
         in_specs=[spec(array.shape, side) for array, side in operands.values()],
         out_specs=[spec(shape, side) for (shape, _), side in results],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch] + list(upright.values()),
@@ -166,72 +193,97 @@ class Call:
 class Step:
   """One step of the grid, inside a kernel: a pair of blocks and what is known about it."""
 
-  def __init__(self, call, given, standing, b, head, g, entry):
-    self.call, self.given, self.standing, self.head = call, given, standing, head
-    i, j = blocks.place(entry)
-    self.query_start, self.key_start = i * call.tiles.block_q, j * call.tiles.block_k  # places in the arrays
+  def __init__(self, call, given, upright, b, head, g, entry, after):
+    self.call, self.given, self.upright, self.head = call, given, upright, head
+    i, self.key_block = blocks.place(entry)
+    # Places in the arrays.
+    self.query_start, self.key_start = i * call.tiles.block_q, self.key_block * call.tiles.block_k
+    self.after = after  # where results wait for the end: the key block to write, negative before that
     self.offset = given["offset"][b] if "offset" in given else 0
     self.prefix = given["prefix"][b] if "prefix" in given else None
     self.run, self.masked = (entry & blocks.RUN) != 0, (entry & blocks.MASK) != 0
     self.first, self.last = (entry & blocks.FIRST) != 0, (entry & blocks.LAST) != 0
+    self.opens = self.first & (i == 0) & (g == 0)  # nothing came before for this row and key head
     if call.keys_outside:
       self.first, self.last = self.first & (g == 0), self.last & (g == call.G - 1)
 
   def visit(self, body):
-    """body(masked), if somebody needs this pair; traced twice, so that a pair seen as a whole pays no mask."""
-    pl.when(self.run & ~self.masked)(functools.partial(body, False))
-    pl.when(self.masked)(functools.partial(body, True))
+    """body(queries, keys, masked) for parts of this pair of blocks, if somebody needs it.
 
-  def scores(self, query, key, query_at, key_at, masked):
-    """(scores times log2(e), their derivative by the capped product, who is seen); [keys, queries] if keys_outside.
-
-    query_at, key_at: where these begin in their blocks. Without a cap the derivative is None; unless masked, so is
-    the last.
+    Traced twice, so that a pair seen as a whole pays no mask and a part that nobody sees costs nothing.
     """
-    o, flipped = self.call.options, self.call.keys_outside
-    scores, derivative = dot(key, query, (1, 1)) if flipped else dot(query, key, (1, 1)), None
+    t, keys_outside = self.call.tiles, self.call.keys_outside
+
+    @pl.when(self.run & ~self.masked)
+    def whole():
+      for at in range(0, t.block_q if keys_outside else t.block_k, t.chunk):
+        part = pl.ds(at, t.chunk)
+        queries, keys = (part, pl.ds(0, t.block_k)) if keys_outside else (pl.ds(0, t.block_q), part)
+        body(queries, keys, False)
+
+    @pl.when(self.masked)
+    def partly():
+      @pl.loop(0, t.block_q // t.chunk)
+      def rows(i):
+        @pl.loop(0, t.block_k // t.chunk)
+        def columns(j):
+          queries, keys = (pl.ds(pl.multiple_of(at * t.chunk, t.chunk), t.chunk) for at in (i, j))
+          q0, k0 = self.query_start + queries.start + self.offset, self.key_start + keys.start
+          low = 0 if "key_positions" in self.given else k0
+          near = blocks.near(self.call.options, q0, q0 + t.chunk - 1, k0, k0 + t.chunk - 1, low, self.prefix)
+          pl.when(near)(functools.partial(body, queries, keys, True))
+
+  def scores(self, query, key, queries, keys, masked):
+    """(scores times log2(e), their derivative by the capped product, who is seen); [keys, queries] if standing.
+
+    queries, keys: which of their blocks these are. Without a cap the derivative is None; unless masked, so is the last.
+    """
+    o, standing = self.call.options, self.call.standing
+    scores, derivative = dot(key, query, (1, 1)) if standing else dot(query, key, (1, 1)), None
     shape = scores.shape
     if o.softcap is None:
       scores = scores * (o.scale * LOG2E)
     else:
       capped = jnp.tanh(scores * (o.scale / o.softcap))
       scores, derivative = capped * (o.softcap * LOG2E), 1 - capped * capped
-    query_row = self.query_start + query_at + iota(shape, int(flipped))
-    key_row = self.key_start + key_at + iota(shape, int(not flipped))
+    query_row = self.query_start + queries.start + iota(shape, int(standing))
+    key_row = self.key_start + keys.start + iota(shape, int(not standing))
     query_index = query_row + self.offset
     if o.alibi_slopes is not None:
       slope = LOG2E * self.given["slopes"][self.head].astype(jnp.float32)
       scores = scores - slope * jnp.abs(query_index - key_row).astype(jnp.float32)
     if not masked:
       return scores, derivative, None
-    starts = {"query": (query_at, query.shape[0]), "key": (key_at, key.shape[0])}
-    row = {
-      name: self.numbers(name, *starts[name.split("_")[0]], shape)
-      for name in ("query_segments", "key_segments", "key_positions")
-      if name in self.given
-    }
+    sides = {"query_segments": queries, "key_segments": keys, "key_positions": keys}
+    row = {name: self.numbers(name, part, shape) for name, part in sides.items() if name in self.given}
     if self.prefix is not None:
       row["prefix_length"] = self.prefix
     seen = visible(o, query_index, key_row, row)
     if self.call.S % self.call.tiles.block_k:
       seen &= key_row < self.call.S
-    if flipped and self.call.T % self.call.tiles.block_q:
+    if standing and self.call.T % self.call.tiles.block_q:
       seen &= query_row < self.call.T
     return scores, derivative, seen
 
-  def numbers(self, name, at, count, shape):
-    """One number for each token, spread over [outside, walked] of a block's scores."""
-    if name in self.standing:
-      return lanes(self.standing[name][...], shape[1])
-    return jnp.broadcast_to(self.given[name][:, pl.ds(at, count)], shape)
+  def numbers(self, name, part, shape):
+    """One number for each token, spread over a block's scores."""
+    if name in self.upright:
+      return lanes(self.upright[name][part, :], shape[1])
+    return jnp.broadcast_to(self.given[name][:, part], shape)
 
-  def cleared(self, x, side, at, masked):
+  def weigh(self, scores, tokens, axis):
+    """The sum over an axis of scores [rows, columns] times the tokens [that axis, H] along it; shape: `Call.sums`."""
+    if self.call.turned:
+      return dot(tokens, scores, (0, axis))
+    return dot(scores, tokens, (axis, 0))
+
+  def cleared(self, x, side, part, masked):
     """Rows of a block past the end of its array hold anything; zeros instead, so that they may enter a product."""
     call, of_query = self.call, side == "query"
     length, block = (call.T, call.tiles.block_q) if of_query else (call.S, call.tiles.block_k)
     if not masked or length % block == 0:
       return x
-    row = (self.query_start if of_query else self.key_start) + at + iota(x.shape, 0)
+    row = (self.query_start if of_query else self.key_start) + part.start + iota(x.shape, 0)
     return jnp.where(row < length, x, 0)
 
 
