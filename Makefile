@@ -5,6 +5,8 @@ RUN = $(VENV)/bin/python
 CONFIG = configs/quickstart.py
 # Processes that run tests; each takes a core and up to 4 GB
 WORKERS ?= 2
+# What of the suite to run, for example TESTS=tests/kernels; all by default
+TESTS ?=
 # Extra flags for training, for example TRAIN_FLAGS=--config.training.steps=20
 TRAIN_FLAGS ?=
 RUN_DIR ?= runs/quickstart
@@ -22,10 +24,10 @@ quickstart: $(VENV)/.package
 	@echo "  $(RUN) -m jaxllm.train --help"
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) $(TESTS)
 
 test-fast: $(VENV)/.test
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
