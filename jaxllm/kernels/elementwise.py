@@ -107,14 +107,20 @@ def rope(
   cos and sin are constants (no gradient). Computed in float32, returned in x's dtype.
   """
   if not _native(backend, x):
-    return lax.platform_dependent(x, cos, sin, tpu=_rope_by_product, default=_rope_by_roll)
+    return lax.platform_dependent(x, cos, sin, tpu=_rope_by_product, cuda=_rope_by_roll, default=_rope_by_halves)
   B, T, N, H = x.shape
   flat = (a.astype(jnp.float32).reshape(B * T, H // 2) for a in (cos, sin))
   return _rope(x.reshape(B * T, N, H), *flat).reshape(x.shape)
 
 
+def _rope_by_halves(x, cos, sin):
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  c, s = cos[:, :, None].astype(jnp.float32), sin[:, :, None].astype(jnp.float32)
+  return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1).astype(x.dtype)
+
+
 def _rope_by_roll(x, cos, sin):
-  """x C + roll(x) S with both halves side by side: written half by half, the gradient is one more pass on a GPU."""
+  """The halves change places: written half by half, the gradient is one more pass on a GPU (on a CPU this is slower)."""
   return _rope_of(x, jnp.roll(x.astype(jnp.float32), x.shape[-1] // 2, axis=-1), cos, sin)
 
 

@@ -163,8 +163,8 @@ def test_elementwise(build, dtype):
     a, b = q[..., :20], q[..., 20:]
     return jnp.concatenate([a * c[:, :, None] - b * s[:, :, None], b * c[:, :, None] + a * s[:, :, None]], -1)
 
-  # The last is what a TPU compiles to.
-  for rope in (functools.partial(elementwise.rope, backend="cpu"), elementwise.rope, elementwise._rope_by_product):
+  forms = elementwise._rope_by_halves, elementwise._rope_by_roll, elementwise._rope_by_product  # CPU, GPU, TPU
+  for rope in (functools.partial(elementwise.rope, backend="cpu"), *forms):
     check(lambda q, rope=rope: rope(q, jnp.asarray(c), jnp.asarray(s)), rotate, (q,), dtype)
 
 
