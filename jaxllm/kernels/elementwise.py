@@ -120,7 +120,7 @@ def _rope_by_halves(x, cos, sin):
 
 
 def _rope_by_roll(x, cos, sin):
-  """The halves change places: written half by half, the gradient is one more pass on a GPU (on a CPU this is slower)."""
+  """The halves change places: half by half, the gradient is one more pass on a GPU. On a CPU this is slower."""
   return _rope_of(x, jnp.roll(x.astype(jnp.float32), x.shape[-1] // 2, axis=-1), cos, sin)
 
 
