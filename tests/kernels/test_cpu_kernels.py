@@ -1,5 +1,6 @@
 """CPU training kernels against float64 references: forward and gradients, float32 and bfloat16."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -173,7 +174,9 @@ def test_elementwise(build, dtype):
     a, b = q[..., :20], q[..., 20:]
     return jnp.concatenate([a * c[:, :, None] - b * s[:, :, None], b * c[:, :, None] + a * s[:, :, None]], -1)
 
-  check(lambda q: elementwise.rope(q, jnp.asarray(c), jnp.asarray(s), backend="cpu"), rotate, (q,), dtype)
+  forms = elementwise._rope_by_halves, elementwise._rope_by_roll, elementwise._rope_by_product  # CPU, GPU, TPU
+  for rope in (functools.partial(elementwise.rope, backend="cpu"), *forms):
+    check(lambda q, rope=rope: rope(q, jnp.asarray(c), jnp.asarray(s)), rotate, (q,), dtype)
 
 
 def test_cross_entropy_memory_does_not_grow_with_the_vocabulary_times_tokens():

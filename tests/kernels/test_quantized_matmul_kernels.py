@@ -188,8 +188,11 @@ def test_h100_machine_code(kind, M):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
-@pytest.mark.parametrize("kind,M", some_slow(KINDS, (1, 16, 256, 4096), [(KINDS[0], 16)]))
+# Few tokens and many have tiles of their own, and so do chips with little vector memory.
+@pytest.mark.parametrize("chip", ["v5e", "v7"])
+@pytest.mark.parametrize(
+  "kind,M", some_slow(KINDS, (16, 4096), [(KINDS[0], 16)]) + some_slow(KINDS[:4:3], (1, 256), [])
+)
 def test_tpus(kind, M, chip):
   from machine_code import compile_tpu
 
