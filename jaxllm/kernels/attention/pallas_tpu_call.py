@@ -98,8 +98,9 @@ class Call:
     name = "attention_backward" if backward else "attention_forward"
     chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
     # The forward kernel would have to turn its factors too: too much for the vector unit beside a larger matrix unit.
-    columns = MATRIX_UNIT.get(target or "", LANES) if backward else LANES if target not in MATRIX_UNIT else 0
-    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=columns > H)
+    columns = MATRIX_UNIT.get(target or "", LANES)
+    turned = columns > H and (backward or columns == LANES)
+    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=turned)
 
   @property
   def unit(self) -> float:
