@@ -4,7 +4,7 @@ One (row of the batch, query head) at a time walks a list of (query block, key b
 keeps one query block's running maximum, sum and weighted values in vector memory (arXiv 2205.14135, 2307.08691). A
 pair that nobody needs is not in the list; a pair that everybody sees pays for no mask.
 
-Scores are in units of log2(e), because the chip's exponential is 2^x: one multiplication scales and changes base.
+The chip's exponential is 2^x: one multiplication, of the difference from the maximum, scales and changes base.
 Maxima are held in each of 128 lanes, which the vector unit reads without moving them; sums stay apart by lane until
 the end. float32 operands are multiplied as float32 (six passes of the matrix unit), bfloat16 ones in one pass.
 """
@@ -13,12 +13,23 @@ import functools
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options
 from jaxllm.kernels.attention.pallas_tpu_backward import backward
-from jaxllm.kernels.attention.pallas_tpu_call import LANES, LOG2E, Call, Tiles, default_tiles, dot, iota, lanes
+from jaxllm.kernels.attention.pallas_tpu_call import (
+  LANES,
+  LOG2E,
+  Call,
+  Tiles,
+  along_lanes,
+  default_tiles,
+  iota,
+  lanes,
+  scaled,
+)
 
 __all__ = ["Tiles", "backward", "forward", "refuses"]
 
@@ -62,22 +73,24 @@ def forward(
     "attention_forward",
     {"query": (query, "query"), "key": (key, "key"), "value": (value, "key")},
     results=[((query.shape, query.dtype), "query"), (((B, N, T), jnp.float32), "query")],
-    scratch=[(rows, LANES), (rows, LANES), (rows, H)],
+    scratch=[(rows, LANES), (rows, LANES), call.sums(rows, H)],
     products=2,
   )
   return jnp.swapaxes(out, 1, 2), lse
 
 
 def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
-  H = acc_ref.shape[1]
+  unit, turned = step.call.unit, step.call.turned
+  # A number of each query, as it meets acc.
+  spread = along_lanes if turned else functools.partial(lanes, width=acc_ref.shape[1])
 
   @pl.when(step.first)
   def start():
     top, total = jnp.full(top_ref.shape, LOWEST, jnp.float32), jnp.zeros(sum_ref.shape, jnp.float32)
     if "sinks" in given:
-      sink = LOG2E * given["sinks"][step.head]
+      sink = LOG2E / unit * given["sinks"][step.head]
       top = jnp.maximum(top, sink)
-      total = jnp.where(iota(sum_ref.shape, 1) == 0, jnp.exp2(sink - top), 0.0)
+      total = jnp.where(iota(sum_ref.shape, 1) == 0, jnp.exp2(scaled(sink - top, unit)), 0.0)
     top_ref[...], sum_ref[...], acc_ref[...] = top, total, jnp.zeros_like(acc_ref)
 
   def visit(queries, keys, masked):
@@ -87,21 +100,20 @@ def _forward_kernel(step, given, out_ref, lse_ref, top_ref, sum_ref, acc_ref):
       scores = jnp.where(seen, scores, -jnp.inf)
     before = top_ref[queries, :]
     top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-    weights, fade = jnp.exp2(scores - lanes(top, keys.size)), jnp.exp2(before - top)
+    weights, fade = (jnp.exp2(scaled(x, unit)) for x in (scores - lanes(top, keys.size), before - top))
     apart = [weights[:, lane : lane + LANES] for lane in range(0, keys.size, LANES)]
     top_ref[queries, :], sum_ref[queries, :] = top, fade * sum_ref[queries, :] + functools.reduce(jnp.add, apart)
-    acc_ref[queries, :] = lanes(fade, H) * acc_ref[queries, :] + dot(weights.astype(value.dtype), value, (1, 0))
+    place = (slice(None), queries) if turned else (queries, slice(None))
+    acc_ref[place] = spread(fade) * acc_ref[place] + step.weigh(weights.astype(value.dtype), value, 1)
 
   step.visit(visit)
 
   @pl.when(step.last)
   def finish():
     total = jnp.broadcast_to(sum_ref[...].sum(axis=1, keepdims=True), sum_ref.shape)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    out_ref[...] = (acc_ref[...] * lanes(1 / total, H)).astype(out_ref.dtype)
-    lse = jnp.where(some, top_ref[...] / LOG2E + jnp.log(total), -jnp.inf)
-    diagonal = iota((LANES, LANES), 0) == iota((LANES, LANES), 1)
-    for at in range(0, lse.shape[0], LANES):  # alike in every lane: cheaper than a transposition
-      rows = pl.ds(at, LANES)
-      lse_ref[:, rows] = jnp.where(diagonal, lse[at : at + LANES], 0.0).sum(axis=0, keepdims=True)
+    # At least 1, or 0 where nothing is seen: no care for extremes is needed.
+    inverse = pltpu.reciprocal(jnp.maximum(total, 1.0), full_range=False)
+    out = acc_ref[...] * spread(inverse)
+    out_ref[...] = (out.T if turned else out).astype(out_ref.dtype)
+    total = along_lanes(total)
+    lse_ref[...] = jnp.where(total > 0, along_lanes(top_ref[...]) * (unit / LOG2E) + jnp.log(total), -jnp.inf)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, Tiles, dot
+from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, Tiles, dot, scaled
 
 
 def backward(
@@ -111,8 +111,7 @@ def _kernel(step, given, d_query_ref, d_key_ref, d_value_ref, query_acc_ref, key
   def visit(queries, keys, masked):
     query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
     key = step.cleared(given["key"][keys, :], "key", keys, masked)
-    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
-    weights, d_scores = _gradient(step, query, key, d_weights, queries, keys, masked)
+    weights, d_scores = _gradient(step, query, key, given["value"][keys, :], d_out, queries, keys, masked)
     weights, d_scores = weights.astype(key.dtype), d_scores.astype(key.dtype)
     rows = lambda part: (slice(None), part) if call.turned else (part, slice(None))  # noqa: E731
     value_acc_ref[step.key_block, *rows(keys)] += step.weigh(weights, d_out, 1)
@@ -139,8 +138,8 @@ def _query_kernel(step, given, d_query_ref, acc_ref):
 
   def visit(queries, keys, masked):
     key = step.cleared(given["key"][keys, :], "key", keys, masked)
-    d_weights = dot(given["d_out"][queries, :], given["value"][keys, :], (1, 1))
-    _, d_scores = _gradient(step, given["query"][queries, :], key, d_weights, queries, keys, masked)
+    query, d_out, value = given["query"][queries, :], given["d_out"][queries, :], given["value"][keys, :]
+    _, d_scores = _gradient(step, query, key, value, d_out, queries, keys, masked)
     acc_ref[queries, :] += dot(d_scores.astype(key.dtype), key, (1, 0))
 
   step.visit(visit)
@@ -157,8 +156,8 @@ def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref)
 
   def visit(queries, keys, masked):
     query, d_out = (step.cleared(given[name][queries, :], "query", queries, masked) for name in ("query", "d_out"))
-    d_weights = dot(given["value"][keys, :], d_out, (1, 1))
-    weights, d_scores = _gradient(step, query, given["key"][keys, :], d_weights, queries, keys, masked)
+    key, value = given["key"][keys, :], given["value"][keys, :]
+    weights, d_scores = _gradient(step, query, key, value, d_out, queries, keys, masked)
     value_acc_ref[keys, :] += dot(weights.astype(d_out.dtype), d_out, (1, 0))
     key_acc_ref[keys, :] += dot(d_scores.astype(query.dtype), query, (1, 0))
 
@@ -170,11 +169,13 @@ def _key_kernel(step, given, d_key_ref, d_value_ref, key_acc_ref, value_acc_ref)
     d_value_ref[...] = value_acc_ref[...].astype(d_value_ref.dtype)
 
 
-def _gradient(step, query, key, d_weights, queries, keys, masked):
+def _gradient(step, query, key, value, d_out, queries, keys, masked):
   """The probabilities, and the gradient of scale * query key^T."""
   scores, derivative, seen = step.scores(query, key, queries, keys, masked)
+  # After the scores, whose exponentials the chip computes in the meantime.
+  d_weights = dot(value, d_out, (1, 1)) if step.call.standing else dot(d_out, value, (1, 1))
   lse, delta = (step.numbers(name, queries, scores.shape) for name in ("lse", "delta"))
-  scores = scores - lse
+  scores = scaled(scores, step.call.unit) - lse
   weights = jnp.exp2(jnp.where(seen, scores, -jnp.inf) if masked else scores)
   d_scores = weights * (d_weights - delta)
   if derivative is not None:

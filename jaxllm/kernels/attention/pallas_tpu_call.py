@@ -15,8 +15,9 @@ from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, visible
 
 LANES = 128
+LARGEST_PART = 512  # queries or keys: where some scores are hidden, parts of this size that nobody sees are left out
 DEFAULT_VMEM = 16 << 20  # bytes, what the compiler lends a kernel that asks for nothing
-MATRIX_UNIT = {"v6e": 256, "v7": 256}  # columns of a result that come at once; 128 elsewhere
+MATRIX_UNIT = {"v6e": 256, "v7": 256}  # columns of a result that come at once; LANES elsewhere
 LOG2E = math.log2(math.e)
 
 
@@ -25,8 +26,7 @@ class Tiles:
   """Sizes of one call, multiples of 128.
 
   block_q, block_k: queries and keys that one step of the grid holds. chunk: how many of the block that is walked over
-  (keys; queries in the kernel of the keys' gradient) have their scores held at once; where some scores are hidden, how
-  many of both, and what nobody sees is left out.
+  (keys; queries in the kernel of the keys' gradient) have their scores held at once.
   """
 
   block_q: int
@@ -43,25 +43,30 @@ class Tiles:
       raise ConfigError(f"attention's tiles on TPU are multiples of {LANES}; these are {self}")
 
     def fit(block, length):
-      unit = LANES if length <= self.chunk else self.chunk
+      part = min(self.chunk, LARGEST_PART)
+      unit = LANES if length <= part else part
       return min(block, -(-length // unit) * unit)
 
-    block_q, block_k = fit(self.block_q, T), fit(self.block_k, S)
-    return Tiles(block_q, block_k, math.gcd(self.chunk, block_q, block_k))
+    return Tiles(fit(self.block_q, T), fit(self.block_k, S), self.chunk)
+
+  def piece(self, block: int, largest: int) -> int:
+    """The size of equal pieces of a block, no larger than chunk and `largest`."""
+    return max(n for n in range(LANES, min(self.chunk, largest) + 1, LANES) if block % n == 0)
 
 
 def default_tiles(target: str | None, H: int, dtype, backward: bool = False) -> tuple[Tiles, int | None]:
   """Tiles, and the bytes of vector memory that a kernel may take (None: the compiler's default).
 
-  Chips with 128 MiB of vector memory (v5e, v6e), with 64 MiB (v5p, v7), and with 16 MiB (v4, or unknown). The faster
-  the matrix unit, the more queries must share a fetched key.
+  Chips with 128 MiB of vector memory (v5e, v6e), with 64 MiB (v5p, v7), and with 16 MiB (v4, or unknown). Chosen by the
+  length of the compiler's schedules at T = 4096 and 16384.
   """
   wide = H * jnp.dtype(dtype).itemsize > 256
   vmem = {"v5e": 64 << 20, "v6e": 64 << 20, "v5p": 48 << 20, "v7": 48 << 20}.get(target or "")
   if vmem is None:
     return Tiles(256 if wide else 512, 512, 256), None
-  fast = target in ("v6e", "v7") and not wide
-  return Tiles(1024 if fast and not backward else 512, 1024, 512), vmem
+  # Where the matrix unit is done sooner, the vector unit is better off with fewer maxima.
+  fewer = not backward and not wide and (target in MATRIX_UNIT or H < LANES)
+  return Tiles(512 if wide else 1024, 1024, 1024 if fewer else 512), vmem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,17 @@ class Call:
     chosen, vmem = default_tiles(target, H, query.dtype, backward)
     name = "attention_backward" if backward else "attention_forward"
     chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
-    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=MATRIX_UNIT.get(target or "", 128) > H)
+    # The forward kernel would have to turn its factors too: too much for the vector unit beside a larger matrix unit.
+    columns = MATRIX_UNIT.get(target or "", LANES)
+    turned = columns > H and (backward or columns == LANES)
+    return cls(options, chosen.fitted(T, S), B, T, S, K, N // K, vmem, turned=turned)
+
+  @property
+  def unit(self) -> float:
+    """log2 of a probability that one of `Step.scores` stands for. Where all that awaits a product is a scale, it waits
+    for the difference from the maximum: a product that is read twice would be scaled twice, or spilled."""
+    o = self.options
+    return o.scale * LOG2E if o.scale > 0 and o.softcap is None and o.alibi_slopes is None else 1.0
 
   @property
   def key_blocks(self) -> int:
@@ -212,29 +227,33 @@ class Step:
 
     Traced twice, so that a pair seen as a whole pays no mask and a part that nobody sees costs nothing.
     """
-    t, keys_outside = self.call.tiles, self.call.keys_outside
+    call, t = self.call, self.call.tiles
 
     @pl.when(self.run & ~self.masked)
     def whole():
-      for at in range(0, t.block_q if keys_outside else t.block_k, t.chunk):
-        part = pl.ds(at, t.chunk)
-        queries, keys = (part, pl.ds(0, t.block_k)) if keys_outside else (pl.ds(0, t.block_q), part)
+      walked = t.block_q if call.keys_outside else t.block_k
+      size = t.piece(walked, t.chunk)
+      for part in (pl.ds(at, size) for at in range(0, walked, size)):
+        queries, keys = (part, pl.ds(0, t.block_k)) if call.keys_outside else (pl.ds(0, t.block_q), part)
         body(queries, keys, False)
 
     @pl.when(self.masked)
     def partly():
-      @pl.loop(0, t.block_q // t.chunk)
-      def rows(i):
-        @pl.loop(0, t.block_k // t.chunk)
-        def columns(j):
-          queries, keys = (pl.ds(pl.multiple_of(at * t.chunk, t.chunk), t.chunk) for at in (i, j))
-          q0, k0 = self.query_start + queries.start + self.offset, self.key_start + keys.start
-          low = 0 if "key_positions" in self.given else k0
-          near = blocks.near(self.call.options, q0, q0 + t.chunk - 1, k0, k0 + t.chunk - 1, low, self.prefix)
-          pl.when(near)(functools.partial(body, queries, keys, True))
+      rows, columns = (t.piece(block, LARGEST_PART) for block in (t.block_q, t.block_k))
+
+      @pl.loop(0, t.block_q // rows)
+      def some_rows(i):
+        @pl.loop(0, t.block_k // columns)
+        def some_columns(j):
+          queries, keys = (pl.ds(pl.multiple_of(n * size, size), size) for n, size in ((i, rows), (j, columns)))
+          row, column = self.query_start + queries.start, self.key_start + keys.start
+          q0, low = row + self.offset, 0 if "key_positions" in self.given else column
+          ends = q0, q0 + queries.size - 1, column, column + keys.size - 1
+          needed = blocks.near(call.options, *ends, low, self.prefix) & (row < call.T) & (column < call.S)
+          pl.when(needed)(functools.partial(body, queries, keys, True))
 
   def scores(self, query, key, queries, keys, masked):
-    """(scores times log2(e), their derivative by the capped product, who is seen); [keys, queries] if standing.
+    """(scores in `Call.unit`, their derivative by the capped product, who is seen); [keys, queries] if standing.
 
     queries, keys: which of their blocks these are. Without a cap the derivative is None; unless masked, so is the last.
     """
@@ -242,7 +261,7 @@ class Step:
     scores, derivative = dot(key, query, (1, 1)) if standing else dot(query, key, (1, 1)), None
     shape = scores.shape
     if o.softcap is None:
-      scores = scores * (o.scale * LOG2E)
+      scores = scores * (o.scale * LOG2E) if self.call.unit == 1 else scores
     else:
       capped = jnp.tanh(scores * (o.scale / o.softcap))
       scores, derivative = capped * (o.softcap * LOG2E), 1 - capped * capped
@@ -287,11 +306,22 @@ class Step:
     return jnp.where(row < length, x, 0)
 
 
+def scaled(x, factor):
+  return x if factor == 1 else x * factor
+
+
 def lanes(x, width):
   """[rows, 128], alike in every lane, as [rows, width]."""
   if width <= LANES:
     return x[:, :width]
   return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def along_lanes(x):
+  """[rows, 128], alike in every lane, as [1, rows]: by the diagonal of each square, cheaper than to transpose it."""
+  diagonal = iota((LANES, LANES), 0) == iota((LANES, LANES), 1)
+  squares = (x[at : at + LANES] for at in range(0, x.shape[0], LANES))
+  return jnp.concatenate([jnp.where(diagonal, x, 0).sum(axis=0, keepdims=True) for x in squares], axis=1)
 
 
 def iota(shape, axis):
