@@ -6,10 +6,12 @@ scales it in registers and multiplies; tokens are the right operand, 8 of them i
 arXiv 2408.11743, is the model for 4 bits; for the operand swap, jax's own mixed-type example for Hopper.) Codes of the
 dynamic formats go to the tensor core as they are.
 
-With few tokens, time should go into reading weights only, and making bfloat16 of two codes takes five to ten
-instructions. Four codes of int4 are operands of the 8-bit tensor core after one or two: the low halves of bytes are
-numbers from 0 to 15, the high ones 16 times one from -8 to 7. So there tokens become integers of 15 bits (`split`), in
-two products of 8 bits, which are exact; scales meet the groups' sums in float32 (`_integer_sums`).
+With few tokens, time should go into reading weights only: 13 bytes a cycle come to a multiprocessor of an H100, and
+making bfloat16 of two codes takes ten instructions, too many for 4 bits. Four codes of int4 are operands of the 8-bit
+tensor core after one or two: the low halves of bytes are numbers from 0 to 15, the high ones 16 times one from -8 to 7.
+So there tokens become integers of 15 bits (`integers.split`) in two products of 8 bits, which are exact, and scales
+meet the groups' sums in float32 (`_integer_sums`). For nf4 there is no such way, and it takes four times what memory
+would.
 
 TMA copies run ahead in a warpgroup of their own. Where the tiles are fewer than the multiprocessors, the contraction
 is split, and the parts, float32 and transposed, are summed outside.
@@ -55,8 +57,8 @@ def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
   tokens = next((t for t in (8, 16, 32, 64) if t >= M), 128)
   features = 256 if tokens == 128 else 128
   row_bytes = 64 if tokens == 128 and not weight.dynamic else 128
-  if weight.format == "int4" and tokens <= 32 and weight.group_size == 64:
-    row_bytes = 64  # so that a step's codes are of one group (`_as_integers`)
+  if _as_integers(weight, tokens) and weight.group_size in (32, 64):
+    row_bytes = 64  # fewer groups for `_integer_sums` to take apart
   blocks = pl.cdiv(M, tokens) * pl.cdiv(weight.shape[-1], features)
   total = weight.values.shape[-1] // row_bytes
   splits = 1
@@ -69,10 +71,9 @@ def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
   return Tiles(features, tokens, row_bytes, max(1, min(8, spare // per_step, total // splits)), splits)
 
 
-def _as_integers(weight: QuantizedWeight, tokens: int, row_bytes: int) -> bool:
-  """Whether the product is one of integers: a step's codes in either half of the bytes are of one group."""
-  few = weight.format == "int4" and tokens <= 32 and row_bytes >= 64
-  return few and (weight.group_size or row_bytes) % row_bytes == 0
+def _as_integers(weight: QuantizedWeight, tokens: int) -> bool:
+  """Whether the product is one of integers; groups of 32 with more tokens take too many registers."""
+  return weight.format == "int4" and tokens <= (16 if weight.group_size == 32 else 32)
 
 
 def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
@@ -97,7 +98,7 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
     x, x_scale = reference.quantize_rows(x, weight.values.dtype)
     x_scale = jnp.pad(x_scale, (0, Mp - M))
   x = jnp.pad(x, ((0, Mp - M), (0, weight.padded_features - D)))
-  if _as_integers(weight, t.tokens, t.row_bytes):
+  if _as_integers(weight, t.tokens):
     x, x_scale = split(x)
     x = x.reshape(2, -1, t.tokens, x.shape[-1]).swapaxes(0, 1).reshape(2 * Mp, -1)  # both of a tile's tokens together
   out = _call(x, weight, x_scale, t, Fp)
@@ -107,7 +108,7 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
 
 
 def _call(x, weight, x_scale, t, Fp):
-  integers = _as_integers(weight, t.tokens, t.row_bytes)
+  integers = _as_integers(weight, t.tokens)
   x_rows = t.tokens * (2 if integers else 1)
   row_total, Mp = weight.values.shape[1], x.shape[0] // x_rows * t.tokens
   grouped = weight.group_size is not None
@@ -236,36 +237,49 @@ def _integer_sums(sums, codes_smem, x_smem, scale_smem, mine, zero):
   scale_smem: for either half its scales, then its zero points if there are any; or empty: the scales are of features
   and multiply the result, and so do the zero points, `zero` or None.
   """
-  tile = plgpu.load(codes_smem, layout=plgpu.Layout.WGMMA_8BIT)
-  ones = plgpu.layout_cast(jnp.full(tile.shape, 1, jnp.int8), plgpu.Layout.WGMMA_8BIT)
+  layout = plgpu.Layout.WGMMA_8BIT
+  tile = plgpu.load(codes_smem, layout=layout)
   halves = (tile & jnp.int8(15), 1, 8.0), ((tile ^ jnp.int8(-128)) & jnp.int8(-16), 16, 0.0)  # numbers, unit, their 8
   with_zeros = len(scale_smem) > 2 or zero is not None
-  tokens = sums.shape[1]
+  tokens, groups = sums.shape[1], scale_smem[0].shape[0] if scale_smem else 1
+  width = tile.shape[1] // groups
+
+  def constant(value, columns):
+    return plgpu.layout_cast(jnp.full((tile.shape[0], columns), value, jnp.int8), layout)
+
+  def of_group(x, group):  # zeros in the columns of others
+    if groups == 1:
+      return x
+    others = [constant(0, width)] * (groups - 1)
+    return lax.concatenate([*others[:group], x[:, group * width : (group + 1) * width], *others[group:]], 1)
 
   def spread(row):
     return lax.broadcast_in_dim(row, sums.shape, [0])
 
-  def of_group(ref):
-    return plgpu.load(ref.at[0, mine], layout=ROW)
+  for group in range(groups):
 
-  def products(*accs):
-    for (codes, _, offset), x, product, total in zip(halves, x_smem, accs[::2], accs[1::2]):
-      plgpu.wgmma(product, codes, x.T)
-      if with_zeros or offset:
-        plgpu.wgmma(total, ones, x.T)
-    plgpu.wgmma_wait(0)
-    return [acc[...] for acc in accs]
+    def products(*accs, group=group):
+      for (codes, _, offset), x, product, total in zip(halves, x_smem, accs[::2], accs[1::2]):
+        plgpu.wgmma(product, of_group(codes, group), x.T)
+        if with_zeros or offset:
+          plgpu.wgmma(total, of_group(constant(1, tile.shape[1]), group), x.T)
+      plgpu.wgmma_wait(0)
+      return [acc[...] for acc in accs]
 
-  found = pl.run_scoped(products, *[plgpu.ACC((tile.shape[0], 2 * tokens), jnp.int32)] * 4)
-  for half, (_, unit, offset) in enumerate(halves):
-    product, total = (x[:, :tokens] * 256 + x[:, tokens:] for x in found[2 * half : 2 * half + 2])
-    part = product.astype(jnp.float32)
-    if with_zeros:
-      less = zero if zero is not None else of_group(scale_smem[2 + half])
-      part -= total.astype(jnp.float32) * spread((less - (8.0 - offset)) * unit)
-    elif offset:
-      part = (product - total * int(offset)).astype(jnp.float32)
-    sums += part * (spread(of_group(scale_smem[half]) * (1 / unit)) if scale_smem else 1 / unit)
+    found = pl.run_scoped(products, *[plgpu.ACC((tile.shape[0], 2 * tokens), jnp.int32)] * 4)
+    for half, (_, unit, offset) in enumerate(halves):
+      product, total = (x[:, :tokens] * 256 + x[:, tokens:] for x in found[2 * half : 2 * half + 2])
+      part = product.astype(jnp.float32)
+      if with_zeros:
+        less = zero if zero is not None else plgpu.load(scale_smem[2 + half].at[group, mine], layout=ROW)
+        part -= total.astype(jnp.float32) * spread((less - (8.0 - offset)) * unit)
+      elif offset:
+        part = (product - total * int(offset)).astype(jnp.float32)
+      if scale_smem:
+        part *= spread(plgpu.load(scale_smem[half].at[group, mine], layout=ROW) * (1 / unit))
+      else:
+        part *= 1 / unit
+      sums += part
   return sums
 
 
