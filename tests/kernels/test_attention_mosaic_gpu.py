@@ -1,10 +1,6 @@
 """Hopper's attention forward: in the emulator against float64, and as machine code for an H100."""
 
-import importlib.util
-import os
 import random
-import sys
-from pathlib import Path
 from unittest import mock
 
 import attention_oracle
@@ -13,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import gpu_emulator, needs_emulators
+from hopper_code import ATTENTION, MORE_ATTENTION, SEGMENTED, attention_shapes, can_compile, check_machine_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,16 +17,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.kernels import Visibility, flash_attention
 from jaxllm.kernels.attention.options import Options
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import machine_code
-
 pytestmark = needs_emulators
-can_compile = pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None
-  or machine_code.find_tool("ptxas") is None
-  or machine_code.find_tool("nvdisasm") is None,
-  reason="machine code needs jax's CUDA plugin, ptxas and nvdisasm",
-)
 SMALL = dict(block_kv=64, stages=2)  # blocks as small as wgmma and its swizzle allow
 
 
@@ -237,80 +225,35 @@ def test_blocks_visited_are_those_with_something_to_see(which):
 # ---------------------------------------------------------------- machine code
 
 
-def whole(*shape):
-  return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def real(*shape):
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 def compiled(B, T, N, K, H, visibility=Visibility(), softcap=None, arrays=()):
-  """(the compiled call, its one kernel, what ptxas said)."""
-  shapes = dict(
-    query_segments=whole(B, T), key_segments=whole(B, T), key_positions=whole(B, T),
-    query_offset=whole(B), prefix_lengths=whole(B), alibi_slopes=real(N), sinks=real(N),
-  )  # fmt: skip
-  arrays = {name: shapes[name] for name in arrays}
-  q, k = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
+  """The compiled call, once its machine code is as it should be."""
+  q, k, arrays = attention_shapes(B, T, N, K, H, arrays)
 
   def run(q, k, v, arrays):
     from jaxllm.kernels.attention import mosaic_gpu
 
     return mosaic_gpu.forward(q, k, v, Options(visibility, H**-0.5, softcap, **arrays), "h100")
 
-  program, (kernel,) = machine_code.compile_gpu(run, (q, k, k, arrays))
-  return program, kernel, (Path(os.environ["MOSAIC_GPU_DUMP_TO"]) / f"{kernel.name}.ptxas").read_text()
-
-
-SEGMENTED = ("query_segments", "key_segments")
-REAL = {
-  "llama": dict(B=1, T=4096, N=32, K=8, H=128),
-  "gemma": dict(B=1, T=4096, N=16, K=8, H=256, softcap=50.0),
-  "packed-window": dict(B=2, T=4096, N=32, K=8, H=128, visibility=Visibility(window=1024), arrays=SEGMENTED),
-}
-MORE = {
-  "bidirectional": dict(B=1, T=4096, N=16, K=16, H=64, visibility=Visibility(causal=False)),
-  "h64": dict(B=1, T=4096, N=32, K=8, H=64),
-  "h192": dict(B=1, T=4096, N=16, K=16, H=192),
-  "ragged": dict(B=2, T=4001, N=32, K=8, H=128),
-  "alibi": dict(B=1, T=4096, N=32, K=32, H=128, arrays=("alibi_slopes",)),
-  "gpt-oss": dict(B=1, T=4096, N=64, K=8, H=64, visibility=Visibility(window=128), arrays=(*SEGMENTED, "sinks")),
-  "cached": dict(
-    B=4, T=512, N=32, K=8, H=128, visibility=Visibility(window=1000), arrays=("query_offset", "prefix_lengths")
-  ),
-  "sink-tokens": dict(
-    B=2, T=4096, N=32, K=8, H=128, visibility=Visibility(window=1024, sink_tokens=4),
-    arrays=(*SEGMENTED, "key_positions"),
-  ),
-}  # fmt: skip
-
-
-def check_machine_code(shape):
-  _, kernel, said = compiled(**shape)
-  assert kernel.tensor_core > 0 and kernel.tma > 0
-  assert kernel.spill_bytes == 0 and kernel.local == 0
-  assert kernel.shared_bytes <= machine_code.SHARED_MEMORY_LIMIT
-  assert "serialized" not in said  # a product that waits for the one before it
+  return check_machine_code(run, (q, k, k, arrays))
 
 
 @can_compile
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", ATTENTION)
 def test_machine_code(name):
-  check_machine_code(REAL[name])
+  compiled(**ATTENTION[name])
 
 
 @can_compile
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", MORE_ATTENTION)
 def test_machine_code_of_more(name):
-  check_machine_code(MORE[name])
+  compiled(**MORE_ATTENTION[name])
 
 
 @can_compile
 def test_memory_grows_with_length_and_not_its_square():
   """With all that is copied: odd lengths, and segments that are looked at before the kernel."""
   short, long = (
-    compiled(B=1, T=T, N=8, K=2, H=128, arrays=SEGMENTED)[0].memory_analysis().temp_size_in_bytes for T in (4001, 8001)
+    compiled(B=1, T=T, N=8, K=2, H=128, arrays=SEGMENTED).memory_analysis().temp_size_in_bytes for T in (4001, 8001)
   )
   assert long <= 2.1 * short

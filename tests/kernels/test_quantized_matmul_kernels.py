@@ -2,8 +2,6 @@
 
 import functools
 import importlib.util
-import sys
-from pathlib import Path
 from unittest import mock
 
 import jax
@@ -13,14 +11,11 @@ import numpy as np
 import pytest
 import quantized_oracle as oracle
 from emulators import RECENT, gpu_emulator, needs_emulators, tpu_emulator
+from hopper_code import can_compile, check_machine_code
 
 from jaxllm.kernels import quantize, quantized_matmul, tuning
 
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
 needs_libtpu = pytest.mark.skipif(not RECENT or importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-needs_cuda = pytest.mark.skipif(
-  not RECENT or importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="needs jax's CUDA plugin"
-)
 
 # format, group size, asymmetric
 KINDS = [
@@ -170,19 +165,14 @@ def some_slow(kinds, sizes, quick):
   ]
 
 
-@needs_cuda
+@needs_emulators
+@can_compile
 @pytest.mark.parametrize("kind,M", some_slow(KINDS, (1, 16, 256, 4096), [(KINDS[3], 1), (KINDS[5], 4096)]))
 def test_h100_machine_code(kind, M):
-  from machine_code import SHARED_MEMORY_LIMIT, compile_gpu
-
   forward, backward = calls("mosaic_gpu", "h100")
   x, q, dy = avals(kind, M)
   for function, inputs in ((forward, (x, q)), (backward, (x, q, dy))):
-    compiled, kernels = compile_gpu(function, inputs)
-    (code,) = kernels
-    assert code.tensor_core > 0 and code.tma > 0
-    assert code.spill_bytes == 0 and code.local == 0 and not code.serialized
-    assert code.shared_bytes <= SHARED_MEMORY_LIMIT
+    compiled = check_machine_code(function, inputs)
     # Padded or rounded activations; nothing of the weight's size.
     assert compiled.memory_analysis().temp_size_in_bytes <= 128 * 2 * F + 2 * M * D
 

@@ -295,7 +295,9 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
       def multiply(scores):
         plgpu.barrier_wait(key_ready.at[slot])
         plgpu.barrier_wait(turn.at[warpgroup])
-        plgpu.wgmma(scores, query_smem, key_smem.at[slot].T)
+        # Without the barrier the compiler keeps the queries' addresses in registers that masks made of arrays need.
+        mine = scratch["query_smem"].at[lax.optimization_barrier(warpgroup)] if "of_keys" in gmem else query_smem
+        plgpu.wgmma(scores, mine, key_smem.at[slot].T)
         plgpu.barrier_wait(value_ready.at[before])
         plgpu.wgmma(acc, p16, value_smem.at[before])
         pass_turn()

@@ -144,6 +144,7 @@ def attend(
     "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
     "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(out_dtype, OUT_COLUMNS)),
     "lse_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
+    "counting_smem": plgpu.SMEM((warpgroups, block), jnp.int32),
     "query_ready": plgpu.Barrier(num_barriers=warpgroups),
     "key_ready": plgpu.Barrier(num_arrivals=copies * (1 + quantized), num_barriers=stages),
     "value_ready": plgpu.Barrier(num_arrivals=copies * (1 + quantized), num_barriers=stages),
@@ -160,7 +161,8 @@ def attend(
   elif shared:
     scratch["cleaned"] = plgpu.Barrier(num_arrivals=warpgroups)
   if options.alibi_slopes is not None:
-    inputs |= slope_rows(options.alibi_slopes, K, R, schedule.tokens)
+    scratch["slope_smem"] = plgpu.SMEM((warpgroups, ROWS), jnp.float32)
+    inputs["slope"] = slope_rows(options.alibi_slopes, K, R, schedule.tokens)["slope"]
   return plgpu.kernel(
     functools.partial(_kernel, options, tiles, tuple(inputs), (splits, pages.page_size, shared)),
     out_type=(
@@ -178,9 +180,10 @@ def attend(
 
 
 def _tiled(dtype, columns):
-  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that."""
+  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that.
+  int8 is read 64 columns at a time (`widen`)."""
   size = jnp.dtype(dtype).itemsize
-  swizzle = next(width for width in (128, 64, 32) if columns * size % width == 0)
+  swizzle = 64 if size == 1 else next(width for width in (128, 64, 32) if columns * size % width == 0)
   return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
@@ -191,8 +194,9 @@ def _kernel(options, tiles, names, static, *refs, **scratch):
   tile, split, head, warpgroup = (lax.axis_index(name) for name in ("tile", "split", "head", "warpgroup"))
 
   def span():
-    """First step and number of steps. For each warpgroup of its own: values from before the branch cost spills."""
-    sequence, position, end = (gmem["work"][tile, i] for i in range(3))
+    """First step and number of steps. For each role of its own: values from before the branch cost spills."""
+    of_role = lax.optimization_barrier(tile)
+    sequence, position, end = (gmem["work"][of_role, i] for i in range(3))
     first = 0
     if options.window is not None:
       first = lax.div(jnp.maximum(position - (options.window - 1), 0), jnp.int32(tiles.block))
@@ -252,6 +256,8 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
   row_start = warpgroup * ROWS if shared else 0  # of this warpgroup among the tile's rows
   query_smem = scratch["query_smem"].at[warpgroup if shared else 0]
   scores_shape = (ROWS, block)
+  # Places among keys are counted from the tile's first token.
+  before, written = first * block - position, end - position
 
   @pl.when(jnp.bool_(True) if shared else warpgroup == 0)
   def _():
@@ -262,38 +268,51 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
   def over(rows, shape):
     return lax.broadcast_in_dim(rows, shape, [0])
 
-  def mask(values, start):
-    # Row r is token r // group, at position + r // group: compared without dividing.
-    row = plgpu.broadcasted_iota(jnp.int32, scores_shape, 0, layout=WGMMA) + row_start
-    ahead = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=WGMMA) + (start - position)
-    seen = ahead * group <= row
-    if options.window is not None:
-      seen &= row < (ahead + options.window) * group
-    return jnp.where(seen, values, -jnp.inf)
+  def mine(name):
+    """This warpgroup's own part, for use in the loop: without the barrier the compiler works addresses out before the
+    loop and keeps them in registers that the products need."""
+    return scratch[name].at[lax.optimization_barrier(warpgroup)]
 
-  alibi = None
+  # What would not change from step to step comes from shared memory for the same reason.
+  scratch["counting_smem"].at[warpgroup][...] = plgpu.layout_cast(lax.iota(jnp.int32, block), COLUMN)
   if options.alibi_slopes is not None:
-    here = head, pl.ds(row_start, ROWS)
-    alibi = [plgpu.load(gmem[name].at[here], layout=ROW, optimized=False) for name in ("slope", "row_bias")]
+    slopes = gmem["slope"].at[head, pl.ds(row_start, ROWS)]
+    scratch["slope_smem"].at[warpgroup][...] = plgpu.load(slopes, layout=ROW, optimized=False)
+  plgpu.commit_smem()
+
+  def places(start, dtype):
+    """Of the token that a row belongs to (in decoding there is one only), and of the key."""
+    keys = plgpu.load(mine("counting_smem"), layout=COLUMN) + start
+    keys = lax.broadcast_in_dim(keys.astype(dtype), scores_shape, [1])
+    if not shared:
+      return dtype(0), keys
+    rows = plgpu.layout_cast(lax.iota(jnp.int32, ROWS), ROW) + row_start
+    return over(lax.div(rows, jnp.int32(group)).astype(dtype), scores_shape), keys
+
+  def mask(values, start):
+    token, key = places(start, jnp.int32)
+    seen = key <= token
+    if options.window is not None:
+      seen &= token < key + options.window
+    return jnp.where(seen, values, -jnp.inf)
 
   def logits(raw, start):
     """Scores, and the factor that they still lack to be in base 2."""
-    if options.softcap is None and alibi is None and options.scale > 0:
+    if options.softcap is None and options.alibi_slopes is None and options.scale > 0:
       return raw, options.scale * LOG2E
     values = raw * options.scale
     if options.softcap is not None:  # tanh by exp2: the chip's own tanh keeps 11 bits only
       values = options.softcap - 2 * options.softcap / (1 + jnp.exp2(values * (2 * LOG2E / options.softcap)))
-    if alibi is not None:
-      ahead = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=WGMMA) + (start - position)
-      values += over(alibi[0], scores_shape) * ahead.astype(jnp.float32) - over(alibi[1], scores_shape)
+    if options.alibi_slopes is not None:
+      token, key = places(start, jnp.float32)
+      values += over(plgpu.load(mine("slope_smem"), layout=ROW), scores_shape) * (key - token)
     return values, LOG2E
 
   def widen(narrow_ref):
     """A block of int8 as 16 bits in this warpgroup's buffer."""
-    wide = scratch["wide_smem"].at[warpgroup]
-    chunk = 128 if H % 128 == 0 else 64
-    for column in range(0, H, chunk):
-      here = slice(None), pl.ds(column, chunk)
+    wide = mine("wide_smem")
+    for column in range(0, H, 64):
+      here = slice(None), pl.ds(column, 64)
       narrow = plgpu.load(narrow_ref.at[here], layout=plgpu.Layout.WGMMA_UPCAST_2X)
       wide[here] = narrow.astype(dtype)
       plgpu.commit_smem()  # after each chunk: loads of the next one do not move up and take registers
@@ -306,13 +325,13 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
         part = value_ref.at[pl.ds(r, ROWS), pl.ds(c, 64)]
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=WGMMA)
         values = plgpu.load(part, layout=WGMMA)
-        part[...] = jnp.where(row < end - start - r, values, jnp.zeros_like(values))
+        part[...] = jnp.where(row < written - start - r, values, jnp.zeros_like(values))
         plgpu.commit_smem()  # after each piece: loads of the next ones do not move up and take registers
 
   def step(turn, carry):
     acc, top, total = carry
     index = turn if shared else turn * tiles.warpgroups + warpgroup
-    slot, start = lax.rem(index, jnp.int32(tiles.stages)), (first + index) * block
+    slot, start = lax.rem(index, jnp.int32(tiles.stages)), before + index * block
 
     plgpu.barrier_wait(key_ready.at[slot])
     keys = scratch["key_smem"].at[slot]
@@ -322,7 +341,7 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
       plgpu.barrier_arrive(key_done.at[slot])
 
     def score(acc_ref):
-      plgpu.wgmma(acc_ref, query_smem, keys.T)
+      plgpu.wgmma(acc_ref, mine("query_smem") if shared else query_smem, keys.T)
       return acc_ref[...]
 
     raw = pl.run_scoped(score, plgpu.ACC(scores_shape, jnp.float32))
@@ -331,9 +350,9 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
     else:
       plgpu.barrier_arrive(key_done.at[slot])
     values, factor = logits(raw, start)
-    partly = start + block > position + row_start // group + 1
+    partly = start + block > row_start // group + 1
     if options.window is not None:
-      partly |= start + options.window <= position + (row_start + ROWS - 1) // group
+      partly |= start + options.window <= (row_start + ROWS - 1) // group
     values = lax.cond(partly, lambda: mask(values, start), lambda: values)
 
     new_top = jnp.maximum(top, values.max(axis=1) * factor)
@@ -355,7 +374,7 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
       plgpu.barrier_arrive(value_done.at[slot])
     else:
 
-      @pl.when(start + block > end)
+      @pl.when(start + block > written)
       def _():
         if shared:  # one cleans for all who read
           pl.when(warpgroup == 0)(lambda: clean(values_ref, start))
@@ -390,6 +409,9 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
     ),
   )
 
+  # Asked for again: kept, they would spill.
+  tile, split, head, warpgroup = (lax.axis_index(name) for name in ("tile", "split", "head", "warpgroup"))
+  row_start = warpgroup * ROWS if shared else 0
   acc *= over(1.0 / jnp.where(total > 0, total, 1.0), acc.shape)
   lse_smem, out_smem = scratch["lse_smem"].at[warpgroup], scratch["out_smem"].at[warpgroup]
   lse_smem[...] = (top + jnp.log2(total)) * math.log(2)
