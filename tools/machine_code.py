@@ -18,13 +18,15 @@ What the columns say:
   the instructions alone. The tensor core needs N / 2 cycles for a 64 x N x 16 product of 16-bit numbers, or a 64 x N x
   32 one of 8-bit numbers (4096 or 8192 FLOP a cycle and multiprocessor), and each of a multiprocessor's four schedulers
   issues one instruction a cycle.
-* bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once, and the products of
-  a vector register with a matrix unit's tile in them. A bundle takes a cycle if nothing waits.
-* matrix_share: of the cycles of that loop or pass, the part in which the tensor core or the matrix units work if all of
-  them overlap with the rest: tensor / max(tensor, issue), or the cycles of the products on all matrix units / bundles.
+* bundles, product_bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once;
+  those of basic blocks with products; and the products of a vector register with a matrix unit's tile. A bundle takes a
+  cycle if nothing waits. bundles_per_product is product_bundles / products.
+* matrix_share: of the cycles of that loop or those blocks, the part in which the tensor core or the matrix units work,
+  if they overlap with all the rest: tensor / max(tensor, issue), or the cycles of the products on all units over
+  product_bundles.
 * estimated_ms: the kernel's FLOP over (nominal peak times matrix_share; on TPU times the part of a matrix unit that a
-  head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block, on a GPU
-  nothing outside the loop. Only where the kernel's FLOP are known and products, not bytes, set the pace.
+  head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block,
+  nothing outside the loop or the blocks. Only where the kernel's FLOP are known and products, not bytes, set the pace.
 * cycles_outside (TPU): what XLA expects of the operations that it makes around the kernels.
 """
 
@@ -91,6 +93,7 @@ class Bundles:
 
   name: str
   bundles: int  # of one straight pass: every loop body once
+  product_bundles: int  # of those basic blocks that have products
   products: int  # of a vector register with the tile that a matrix unit holds
   bundles_per_product: float | None
   matrix_unit: int  # all operations of the matrix units: loading tiles and taking results too
@@ -127,17 +130,28 @@ def schedules_tpu(function: Callable, avals: tuple, chip: str) -> tuple[jax.stag
 def _read_bundles(name: str, utilization: str, listing: str, chip: str) -> Bundles:
   lines = utilization.split("UTILIZATION:\n")[-1].splitlines()
   rows = [[int(n) for n in line.split()] for line in lines if line.strip()]
-  kinds = re.findall(r"\bvmatmul\.([\w.]+)", listing)
+  blocks: list[tuple[int, list[str]]] = []  # bundles and products of each basic block
+  new = True
+  for line in listing.splitlines():
+    if not (bundle := re.match(r"\s*0x[0-9a-f]+\s+([A-Z]{2}:)?", line)):
+      continue
+    if new or bundle.group(1) or "Start region" in line:
+      blocks.append((0, []))
+    blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1] + re.findall(r"\bvmatmul\.([\w.]+)", line))
+    new = "End region" in line or "sbr.rel" in line
+  product_bundles = sum(count for count, kinds in blocks if kinds)
+  kinds = [kind for _, kinds in blocks for kind in kinds]
   units, _, cycles = MATRIX_UNITS[chip]
   busy = sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units
   return Bundles(
     name=name,
     bundles=len(rows),
+    product_bundles=product_bundles,
     products=len(kinds),
-    bundles_per_product=round(len(rows) / len(kinds), 2) if kinds else None,
+    bundles_per_product=round(product_bundles / len(kinds), 2) if kinds else None,
     matrix_unit=sum(row[0] for row in rows),
     spills=sum(row[6] + row[8] for row in rows),
-    matrix_share=busy / len(rows) if kinds else None,
+    matrix_share=busy / product_bundles if kinds else None,
   )
 
 
@@ -156,7 +170,8 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   )
   with jax.sharding.use_abstract_mesh(abstract):  # kernels that ask for the number of cores find it there
     compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
-  kernels = sorted(path for path in set(dump.iterdir()) - before if path.suffix == ".ptx")
+  kernels = [path for path in set(dump.iterdir()) - before if path.suffix == ".ptx"]
+  kernels.sort(key=lambda path: int(path.stem.rpartition("_")[2]))  # a process numbers its kernels
   return compiled, [_read(path) for path in kernels]
 
 
@@ -266,6 +281,7 @@ def report(case, side: str, chip: str) -> list[dict]:
   for kernel, count in zip(kernels, flops):
     share = kernel.matrix_share
     row = dataclasses.asdict(kernel) | shared | {"matrix_share": None if share is None else round(share, 3)}
+    row["name"] = re.sub(r"[._]\d+$", "", kernel.name)
     if count is not None and share:
       row["estimated_ms"] = round(count / (PEAK[chip] * 1e9 * share * _fill(case, chip)), 4)
     rows.append(row)
@@ -388,7 +404,7 @@ class Table:
 
   GPU = ("registers", "spill_bytes", "local", "shared_bytes", "tensor_core", "tma", "instructions")
   GPU += ("loop_tensor_cycles", "loop_issue_cycles")
-  TPU = ("bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
+  TPU = ("bundles", "product_bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
   SHARED = ("matrix_share", "estimated_ms", "temp_bytes", "compile_s")
 
   def __init__(self, out: str, name: str, order: dict):

@@ -31,10 +31,16 @@ def test_longest_loop_holds_waits_but_no_other_products():
 
 def test_matrix_share_of_a_schedule():
   utilization = "CAPACITY:\nMXU\n== UTILIZATION:\n" + "2 0 0 0 0 0 1 0 1 0\n" * 100
-  listing = "%1 = vmatmul.bf16.gmra.mxu0 %v1\n%2 = vmatmul.mubr.f32.gmra %v2\n%3 = vmatpush.bf16.msra.mxu1 %v3\n"
+  listing = """
+   0x0   :  { %s = smov 0 } /* End region 1 */
+   0x1 LB: > { %1 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %3 = vmatpush.bf16.msra.mxu1 %v3 }
+   0x2   : > { %2 = vmatmul.mubr.f32.gmra %v2 }
+   0x3   : > { %4 = sbr.rel (%p1) target = $region2 }
+   0x4   :  { %s = smov 0 }
+"""
   read = machine_code._read_bundles("k", utilization, listing, "v5e")
-  assert (read.bundles, read.products, read.bundles_per_product) == (100, 2, 50.0)
-  assert (read.matrix_unit, read.spills, read.matrix_share) == (200, 200, (16 + 8) / 4 / 100)
+  assert (read.bundles, read.product_bundles, read.products, read.bundles_per_product) == (100, 3, 2, 1.5)
+  assert (read.matrix_unit, read.spills, read.matrix_share) == (200, 200, (16 + 8) / 4 / 3)
 
 
 def test_tables_keep_what_was_not_made_again(tmp_path, monkeypatch):
