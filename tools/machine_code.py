@@ -22,8 +22,7 @@ What the columns say:
   those of basic blocks with products; and the products of a vector register with a matrix unit's tile. A bundle takes a
   cycle if nothing waits. bundles_per_product is product_bundles / products.
 * matrix_share: of the cycles of that loop or those blocks, the part in which the tensor core or the matrix units work,
-  if they overlap with all the rest: tensor / max(tensor, issue), or the cycles of the products on all units over
-  product_bundles.
+  if they overlap with all the rest: their cycles / max(their cycles, issue cycles or bundles).
 * estimated_ms: the kernel's FLOP over (nominal peak times matrix_share; on TPU times the part of a matrix unit that a
   head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block,
   nothing outside the loop or the blocks. Only where the kernel's FLOP are known and products, not bytes, set the pace.
@@ -54,6 +53,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.extend
 from jax.sharding import NamedSharding, PartitionSpec
+from sass import longest_loop
 
 from jaxllm.parallel.topologies import GPUS, TPU_HOSTS, gpu_mesh, tpu_mesh
 
@@ -139,19 +139,20 @@ def _read_bundles(name: str, utilization: str, listing: str, chip: str) -> Bundl
       blocks.append((0, []))
     blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1] + re.findall(r"\bvmatmul\.([\w.]+)", line))
     new = "End region" in line or "sbr.rel" in line
-  product_bundles = sum(count for count, kinds in blocks if kinds)
-  kinds = [kind for _, kinds in blocks for kind in kinds]
+  blocks = [(count, kinds) for count, kinds in blocks if kinds]
   units, _, cycles = MATRIX_UNITS[chip]
-  busy = sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units
+  busy = [sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units for _, kinds in blocks]
+  longest = sum(max(count, cycles) for (count, _), cycles in zip(blocks, busy))
+  product_bundles, products = sum(count for count, _ in blocks), sum(len(kinds) for _, kinds in blocks)
   return Bundles(
     name=name,
     bundles=len(rows),
     product_bundles=product_bundles,
-    products=len(kinds),
-    bundles_per_product=round(product_bundles / len(kinds), 2) if kinds else None,
+    products=products,
+    bundles_per_product=round(product_bundles / products, 2) if products else None,
     matrix_unit=sum(row[0] for row in rows),
     spills=sum(row[6] + row[8] for row in rows),
-    matrix_share=busy / product_bundles if kinds else None,
+    matrix_share=sum(busy) / longest if products else None,
   )
 
 
@@ -225,7 +226,7 @@ def _read(ptx: Path) -> MachineCode:
   codes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M)
   resources = (ptx.parent / f"{ptx.stem}.resources.txt").read_text()
   shared = int(re.search(r"smem_scratch_bytes=(\d+)", resources).group(1))
-  tensor_cycles, issue_cycles = _longest_loop(sass)
+  tensor_cycles, issue_cycles = longest_loop(sass)
   count = lambda *names: sum(code.startswith(names) for code in codes)  # noqa: E731
   return MachineCode(
     name=ptx.stem,
@@ -239,32 +240,6 @@ def _read(ptx: Path) -> MachineCode:
     loop_tensor_cycles=tensor_cycles,
     loop_issue_cycles=issue_cycles,
   )
-
-
-def _longest_loop(sass: str) -> tuple[int, int]:
-  """(tensor-core cycles, other instructions) of the innermost loop that has the most tensor-core work."""
-  lines, labels = [], {}
-  for line in sass.splitlines():
-    if label := re.match(r"^(\.L_x_\d+):", line):
-      labels[label.group(1)] = len(lines)
-    elif re.match(r"^\s+/\*[0-9a-f]{4,}\*/", line):
-      lines.append(line)
-  loops = []
-  for end, line in enumerate(lines):
-    target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-    if target and labels.get(target.group(1), end + 1) <= end:
-      loops.append((labels[target.group(1)], end + 1))
-
-  def work(loop):
-    shapes = [re.search(r"GMMA\.64x(\d+)x", line) for line in lines[loop[0] : loop[1]]]
-    tensor = sum(int(shape.group(1)) // 2 for shape in shapes if shape)
-    return tensor, loop[1] - loop[0] - sum(bool(shape) for shape in shapes)
-
-  found = {loop: work(loop) for loop in loops}
-  inside = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]  # noqa: E731
-  # Loops that wait for a barrier may be inside it.
-  innermost = [a for a in loops if found[a][0] and not any(inside(a, b) and found[b][0] for b in loops)]
-  return max((found[loop] for loop in innermost), default=(0, 0))
 
 
 def report(case, side: str, chip: str) -> list[dict]:

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import machine_code
+from sass import longest_loop
 
 SASS = """
 .L_x_1:
@@ -15,18 +16,24 @@ SASS = """
         /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
 .L_x_2:
         /*0020*/                   HGMMA.64x128x16.F32 R24, gdesc[UR4], R24 ;
-.L_x_3:
         /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
-        /*0040*/              @!P0 BRA `(.L_x_3) ;
+        /*0040*/              @!P0 BRA `(.L_x_9) ;
+.L_x_3:
         /*0050*/                   HGMMA.64x128x16.F32 R24, gdesc[UR4], R24 ;
         /*0060*/               @P1 BRA `(.L_x_2) ;
-        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/                   BRA.U UP2, `(.L_x_1) ;
+        /*0080*/                   HGMMA.64x256x16.F32 R24, gdesc[UR4], R24 ;
+        /*0090*/                   EXIT ;
+.L_x_9:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
+        /*00b0*/              @!P0 BRA `(.L_x_9) ;
+        /*00c0*/                   BRA `(.L_x_3) ;
 """
 
 
-def test_longest_loop_holds_waits_but_no_other_products():
-  assert machine_code._longest_loop(SASS) == (128, 3)
-  assert machine_code._longest_loop(SASS.replace("HGMMA", "FFMA")) == (0, 0)
+def test_longest_loop_is_the_inner_one_with_its_waits():
+  assert longest_loop(SASS) == (128, 6)  # two products; a wait, its jump, the wait behind the code, the jump back
+  assert longest_loop(SASS.replace("HGMMA", "FFMA")) == (0, 0)
 
 
 def test_matrix_share_of_a_schedule():
@@ -36,11 +43,12 @@ def test_matrix_share_of_a_schedule():
    0x1 LB: > { %1 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %3 = vmatpush.bf16.msra.mxu1 %v3 }
    0x2   : > { %2 = vmatmul.mubr.f32.gmra %v2 }
    0x3   : > { %4 = sbr.rel (%p1) target = $region2 }
-   0x4   :  { %s = smov 0 }
+   0x4   :  { %5 = vmatmul.bf16.gmra.mxu0 %v5 }
 """
+  listing += "".join(f"   0x{at}   :  {{ %6 = vadd %v1 }}\n" for at in range(5, 9))
   read = machine_code._read_bundles("k", utilization, listing, "v5e")
-  assert (read.bundles, read.product_bundles, read.products, read.bundles_per_product) == (100, 3, 2, 1.5)
-  assert (read.matrix_unit, read.spills, read.matrix_share) == (200, 200, (16 + 8) / 4 / 3)
+  assert (read.bundles, read.product_bundles, read.products, read.bundles_per_product) == (100, 8, 3, 2.67)
+  assert (read.matrix_unit, read.spills, read.matrix_share) == (200, 200, (6 + 4) / (6 + 5))
 
 
 def test_tables_keep_what_was_not_made_again(tmp_path, monkeypatch):
