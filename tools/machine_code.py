@@ -18,13 +18,14 @@ What the columns say:
   the instructions alone. The tensor core needs N / 2 cycles for a 64 x N x 16 product of 16-bit numbers, or a 64 x N x
   32 one of 8-bit numbers (4096 or 8192 FLOP a cycle and multiprocessor), and each of a multiprocessor's four schedulers
   issues one instruction a cycle.
-* bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once, and the products of
-  a vector register with a matrix unit's tile in them. A bundle takes a cycle if nothing waits.
-* matrix_share: of the cycles of that loop or pass, the part in which the tensor core or the matrix units work if all of
-  them overlap with the rest: tensor / max(tensor, issue), or the cycles of the products on all matrix units / bundles.
+* bundles, product_bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once;
+  those of basic blocks with products; and the products of a vector register with a matrix unit's tile. A bundle takes a
+  cycle if nothing waits. bundles_per_product is product_bundles / products.
+* matrix_share: of the cycles of that loop or those blocks, the part in which the tensor core or the matrix units work,
+  if they overlap with all the rest: their cycles / max(their cycles, issue cycles or bundles).
 * estimated_ms: the kernel's FLOP over (nominal peak times matrix_share; on TPU times the part of a matrix unit that a
-  head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block, on a GPU
-  nothing outside the loop. Only where the kernel's FLOP are known and products, not bytes, set the pace.
+  head fills). An ESTIMATE, from below: no waiting for memory, no tail, no masked half of a diagonal block,
+  nothing outside the loop or the blocks. Only where the kernel's FLOP are known and products, not bytes, set the pace.
 * cycles_outside (TPU): what XLA expects of the operations that it makes around the kernels.
 """
 
@@ -52,6 +53,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.extend
 from jax.sharding import NamedSharding, PartitionSpec
+from sass import longest_loop
 
 from jaxllm.parallel.topologies import GPUS, TPU_HOSTS, gpu_mesh, tpu_mesh
 
@@ -92,6 +94,7 @@ class Bundles:
 
   name: str
   bundles: int  # of one straight pass: every loop body once
+  product_bundles: int  # of those basic blocks that have products
   products: int  # of a vector register with the tile that a matrix unit holds
   bundles_per_product: float | None
   matrix_unit: int  # all operations of the matrix units: loading tiles and taking results too
@@ -128,17 +131,29 @@ def schedules_tpu(function: Callable, avals: tuple, chip: str) -> tuple[jax.stag
 def _read_bundles(name: str, utilization: str, listing: str, chip: str) -> Bundles:
   lines = utilization.split("UTILIZATION:\n")[-1].splitlines()
   rows = [[int(n) for n in line.split()] for line in lines if line.strip()]
-  kinds = re.findall(r"\bvmatmul\.([\w.]+)", listing)
+  blocks: list[tuple[int, list[str]]] = []  # bundles and products of each basic block
+  new = True
+  for line in listing.splitlines():
+    if not (bundle := re.match(r"\s*0x[0-9a-f]+\s+([A-Z]{2}:)?", line)):
+      continue
+    if new or bundle.group(1) or "Start region" in line:
+      blocks.append((0, []))
+    blocks[-1] = (blocks[-1][0] + 1, blocks[-1][1] + re.findall(r"\bvmatmul\.([\w.]+)", line))
+    new = "End region" in line or "sbr.rel" in line
+  blocks = [(count, kinds) for count, kinds in blocks if kinds]
   units, _, cycles = MATRIX_UNITS[chip]
-  busy = sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units
+  busy = [sum(cycles / (2 if "f32" in kind.split(".") else 1) for kind in kinds) / units for _, kinds in blocks]
+  longest = sum(max(count, cycles) for (count, _), cycles in zip(blocks, busy))
+  product_bundles, products = sum(count for count, _ in blocks), sum(len(kinds) for _, kinds in blocks)
   return Bundles(
     name=name,
     bundles=len(rows),
-    products=len(kinds),
-    bundles_per_product=round(len(rows) / len(kinds), 2) if kinds else None,
+    product_bundles=product_bundles,
+    products=products,
+    bundles_per_product=round(product_bundles / products, 2) if products else None,
     matrix_unit=sum(row[0] for row in rows),
     spills=sum(row[6] + row[8] for row in rows),
-    matrix_share=busy / len(rows) if kinds else None,
+    matrix_share=sum(busy) / longest if products else None,
   )
 
 
@@ -158,7 +173,8 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   # Kernels that ask for the number of cores find it in the abstract mesh.
   with _descriptors_checked(), jax.sharding.use_abstract_mesh(abstract):
     compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
-  kernels = sorted(path for path in set(dump.iterdir()) - before if path.suffix == ".ptx")
+  kernels = [path for path in set(dump.iterdir()) - before if path.suffix == ".ptx"]
+  kernels.sort(key=lambda path: int(path.stem.rpartition("_")[2]))  # a process numbers its kernels
   return compiled, [_read(path) for path in kernels]
 
 
@@ -253,7 +269,7 @@ def _read(ptx: Path) -> MachineCode:
   codes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", sass, re.M)
   resources = (ptx.parent / f"{ptx.stem}.resources.txt").read_text()
   shared = int(re.search(r"smem_scratch_bytes=(\d+)", resources).group(1))
-  tensor_cycles, issue_cycles = _longest_loop(sass)
+  tensor_cycles, issue_cycles = longest_loop(sass)
   count = lambda *names: sum(code.startswith(names) for code in codes)  # noqa: E731
   return MachineCode(
     name=ptx.stem,
@@ -270,33 +286,6 @@ def _read(ptx: Path) -> MachineCode:
   )
 
 
-def _longest_loop(sass: str) -> tuple[int, int]:
-  """(tensor-core cycles, other instructions) of the innermost loop that has the most tensor-core work; of equal ones
-  that with fewest instructions, such as attention's over blocks that need no mask."""
-  lines, labels = [], {}
-  for line in sass.splitlines():
-    if label := re.match(r"^(\.L_x_\d+):", line):
-      labels[label.group(1)] = len(lines)
-    elif re.match(r"^\s+/\*[0-9a-f]{4,}\*/", line):
-      lines.append(line)
-  loops = []
-  for end, line in enumerate(lines):
-    target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-    if target and labels.get(target.group(1), end + 1) <= end:
-      loops.append((labels[target.group(1)], end + 1))
-
-  def work(loop):
-    shapes = [re.search(r"GMMA\.64x(\d+)x", line) for line in lines[loop[0] : loop[1]]]
-    tensor = sum(int(shape.group(1)) // 2 for shape in shapes if shape)
-    return tensor, loop[1] - loop[0] - sum(bool(shape) for shape in shapes)
-
-  found = {loop: work(loop) for loop in loops}
-  inside = lambda a, b: a != b and a[0] <= b[0] and b[1] <= a[1]  # noqa: E731
-  # Loops that wait for a barrier may be inside it.
-  innermost = [a for a in loops if found[a][0] and not any(inside(a, b) and found[b][0] for b in loops)]
-  return max((found[loop] for loop in innermost), default=(0, 0))
-
-
 def report(case, side: str, chip: str) -> list[dict]:
   """Rows of one side of a case: a row for each kernel, one without figures where there is none."""
   function = case.ours(backend_of(chip), chip) if side == "jaxllm" else case.others[side]
@@ -311,6 +300,7 @@ def report(case, side: str, chip: str) -> list[dict]:
   for kernel, count in zip(kernels, flops):
     share = kernel.matrix_share
     row = dataclasses.asdict(kernel) | shared | {"matrix_share": None if share is None else round(share, 3)}
+    row["name"] = re.sub(r"[._]\d+$", "", kernel.name)
     if count is not None and share:
       row["estimated_ms"] = round(count / (PEAK[chip] * 1e9 * share * _fill(case, chip)), 4)
     rows.append(row)
@@ -433,7 +423,7 @@ class Table:
 
   GPU = ("registers", "spill_bytes", "local", "shared_bytes", "tensor_core", "tma", "instructions")
   GPU += ("loop_tensor_cycles", "loop_issue_cycles")
-  TPU = ("bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
+  TPU = ("bundles", "product_bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
   SHARED = ("matrix_share", "estimated_ms", "temp_bytes", "compile_s")
 
   def __init__(self, out: str, name: str, order: dict):

@@ -136,10 +136,14 @@ def _pairs(T, S, causal, window, sink_tokens, segments, prefix) -> float:
 
 
 def _backward_parts(product: float, names: list[str]) -> list[float | None]:
-  """FLOP of the kernels of a backward pass, by their names: a kernel for dq needs three products, one for dk and dv
-  four, one for all five, and the forward pass two."""
-  of_queries = [bool(re.search(r"query|dq", name)) for name in names]
-  of_keys = [bool(re.search(r"key|dkv|bwd", name)) and not q for name, q in zip(names, of_queries)]
+  """FLOP of the kernels of a backward pass, by their names; product: of one of the products of a pass.
+
+  A kernel for dq needs three products, one for dk and dv four, one for all five, and the forward pass two. Of kernels
+  without a name of their own (jax's FA3, tokamax on GPUs) that for dq comes first, as their numbers of products say.
+  """
+  nameless = [name for name in names if re.search(r"body|anonymous", name)]
+  of_queries = [bool(re.search(r"query|dq", name)) or [name] == nameless[:1] for name in names]
+  of_keys = [bool(re.search(r"key|dkv|bwd", name)) or name in nameless for name in names]
   counts = [3 if q else (4 if any(of_queries) else 5) if k else 2 for q, k in zip(of_queries, of_keys)]
   if counts.count(2) != 1 or len(counts) > 3:  # another division of the work
     return [None] * len(names)
