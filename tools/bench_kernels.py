@@ -14,7 +14,8 @@ device was measured to do in the same run: a matrix product and a copy.
 
 All of it runs in a child process: what crashes, hangs (--timeout) or runs out of memory is a row that says so, and the
 rest goes on. OUT.json is written after every row; the next run of the same sources and device goes on from there
-(--fresh starts again), so a long table may take several calls with --budget=SECONDS. Writes OUT.json and OUT.png.
+(--fresh starts again, --resume=FILE goes on from a file elsewhere), so a long table may take several calls with
+--budget=SECONDS. Writes OUT.json and OUT.png.
 """
 
 import argparse
@@ -256,6 +257,7 @@ def arguments():
   parser.add_argument("--timeout", type=float, default=None, help="seconds of a job; default: 90, on a CPU 600")
   parser.add_argument("--budget", type=float, default=None, help="seconds after which no job starts; --quick: 540")
   parser.add_argument("--out", default=None, help="without ending; default: experiments/benchmarks/kernels_CHIP")
+  parser.add_argument("--resume", default=None, help="the file of an earlier run to go on from; default: OUT.json")
   parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has measured")
   parser.add_argument("--table", default=TABLE, help="a Python file with cases, checks and targets")
   parser.add_argument("--list", action="store_true", help="only say what would run")
@@ -278,7 +280,9 @@ def main():
       raise SystemExit("\n".join(" ".join(str(part) for part in key(job) if part) for job in todo) or "nothing to do")
     out = Path(args.out or f"experiments/benchmarks/kernels_{facts['target']}")
     same = facts | {"sources": sources(), "calls": args.calls}
-    record = {"ceilings": {}, "rows": []} if args.fresh else earlier(out.with_suffix(".json"), same)
+    record = (
+      {"ceilings": {}, "rows": []} if args.fresh else earlier(Path(args.resume or out.with_suffix(".json")), same)
+    )
     record |= same | {"commit": commit(), "date": datetime.date.today().isoformat()}
     record["command"] = "python " + " ".join(sys.argv)
     if not record["ceilings"]:

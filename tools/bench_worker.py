@@ -47,12 +47,22 @@ def inputs_of(case, seed: int = 0) -> tuple:
   return jax.tree.map(lambda s: rng.standard_normal(s.shape, s.dtype), case.inputs)
 
 
+# Others that know some chips only
+FAMILIES = {
+  "jax.nn cudnn": ("hopper", "gpu"),
+  "jax FA3": ("hopper",),
+  "jax splash": ("tpu",),
+  "jax megablox": ("tpu",),
+}
+
+
 def sides(case, target: str) -> list[str]:
   """Who computes a case on this chip: our backends of its table, the others, torch."""
   table = BACKENDS.get(case.op.removesuffix(" backward"))
   ours = [name for name in (table[TARGETS[target]] if table else case.backends)]
+  others = [name for name in case.others if TARGETS[target] in FAMILIES.get(name, (TARGETS[target],))]
   torch = ["torch"] if case.torch is not None and importlib.util.find_spec("torch") else []
-  return [f"jaxllm {name}" for name in ours] + list(case.others) + torch
+  return [f"jaxllm {name}" for name in ours] + others + torch
 
 
 def function_of(case, side: str, target: str):

@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,9 +38,9 @@ GAIN, ROUNDS = 0.97, 9
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-  """The values to try of a kernel's tiles. cases: op of the cases; backend: whose tiles they are."""
+  """The values to try of a kernel's tiles. cases: ops of the cases; backend: whose tiles they are."""
 
-  cases: str
+  cases: tuple[str, ...]
   backend: str
   fields: dict[str, tuple]
 
@@ -53,51 +54,51 @@ class Candidates:
 # family -> op in tuning's words
 CANDIDATES: dict[str, dict[str, Candidates]] = {
   "cpu": {
-    "attention_xla": Candidates("attention", "xla", {"queries": (16, 32, 64, 128, 256)}),
-    "paged_attention_xla": Candidates("paged_attention", "xla", {"keys": (64, 128, 512, 1024)}),
-    "grouped_matmul_xla": Candidates("grouped_matmul", "xla", {"rows": (32, 64, 128, 256, 512)}),
+    "attention_xla": Candidates(("attention", "attention backward"), "xla", {"queries": (8, 16, 32, 64, 128, 256)}),
+    "paged_attention_xla": Candidates(("paged_attention",), "xla", {"keys": (64, 128, 512, 1024)}),
+    "grouped_matmul_xla": Candidates(("grouped_matmul",), "xla", {"rows": (32, 64, 128, 256, 512)}),
   },
   "hopper": {
     "attention_forward": Candidates(
-      "attention", "mosaic_gpu", {"block_kv": (64, 96, 128, 160), "stages": (2, 3, 4), "warpgroups": (2, 3)}
+      ("attention",), "mosaic_gpu", {"block_kv": (64, 96, 128, 160), "stages": (2, 3, 4), "warpgroups": (2, 3)}
     ),
     "attention_backward": Candidates(
-      "attention backward",
+      ("attention backward",),
       "mosaic_gpu",
       {"keys": (64, 128), "queries": (64, 128), "key_slots": (1, 2), "query_slots": (1, 2)},
     ),
     "cross_entropy": Candidates(
-      "cross_entropy", "mosaic_gpu", {"words": (128, 256), "stages": (3, 4, 5), "group": (8, 16, 32)}
+      ("cross_entropy",), "mosaic_gpu", {"words": (128, 256), "stages": (3, 4, 5), "group": (8, 16, 32)}
     ),
-    "grouped_matmul": Candidates("grouped_matmul", "mosaic_gpu", {"stages": (3, 4, 5), "strip": (8, 16, 32)}),
-    "grouped_gradient": Candidates("grouped_matmul", "mosaic_gpu", {"stages": (3, 4, 5), "strip": (8, 16, 32)}),
+    "grouped_matmul": Candidates(("grouped_matmul",), "mosaic_gpu", {"stages": (3, 4, 5), "strip": (8, 16, 32)}),
+    "grouped_gradient": Candidates(("grouped_matmul",), "mosaic_gpu", {"stages": (3, 4, 5), "strip": (8, 16, 32)}),
     "quantized_matmul": Candidates(
-      "quantized_matmul", "mosaic_gpu", {"features": (64, 128), "steps": (2, 3, 4, 6), "splits": (1, 2, 4, 8)}
+      ("quantized_matmul",), "mosaic_gpu", {"features": (64, 128), "steps": (2, 3, 4, 6), "splits": (1, 2, 4, 8)}
     ),
-    "paged_attention": Candidates("paged_attention", "mosaic_gpu", {"block": (64, 128), "stages": (2, 3, 4, 6)}),
+    "paged_attention": Candidates(("paged_attention",), "mosaic_gpu", {"block": (64, 128), "stages": (2, 3, 4, 6)}),
   },
   "tpu": {
     "attention_forward": Candidates(
-      "attention",
+      ("attention",),
       "pallas_tpu",
       {"block_q": (256, 512, 1024), "block_k": (512, 1024, 2048), "chunk": (256, 512, 1024)},
     ),
     "attention_backward": Candidates(
-      "attention backward",
+      ("attention backward",),
       "pallas_tpu",
       {"block_q": (256, 512, 1024), "block_k": (512, 1024), "chunk": (256, 512)},
     ),
     "cross_entropy": Candidates(
-      "cross_entropy", "pallas_tpu", {"tokens": (256, 512, 1024), "words": (512, 1024, 2048)}
+      ("cross_entropy",), "pallas_tpu", {"tokens": (256, 512, 1024), "words": (512, 1024, 2048)}
     ),
     "grouped_matmul": Candidates(
-      "grouped_matmul", "pallas_tpu", {"rows": (256, 512, 1024), "columns": (256, 512, 1024)}
+      ("grouped_matmul",), "pallas_tpu", {"rows": (256, 512, 1024), "columns": (256, 512, 1024)}
     ),
     "grouped_gradient": Candidates(
-      "grouped_matmul", "pallas_tpu", {"rows": (256, 512, 1024), "columns": (256, 512, 1024)}
+      ("grouped_matmul",), "pallas_tpu", {"rows": (256, 512, 1024), "columns": (256, 512, 1024)}
     ),
     "quantized_matmul": Candidates(
-      "quantized_matmul", "pallas_tpu", {"features": (256, 512, 1024), "inputs": (512, 1024, 2048)}
+      ("quantized_matmul",), "pallas_tpu", {"features": (256, 512, 1024), "inputs": (512, 1024, 2048)}
     ),
   },
 }
@@ -153,7 +154,7 @@ class Trier:
 # ---------------------------------------------------------------- choosing
 
 
-def winner(times: dict[str, dict[str, float]]) -> str | None:
+def winner(times: dict[Any, dict[str, float]]) -> str | None:
   """The candidate with the least geometric mean of its times over those of the own choice, "{}", if that is a gain.
 
   times: case -> candidate -> milliseconds; a candidate that is missing in a case is out.
@@ -164,7 +165,7 @@ def winner(times: dict[str, dict[str, float]]) -> str | None:
   return best if best != "{}" and mean(best) < GAIN else None
 
 
-def robust(ratios: dict[str, list[float]]) -> bool:
+def robust(ratios: dict[Any, list[float]]) -> bool:
   """Whether duels were won: by GAIN over all cases, in all but two rounds of the mean, and lost in no case."""
   medians = [statistics.median(r) for r in ratios.values()]
   rounds = [math.exp(statistics.fmean(map(math.log, together))) for together in zip(*ratios.values())]
@@ -172,18 +173,22 @@ def robust(ratios: dict[str, list[float]]) -> bool:
   return clear and math.exp(statistics.fmean(map(math.log, medians))) < GAIN and max(medians) < 1.02
 
 
+def job_of(op, cases, case, found, candidate) -> dict:
+  return {"op": op, "cases": cases, "case": case, "backend": found.backend, "candidate": candidate}
+
+
 def tune(op: str, found: Candidates, chosen: list[Case], ask) -> dict[str, dict]:
   """facts of the call -> tiles that beat the kernel's own. ask: job -> the child's answer."""
-  times: dict[str, dict[str, dict[str, float]]] = {}  # facts -> case -> candidate -> ms
-  job = {"op": op, "cases": found.cases, "backend": found.backend}
+  times: dict[str, dict[tuple[str, str], dict[str, float]]] = {}  # facts -> (op, name) of a case -> candidate -> ms
   for case in chosen:
-    print(f"{op}: {case.name}", flush=True)
+    print(f"{op}: {case.op} {case.name}", flush=True)
     for candidate in found:
-      answer = ask(job | {"case": case.name, "candidate": candidate})
+      answer = ask(job_of(op, case.op, case.name, found, candidate))
       said = f"{answer['ms']:.4f} ms" if "ms" in answer else answer["out"]
       print(f"  {candidate or 'own choice'}: {said}", flush=True)
       if "ms" in answer:
-        times.setdefault(answer["key"], {}).setdefault(case.name, {})[json.dumps(candidate)] = answer["ms"]
+        of_case = times.setdefault(answer["key"], {}).setdefault((case.op, case.name), {})
+        of_case[json.dumps(candidate)] = answer["ms"]
       elif not candidate:
         break
   best: dict[str, dict] = {}
@@ -192,9 +197,10 @@ def tune(op: str, found: Candidates, chosen: list[Case], ask) -> dict[str, dict]
       continue
     candidate, ratios = json.loads(name), {}
     for case in of_cases:
-      ratios[case] = ask(job | {"case": case, "candidate": candidate, "duel": True}).get("ratios", [float("inf")])
-    for case, of_case in ratios.items():
-      print(f"  duel, {key}: {candidate}, {case}: {' '.join(f'{r:.2f}' for r in of_case)} of the own choice's time")
+      answer = ask(job_of(op, *case, found, candidate) | {"duel": True})
+      ratios[case] = answer.get("ratios", [float("inf")] * ROUNDS)
+      said = " ".join(f"{ratio:.2f}" for ratio in ratios[case])
+      print(f"  duel, {key}: {candidate}, {' '.join(case)}: {said} of the own choice's time", flush=True)
     if robust(ratios):
       best[key] = candidate
   return best
@@ -251,7 +257,7 @@ def main():
     for op, found in CANDIDATES.get(family, {}).items():
       if args.ops and op not in args.ops.split(","):
         continue
-      chosen = [case for case in cases(family) if case.op == found.cases and args.match in case.name]
+      chosen = [case for case in cases(family) if case.op in found.cases and args.match in case.name]
       if args.compile:
         for case in chosen:
           print(f"{op}: {case.name}", flush=True)

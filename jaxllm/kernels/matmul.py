@@ -6,6 +6,7 @@ C++ product (`kernels/cpu/matmul.cc`) reads transposed operands while it packs t
 multiplies bfloat16 on the CPU's tile unit (AMX) where there is one.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -16,38 +17,48 @@ from jaxtyping import Array, Float
 from jaxllm.kernels import cpu_ffi
 
 Backend = Literal["xla", "cpu"]
-FEW_ROWS = 32  # below this the weights are read once and packing them, as the C++ product does, costs more
+PACKED_ROWS = 32  # from so many on packing the weights, as the C++ product does, costs less than it gains
+FEW_ROWS = 8  # up to so many it reads them where they lie, as many as its registers can hold
 
 
 def matmul(
-  x: Float[Array, "*batch I"], w: Float[Array, "I O"], *, backend: Backend = "xla"
+  x: Float[Array, "*batch I"], w: Float[Array, "I O"], *, backend: Backend = "xla", turned: bool = False
 ) -> Float[Array, "*batch O"]:
   """x @ w, summed in float32 and returned in x's dtype; differentiable in both.
 
   `w` may be float32 beside a bfloat16 `x` (master weights): it is rounded to x's dtype inside, and its gradient
   comes out in w's own dtype. Backend 'cpu' uses the C++ product where `cpu_ffi.available()`, else XLA's between
-  optimization barriers.
+  optimization barriers. XLA:CPU multiplies one row of bfloat16 in a scalar loop, 40 times slower than memory; the C++
+  product of a few rows reads the weights once.
+
+  Args:
+    turned: w is [O, I], an embedding table; only a few rows of x go to C++ then.
   """
-  if backend == "xla" or x.size // x.shape[-1] < FEW_ROWS:
-    return jnp.matmul(x, w.astype(x.dtype))
-  return _matmul_cpu(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+  rows = x.size // max(1, x.shape[-1])
+  few = 0 < rows <= FEW_ROWS and _use_ffi(x, w)
+  if backend == "cpu" and (few or rows >= PACKED_ROWS and not turned):
+    y = _matmul_cpu(x.reshape(-1, x.shape[-1]), w, turned)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+  if turned:  # contracted as it lies: XLA:CPU would copy the transposed matrix
+    return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
+  return jnp.matmul(x, w.astype(x.dtype))
 
 
-@jax.custom_vjp
-def _matmul_cpu(x, w):
-  return product(x, w, x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_cpu(x, w, turned):
+  return product(x, w, x.dtype, transpose_b=turned)
 
 
-def _forward(x, w):
-  return _matmul_cpu(x, w), (x, w)
+def _forward(x, w, turned):
+  return _matmul_cpu(x, w, turned), (x, w)
 
 
-def _backward(saved, dy):
+def _backward(turned, saved, dy):
   x, w = saved
   if not _use_ffi(x, w):  # keep the neighbours' elementwise operations out of the operand copies
     x, dy = lax.optimization_barrier((x, dy))
-  dx = product(dy, w, x.dtype, transpose_b=True)
-  dw = product(x, dy, w.dtype, transpose_a=True)
+  dx = product(dy, w, x.dtype, transpose_b=not turned)
+  dw = product(*((dy, x) if turned else (x, dy)), w.dtype, transpose_a=True)
   if not _use_ffi(x, w):
     dx, dw = lax.optimization_barrier((dx, dw))
   return dx, dw

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends
+from jaxllm.kernels.matmul import matmul
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement
 from jaxllm.models.config import Compute, ModelConfig
@@ -168,8 +169,7 @@ class Transformer(nnx.Module):
     x = self.head_input(x)
     backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
     if self.head.weight is None and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
-      # Contracted as it lies: XLA:CPU would copy the transposed matrix for every token.
-      logits = jnp.einsum("BTD,VD->BTV", x, tokens.astype(x.dtype)).astype(jnp.float32)
+      logits = matmul(x, tokens, backend=backend, turned=True).astype(jnp.float32)
     else:
       logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
     if self.config.head_bias:

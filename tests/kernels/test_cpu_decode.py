@@ -12,6 +12,7 @@ import pytest
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import Visibility, cpu_ffi, flash_attention, paged_attention
+from jaxllm.kernels.attention import cpu
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 SLOPES, SINKS = np.float32([0.5, 0.25, 0.1, 0.02]), np.float32([0.3, -1.0, 2.0, 0.0])
@@ -77,10 +78,29 @@ def test_gradient_is_the_plain_form_s():
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-def test_many_queries_go_elsewhere():
-  q, k, v, _ = draw(1, 40, 60, 4, 2, 64, "float32")
-  with pytest.raises(ConfigError, match="cpu"):
-    flash_attention(q, k, v, query_offset=jnp.int32([20]), backend="cpu", target="cpu")
+@pytest.mark.parametrize("native", [True, False], ids=["native", "fallback"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_many_queries_at_an_offset(native, window, monkeypatch):
+  """Reading a prompt into a cache: the kernel for training, with the queries' places."""
+  if not native:
+    monkeypatch.setattr(cpu_ffi, "available", lambda: False)
+  offset = [250, 3]
+  q, k, v, d_out = draw(2, 70, 330, 4, 2, 64, "float32")
+  run = functools.partial(cpu.attention_cpu, causal=True, window=window, query_offset=jnp.int32(offset), scale=0.125)
+  out, pull = jax.vjp(jax.jit(run), q, k, v)
+  seen = attention_oracle.visible(Visibility(window=window), 2, 70, 330, offset=offset)
+  want = attention_oracle.attention(q, k, v, d_out, seen)
+  for a, b in zip((out, *pull(d_out)), (want.out, want.d_query, want.d_key, want.d_value), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+  if native:
+    through = functools.partial(flash_attention, visibility=Visibility(window=window), query_offset=jnp.int32(offset))
+    np.testing.assert_array_equal(through(q, k, v, backend="cpu", target="cpu"), out)
+
+
+def test_queries_past_a_window_of_all_keys_give_zeros():
+  q, k, v, _ = draw(1, 70, 64, 2, 2, 32, "float32")
+  run = functools.partial(flash_attention, visibility=Visibility(window=10), query_offset=jnp.int32([100]))
+  assert not np.asarray(run(q, k, v, backend="cpu", target="cpu")).any()
 
 
 PAGED = {

@@ -74,6 +74,16 @@ def test_blocks_that_share_a_multiprocessor(emulator):
   close(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("D,V,vd", [(128, 5000, False), (65, 301, False), (64, 2000, True), (65, 301, True)])
+def test_lowers_for_any_vocabulary(D, V, vd):
+  """The emulator copies tiles of any array; TMA's are whole numbers of the swizzle's tiles."""
+  s = jax.ShapeDtypeStruct
+  loss = lambda x, h, t, w: cross_entropy(x, h, t, w, head_layout="vd" if vd else "dv", **BACKEND).loss_sum  # noqa: E731
+  of_tokens = s((1, 200), jnp.int32), s((1, 200), jnp.float32)
+  inputs = s((1, 200, D), jnp.bfloat16), s((V, D) if vd else (D, V), jnp.bfloat16), *of_tokens
+  jax.jit(jax.grad(loss, (0, 1))).trace(*inputs).lower(lowering_platforms=("cuda",))
+
+
 # ---------------------------------------------------------------- compiled for an H100
 
 

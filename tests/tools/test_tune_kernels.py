@@ -50,7 +50,7 @@ def test_a_duel_is_won_in_nearly_every_round_and_nowhere_lost():
 
 def test_a_sweep_goes_on_when_candidates_fail():
   case = attention(1, 64, 2, 2, 16, dtype=jnp.float32)
-  found = tune_kernels.Candidates("attention", "xla", {"queries": (8, 16, 32)})
+  found = tune_kernels.Candidates(("attention",), "xla", {"queries": (8, 16, 32)})
   ms = {8: None, 16: 0.5, 32: 0.9, None: 1.0}
 
   def ask(job):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
-from jaxllm.kernels import backends
+from jaxllm.kernels import backends, cpu_ffi
 from jaxllm.kernels.attention import decode, reference
 from jaxllm.kernels.attention.options import Options, Visibility
 
@@ -106,10 +106,11 @@ def _refuses(query, key, value, options, bias, return_lse, backend, target) -> s
   if backend == "cpu" and decode.computes(query, key, value, options) and "bias" not in asked:
     return None
   if backend in ("cpu", "cudnn"):
-    if unable := asked - {"causal", "window", "segment_ids"}:
+    offsets = {"query_offset"} if backend == "cpu" and cpu_ffi.available() else set()
+    if unable := asked - {"causal", "window", "segment_ids"} - offsets:
       return f"no {', '.join(sorted(unable))}"
     whole = not options.visibility.causal and options.visibility.window is None
-    if T != S and not (backend == "cpu" and whole):
+    if T != S and not (backend == "cpu" and (whole or "query_offset" in asked)):
       return "queries and keys of one length only"
     if backend == "cudnn" and "segment_ids" in asked and backends.TARGETS.get(target) == "hopper":
       return "segments only as a mask of T x S"  # elsewhere there is nothing better

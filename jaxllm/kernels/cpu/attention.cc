@@ -11,25 +11,30 @@ struct Shape {
   bool causal;
   float scale;
   const int32_t *q_seg, *kv_seg;  // null without segments
+  const int32_t* offset;          // of a row's first query among the keys; null: 0
+
+  int64_t first_query(int64_t b) const { return offset ? offset[b] : 0; }
 };
 
 constexpr int64_t BQ = 64;
 static int64_t up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 
-// Keys [lo, hi) that some query of rows [i0, i0 + n) may see; lo is a multiple of 32.
-static void key_range(const Shape& s, int64_t i0, int64_t n, int64_t* lo, int64_t* hi) {
+// Keys [lo, hi) that some query of rows [i0, i0 + n) may see; lo is a multiple of 32, and below S.
+static void key_range(const Shape& s, int64_t b, int64_t i0, int64_t n, int64_t* lo, int64_t* hi) {
   *lo = 0, *hi = s.S;
+  i0 += s.first_query(b);
   if (s.causal) *hi = std::min(s.S, i0 + n);
   if (s.window > 0) {
-    *lo = std::max<int64_t>(0, i0 - s.window + 1) / 32 * 32;
+    *lo = std::min(std::max<int64_t>(0, i0 - s.window + 1), s.S - 1) / 32 * 32;
     if (!s.causal) *hi = std::min(s.S, i0 + n - 1 + s.window);
   }
   *hi = std::max(*hi, *lo);
 }
 
 // Same for one query row, exact.
-static void row_range(const Shape& s, int64_t i, int64_t* lo, int64_t* hi) {
+static void row_range(const Shape& s, int64_t b, int64_t i, int64_t* lo, int64_t* hi) {
   *lo = 0, *hi = s.S;
+  i += s.first_query(b);
   if (s.causal) *hi = std::min(s.S, i + 1);
   if (s.window > 0) {
     *lo = std::max<int64_t>(0, i - s.window + 1);
@@ -53,7 +58,7 @@ static void softmax_rows(const Shape& s, int64_t b, int64_t i0, int64_t n, int64
                          float* lse) {
   for (int64_t r = 0; r < n; r++, p += ld) {
     int64_t i = i0 + r, rlo, rhi;
-    row_range(s, i, &rlo, &rhi);
+    row_range(s, b, i, &rlo, &rhi);
     __m512 sc = _mm512_set1_ps(s.scale), neg = _mm512_set1_ps(-INFINITY), mx = neg;
     int64_t width = up(hi - lo, 32), c_end = std::min(width, up(std::max<int64_t>(rhi - lo, 0), 16));
     for (int64_t c = 0; c < c_end; c += 16) {
@@ -118,7 +123,7 @@ static void attend(const Shape& s, const void* q_, const void* k_, const void* v
     int64_t head = kh * G_ + g;
     for (int64_t i0 = 0; i0 < s.T; i0 += BQ) {
       int64_t n = std::min(BQ, s.T - i0), lo, hi;
-      key_range(s, i0, n, &lo, &hi);
+      key_range(s, b, i0, n, &lo, &hi);
       int64_t w = up(hi - lo, 32);
       const T* qi = q + i0 * qs + head * H;
       G::block(n, w, H, qi, qs, false, kt + lo / NR * kt_stride, kt_stride, p, Sp, false);
@@ -160,7 +165,7 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
     int64_t head = kh * G_ + g;
     for (int64_t i0 = 0; i0 < s.T; i0 += BQ) {
       int64_t n = std::min(BQ, s.T - i0), lo, hi;
-      key_range(s, i0, n, &lo, &hi);
+      key_range(s, b, i0, n, &lo, &hi);
       int64_t w = up(hi - lo, 32), at = i0 * qs + head * H;
       if (w == 0) {
         for (int64_t r = 0; r < n; r++) memset((T*)dq_ + b * s.T * qs + at + r * qs, 0, H * sizeof(T));
@@ -170,7 +175,7 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
       G::block(n, w, H, d_o + at, qs, false, vt + lo / NR * t_stride, t_stride, ds, Sp, false);  // dP
       for (int64_t r = 0; r < n; r++) {
         int64_t i = i0 + r, rlo, rhi;
-        row_range(s, i, &rlo, &rhi);
+        row_range(s, b, i, &rlo, &rhi);
         __m512 acc = _mm512_setzero_ps();
         for (int64_t c = 0; c < H; c += 16) {
           __mmask16 m = first(H - c);
@@ -207,17 +212,16 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
 }
 
 static Shape shape_of(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks,
-                      bool causal, int64_t window, float scale) {
+                      ffi::Buffer<ffi::S32> offset, bool causal, int64_t window, float scale) {
   auto a = q.dimensions(), b = k.dimensions();
-  bool seg = qs.element_count() > 0;
-  return {a[0], a[1], b[1], a[2], b[2], a[3], window, causal, scale, seg ? qs.typed_data() : nullptr,
-          seg ? ks.typed_data() : nullptr};
+  const auto given = [](ffi::Buffer<ffi::S32> x) { return x.element_count() ? x.typed_data() : nullptr; };
+  return {a[0], a[1], b[1], a[2], b[2], a[3], window, causal, scale, given(qs), given(ks), given(offset)};
 }
 
 static ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks, ffi::Result<ffi::AnyBuffer> o,
-                                ffi::Result<ffi::Buffer<ffi::F32>> lse, bool causal, int64_t window, float scale) {
-  Shape s = shape_of(q, k, qs, ks, causal, window, scale);
+                                ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks, ffi::Buffer<ffi::S32> offset,
+                                ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool causal, int64_t window, float scale) {
+  Shape s = shape_of(q, k, qs, ks, offset, causal, window, scale);
   auto f = q.element_type() == ffi::BF16 ? attend<BF16> : attend<F32>;
   parallel_for(pool, (int)(s.B * s.K), [&](int i) {
     f(s, q.untyped_data(), k.untyped_data(), v.untyped_data(), o->untyped_data(), lse->typed_data(), i / s.K, i % s.K);
@@ -226,11 +230,12 @@ static ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::Any
 }
 
 static ffi::Error AttentionGradImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                    ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks, ffi::AnyBuffer o,
+                                    ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks,
+                                    ffi::Buffer<ffi::S32> offset, ffi::AnyBuffer o,
                                     ffi::Buffer<ffi::F32> lse, ffi::AnyBuffer d_o, ffi::Result<ffi::AnyBuffer> dq,
                                     ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv, bool causal,
                                     int64_t window, float scale) {
-  Shape s = shape_of(q, k, qs, ks, causal, window, scale);
+  Shape s = shape_of(q, k, qs, ks, offset, causal, window, scale);
   auto f = q.element_type() == ffi::BF16 ? attend_grad<BF16> : attend_grad<F32>;
   parallel_for(pool, (int)(s.B * s.K), [&](int i) {
     f(s, q.untyped_data(), k.untyped_data(), v.untyped_data(), o.untyped_data(), lse.typed_data(), d_o.untyped_data(),
@@ -242,11 +247,12 @@ static ffi::Error AttentionGradImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention, AttentionImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<bool>("causal").Attr<int64_t>("window").Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention_grad, AttentionGradImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("causal").Attr<int64_t>("window").Attr<float>("scale"));

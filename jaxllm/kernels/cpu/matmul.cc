@@ -72,6 +72,126 @@ void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K,
   f(pool, M, N, K, A, B, C, ldc, c_bf16, acc);
 }
 
+// ---------------------------------------------------------------- a few rows
+
+// Up to FEW rows (decoding) are multiplied straight from where the weights lie, in float32: the time is that of reading
+// them once. Round: weights to bfloat16 first, as the product of more rows does.
+constexpr int64_t FEW = 8;
+
+static __m512 rounded(__m512 v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
+}
+template <typename T, bool Round>
+static __m512 weight16(const T* p, __mmask16 m) {
+  __m512 v = load16(p, m);
+  return Round && std::is_same_v<T, float> ? rounded(v) : v;
+}
+
+// sum [M, N] = x[:, k0:k1] w[k0:k1], eight rows of w at once.
+template <typename T, bool Round, int M>
+static void few_plain(const float* x, int64_t ldx, const void* w_, float* sum, int64_t N, int64_t k0, int64_t k1) {
+  const T* w = (const T*)w_;
+  const int64_t ld = (N + 15) / 16 * 16;
+  for (int64_t k = k0; k < k1; k += 8) {
+    const int64_t rows = std::min<int64_t>(8, k1 - k);
+    for (int64_t c = 0; c < N; c += 16) {
+      const __mmask16 mask = first(N - c);
+      __m512 v[8];
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < 8; r++)
+        v[r] = r < rows ? weight16<T, Round>(w + (k + r) * N + c, mask) : _mm512_setzero_ps();
+      for (int m = 0; m < M; m++) {
+        __m512 a = k == k0 ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + m * ld + c), b = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int r = 0; r < 8; r += 2) {
+          a = _mm512_fmadd_ps(_mm512_set1_ps(x[m * ldx + k + r]), v[r], a);
+          b = _mm512_fmadd_ps(_mm512_set1_ps(x[m * ldx + k + r + 1]), v[r + 1], b);
+        }
+        _mm512_storeu_ps(sum + m * ld + c, _mm512_add_ps(a, b));
+      }
+    }
+  }
+}
+
+// y [M, n0:n1] = x w^T, w [N, K].
+template <typename T, bool Round, int M>
+static void few_turned(const float* x, int64_t ldx, const void* w_, float* y, int64_t ldy, int64_t K, int64_t n0,
+                       int64_t n1) {
+  for (int64_t n = n0; n < n1; n++) {
+    const T* w = (const T*)w_ + n * K;
+    constexpr int U = M <= 2 ? 4 : 2;
+    __m512 sum[M][U];
+    for (int m = 0; m < M; m++)
+      for (int u = 0; u < U; u++) sum[m][u] = _mm512_setzero_ps();
+    const auto add = [&](__m512 v, int64_t k, int u) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) sum[m][u] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + m * ldx + k), sum[m][u]);
+    };
+    int64_t k = 0;
+    for (; k + 16 * U <= K; k += 16 * U) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) {
+        const __m512 v = load16(w + k + 16 * u);
+        add(Round && std::is_same_v<T, float> ? rounded(v) : v, k + 16 * u, u);
+      }
+    }
+    for (; k < K; k += 16) add(weight16<T, Round>(w + k, first(K - k)), k, 0);
+    for (int m = 0; m < M; m++) {
+      for (int u = 1; u < U; u++) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][u]);
+      y[m * ldy + n] = _mm512_reduce_add_ps(sum[m][0]);
+    }
+  }
+}
+
+template <typename T, bool Round, int M>
+static void few(ffi::ThreadPool& pool, const float* x, int64_t ldx, const void* w, bool turned, float* sums, int64_t parts,
+                int64_t N, int64_t K, int64_t ld) {
+  if (turned) {
+    parallel_for(pool, (int)((N + 63) / 64), [&](int i) {
+      few_turned<T, Round, M>(x, ldx, w, sums, ld, K, i * 64, std::min<int64_t>(N, i * 64 + 64));
+    });
+    return;
+  }
+  const int64_t chunk = ((K + parts - 1) / parts + 7) / 8 * 8;
+  parallel_for(pool, (int)parts, [&](int i) {
+    const int64_t k0 = std::min(K, i * chunk), k1 = std::min(K, k0 + chunk);
+    if (k0 < k1) few_plain<T, Round, M>(x, ldx, w, sums + i * M * ld, N, k0, k1);
+    else memset(sums + i * M * ld, 0, M * ld * sizeof(float));
+  });
+}
+
+using Few = void (*)(ffi::ThreadPool&, const float*, int64_t, const void*, bool, float*, int64_t, int64_t, int64_t,
+                     int64_t);
+template <typename T, bool Round>
+static Few few_of(int64_t M) {
+  static constexpr Few all[] = {few<T, Round, 1>, few<T, Round, 2>, few<T, Round, 3>, few<T, Round, 4>,
+                                few<T, Round, 5>, few<T, Round, 6>, few<T, Round, 7>, few<T, Round, 8>};
+  return all[M - 1];
+}
+
+template <typename TA, typename TC>
+static void few_rows(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, const TA* a, const void* b, bool b_bf16,
+                     bool turned, bool use_bf16, TC* c) {
+  static thread_local Scratch x_, sums_;
+  const int64_t ldx = (K + 31) / 32 * 32, ld = (N + 15) / 16 * 16;
+  const int64_t parts = turned ? 1 : std::min<int64_t>(8, std::max<int64_t>(1, K / 64));
+  float *x = x_.get<float>(M * ldx), *sums = sums_.get<float>(parts * M * ld);
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < ldx; k += 16) {
+      __m512 v = load16(a + m * K + k, first(K - k));
+      _mm512_storeu_ps(x + m * ldx + k, use_bf16 ? rounded(v) : v);
+    }
+  auto f = b_bf16 ? few_of<bf16, false>(M) : use_bf16 ? few_of<float, true>(M) : few_of<float, false>(M);
+  f(pool, x, ldx, b, turned, sums, parts, N, K, ld);
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n += 16) {
+      const __mmask16 mask = first(N - n);
+      __m512 v = load16(sums + m * ld + n, mask);
+      for (int64_t i = 1; i < parts; i++) v = _mm512_add_ps(v, load16(sums + (i * M + m) * ld + n, mask));
+      store16(c + m * N + n, v, mask);
+    }
+}
+
 static ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> c,
                              bool ta, bool tb) {
   auto da = a.dimensions(), db = b.dimensions();
@@ -79,6 +199,14 @@ static ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuf
   bool cb = c->element_type() == ffi::BF16;
   int64_t M = ta ? da[1] : da[0], K = ta ? da[0] : da[1], N = tb ? db[0] : db[1];
   if (K != (tb ? db[1] : db[0])) return ffi::Error::InvalidArgument("matmul: inner dimensions differ");
+  if (!ta && M >= 1 && M <= FEW) {
+    const auto run = [&](auto* in, auto* out) {
+      few_rows(pool, M, N, K, in, b.untyped_data(), bb, tb, ab || bb, out);
+    };
+    const auto from = [&](auto* in) { cb ? run(in, (bf16*)c->untyped_data()) : run(in, (float*)c->untyped_data()); };
+    ab ? from((const bf16*)a.untyped_data()) : from((const float*)a.untyped_data());
+    return ffi::Error::Success();
+  }
   gemm(pool, ab || bb, M, N, K, {a.untyped_data(), da[1], ta, ab}, {b.untyped_data(), db[1], tb, bb},
        c->untyped_data(), N, cb, false);
   return ffi::Error::Success();

@@ -95,9 +95,9 @@ def _prepared(x, head, options, target, tiles):
   D = x.shape[1]
   tiles = tiles or tuning.tiles("cross_entropy", target, Tiles(), D=D)
   deeper = chunks.round_up(D, DEPTH) - D
-  # [V, D] needs no more than the depth; rows of [D, V] must be multiples of 16 bytes.
-  longer = 0 if options.vd else -head.shape[1] % 8
-  pads = ((0, 0), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
+  # Arrays of which TMA copies swizzled tiles are whole numbers of the swizzle's tiles, [8, 64].
+  longer = -head.shape[0] % 8 if options.vd else -head.shape[1] % DEPTH
+  pads = ((0, longer), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
   return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads), head.dtype
 
 
@@ -113,7 +113,7 @@ def _part(options, tiles, V, x, w, targets, keep):
   count = 4 if options.sums else 3
   out = [jax.ShapeDtypeStruct((count, blocks[1], C), jnp.float32)]
   if keep:
-    out.append(jax.ShapeDtypeStruct((C, chunks.round_up(V, 8)), x.dtype))
+    out.append(jax.ShapeDtypeStruct((C, chunks.round_up(V, DEPTH)), x.dtype))
   swizzled = _swizzled(DEPTH)
   kernel = plgpu.kernel(
     functools.partial(_kernel, options, tiles, V, keep),
