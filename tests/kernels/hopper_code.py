@@ -1,8 +1,6 @@
 """Machine code for an H100: what the kernels' has to be like, and the attention calls that are compiled for it."""
 
 import importlib.util
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +24,8 @@ def check_machine_code(function, avals, kernels=1):
   assert len(found) == kernels
   for code in found:
     assert code.tensor_core > 0 and code.tma > 0
-    assert code.spill_bytes == 0 and code.local == 0, code
+    assert code.spill_bytes == 0 and code.local == 0 and not code.serialized, code
     assert code.shared_bytes <= machine_code.SHARED_MEMORY_LIMIT
-    assert "serialized" not in (Path(os.environ["MOSAIC_GPU_DUMP_TO"]) / f"{code.name}.ptxas").read_text()
   return program
 
 
