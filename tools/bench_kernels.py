@@ -136,8 +136,11 @@ class Bench:
 def sources() -> str:
   """A hash of all that a figure depends on."""
   h = hashlib.sha256()
-  files = [path for path in (ROOT / "jaxllm" / "kernels").rglob("*") if path.suffix in (".py", ".cc", ".h", ".json")]
-  for path in sorted([*files, *Path(__file__).parent.glob("kernel_c*.py"), *Path(__file__).parent.glob("bench_*.py")]):
+  kernels = (path for path in (ROOT / "jaxllm" / "kernels").rglob("*") if path.suffix in (".py", ".cc", ".h", ".json"))
+  tools = (
+    path for name in ("bench_*.py", "kernel_c*.py", "kernel_cases/*.py") for path in Path(__file__).parent.glob(name)
+  )
+  for path in sorted([*kernels, *tools]):
     h.update(path.name.encode() + path.read_bytes())
   return h.hexdigest()[:16]
 

@@ -83,7 +83,7 @@ def targets(family: str) -> tuple[Target, ...]:
 
 def cases(family: str) -> list[Case]:
   """All cases, those of the targets and, on a CPU, of decoding too."""
-  found = [*kernel_cases.cases(family), *(case for target in targets(family) for case in target.cases)]
+  found = [*(case for target in targets(family) for case in target.cases), *kernel_cases.cases(family)]
   if family == "cpu":
     for B in (1, 8):
       found += [attention(B, 1, 32, 8, 128, S=4096, causal=False, dtype=dtype) for dtype in ("float32", "bfloat16")]

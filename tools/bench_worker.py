@@ -326,7 +326,7 @@ def main():
   facts = device_facts()
   target = facts["target"]
   by_name = {(case.op, case.name): case for case in table.cases(TARGETS[target])}
-  checks = {check.name: check for check in table.checks(target)}
+  checks = {(check.op, check.name): check for check in table.checks(target)}
   truth = Truth()
 
   def handle(job: dict) -> dict:
@@ -336,7 +336,7 @@ def main():
       if job["do"] == "ceilings":
         return ceilings(family_calls)
       if job["do"] == "check":
-        return checks[job["name"]].outcome(job["backend"], target)
+        return checks[job["op"], job["name"]].outcome(job["backend"], target)
       return time_side(by_name[job["op"], job["case"]], job["side"], target, family_calls, truth)
     except REFUSALS as error:
       return {"refused": _line(error)}

@@ -89,7 +89,7 @@ def test_several_blocks_of_tokens(emulator):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7"])
 @pytest.mark.parametrize(
   "D,V,dtype,options",
   [

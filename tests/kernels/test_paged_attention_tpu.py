@@ -103,7 +103,7 @@ MODELS = {
 
 @needs_emulators
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "v7"])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "v7"])
 @pytest.mark.parametrize(
   "name", [pytest.param(name, marks=[] if i == 0 else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
 )

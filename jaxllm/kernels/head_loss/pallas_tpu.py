@@ -23,7 +23,8 @@ from jaxllm.kernels.head_loss import chunks
 from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
 
 LANES = 128
-VMEM = {"v4": 14 << 20, "v5p": 56 << 20, "v7": 56 << 20}  # bytes for the kernel; the others have 128 MiB
+# MiB of vector memory: what blocks are chosen for, and what the kernel may take.
+VMEM, PLENTY = {"v4": (11, 16), "v5p": (56, 64), "v7": (56, 64)}, (100, 114)
 NONE = -1e30  # of columns past the vocabulary; finite, because infinity minus infinity is NaN
 
 
@@ -100,7 +101,7 @@ def _tiles(D, dtype, target) -> Tiles | None:
     for words in (512, 256, 128):
       operands = 2 * size * chunks.round_up(D, LANES) * (tokens + words)  # two of each, one being fetched
       # logits and two temporaries in float32, two blocks of exponentials being written
-      if operands + tokens * words * (12 + 2 * size) <= VMEM.get(target, 100 << 20):
+      if operands + tokens * words * (12 + 2 * size) <= VMEM.get(target, PLENTY)[0] << 20:
         return tuning.tiles("cross_entropy", target, Tiles(tokens, words), D=D, dtype=jnp.dtype(dtype).name)
   return None
 
@@ -113,7 +114,7 @@ def _blocks(tiles, C, V):
 
 def _params(target):
   # One dimension of the grid, because cores share the first one and there may be only one block of tokens.
-  limit = VMEM.get(target, 100 << 20) * 8 // 7
+  limit = VMEM.get(target, PLENTY)[1] << 20
   return pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=limit)
 
 

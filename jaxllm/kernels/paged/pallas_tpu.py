@@ -250,7 +250,7 @@ def _kernel(options, static, copied, names, table, sequences, positions, ends, *
     total = refs["total"][k]
     share = 1.0 / jnp.where(total > 0, total, 1.0)
     refs["out"][k] = (refs["acc"][k] * share[:, :1]).astype(refs["out"].dtype)
-    refs["lse"][k] = (refs["top"][k] + jnp.log(total))[:, 0]
+    refs["lse"][k] = (refs["top"][k] + jnp.log(total)).T[0]  # v4 cannot gather what lies along sublanes
 
 
 def _attend_block(options, head_rows, refs, slot, start, position, end):
