@@ -200,6 +200,7 @@ def _descriptors_checked():
     size = utils.bytewidth(kind.element_type)
     strides = [size * stride for stride in kind.get_strides_and_offset()[0]]
     row = window[-1] * size
+    plain = swizzle is None or getattr(swizzle, "name", "") == "kNoSwizzle"
     if not (
       1 <= len(window) <= 5
       and all(0 < n <= 1 << 32 for n in kind.shape)
@@ -207,7 +208,7 @@ def _descriptors_checked():
       and all(n % 16 == 0 and 0 < n < 1 << 40 for n in strides[:-1])
       and all(0 < n <= 256 for n in window)
       and row % 16 == 0
-      and row <= (swizzle or row)
+      and (plain or row <= swizzle)
     ):
       raise ValueError(f"no descriptor for boxes {list(window)} of {kind} with a swizzle of {swizzle} bytes")
     return real(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction)
