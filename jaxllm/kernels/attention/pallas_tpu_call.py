@@ -128,6 +128,8 @@ class Call:
     query_sums = self.keys_outside or any(side == "end" for _, side in results)
     table, steps = blocks.pairs(o, self.T, self.S, t.block_q, t.block_k, self.keys_outside, query_sums)
     closing = self.key_blocks if any(side == "end" for _, side in results) else 0
+    seen = table.size if isinstance(steps, int) else self.T * self.S / (1 + o.visibility.causal) / t.block_q / t.block_k
+    table = jnp.concatenate([table, jnp.repeat(table[:, -1:] & ~blocks.FLAGS, closing, 1)], 1)
     length = table.shape[1] if table.shape[0] > 1 else 0  # 0: rows of the batch share the list
     fields = {"offset": o.query_offset, "prefix": o.prefix_lengths, "slopes": o.alibi_slopes, "sinks": o.sinks}
     scalars = {"pairs": table.reshape(-1), **{field: array for field, array in fields.items() if array is not None}}
@@ -149,18 +151,20 @@ class Call:
     }
     names = [*scalars, *operands]
 
-    def place(at, given):  # the group is innermost where gradients of its heads add up block by block
-      b, k, g, p = (at[0], at[1], at[3], at[2]) if self.keys_outside else at
-      if not closing:
-        return b, k, g, given["pairs"][b * length + p], None
-      after = p - given["steps"][0]  # a key block to write, if this is the last head
-      entry = given["pairs"][b * length + jnp.minimum(p, given["steps"][0] - 1)]
-      return b, k, g, jnp.where(after < 0, entry, entry & ~blocks.FLAGS), jnp.where(g == self.G - 1, after, -1)
+    def places(*at):  # the group is innermost where gradients of its heads add up block by block
+      return (at[0], at[1], at[3], at[2]) if self.keys_outside else at
+
+    def after(g, p, given):
+      """The key block to write, once the last pair of the last head is done; negative before that."""
+      return jnp.where(g == self.G - 1, p - given["steps"][0], -1)
 
     def spec(shape, side):
       def index(*at):
-        b, k, g, entry, after = place(at[:4], dict(zip(scalars, at[4:])))
-        block = jnp.maximum(after, 0) if side == "end" else blocks.place(entry)[side == "key"]
+        b, k, g, p = places(*at[:4])
+        if side == "end":
+          block = jnp.maximum(after(g, p, dict(zip(scalars, at[4:]))), 0)
+        else:
+          block = blocks.place(at[4][b * length + p])[side == "key"]
         head = 0 if shape[1] == 1 else k * self.G + g if side == "query" else k
         return (b, head, 0, block) if len(shape) == 3 else (b, head, block, 0)
 
@@ -170,8 +174,9 @@ class Call:
     def body(*refs):
       given, rest = dict(zip(names, refs)), refs[len(names) :]
       kept = dict(zip(upright, rest[len(rest) - len(upright) :]))
-      b, k, g, entry, after = place([pl.program_id(i) for i in range(4)], given)
-      step = Step(self, given, kept, b, k * self.G + g, g, entry, after)
+      b, k, g, p = places(*(pl.program_id(i) for i in range(4)))
+      step = Step(self, given, kept, b, k * self.G + g, g, given["pairs"][b * length + p])
+      step.after = after(g, p, given) if closing else None
 
       @pl.when(step.first if self.keys_outside == self.standing else step.masked)
       def turn():
@@ -180,7 +185,6 @@ class Call:
 
       kernel(step, given, *rest[: len(rest) - len(upright)])
 
-    seen = table.size if isinstance(steps, int) else self.T * self.S / (1 + o.visibility.causal) / t.block_q / t.block_k
     scores = seen * t.block_q * t.block_k * self.B * self.K * self.G
     H = operands["query"][0].shape[3]
     moved = sum(array.size * array.dtype.itemsize for array, _ in operands.values())
@@ -208,12 +212,11 @@ class Call:
 class Step:
   """One step of the grid, inside a kernel: a pair of blocks and what is known about it."""
 
-  def __init__(self, call, given, upright, b, head, g, entry, after):
+  def __init__(self, call, given, upright, b, head, g, entry):
     self.call, self.given, self.upright, self.head = call, given, upright, head
     i, self.key_block = blocks.place(entry)
     # Places in the arrays.
     self.query_start, self.key_start = i * call.tiles.block_q, self.key_block * call.tiles.block_k
-    self.after = after  # where results wait for the end: the key block to write, negative before that
     self.offset = given["offset"][b] if "offset" in given else 0
     self.prefix = given["prefix"][b] if "prefix" in given else None
     self.run, self.masked = (entry & blocks.RUN) != 0, (entry & blocks.MASK) != 0
