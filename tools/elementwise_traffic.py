@@ -283,7 +283,9 @@ def main():
     facts |= {"command": "python " + " ".join(sys.argv)}
     out = Path(args.out)
     out.with_suffix(".json").write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(results, facts))
+    page = out.with_suffix(".md")
+    concluded = page.read_text().partition("\n## What follows")[1:] if page.exists() else ()  # written by hand
+    page.write_text(markdown(results, facts) + "".join(concluded))
 
 
 if __name__ == "__main__":
