@@ -1,15 +1,14 @@
 """`paged_attention` on Hopper: results in the emulator, races included, and the machine code of real shapes."""
 
 import functools
-import importlib.util
 import itertools
 
 import jax
 import jax.numpy as jnp
-import machine_code
 import numpy as np
 import pytest
 from emulators import gpu_emulator, needs_emulators
+from hopper_code import can_compile, check_machine_code
 from paged_oracle import check, make_call, model_shapes
 
 from jaxllm.errors import ConfigError
@@ -27,7 +26,7 @@ CASES = {
   "mixed, pages of 128": (dict(lengths=[200, 9], news=[60, 1], page_size=128), dict(window=33, sinks=SINKS)),
   "mixed, int8, splits": (
     dict(lengths=[140, 30], news=[50, 30], N=4, K=1, page_size=64, cache=jnp.int8),
-    dict(splits=2, alibi_slopes=SLOPES),
+    dict(splits=2, softcap=5.0, alibi_slopes=SLOPES),
   ),
 }
 
@@ -88,38 +87,30 @@ def test_refuses():
     paged_attention(query, pages, *rest, backend="mosaic_gpu", target="a100")
 
 
-can_compile = pytest.mark.skipif(
-  importlib.util.find_spec("jax_cuda13_plugin") is None
-  or machine_code.find_tool("ptxas") is None
-  or machine_code.find_tool("nvdisasm") is None,
-  reason="machine code needs jax's CUDA plugin, ptxas and nvdisasm",
-)
+EVERY_OPTION = dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32), sinks=jnp.ones(32))
 MODELS = {
   "decoding": (dict(), {}),
+  "decoding, int8, head dim 256, every option": (dict(cache="int8", H=256), EVERY_OPTION),
+  "mixed, head dim 256, every option": (dict(tokens=2048, H=256), EVERY_OPTION),
+}
+MORE_MODELS = {
   "decoding, pages of 128": (dict(page_size=128), {}),
   "decoding, pages of 16": (dict(page_size=16), {}),
   "decoding, int8": (dict(cache="int8"), {}),
+  "decoding, Gemma": (dict(N=16, K=8, H=256), dict(window=4096, softcap=50.0)),
+  "decoding, head dim 256, every option": (dict(H=256), EVERY_OPTION),
   "mixed": (dict(tokens=2048), {}),
   "mixed, int8": (dict(tokens=2048, cache="int8"), {}),
-  "decoding, Gemma": (dict(N=16, K=8, H=256), dict(window=4096, softcap=50.0)),
-  "mixed, head dim 64, every option": (
-    dict(tokens=512, H=64),
-    dict(window=99, softcap=30.0, alibi_slopes=jnp.ones(32)),
-  ),
+  "mixed, head dim 64, every option": (dict(tokens=2048, H=64), EVERY_OPTION),
+  "mixed, head dim 128, every option": (dict(tokens=2048), EVERY_OPTION),
+  "mixed, int8, head dim 256, every option": (dict(tokens=2048, H=256, cache="int8"), EVERY_OPTION),
 }
 
 
 @needs_emulators
 @can_compile
-@pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[] if i in (0, 3, 4) else [pytest.mark.slow]) for i, name in enumerate(MODELS)]
-)
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS)])
 def test_machine_code(name):
-  shapes, options = MODELS[name]
+  shapes, options = (MODELS | MORE_MODELS)[name]
   function = functools.partial(paged_attention, backend="auto", target="h100", **options)
-  _, kernels = machine_code.compile_gpu(function, model_shapes(**shapes))
-  assert len(kernels) == 1
-  code = kernels[0]
-  assert code.spill_bytes == 0 and code.local == 0 and not code.serialized
-  assert code.tensor_core > 0 and code.tma > 0
-  assert code.shared_bytes <= machine_code.SHARED_MEMORY_LIMIT
+  check_machine_code(function, model_shapes(**shapes))

@@ -9,8 +9,9 @@ nothing but look up pages and ask the copy engine (TMA) for them, `stages` block
   part of its own, which is combined with the parts of the other ranges (`schedule.from_tiles`).
 - With longer pieces of sequences a tile has 128 rows, 64 for each computing warpgroup, and both read every block.
 
-int8 pages are copied as they are; a computing warpgroup widens a block to 16 bits through its registers, which is
-exact, and the scales multiply scores and probabilities, which are smaller than keys and values.
+int8 pages are copied as they are. Keys meet queries of 15 bits, in two products of 8 bits (`integers.split`); values
+a computing warpgroup widens to 16 bits through its registers, which is exact. The scales multiply scores and
+probabilities, which are smaller than keys and values.
 
 Nothing here has run on a GPU: results are proved in jax's emulator, the machine code by compiling ahead of time.
 """
@@ -29,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
+from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
@@ -152,8 +154,13 @@ def attend(
     "value_done": plgpu.Barrier(num_arrivals=warpgroups if shared else 1, num_barriers=stages),
   }
   if quantized:
-    inputs |= {"key_scales": pages.key_scales, "value_scales": pages.value_scales}
+    both, largest = split(queries.reshape(M, K, R // ROWS, ROWS, H))
+    inputs["query"] = jnp.moveaxis(both, 0, 3).reshape(M, K, 2 * R, H)  # both of a warpgroup's rows together
+    largest = largest.reshape(M, K, R)
+    inputs |= {"query_largest": largest, "key_scales": pages.key_scales, "value_scales": pages.value_scales}
     scratch |= {
+      "query_smem": plgpu.SMEM((R // ROWS, 2 * ROWS, H), jnp.int8, transforms=_tiled(jnp.int8, H)),
+      "query_scale_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
       "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
       "key_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
       "value_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
@@ -248,9 +255,9 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
   """The rows of one warpgroup, from their queries to their results."""
   group = options.group
   tile, split, head, warpgroup, position, end = place
-  block, dtype = tiles.block, scratch["query_smem"].dtype
-  H = scratch["query_smem"].shape[2]
   quantized = "key_scales" in gmem
+  block, dtype = tiles.block, scratch["wide_smem" if quantized else "query_smem"].dtype
+  H = scratch["query_smem"].shape[-1]
   key_ready, value_ready = scratch["key_ready"], scratch["value_ready"]
   key_done, value_done = scratch["key_done"], scratch["value_done"]
   row_start = warpgroup * ROWS if shared else 0  # of this warpgroup among the tile's rows
@@ -275,9 +282,14 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
 
   # What would not change from step to step comes from shared memory for the same reason.
   scratch["counting_smem"].at[warpgroup][...] = plgpu.layout_cast(lax.iota(jnp.int32, block), COLUMN)
+  rows = pl.ds(row_start, ROWS)
   if options.alibi_slopes is not None:
-    slopes = gmem["slope"].at[head, pl.ds(row_start, ROWS)]
-    scratch["slope_smem"].at[warpgroup][...] = plgpu.load(slopes, layout=ROW, optimized=False)
+    slopes = plgpu.load(gmem["slope"].at[head, rows], layout=ROW, optimized=False)
+    scratch["slope_smem"].at[warpgroup][...] = slopes
+  if quantized:
+    largest = plgpu.load(gmem["query_largest"].at[tile, head, rows], layout=ROW, optimized=False)
+    # Not 0: what is hidden stays hidden from a query of zeros.
+    scratch["query_scale_smem"].at[warpgroup][...] = jnp.maximum(split_scale(largest), 1e-30)
   plgpu.commit_smem()
 
   def places(start, dtype):
@@ -297,10 +309,13 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
     return jnp.where(seen, values, -jnp.inf)
 
   def logits(raw, start):
-    """Scores, and the factor that they still lack to be in base 2."""
+    """Scores, and the factor, of all or of each row, that they still lack to be in base 2."""
+    scale = options.scale
+    if quantized:
+      scale *= plgpu.load(mine("query_scale_smem"), layout=ROW)
     if options.softcap is None and options.alibi_slopes is None and options.scale > 0:
-      return raw, options.scale * LOG2E
-    values = raw * options.scale
+      return raw, scale * LOG2E
+    values = raw * (over(scale, scores_shape) if quantized else scale)
     if options.softcap is not None:  # tanh by exp2: the chip's own tanh keeps 11 bits only
       values = options.softcap - 2 * options.softcap / (1 + jnp.exp2(values * (2 * LOG2E / options.softcap)))
     if options.alibi_slopes is not None:
@@ -335,20 +350,21 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
 
     plgpu.barrier_wait(key_ready.at[slot])
     keys = scratch["key_smem"].at[slot]
-    if quantized:  # scales first: what threads have read is committed before the copy engine may overwrite it
-      key_scales = plgpu.load(scratch["key_scale_smem"].at[slot], layout=COLUMN)
-      keys = widen(keys)
-      plgpu.barrier_arrive(key_done.at[slot])
+    queries = mine("query_smem") if shared else query_smem
 
     def score(acc_ref):
-      plgpu.wgmma(acc_ref, mine("query_smem") if shared else query_smem, keys.T)
+      plgpu.wgmma(acc_ref, queries.at[pl.ds(0, ROWS)], keys.T)
+      if quantized:
+        acc_ref[...] = acc_ref[...] * 256
+        plgpu.wgmma(acc_ref, queries.at[pl.ds(ROWS, ROWS)], keys.T)
       return acc_ref[...]
 
-    raw = pl.run_scoped(score, plgpu.ACC(scores_shape, jnp.float32))
+    raw = pl.run_scoped(score, plgpu.ACC(scores_shape, jnp.int32 if quantized else jnp.float32))
     if quantized:
-      raw *= lax.broadcast_in_dim(key_scales, scores_shape, [1])
-    else:
-      plgpu.barrier_arrive(key_done.at[slot])
+      key_scales = plgpu.load(scratch["key_scale_smem"].at[slot], layout=COLUMN)
+      plgpu.commit_smem()  # what was read by loads is next written by a copy
+      raw = raw.astype(jnp.float32) * lax.broadcast_in_dim(key_scales, scores_shape, [1])
+    plgpu.barrier_arrive(key_done.at[slot])
     values, factor = logits(raw, start)
     partly = start + block > row_start // group + 1
     if options.window is not None:
@@ -357,6 +373,7 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
 
     new_top = jnp.maximum(top, values.max(axis=1) * factor)
     shrink = jnp.exp2(top - new_top)
+    factor = factor if isinstance(factor, float) else over(factor, scores_shape)
     p = jnp.exp2(values * factor - over(new_top, scores_shape))
     acc *= over(shrink, acc.shape)
     total = total * shrink + p.sum(axis=1)
@@ -388,14 +405,15 @@ def _compute(options, tiles, shared, gmem, place, first, count, **scratch):
       plgpu.barrier_arrive(value_done.at[slot])
     return acc, new_top, total
 
-  ready = scratch["query_ready"].at[warpgroup]
-  if shared:
-    plgpu.copy_gmem_to_smem(gmem["query"].at[tile, head, pl.ds(row_start, ROWS)], query_smem, ready)
-    plgpu.barrier_wait(ready)
-  else:
-    ready = scratch["query_ready"].at[0]
-    pl.when(warpgroup == 0)(lambda: plgpu.copy_gmem_to_smem(gmem["query"].at[tile, head], query_smem, ready))
-    plgpu.barrier_wait(ready)
+  ready = scratch["query_ready"].at[warpgroup if shared else 0]
+
+  @pl.when(jnp.bool_(True) if shared else warpgroup == 0)
+  def _():
+    size = query_smem.shape[0]
+    mine = pl.ds(warpgroup * size if shared else 0, size)
+    plgpu.copy_gmem_to_smem(gmem["query"].at[tile, head, mine], query_smem, ready)
+
+  plgpu.barrier_wait(ready)
 
   turns = count if shared else lax.div(count - warpgroup + (tiles.warpgroups - 1), jnp.int32(tiles.warpgroups))
   acc, top, total = lax.fori_loop(
