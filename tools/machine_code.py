@@ -57,11 +57,13 @@ from sass import longest_loop
 
 from jaxllm.parallel.topologies import GPUS, TPU_HOSTS, gpu_mesh, tpu_mesh
 
+MULTIPROCESSORS = 132  # of H100 and H200
 SHARED_MEMORY_LIMIT = 232448  # bytes a block of Hopper may have
 # TPU: matrix units, their side, and the cycles that one takes for a register of 16-bit or 8-bit rows, half of them for
 # 32-bit rows. With clocks of 1.5, 1.75, 1.75 and 2.2 GHz these make the peaks.
 MATRIX_UNITS = {"v5e": (4, 128, 16), "v5p": (4, 128, 16), "v6e": (2, 256, 8), "v7": (2, 256, 8)}
-# Nominal dense TFLOP/s of 16-bit numbers, of a GPU or of one TPU core: NVIDIA's data sheet and jax's tpu_info.py.
+# Nominal dense TFLOP/s of 16-bit numbers, of a GPU or of one TPU core (a chip of v5p or v7 has two): NVIDIA's data
+# sheet and jax's tpu_info.py.
 PEAK = {"h100": 989.4, "h200": 989.4, "v5e": 197.0, "v5p": 229.5, "v6e": 920.0, "v7": 1155.0}
 
 
@@ -163,29 +165,28 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   """
   dump = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-gpu-")))
   before = set(dump.iterdir())
-  abstract = jax.sharding.AbstractMesh(
-    (1,),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    abstract_device=_abstract_device(GPUS[chip]["name"]),
-  )
-  with jax.sharding.use_abstract_mesh(abstract):  # kernels that ask for the number of cores find it there
-    compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
+  compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
   kernels = [path for path in set(dump.iterdir()) - before if path.suffix == ".ptx"]
   kernels.sort(key=lambda path: int(path.stem.rpartition("_")[2]))  # a process numbers its kernels
   return compiled, [_read(path) for path in kernels]
 
 
-def _abstract_device(kind):
+def _compile(function, avals, mesh, platform):
   from jax._src.mesh import AbstractDevice
 
-  return AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-
-
-def _compile(function, avals, mesh, platform):
   sharding = NamedSharding(mesh, PartitionSpec())
   avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
-  with _peers_believe_in(mesh):
+  device = mesh.devices.flat[0]
+  cores = MULTIPROCESSORS if platform == "cuda" else device.num_cores
+  abstract = jax.sharding.AbstractMesh(
+    *((1,), ("data",)),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    abstract_device=AbstractDevice(
+      device_kind=device.device_kind, num_cores=cores, platform="gpu" if platform == "cuda" else platform
+    ),
+  )
+  # Kernels that ask for the chip, or for its number of cores, find it there.
+  with jax.sharding.use_abstract_mesh(abstract), _peers_believe_in(mesh):
     return jax.jit(function).trace(*avals).lower(lowering_platforms=(platform,)).compile()
 
 
