@@ -52,16 +52,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.extend
+from descriptors import checked as descriptors_checked
 from jax.sharding import NamedSharding, PartitionSpec
 from sass import longest_loop
 
 from jaxllm.parallel.topologies import GPUS, TPU_HOSTS, gpu_mesh, tpu_mesh
 
+MULTIPROCESSORS = 132  # of H100 and H200
 SHARED_MEMORY_LIMIT = 232448  # bytes a block of Hopper may have
 # TPU: matrix units, their side, and the cycles that one takes for a register of 16-bit or 8-bit rows, half of them for
 # 32-bit rows. With clocks of 1.5, 1.75, 1.75 and 2.2 GHz these make the peaks.
 MATRIX_UNITS = {"v5e": (4, 128, 16), "v5p": (4, 128, 16), "v6e": (2, 256, 8), "v7": (2, 256, 8)}
-# Nominal dense TFLOP/s of 16-bit numbers, of a GPU or of one TPU core: NVIDIA's data sheet and jax's tpu_info.py.
+# Nominal dense TFLOP/s of 16-bit numbers, of a GPU or of one TPU core (a chip of v5p or v7 has two): NVIDIA's data
+# sheet and jax's tpu_info.py.
 PEAK = {"h100": 989.4, "h200": 989.4, "v5e": 197.0, "v5p": 229.5, "v6e": 920.0, "v7": 1155.0}
 
 
@@ -164,72 +167,29 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   """
   dump = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-gpu-")))
   before = set(dump.iterdir())
-  abstract = jax.sharding.AbstractMesh(
-    (1,),
-    ("data",),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    abstract_device=_abstract_device(GPUS[chip]["name"]),
-  )
-  # Kernels that ask for the number of cores find it in the abstract mesh.
-  with _descriptors_checked(), jax.sharding.use_abstract_mesh(abstract):
+  with descriptors_checked():
     compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
   kernels = [path for path in set(dump.iterdir()) - before if path.suffix == ".ptx"]
   kernels.sort(key=lambda path: int(path.stem.rpartition("_")[2]))  # a process numbers its kernels
   return compiled, [_read(path) for path in kernels]
 
 
-@contextlib.contextmanager
-def _descriptors_checked():
-  """Descriptors of bulk tensor copies are made at the launch, and one that jaxlib's runtime (mosaic/gpu/runtime.cc) or
-  the driver (cuTensorMapEncodeTiled) does not like ends the process; here it is a ValueError."""
-  from jax.experimental.mosaic.gpu import launch_context, utils
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import func
-
-  real = launch_context.LaunchContext._get_tma_desc
-
-  def check(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction):
-    argument = launch_context._find_kernel_argument_for_gmem_ref(gmem_ref)
-    with ir.InsertionPoint(ir.Module.create().body):  # the kernel itself stays as it is
-      aside = func.FuncOp("aside", ([argument.type], []))
-    with ir.InsertionPoint(aside.add_entry_block()):
-      (ref,) = aside.arguments
-      for transform in gmem_transform:
-        ref = transform.apply(ref)
-      kind = ir.MemRefType(ref.type)
-    size = utils.bytewidth(kind.element_type)
-    strides = [size * stride for stride in kind.get_strides_and_offset()[0]]
-    row = window[-1] * size
-    plain = swizzle is None or getattr(swizzle, "name", "") == "kNoSwizzle"
-    if not (
-      1 <= len(window) <= 5
-      and all(0 < n <= 1 << 32 for n in kind.shape)
-      and strides[-1] == size
-      and all(n % 16 == 0 and 0 < n < 1 << 40 for n in strides[:-1])
-      and all(0 < n <= 256 for n in window)
-      and row % 16 == 0
-      and (plain or row <= swizzle)
-    ):
-      raise ValueError(f"no descriptor for boxes {list(window)} of {kind} with a swizzle of {swizzle} bytes")
-    return real(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction)
-
-  launch_context.LaunchContext._get_tma_desc = check
-  try:
-    yield
-  finally:
-    launch_context.LaunchContext._get_tma_desc = real
-
-
-def _abstract_device(kind):
+def _compile(function, avals, mesh, platform, **options):
   from jax._src.mesh import AbstractDevice
 
-  return AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-
-
-def _compile(function, avals, mesh, platform, **options):
   sharding = NamedSharding(mesh, PartitionSpec())
   avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
-  with _peers_believe_in(mesh):
+  device = mesh.devices.flat[0]
+  cores = MULTIPROCESSORS if platform == "cuda" else device.num_cores
+  abstract = jax.sharding.AbstractMesh(
+    *((1,), ("data",)),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    abstract_device=AbstractDevice(
+      device_kind=device.device_kind, num_cores=cores, platform="gpu" if platform == "cuda" else platform
+    ),
+  )
+  # Kernels that ask for the chip, or for its number of cores, find it there.
+  with jax.sharding.use_abstract_mesh(abstract), _peers_believe_in(mesh):
     return jax.jit(function, **options).trace(*avals).lower(lowering_platforms=(platform,)).compile()
 
 
