@@ -174,22 +174,21 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   return compiled, [_read(path) for path in kernels]
 
 
-def _compile(function, avals, mesh, platform, **options):
+def abstract_mesh(mesh: jax.sharding.Mesh, platform: str) -> jax.sharding.AbstractMesh:
+  """Where kernels that ask for the chip, or for its number of cores, find it."""
   from jax._src.mesh import AbstractDevice
 
+  kind, cores = mesh.devices.flat[0].device_kind, MULTIPROCESSORS
+  if platform == "tpu":
+    cores = mesh.devices.flat[0].num_cores
+  device = AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu" if platform == "tpu" else "gpu")
+  return jax.sharding.AbstractMesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+
+
+def _compile(function, avals, mesh, platform, **options):
   sharding = NamedSharding(mesh, PartitionSpec())
   avals = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
-  device = mesh.devices.flat[0]
-  cores = MULTIPROCESSORS if platform == "cuda" else device.num_cores
-  abstract = jax.sharding.AbstractMesh(
-    *((1,), ("data",)),
-    axis_types=(jax.sharding.AxisType.Auto,),
-    abstract_device=AbstractDevice(
-      device_kind=device.device_kind, num_cores=cores, platform="gpu" if platform == "cuda" else platform
-    ),
-  )
-  # Kernels that ask for the chip, or for its number of cores, find it there.
-  with jax.sharding.use_abstract_mesh(abstract), _peers_believe_in(mesh):
+  with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, platform)), _peers_believe_in(mesh):
     return jax.jit(function, **options).trace(*avals).lower(lowering_platforms=(platform,)).compile()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import kernel_checks
@@ -56,8 +55,7 @@ def test_what_is_quick_comes_first_and_covers_every_kernel():
 def test_every_check_lowers_for_an_h100(op):
   """Mosaic GPU refuses copies there that its emulator makes."""
   pytest.importorskip("jax", minversion="0.11")
-  device = machine_code._abstract_device("NVIDIA H100 80GB HBM3")
-  mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+  mesh = machine_code.abstract_mesh(machine_code.gpu_mesh("h100"), "cuda")
   with jax.sharding.use_abstract_mesh(mesh):  # kernels ask it for the number of multiprocessors
     for check in (check for check in kernel_checks.checks("h100") if check.op == op):
       function = check.function("mosaic_gpu", "h100")
