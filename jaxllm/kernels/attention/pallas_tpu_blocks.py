@@ -89,7 +89,8 @@ def extremes(
   every = np.full((1, q0.size, k0.size), True)
   if options.query_offset is not None:
     q0, q1 = (x + options.query_offset[:, None, None] for x in (q0, q1))
-  low, high, prefix = k0, k1, None
+  low, high = k0, k1
+  prefix: Any = None
   if options.key_positions is not None:
     low, high = (x[:, None, :] for x in _ends(options.key_positions, block_k))
   if options.prefix_lengths is not None:
