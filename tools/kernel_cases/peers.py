@@ -142,6 +142,8 @@ def paged_attention(*, window=None, softcap=None) -> dict:
       sm_scale=H**-0.5,
       sliding_window=window,
       soft_cap=softcap,
+      num_kv_pages_per_block=max(1, 1024 // size),  # its table of tuned sizes has no such shapes, and asks for too much
+      num_queries_per_block=32,
       vmem_limit_bytes=64 << 20,
     )
 
