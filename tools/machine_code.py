@@ -52,7 +52,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.extend
-from descriptors import checked as descriptors_checked
 from jax.sharding import NamedSharding, PartitionSpec
 from sass import longest_loop
 
@@ -167,8 +166,7 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
   """
   dump = Path(os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="mosaic-gpu-")))
   before = set(dump.iterdir())
-  with descriptors_checked():
-    compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
+  compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
   kernels = [path for path in set(dump.iterdir()) - before if path.suffix == ".ptx"]
   kernels.sort(key=lambda path: int(path.stem.rpartition("_")[2]))  # a process numbers its kernels
   return compiled, [_read(path) for path in kernels]
