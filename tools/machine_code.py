@@ -15,7 +15,6 @@ warpgroups that share the multiprocessor, stay below their tensor-core cycles ca
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -105,52 +104,10 @@ def compile_gpu(function: Callable, avals: tuple, chip: str = "h100") -> tuple[j
     axis_types=(jax.sharding.AxisType.Auto,),
     abstract_device=_abstract_device(GPUS[chip]["name"]),
   )
-  # Kernels that ask for the number of cores find it in the abstract mesh.
-  with _descriptors_checked(), jax.sharding.use_abstract_mesh(abstract):
+  with jax.sharding.use_abstract_mesh(abstract):  # kernels that ask for the number of cores find it there
     compiled = _compile(function, avals, gpu_mesh(chip), "cuda")
   kernels = sorted(path for path in set(dump.iterdir()) - before if path.suffix == ".ptx")
   return compiled, [_read(path) for path in kernels]
-
-
-@contextlib.contextmanager
-def _descriptors_checked():
-  """Descriptors of bulk tensor copies are made at the launch, and one that jaxlib's runtime (mosaic/gpu/runtime.cc) or
-  the driver (cuTensorMapEncodeTiled) does not like ends the process; here it is a ValueError."""
-  from jax.experimental.mosaic.gpu import launch_context, utils
-  from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import func
-
-  real = launch_context.LaunchContext._get_tma_desc
-
-  def check(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction):
-    argument = launch_context._find_kernel_argument_for_gmem_ref(gmem_ref)
-    with ir.InsertionPoint(ir.Module.create().body):  # the kernel itself stays as it is
-      aside = func.FuncOp("aside", ([argument.type], []))
-    with ir.InsertionPoint(aside.add_entry_block()):
-      (ref,) = aside.arguments
-      for transform in gmem_transform:
-        ref = transform.apply(ref)
-      kind = ir.MemRefType(ref.type)
-    size = utils.bytewidth(kind.element_type)
-    strides = [size * stride for stride in kind.get_strides_and_offset()[0]]
-    row = window[-1] * size
-    if not (
-      1 <= len(window) <= 5
-      and all(0 < n <= 1 << 32 for n in kind.shape)
-      and strides[-1] == size
-      and all(n % 16 == 0 and 0 < n < 1 << 40 for n in strides[:-1])
-      and all(0 < n <= 256 for n in window)
-      and row % 16 == 0
-      and row <= (swizzle or row)
-    ):
-      raise ValueError(f"no descriptor for boxes {list(window)} of {kind} with a swizzle of {swizzle} bytes")
-    return real(self, gmem_ref, gmem_transform, peer, window, swizzle, reduction)
-
-  launch_context.LaunchContext._get_tma_desc = check
-  try:
-    yield
-  finally:
-    launch_context.LaunchContext._get_tma_desc = real
 
 
 def _abstract_device(kind):
