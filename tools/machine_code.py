@@ -415,7 +415,7 @@ class Table:
     said = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
       f"# Machine code of the kernels: {'TPU' if self.name == 'tpu' else self.name.upper()}\n",
-      f"Compiled ahead of time, nothing was run. {said}. The last part of it was made by `{record['command']}`; what the"
+      f"Compiled ahead of time, nothing was run. {said}. Last part made by `{record['command']}`; what the"
       " columns say is in tools/machine_code.py.\n",
       "| " + " | ".join(columns) + " |",
       "|" + "---|" * len(columns),
