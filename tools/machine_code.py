@@ -17,7 +17,7 @@ What the columns say:
 * loop_tensor_cycles, loop_issue_cycles (GPU): of one warpgroup, a round of the longest loop with tensor-core work, from
   the instructions alone. The tensor core needs N / 2 cycles for a 64 x N x 16 product of 16-bit numbers, or a 64 x N x
   32 one of 8-bit numbers (4096 or 8192 FLOP a cycle and multiprocessor), and each of a multiprocessor's four schedulers
-  issues one instruction a cycle.
+  issues one instruction a cycle. tensor_per_issue is their ratio: above 1 the tensor core can be kept busy.
 * bundles, product_bundles, products (TPU): instruction bundles of a straight pass, every loop body and branch once;
   those of basic blocks with products; and the products of a vector register with a matrix unit's tile. A bundle takes a
   cycle if nothing waits. bundles_per_product is product_bundles / products.
@@ -258,6 +258,8 @@ def report(case, side: str, chip: str) -> list[dict]:
   for kernel, count in zip(kernels, flops):
     share = kernel.matrix_share
     row = dataclasses.asdict(kernel) | shared | {"matrix_share": None if share is None else round(share, 3)}
+    if chip in GPUS and kernel.loop_issue_cycles:
+      row["tensor_per_issue"] = round(kernel.loop_tensor_cycles / kernel.loop_issue_cycles, 2)
     row["name"] = re.sub(r"[._]\d+$", "", kernel.name)
     if count is not None and share:
       row["estimated_ms"] = round(count / (PEAK[chip] * 1e9 * share * _fill(case, chip)), 4)
@@ -380,7 +382,7 @@ class Table:
   """The rows of one family of chips, in a file that is whole after every side."""
 
   GPU = ("registers", "spill_bytes", "local", "shared_bytes", "tensor_core", "tma", "instructions")
-  GPU += ("loop_tensor_cycles", "loop_issue_cycles")
+  GPU += ("loop_tensor_cycles", "loop_issue_cycles", "tensor_per_issue")
   TPU = ("bundles", "product_bundles", "products", "bundles_per_product", "matrix_unit", "spills", "cycles_outside")
   SHARED = ("matrix_share", "estimated_ms", "temp_bytes", "compile_s")
 
@@ -416,7 +418,7 @@ class Table:
     said = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
       f"# Machine code of the kernels: {'TPU' if self.name == 'tpu' else self.name.upper()}\n",
-      f"Compiled ahead of time, nothing was run. {said}. The last part of it was made by `{record['command']}`; what the"
+      f"Compiled ahead of time, nothing was run. {said}. Last part made by `{record['command']}`; what the"
       " columns say is in tools/machine_code.py.\n",
       "| " + " | ".join(columns) + " |",
       "|" + "---|" * len(columns),
