@@ -185,7 +185,7 @@ def _oracle(inputs, result, visibility, softcap, given, backward):
     return e / total, slope, (top + np.log(total))[:, 0]
 
   third = ROWS // 2
-  rows = np.unique(np.r_[:third, T // 2 : T // 2 + third, T - ROWS : T])
+  rows = np.unique(np.clip(np.r_[:third, T // 2 : T // 2 + third, T - ROWS : T], 0, T - 1))
   if not backward:
     p, _, lse = probabilities(rows, 0)
     if isinstance(result, tuple):
