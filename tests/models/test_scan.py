@@ -50,7 +50,7 @@ def test_layers_that_are_no_multiple_of_the_pattern(layers):
   want = oracle.forward(written_out)(params, TOKENS)
   same(oracle.forward(config)(params, TOKENS), want)
   logits, cache = oracle.cached_step(config)(params, TOKENS, init_cache(config, 2, 12))
-  same(logits, want, 3e-6)
+  same(logits, want, 1e-5)  # a cached step adds up in another order
   assert all(np.asarray(cache.key[i]).any() for i in range(layers))
 
 
