@@ -143,7 +143,7 @@ def _backward_parts(product: float, names: list[str]) -> list[float | None]:
   """
   nameless = [name for name in names if re.search(r"body|anonymous", name)]
   of_queries = [bool(re.search(r"query|dq", name)) or [name] == nameless[:1] for name in names]
-  of_keys = [bool(re.search(r"key|dkv|bwd", name)) or name in nameless for name in names]
+  of_keys = [bool(re.search(r"key|dkv|bwd|backward", name)) or name in nameless for name in names]
   counts = [3 if q else (4 if any(of_queries) else 5) if k else 2 for q, k in zip(of_queries, of_keys)]
   if counts.count(2) != 1 or len(counts) > 3:  # another division of the work
     return [None] * len(names)
