@@ -1,0 +1,120 @@
+"""What the processes of a run know together.
+
+A signal, a full disk or a slow file system is one host's own affair; a collective is everybody's. So whatever decides
+whether processes do something together (save, stop, evaluate, start) is a value from here, the same on all of them,
+and never a fact that one host has seen for itself.
+
+The exchange goes through jax's coordination service and not through the devices: it neither waits for the steps that
+are dispatched nor comes between their collectives. (What is asked at every step is `StopVote`.)
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxllm.errors import UserError
+
+PATIENCE_S = 3600.0  # for a host that is slow; one that is dead is noticed earlier, see `hosts`
+
+_rounds = itertools.count()
+
+
+def gather(value: Any) -> list[Any]:
+  """Every process's value, in the order of the processes, on all of them.
+
+  All processes must make the same calls in the same order, from one thread. Values are JSON.
+
+  Raises:
+    UserError: a process does not answer.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  client, index, count = _client(), jax.process_index(), jax.process_count()
+  here = f"jaxllm/agreement/{next(_rounds)}/"
+  client.key_value_set(here + str(index), json.dumps(value))
+  if index == 0:
+    values = [json.loads(_wait(client, f"{here}{i}", i)) for i in range(count)]
+    client.key_value_set(here + "all", json.dumps(values))
+    return values
+  return json.loads(_wait(client, here + "all", 0))
+
+
+def everywhere(ok: bool) -> bool:
+  """Whether `ok` holds on every process; a barrier as well."""
+  return all(gather(bool(ok)))
+
+
+def anywhere(flag: bool) -> bool:
+  """Whether `flag` holds on some process; a barrier as well."""
+  return any(gather(bool(flag)))
+
+
+def from_first(value: Any = None) -> Any:
+  """The first process's value on all of them; what the others hand in does not matter."""
+  return gather(value if jax.process_index() == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Runs what may fail on one host alone, and fails on all if it failed on any; no collective may stand inside.
+
+  The process that failed raises its own error, the others a UserError with its message.
+  """
+  error: Exception | None = None
+  try:
+    yield
+  except Exception as caught:
+    error = caught
+  failures = gather(None if error is None else str(error) or type(error).__name__)
+  if error is not None:
+    raise error
+  for index, message in enumerate(failures):
+    if message is not None:
+      raise UserError(f"process {index} failed: {message}")
+
+
+class StopVote:
+  """Whether any process wants to stop: asked at every step, answered the same everywhere, waiting for no device.
+
+      vote.cast(step, stop_requested)   # before the step is dispatched
+      ...                               # the devices compute it
+      if vote.passed(step): break       # on all processes at the same step
+
+  A process hands its vote in before it joins the step's collectives, so nobody waits for one that waits for them.
+  """
+
+  def cast(self, step: int, wanted: bool) -> None:
+    """Hands in this process's vote for this step."""
+    self._alone = wanted
+    if jax.process_count() > 1:
+      _client().key_value_set(f"jaxllm/stop/{step}/{jax.process_index()}", str(int(wanted)))
+
+  def passed(self, step: int) -> bool:
+    """Waits for the votes of all processes."""
+    if jax.process_count() == 1:
+      return self._alone
+    client, here = _client(), f"jaxllm/stop/{step}/"
+    votes = [vote for _, vote in client.key_value_dir_get(here)]
+    if len(votes) < jax.process_count():
+      votes = [_wait(client, f"{here}{index}", index) for index in range(jax.process_count())]
+    if jax.process_index() == 0:
+      client.key_value_delete(f"jaxllm/stop/{step - 2}/")  # everybody has read it: they are two steps on
+    return "1" in votes
+
+
+def _client() -> Any:
+  from jax._src.distributed import global_state  # the service has no public name
+
+  return global_state.client
+
+
+def _wait(client: Any, key: str, index: int) -> str:
+  """The value that process `index` sets."""
+  try:
+    return client.blocking_key_value_get(key, int(PATIENCE_S * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(f"process {index} does not answer: {str(error).splitlines()[0]}") from error
