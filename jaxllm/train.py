@@ -32,12 +32,16 @@ def main(argv: Sequence[str]) -> int:
     return _sweep(args.config, overrides, workdir)
   run = load_config(args.config, overrides)
 
-  from jaxllm.evaluation.bits_per_byte import describe  # jax starts here, after what can fail without it
+  import jax  # after what can fail without it
+
+  from jaxllm.evaluation.bits_per_byte import describe
   from jaxllm.parallel.hosts import join_hosts
   from jaxllm.training.loop import train
 
   join_hosts()
   result = train(run, workdir)
+  if jax.process_index() > 0:
+    return 0
   command = f"python -m jaxllm.train {' '.join(argv)}"
   if result["stopped"]:
     print(f"stopped at step {result['step']}, which is saved; to go on: {command}")
@@ -50,22 +54,25 @@ def main(argv: Sequence[str]) -> int:
 
 def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> int:
   """One run directory per point; a point that fails is reported and the others still run."""
+  import jax
+
   from jaxllm.parallel.hosts import join_hosts
   from jaxllm.training.loop import train
 
   join_hosts()
+  say = print if jax.process_index() == 0 else lambda *_, **__: None
   points = sweep_points(path)
   runs = [load_config(path, [*overrides, *point.items()]) for point in points]  # all mistakes before any run
   rows, failed = [], False
   for number, (point, run) in enumerate(zip(points, runs)):
     label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())
     directory = workdir / f"{number:02d}-{label}".replace("/", "_").replace(" ", "")
-    print(f"== {number + 1} of {len(points)}: {label} -> {directory}", flush=True)
+    say(f"== {number + 1} of {len(points)}: {label} -> {directory}", flush=True)
     try:
       result = train(run, directory)
     except UserError as error:
       failed = True
-      print(f"error: {error}", file=sys.stderr)
+      say(f"error: {error}", file=sys.stderr)
       rows.append((label, "failed", "", "", directory))
       continue
     scores = [f"{result.get(key, float('nan')):.4f}" for key in ("loss", "eval/loss", "eval/bits_per_byte")]
@@ -76,7 +83,7 @@ def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> in
   table = [header, *[tuple(map(str, row)) for row in rows]]
   widths = [max(len(row[i]) for row in table) for i in range(len(header))]
   for row in table:
-    print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
   return 2 if failed else 0
 
 

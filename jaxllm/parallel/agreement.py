@@ -5,18 +5,18 @@ whether processes do something together (save, stop, evaluate, start) is a value
 and never a fact that one host has seen for itself.
 
 The exchange goes through jax's coordination service and not through the devices: it neither waits for the steps that
-are dispatched nor comes between their collectives. (What is asked at every step is `StopVote`.)
+are dispatched nor comes between their collectives, and takes about a millisecond.
 """
 
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from jaxllm.errors import UserError
+from jaxllm.errors import ConfigError, UserError
 
 PATIENCE_S = 3600.0  # for a host that is slow; one that is dead is noticed earlier, see `hosts`
 
@@ -34,13 +34,17 @@ def gather(value: Any) -> list[Any]:
   if jax.process_count() == 1:
     return [value]
   client, index, count = _client(), jax.process_index(), jax.process_count()
-  here = f"jaxllm/agreement/{next(_rounds)}/"
+  number = next(_rounds)
+  here = f"jaxllm/agreement/{number}/"
   client.key_value_set(here + str(index), json.dumps(value))
-  if index == 0:
-    values = [json.loads(_wait(client, f"{here}{i}", i)) for i in range(count)]
-    client.key_value_set(here + "all", json.dumps(values))
-    return values
-  return json.loads(_wait(client, here + "all", 0))
+  if index > 0:
+    return json.loads(_wait(client, here + "all", 0))
+  there = {key.removeprefix(here): text for key, text in client.key_value_dir_get(here)}
+  values = [json.loads(there.get(str(i)) or _wait(client, f"{here}{i}", i)) for i in range(count)]
+  client.key_value_set(here + "all", json.dumps(values))
+  # Whoever takes part in this round has read the one before.
+  client.key_value_delete(f"jaxllm/agreement/{number - 1}/")
+  return values
 
 
 def everywhere(ok: bool) -> bool:
@@ -56,6 +60,22 @@ def anywhere(flag: bool) -> bool:
 def from_first(value: Any = None) -> Any:
   """The first process's value on all of them; what the others hand in does not matter."""
   return gather(value if jax.process_index() == 0 else None)[0]
+
+
+def check_same(facts: Mapping[str, Any], what: str) -> None:
+  """That every process has the same `facts` (JSON values by name).
+
+  Raises:
+    ConfigError, on all processes: `what` differs; the message names the first such fact.
+  """
+  first, *others = gather(dict(facts))
+  for index, other in enumerate(others, 1):
+    for name in dict.fromkeys([*first, *other]):
+      if first.get(name) != other.get(name):
+        raise ConfigError(
+          f"{what} differs between processes: {name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on "
+          f"process {index}; give all of them the same"
+        )
 
 
 @contextlib.contextmanager
@@ -75,35 +95,6 @@ def together() -> Iterator[None]:
   for index, message in enumerate(failures):
     if message is not None:
       raise UserError(f"process {index} failed: {message}")
-
-
-class StopVote:
-  """Whether any process wants to stop: asked at every step, answered the same everywhere, waiting for no device.
-
-      vote.cast(step, stop_requested)   # before the step is dispatched
-      ...                               # the devices compute it
-      if vote.passed(step): break       # on all processes at the same step
-
-  A process hands its vote in before it joins the step's collectives, so nobody waits for one that waits for them.
-  """
-
-  def cast(self, step: int, wanted: bool) -> None:
-    """Hands in this process's vote for this step."""
-    self._alone = wanted
-    if jax.process_count() > 1:
-      _client().key_value_set(f"jaxllm/stop/{step}/{jax.process_index()}", str(int(wanted)))
-
-  def passed(self, step: int) -> bool:
-    """Waits for the votes of all processes."""
-    if jax.process_count() == 1:
-      return self._alone
-    client, here = _client(), f"jaxllm/stop/{step}/"
-    votes = [vote for _, vote in client.key_value_dir_get(here)]
-    if len(votes) < jax.process_count():
-      votes = [_wait(client, f"{here}{index}", index) for index in range(jax.process_count())]
-    if jax.process_index() == 0:
-      client.key_value_delete(f"jaxllm/stop/{step - 2}/")  # everybody has read it: they are two steps on
-    return "1" in votes
 
 
 def _client() -> Any:

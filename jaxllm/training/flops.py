@@ -1,11 +1,6 @@
 """How much arithmetic a token costs, what a chip could do, and the share of it that was used (MFU)."""
 
 import dataclasses
-import functools
-import time
-
-import jax
-import jax.numpy as jnp
 
 from jaxllm.models.config import MLPS, ModelConfig
 
@@ -160,35 +155,12 @@ _KINDS = (
 def chip_of(device_kind: str) -> Chip | None:
   """The chip behind a `jax.Device.device_kind` such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
 
-  None if it is not in the table. (On CPU use `measured_cpu`.)
+  None if it is not in the table. A CPU is not: what one measures there depends on the product and on who else computes,
+  and a peak that can be beaten is none.
   """
   kind = device_kind.lower()
   name = next((name for part, name in _KINDS if part in kind), None)
   return CHIPS[name] if name else None
-
-
-def chip_in_use(dtype: str = "bfloat16") -> Chip | None:
-  """The chip that this process computes on; a CPU is measured in `dtype`."""
-  device = jax.devices()[0]
-  return measured_cpu(dtype) if device.platform == "cpu" else chip_of(device.device_kind)
-
-
-@functools.cache
-def measured_cpu(dtype: str = "float32") -> Chip:
-  """The best of a few 1024 x 1024 matmuls, divided among the CPU's (perhaps forced) JAX devices.
-
-  Takes about 0.2 s, once for each process and dtype.
-  """
-  size = 1024
-  devices = jax.local_devices(backend="cpu")
-  matrix = jax.device_put(jnp.ones((size, size), dtype), devices[0])
-  multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-  seconds = []
-  for _ in range(8):
-    start = time.perf_counter()
-    jax.block_until_ready(multiply(matrix, matrix))
-    seconds.append(time.perf_counter() - start)
-  return Chip("cpu", 2 * size**3 / min(seconds) / len(devices), None)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, chip: Chip) -> float:

@@ -1,6 +1,7 @@
-"""The training loop: one function that reads from top to bottom."""
+"""The training loop: `train` puts a run together, `Run` takes its steps."""
 
 import dataclasses
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.data.heldout import heldout_batches
+from jaxllm.data.heldout import HeldoutBatches, heldout_batches
 from jaxllm.data.manifest import open_prepared
-from jaxllm.data.pipeline import train_batches
+from jaxllm.data.pipeline import TrainBatches, train_batches
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.errors import DataError, UserError
 from jaxllm.evaluation.bits_per_byte import describe, heldout_metrics
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
+from jaxllm.parallel import agreement
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.compile import make_program, put_batch
+from jaxllm.training.compile import Program, make_program, put_batch
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger, open_run_directory
@@ -27,9 +30,10 @@ from jaxllm.training.progress import Progress, print_table
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.startup import startup_table
-from jaxllm.training.trackers import make_trackers
+from jaxllm.training.state import TrainState
+from jaxllm.training.trackers import flatten, make_trackers
 
-log = logging.getLogger("jaxllm")
+logger = logging.getLogger("jaxllm")
 
 
 class TrainingStopped(UserError):
@@ -37,7 +41,7 @@ class TrainingStopped(UserError):
 
 
 def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
-  """Trains as `run` says in `workdir`, from its last checkpoint if it has one.
+  """Trains as `run` says in `workdir`, from its last checkpoint if it has one; all processes of a job call it.
 
   Returns:
     The last value of every metric, "step", and "stopped": whether a signal ended the run early.
@@ -47,7 +51,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
   training, settings = run.training, dataclasses.asdict(run)
-  writes_text = run.objective.name == "causal_lm"  # then it can be sampled from, and measured in bits per byte
+  agreement.check_same({**flatten(settings), "--workdir": str(workdir)}, "the config")
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
@@ -55,19 +59,23 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
   program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
-  prepared = open_prepared(run.data)
-  tokenizer = prepared.tokenizer()
-  if tokenizer.vocab_size > run.model.vocab_size:
-    raise DataError(
-      f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
-      f"{run.model.vocab_size}; raise it"
-    )
-  hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
-  sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len, decoder_start_id=run.model.decoder_start_id)
-  batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
-  heldout = None  # where nothing is held out there is nothing to evaluate
-  if prepared.total("heldout", "documents"):
-    heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
+
+  # From what: every host reads its own rows of one and the same data.
+  with agreement.together():
+    prepared = open_prepared(run.data)
+    tokenizer = prepared.tokenizer()
+    if tokenizer.vocab_size > run.model.vocab_size:
+      raise DataError(
+        f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
+        f"{run.model.vocab_size}; raise it"
+      )
+    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
+    sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len, decoder_start_id=run.model.decoder_start_id)
+    batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
+    heldout = None  # where nothing is held out there is nothing to evaluate
+    if prepared.total("heldout", "documents"):
+      heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
+  agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
   directory = open_run_directory(workdir, settings)
   if jax.process_index() == 0:
@@ -84,107 +92,187 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       step, state, data_state = checkpoints.restore(program.state)
       batches.set_state(data_state)
       resumed = step
-      log.info("resuming from step %d", step)
+      logger.info("resuming from step %d", step)
     began = time.monotonic()
-    compiled = program.step.lower(program.state, program.batch).compile()
+    lowered = program.step.lower(program.state, program.batch)
+    if jax.process_count() > 1:
+      text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+      agreement.check_same({"its digest": text}, "the compiled step (versions, environment variables)")
+    compiled = lowered.compile()
     if jax.process_index() == 0:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 
     trackers = make_trackers(run.logging, directory, settings, resumed)
-    meter = Meter(program)
-    latest: dict[str, float] = {}  # the last value of every metric
-    positions = {step: batches.get_state()}  # where the data stood after the last few steps
-    running = None  # the last dispatched step and its metrics, read while the next one computes
     with (
-      MetricsLogger(directory, resumed, trackers) as metrics_logger,
+      MetricsLogger(directory, resumed, trackers) as metrics,
       Progress(training.steps) as progress,
+      Meter(program) as meter,
     ):
-
-      def finish(number: int, device_metrics: dict[str, jax.Array]) -> None:
-        """Waits for a step, logs it, and ends the run if it was bad."""
-        metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
-        meter.step()
-        halted = metrics.pop("halted")
-        if metrics["skipped"] > latest.get("skipped", metrics["skipped"]) or (number == 1 and metrics["skipped"]):
-          log.warning("step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
-        logged = halted or number % run.logging.every == 0 or number in (1, training.steps)
-        if logged:
-          metrics |= {"tokens": number * program.tokens_per_step, "epoch": batches.epochs} | meter.rates()
-          metrics_logger.log(number, metrics)
-        latest.update(metrics)
-        progress.update(number, metrics if logged else None)
-        if halted:
-          save(number - 1)
-          raise TrainingStopped(
-            f"step {number} is bad: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}. The state "
-            f"before it is saved as step {number - 1} in {checkpoints.directory}; lower "
-            "optimizer.learning_rate in a new run, or resume with --config.training.on_bad_step=skip"
-          )
-
-      def save(number: int) -> None:
-        if number != checkpoints.latest_step():
-          good = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
-          checkpoints.save(number, good, positions[number], latest)
-
-      def evaluate(number: int, params: Any, prefix: str = "eval/") -> None:
-        def metric_sums(batch):
-          return program.evaluate(params, put_batch(batch, program.batch))
-
-        values = heldout_metrics(metric_sums, heldout, heldout.bytes if writes_text else None, prefix)
-        latest.update(values)
-        metrics_logger.log(number, values)
-        progress.say(f"step {number}: {describe(values, prefix)}")
-
-      def look(number: int) -> None:
-        """Held-out loss, of the averaged weights too where there are any."""
-        if heldout is None:
-          return
-        evaluate(number, state.params)
-        if state.ema is not None:
-          evaluate(number, state.ema, "eval_ema/")
-
-      def sample(number: int) -> None:
-        text = writes_text and sample_text(program, state.params, tokenizer, training)
-        if text:
-          metrics_logger.log_text(number, "sample", text)
-
-      def due(every: int) -> bool:
-        return every > 0 and step % every == 0 and step < training.steps
-
-      while step < training.steps and not stop.anywhere():
-        batch = next(batches, None)
-        if batch is None:
-          log.info("the data ended at step %d, after %g epochs", step, batches.epochs)
-          break
-        profiler.before_step()
-        state, device_metrics = compiled(state, put_batch(batch, program.batch))
-        profiler.after_step(device_metrics)
-        step += 1
-        positions[step] = batches.get_state()
-        positions.pop(step - 3, None)
-        if running is not None:
-          finish(*running)
-        running = step, device_metrics
-
-        periodic = (
-          (training.eval_every, look),
-          (training.sample_every, sample),
-          (run.checkpoint.every, save),
-        )
-        if any(due(every) for every, _ in periodic):
-          finish(*running)
-          running = None
-          with meter.pause():
-            for every, action in periodic:
-              if due(every):
-                action(step)
-
-      if running is not None:
-        finish(*running)
-      if not stop.requested:
-        look(step)
-        sample(step)
-      save(step)
-      checkpoints.wait()
+      going = Run(
+        settings=run,
+        program=program,
+        compiled=compiled,
+        batches=batches,
+        heldout=heldout,
+        tokenizer=tokenizer,
+        stop=stop,
+        checkpoints=checkpoints,
+        profiler=profiler,
+        metrics=metrics,
+        progress=progress,
+        meter=meter,
+        state=state,
+        step=step,
+        saved=resumed,
+        measured={step: dict(metrics.resumed)},
+        latest=dict(metrics.resumed),
+      )
+      going.take_steps()
+      going.end()
   batches.close()
-  return latest | {"step": step, "stopped": stop.requested}
+  return going.latest | {"step": going.step, "stopped": going.stopped}
+
+
+@dataclasses.dataclass
+class Run:
+  """A run that has started. Every process takes the same steps and actions: what decides on them is the same on all."""
+
+  settings: RunConfig
+  program: Program
+  compiled: jax.stages.Compiled
+  batches: TrainBatches
+  heldout: HeldoutBatches | None
+  tokenizer: Tokenizer
+  stop: StopRequest
+  checkpoints: Checkpoints
+  profiler: Profiler
+  metrics: MetricsLogger
+  progress: Progress
+  meter: Meter
+
+  state: TrainState
+  step: int  # steps dispatched so far
+  saved: int | None  # the step of the newest checkpoint
+  measured: dict[int, dict[str, float]]  # what was measured at each of the last few steps
+  latest: dict[str, float]  # the last value of every metric
+  stopped: bool = False  # somebody asked for it
+
+  def __post_init__(self):
+    self.positions = {self.step: self.batches.get_state()}  # where the data stood after the last few steps
+    # The last dispatched step and its metrics, read while the next one computes
+    self.running: tuple[int, dict[str, jax.Array]] | None = None
+
+  def take_steps(self) -> None:
+    """Steps until there are enough, the data ends, or a process is asked to stop."""
+    training = self.settings.training
+    while self.step < training.steps and not self.stopped:
+      self.act()
+      batch = next(self.batches, None)
+      if batch is None:
+        logger.info("the data ended at step %d, after %g epochs", self.step, self.batches.epochs)
+        break
+      self.profiler.before_step()
+      self.state, device_metrics = self.compiled(self.state, put_batch(batch, self.program.batch))
+      self.meter.dispatched(device_metrics)
+      self.profiler.after_step(device_metrics)
+      self.step += 1
+      self.positions[self.step] = self.batches.get_state()
+      self.positions.pop(self.step - 3, None)
+      if self.running is not None:
+        self.finish(*self.running)
+      self.running = self.step, device_metrics
+      # While the devices compute: the question costs them nothing, and all processes stop after the same step.
+      self.stopped = agreement.anywhere(self.stop.requested)
+
+  def act(self) -> None:
+    """Evaluates, samples and saves, each where it is due; also what a run that was stopped here had left out."""
+    actions = (
+      (self.settings.training.eval_every, self.evaluate),
+      (self.settings.training.sample_every, self.sample),
+      (self.settings.checkpoint.every, self.save),
+    )
+    due = [act for every, act in actions if self.step and every > 0 and self.step % every == 0]
+    if due:
+      self.drain()
+      with self.meter.pause():
+        for act in due:
+          act()
+
+  def end(self) -> None:
+    """What follows the last step."""
+    self.drain(log=True)
+    if not self.stopped:
+      self.evaluate()
+      self.sample()
+    self.save()
+    self.checkpoints.wait()
+
+  def drain(self, log: bool = False) -> None:
+    """Waits for the step under way."""
+    if self.running is not None:
+      self.finish(*self.running, log=log)
+      self.running = None
+
+  def finish(self, number: int, device_metrics: dict[str, jax.Array], log: bool = False) -> None:
+    """Waits for a step, logs it where that is due or asked for, and ends the run if it was bad."""
+    metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    self.meter.finished()
+    halted = metrics.pop("halted")
+    if metrics["skipped"] > self.latest.get("skipped", metrics["skipped"]) or (number == 1 and metrics["skipped"]):
+      logger.warning("step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
+    log = (
+      log or bool(halted) or number % self.settings.logging.every == 0 or number in (1, self.settings.training.steps)
+    )
+    if log:
+      metrics |= {"tokens": number * self.program.tokens_per_step, "epoch": self.batches.epochs} | self.meter.rates()
+      self.metrics.log(number, metrics)
+    self.measured[number] = metrics
+    self.measured.pop(number - 3, None)
+    self.latest.update(metrics)
+    self.progress.update(number, metrics if log else None)
+    if halted:
+      self.save(number - 1)
+      raise TrainingStopped(
+        f"step {number} is bad: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}. The state "
+        f"before it is saved as step {number - 1} in {self.checkpoints.directory}; lower "
+        "optimizer.learning_rate in a new run, or resume with --config.training.on_bad_step=skip"
+      )
+
+  def evaluate(self) -> None:
+    """Held-out loss, of the averaged weights too where there are any; once a step."""
+    if self.heldout is None or "eval/loss" in self.measured.get(self.step, {}):
+      return
+    self._evaluate(self.state.params, "eval/")
+    if self.state.ema is not None:
+      self._evaluate(self.state.ema, "eval_ema/")
+
+  def _evaluate(self, params: Any, prefix: str) -> None:
+    def metric_sums(batch):
+      return self.program.evaluate(params, put_batch(batch, self.program.batch))
+
+    values = heldout_metrics(metric_sums, self.heldout, self.heldout.bytes if self.writes_text else None, prefix)
+    self.measured.setdefault(self.step, {}).update(values)
+    self.latest.update(values)
+    self.metrics.log(self.step, values)
+    self.progress.say(f"step {self.step}: {describe(values, prefix)}")
+
+  @property
+  def writes_text(self) -> bool:
+    """Whether the model can be sampled from, and measured in bits per byte."""
+    return self.settings.objective.name == "causal_lm"
+
+  def sample(self) -> None:
+    """Text that the model writes."""
+    training = self.settings.training
+    text = self.writes_text and sample_text(self.program, self.state.params, self.tokenizer, training)
+    if text:
+      self.metrics.log_text(self.step, "sample", text)
+
+  def save(self, number: int | None = None) -> None:
+    """A checkpoint of the step that is done, or of the one before a bad step, after which the state stood still."""
+    number = self.step if number is None else number
+    if number == self.saved:
+      return
+    good = dataclasses.replace(self.state, halted=jnp.zeros_like(self.state.halted))
+    self.checkpoints.save(number, good, self.positions[number], self.measured.get(number, {}))
+    self.saved = number

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxllm.errors import ConfigError
+from jaxllm.parallel import agreement
 from jaxllm.training.files import read_metrics, write_atomically
 from jaxllm.training.trackers import Tracker, flatten
 
@@ -97,7 +98,8 @@ class MetricsLogger:
   """Appends lines to metrics.jsonl and passes them to the trackers; only the first process writes.
 
   `resumed_step` is the checkpoint that the run goes on from (None: from the start). Lines beyond it,
-  left by a run that was killed, are dropped, so that no step is there twice.
+  left by a run that was killed, are dropped, so that no step is there twice. `resumed` is what the lines
+  of that step say, on every process.
   """
 
   def __init__(
@@ -106,11 +108,16 @@ class MetricsLogger:
     self._directory = Path(run_directory)
     self._trackers = trackers
     self._file = None
+    resumed: dict[str, float] = {}
     if jax.process_index() == 0:
       path = self._directory / "metrics.jsonl"
       if path.exists():
         drop_lines_after(path, -1 if resumed_step is None else resumed_step)
+        for line in read_metrics(path):
+          if line["step"] == resumed_step:
+            resumed |= {name: value for name, value in line.items() if name != "step" and value is not None}
       self._file = path.open("a")
+    self.resumed: dict[str, float] = agreement.from_first(resumed)
 
   def __enter__(self) -> "MetricsLogger":
     return self

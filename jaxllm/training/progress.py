@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -13,12 +14,13 @@ from rich.text import Text
 class Progress:
   """Shows step, loss, tokens/s, MFU and the time left; a context manager.
 
-  On a terminal every `update` moves the live line; elsewhere only those that bring metrics print one.
+  On a terminal every `update` moves the live line; elsewhere only those that bring metrics print one. Of the processes
+  of a run only the first shows anything.
   """
 
   def __init__(self, total: int, console: Console | None = None):
     self.total = total
-    self.console = console or Console()
+    self.console = console or Console(quiet=jax.process_index() != 0)
     self._metrics: dict[str, float] = {}
     self._bar = None
     if self.console.is_terminal:
@@ -46,7 +48,7 @@ class Progress:
     if self._bar:
       self._bar.update(self._task, completed=step, description=line, refresh=True)
     elif metrics:
-      print(line, file=self.console.file, flush=True)
+      self.say(line)
 
   def say(self, text: str) -> None:
     """Prints `text` above the live line."""

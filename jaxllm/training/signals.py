@@ -4,8 +4,6 @@ import os
 import signal
 import threading
 
-from jaxllm.training.processes import everywhere
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -15,9 +13,10 @@ class StopRequest:
       with StopRequest() as stop:
         for step in ...:
           ...
-          if stop.anywhere():
+          if stop.requested:
             break  # save and leave with exit code 0
 
+  A signal reaches one process; what all of them do about it is `agreement.StopVote`'s to say.
   Python delivers signals to the main thread only; entered in another thread, this installs nothing.
   """
 
@@ -32,10 +31,6 @@ class StopRequest:
 
   def __exit__(self, *error) -> None:
     self._restore()
-
-  def anywhere(self) -> bool:
-    """Whether any process was asked; all processes must ask together, so that all stop at one step."""
-    return not everywhere(not self.requested)
 
   def _receive(self, number, frame) -> None:
     self.requested = True

@@ -30,7 +30,7 @@ def startup_table(
   )
   memory = compiled.memory_analysis()
   per_token = flops.row_flops(program.model, *program.row_lengths)
-  chip = flops.chip_in_use(compute.dtype)
+  chip = flops.chip_of(program.mesh.devices.flat[0].device_kind)
   kernels = {
     "attention": " and ".join(backends.chosen("attention", compute.target)),
     "matmul": backends.choose("matmul", compute.matmul, compute.target),
@@ -51,7 +51,7 @@ def startup_table(
   return rows + [
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
-    ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown chip: no MFU"),
+    ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown: no MFU"),
     ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items() if backend)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (

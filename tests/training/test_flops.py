@@ -1,6 +1,5 @@
 """FLOPs against PyTorch's counter and hand-worked sizes; the chip table against device names."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,10 +7,8 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.training.flops import (
   CHIPS,
   Chip,
-  chip_in_use,
   chip_of,
   matmul_parameters,
-  measured_cpu,
   mfu,
   row_flops,
   training_flops,
@@ -135,11 +132,3 @@ def test_unknown_chips_have_no_peak(kind):
 
 def test_mfu():
   assert mfu(1000.0, 2e9, 4, Chip("x", 1e12, None)) == 0.5
-
-
-def test_the_cpu_is_measured_once():
-  chip = measured_cpu("float32")
-  assert chip is measured_cpu("float32") and chip.name == "cpu"
-  assert 1e8 < chip.flops < 1e15
-  if jax.devices()[0].platform == "cpu":
-    assert chip_in_use("float32") is chip

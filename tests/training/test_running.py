@@ -23,9 +23,9 @@ def test_the_first_signal_asks_and_the_handlers_come_back():
   before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   for number in before:
     with StopRequest() as stop:
-      assert not stop.anywhere()
+      assert not stop.requested
       signal.raise_signal(number)
-      assert stop.anywhere()
+      assert stop.requested
     assert {number: signal.getsignal(number) for number in before} == before
 
 
@@ -56,7 +56,7 @@ def test_exit_codes_of_a_process_that_is_told_to_stop(signals, code):
     import sys, time
     with StopRequest() as stop:
       print("ready", flush=True)
-      while not stop.anywhere():
+      while not stop.requested:
         time.sleep(0.01)
       print("saving", flush=True)
       if sys.argv[1] == "2":
