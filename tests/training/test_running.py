@@ -7,13 +7,18 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 from rich.console import Console
 
+import jaxllm.training.meter as meter_module
+from jaxllm.models.config import ModelConfig
 from jaxllm.training.config import ProfileConfig
+from jaxllm.training.meter import Meter
 from jaxllm.training.profiling import Profiler
 from jaxllm.training.progress import Progress, print_table, progress_line, short_number
 from jaxllm.training.signals import StopRequest
@@ -125,6 +130,56 @@ def test_the_table_keeps_long_values_on_one_line_in_a_log():
   assert lines[0] == "plan"
   assert [line.split(maxsplit=1) for line in lines[1:2]] == [["parameters", "10.7M"]]
   assert lines[2].startswith("FLOPs per token") and lines[2].endswith(long)
+
+
+def test_only_the_first_process_shows_anything(monkeypatch, capsys):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with Progress(10) as progress:
+    progress.update(1, METRICS)
+    progress.say("saved")
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["computes when dispatched", "computes later"])
+def test_steps_are_timed_by_when_they_end(at_once, monkeypatch):
+  """Whichever way the devices work, and right after a pause too, where the loop waits twice and then not at all."""
+  clock = types.SimpleNamespace(now=0.0)
+  monkeypatch.setattr(meter_module.time, "monotonic", lambda: clock.now)
+  program = types.SimpleNamespace(
+    tokens_per_step=600, model=ModelConfig(), row_lengths=(8,), mesh=Mesh(jax.devices()[:1], "x")
+  )
+  pending = []
+
+  def compute(result):  # each step takes 6 seconds
+    for step in pending:
+      if not step.done and (step is result or at_once):
+        clock.now, step.done = clock.now + 6, True
+    return result
+
+  monkeypatch.setattr(meter_module.jax, "block_until_ready", compute)
+  rates = []
+  with Meter(program) as meter:
+    meter._waiter = types.SimpleNamespace(submit=lambda wait: Lazy(wait, at_once), shutdown=lambda **_: None)
+    for step in range(1, 7):
+      pending.append(types.SimpleNamespace(done=False))
+      meter.dispatched(pending[-1])
+      if step in (1, 4):  # the first after a pause
+        continue
+      meter.finished()
+      rates.append(meter.rates()["tokens_per_second"])
+      if step == 3:
+        meter.finished()
+        rates.append(meter.rates()["tokens_per_second"])
+        with meter.pause():
+          clock.now += 1000
+  assert rates == [100.0] * 5
+
+
+class Lazy:
+  """A future that computes when it is asked, or at once."""
+
+  def __init__(self, compute, at_once):
+    self.result = (lambda value: lambda: value)(compute()) if at_once else compute
 
 
 def test_a_trace_of_the_chosen_steps(tmp_path, monkeypatch):
