@@ -1,13 +1,13 @@
 """What the doors share: reading `--config`, reporting errors, exit codes."""
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxllm.base import settings
 from jaxllm.errors import UserError
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
@@ -71,12 +71,7 @@ def parse_config_args(
   return parser.parse_args(rest), overrides
 
 
-def print_config(config: Any, prefix: str = "") -> None:
+def print_config(config: Any) -> None:
   """Prints every key of a dataclass of settings with its value, one `config.KEY=VALUE` a line."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    key = f"{prefix}{field.name}"
-    if dataclasses.is_dataclass(value):
-      print_config(value, f"{key}.")
-    else:
-      print(f"config.{key}={value!r}")
+  for key, value in settings.keys(config):
+    print(f"config.{key}={value!r}")

@@ -26,6 +26,7 @@ def get_config():
   c = default_config()
   c.model.embed_dim = 64
   c.training.steps = 7
+  c.data.sources = []
   return c
 """
 
@@ -90,6 +91,10 @@ def test_overrides_are_read_as_their_keys_types(write, key, text, get, value):
     ("mesh.fsdp", "0", ["mesh.fsdp", "at least 1"]),
     ("mesh.fsdp", "-1", ["only one mesh axis"]),
     ("mesh.rules.embed", "('rows',)", ["mesh.rules.embed", "rows"]),
+    ("data.sources.5.path", "x", ["data.sources.5.path", "0 entries", "'5'"]),
+    ("data.sources.first", "x", ["data.sources.first", "0 entries", "'first'"]),
+    ("optimizer.learning_rate", "1e999", ["optimizer.learning_rate", "a number"]),
+    ("training.steps", "1e999", ["training.steps", "a whole number"]),
     ("data.sources", "[{'paths': 'a'}]", ["data.sources.0.paths", "did you mean data.sources.0.path"]),
   ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.base.settings import to_mapping
 from jaxllm.data.heldout import HeldoutBatches, heldout_batches
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import TrainBatches, train_batches
@@ -50,7 +51,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     ConfigError, DataError, CheckpointError: the run cannot start, or the disk is full.
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
-  training, settings = run.training, dataclasses.asdict(run)
+  training, settings = run.training, to_mapping(run)
   agreement.check_same({**flatten(settings), "--workdir": str(workdir)}, "the config")
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.

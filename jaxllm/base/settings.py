@@ -1,0 +1,168 @@
+"""Mappings become typed dataclasses: config files, command lines and the JSON of strangers, by their declared types.
+
+A field's annotation says what it takes: bool, int, float, str, `Literal[...]`, another dataclass, `tuple[T, ...]`,
+`T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the mapping's "name"
+chooses among them, and its other keys are that class's fields.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from jaxllm.errors import ConfigError
+
+TAG = "name"
+
+
+class Text(str):
+  """A value as typed on a command line, read as whatever type its field has."""
+
+
+def from_mapping(cls: type, values: Any, path: str = "") -> Any:
+  """An instance of the dataclass `cls` from a mapping of its fields; what is left out takes its default.
+
+  Args:
+    path: the dotted key under which the mapping stands, for messages.
+
+  Raises:
+    ConfigError: an unknown key or a value of another type, named in one line.
+  """
+  if isinstance(values, cls):
+    return values
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"config {path or 'file'} is {values!r}; it should be a group of keys")
+  hints = field_types(cls)
+  kwargs = {}
+  for name in values:
+    full = f"{path}.{name}" if path else str(name)
+    if name not in hints:
+      near = difflib.get_close_matches(str(name), hints, n=1)
+      hint = f"did you mean {path + '.' if path else ''}{near[0]}?" if near else f"known: {', '.join(hints) or 'none'}"
+      raise ConfigError(f"unknown config key {full}; {hint}")
+    kwargs[name] = convert(hints[name], values[name], full)
+  return cls(**kwargs)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+  """Field name -> its type, of a dataclass."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def convert(kind: Any, value: Any, path: str) -> Any:
+  """`value` as the type `kind`.
+
+  Raises:
+    ConfigError: it is none; the message names the key `path`.
+  """
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    if type(None) in args and (value is None or (isinstance(value, Text) and value.lower() == "none")):
+      return None
+    others = [a for a in args if a is not type(None)]
+    return _tagged(others, parse(value), path) if len(others) > 1 else convert(others[0], value, path)
+  if dataclasses.is_dataclass(kind):
+    return from_mapping(typing.cast(type, kind), parse(value), path)
+  if origin is tuple:
+    return _tuple(args, value, path)
+  if origin is Literal:
+    value = str(value) if isinstance(value, Text) else value
+    if value not in args:
+      near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ConfigError(f"config key {path} is {value!r}; choose one of {', '.join(map(repr, args))}{hint}")
+    return value
+  if kind is str:
+    if not isinstance(value, str):
+      raise ConfigError(f"config key {path} is {value!r}; it should be a string")
+    return str(value)
+  value = parse(value)
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if kind is bool and isinstance(value, bool):
+    return value
+  if kind is int and number and math.isfinite(value) and value == int(value):
+    return int(value)
+  if kind is float and number and math.isfinite(value):
+    return float(value)
+  names = {bool: "true or false", int: "a whole number", float: "a number"}
+  raise ConfigError(f"config key {path} is {value!r}; it should be {names.get(kind, kind)}")
+
+
+def _tuple(args: tuple, value: Any, path: str) -> tuple:
+  parsed = parse(value)
+  if isinstance(value, Text) and isinstance(parsed, str) and args[0] is str:
+    parsed = [parsed]
+  if not isinstance(parsed, list | tuple):
+    raise ConfigError(f"config key {path} is {parsed!r}; it should be a list")
+  return tuple(convert(args[0], item, f"{path}.{i}") for i, item in enumerate(parsed))
+
+
+def _tagged(classes: list[Any], values: Any, path: str) -> Any:
+  """An instance of that one of `classes` whose name the mapping gives; by default the first."""
+  if isinstance(values, tuple(classes)):
+    return values
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"config {path} is {values!r}; it should be a group of keys with a {TAG}")
+  by_name = {cls.name: cls for cls in classes}
+  name = str(values.get(TAG, classes[0].name))
+  if name not in by_name:
+    near = difflib.get_close_matches(name, by_name, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"config key {path}.{TAG} is {name!r}; choose one of {', '.join(map(repr, by_name))}{hint}")
+  cls, rest = by_name[name], {key: value for key, value in values.items() if key != TAG}
+  for key in rest:
+    if key not in field_types(cls):
+      owners = [other.name for other in classes if key in field_types(other)]
+      if owners:
+        owner = " or ".join(map(repr, owners))
+        raise ConfigError(f"config key {path}.{key} belongs to {path}.{TAG} {owner}, not to {name!r}")
+  return from_mapping(cls, rest, path)
+
+
+def parse(value: Any) -> Any:
+  """A command-line text as a Python literal where it is one; any other value as it is."""
+  if not isinstance(value, Text):
+    return value
+  if value.lower() in ("true", "false", "none"):
+    return {"true": True, "false": False, "none": None}[value.lower()]
+  try:
+    return ast.literal_eval(value)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return value
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+  """The inverse of `from_mapping`: nested dicts of JSON values, each tagged group with its name."""
+  values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+  tag = {TAG: settings.name} if is_tagged(type(settings)) else {}
+  return tag | {key: _plain(value) for key, value in values.items()}
+
+
+def is_tagged(cls: type) -> bool:
+  """Whether a dataclass is one of a tagged group: its name is the class's and no field."""
+  return isinstance(getattr(cls, TAG, None), str) and TAG not in field_types(cls)
+
+
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    return to_mapping(value)
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  return value
+
+
+def keys(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Every (dotted key, value) of a dataclass of settings."""
+  if is_tagged(type(settings)):
+    yield f"{prefix}{TAG}", settings.name
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from keys(value, f"{prefix}{field.name}.")
+    else:
+      yield f"{prefix}{field.name}", value
