@@ -32,7 +32,7 @@ def get_config():
   c.training.seq_len = 4096
   c.training.dtype = "bfloat16"
   c.training.remat = "full"
-  c.training.z_loss = 1e-5
+  c.objective.z_loss = 1e-5
   c.training.eval_every = 1000
   c.training.eval_batches = 20
   c.training.sample_every = 2000

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -46,7 +47,20 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   Raises:
     ConfigError: an unknown key, a wrong type or an impossible combination, named in one line.
   """
-  return settings.from_mapping(RunConfig, _plain(config))
+  return settings.from_mapping(RunConfig, _moved(_plain(config)))
+
+
+# Keys that stood elsewhere in earlier versions: (group, key) -> the group that has it now
+MOVED = {("training", "z_loss"): "objective"}
+
+
+def _moved(tree: Any) -> Any:
+  """The tree with keys of earlier versions at their places of today, which is said."""
+  for (group, key), now in MOVED.items():
+    if isinstance(tree, Mapping) and isinstance(tree.get(group), dict) and key in tree[group]:
+      logging.getLogger("jaxllm").info("the config key %s.%s is %s.%s now", group, key, now, key)
+      tree[now] = {**(tree.get(now) or {}), key: tree[group].pop(key)}
+  return tree
 
 
 def load_config_file(path: str) -> types.ModuleType:

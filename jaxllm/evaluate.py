@@ -40,8 +40,9 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.data.heldout import HeldoutBatches
   from jaxllm.data.manifest import read_manifest
   from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
-  from jaxllm.evaluation.bits_per_byte import heldout_metrics
   from jaxllm.inference.load import load_model
+  from jaxllm.objectives.causal_lm import CausalLM
+  from jaxllm.objectives.heldout import heldout_metrics
 
   model = load_model(args.model, step=args.step)
   saved = json.loads((Path(args.model) / "config.json").read_text())
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
   if seq_len > model.config.max_seq_len:
     raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {model.config.max_seq_len}")
   heldout = HeldoutBatches(prepared, batch_size=args.batch_size, seq_len=seq_len)
-  metrics = heldout_metrics(lambda batch: {"nll": model.loss_sums(batch)}, heldout, heldout.bytes)
+  metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": model.loss_sums(batch)}, heldout, heldout.bytes)
 
   rows = {"this model": metrics["eval/bits_per_byte"]}
   if args.baselines:

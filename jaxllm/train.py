@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
   import jax  # after what can fail without it
 
-  from jaxllm.evaluation.bits_per_byte import describe
+  from jaxllm.objectives.heldout import describe
   from jaxllm.parallel.hosts import join_hosts
   from jaxllm.training.loop import train
 

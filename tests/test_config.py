@@ -61,6 +61,8 @@ def test_a_plain_config_dict_takes_defaults_for_what_it_leaves_out():
     ("mesh.rules.embed", "('data','fsdp')", lambda r: r.mesh.rules.embed, ("data", "fsdp")),
     ("training.sample_prompts", "def ", lambda r: r.training.sample_prompts, ("def ",)),
     ("data.sources", "[{'path': 'a.txt', 'weight': 2}]", lambda r: r.data.sources[0].weight, 2.0),
+    ("objective.z_loss", "1", lambda r: r.objective.z_loss, 1.0),
+    ("training.z_loss", "1e-3", lambda r: r.objective.z_loss, 1e-3),  # where it stood earlier
     ("training.batch_size", "4", lambda r: r.model.head_dim, 8),  # sizes that are derived stay derived
   ],
 )
@@ -91,6 +93,8 @@ def test_overrides_are_read_as_their_keys_types(write, key, text, get, value):
     ("mesh.fsdp", "0", ["mesh.fsdp", "at least 1"]),
     ("mesh.fsdp", "-1", ["only one mesh axis"]),
     ("mesh.rules.embed", "('rows',)", ["mesh.rules.embed", "rows"]),
+    ("objective.name", "causal", ["objective.name", "'causal'", "did you mean 'causal_lm'"]),
+    ("objective.beta", "0.1", ["unknown config key objective.beta"]),
     ("data.sources.5.path", "x", ["data.sources.5.path", "0 entries", "'5'"]),
     ("data.sources.first", "x", ["data.sources.first", "0 entries", "'first'"]),
     ("optimizer.learning_rate", "1e999", ["optimizer.learning_rate", "a number"]),

@@ -21,7 +21,7 @@ from jaxllm.interop.tensors import LazyTensor, from_parts
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.stack import PerLayer, is_per_layer
-from jaxllm.objectives.causal_lm import causal_lm
+from jaxllm.objectives.causal_lm import CausalLM
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -271,7 +271,7 @@ def _as_tensor(weight: PerLayer | Array) -> LazyTensor:
 
 @functools.lru_cache(maxsize=8)
 def _loss_sums(graph):
-  return jax.jit(lambda weights, batch: causal_lm(nnx.merge(graph, weights), batch)[2]["nll"])
+  return jax.jit(lambda weights, batch: CausalLM()({"policy": nnx.merge(graph, weights)}, batch).metrics["nll"])
 
 
 @functools.lru_cache(maxsize=8)

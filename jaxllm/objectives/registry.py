@@ -1,17 +1,8 @@
-"""Objectives by name."""
+"""Every objective; `objective.name` in a config chooses one, and its other keys are that one's fields."""
 
-from collections.abc import Callable
+from jaxllm.objectives.causal_lm import CausalLM
+from jaxllm.objectives.classification import Classification
+from jaxllm.objectives.masked_lm import MaskedLM
+from jaxllm.objectives.seq2seq import Seq2Seq
 
-from jaxllm.objectives.causal_lm import causal_lm
-from jaxllm.objectives.classification import classification
-from jaxllm.objectives.masked_lm import masked_lm
-from jaxllm.objectives.seq2seq import seq2seq
-from jaxllm.objectives.vocabulary import Loss
-
-# (model, batch, key, *, z_loss) -> Loss
-OBJECTIVES: dict[str, Callable[..., Loss]] = {
-  "causal_lm": causal_lm,
-  "masked_lm": masked_lm,
-  "seq2seq": seq2seq,
-  "classification": classification,
-}
+AnyObjective = CausalLM | MaskedLM | Seq2Seq | Classification

@@ -1,18 +1,11 @@
 """Cross-entropy over the vocabulary, from hidden states on: what the language-modelling objectives share."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.models.transformer import Transformer
+from jaxllm.objectives.base import Batch, Loss
 from jaxllm.parallel.head_loss import cross_entropy
-
-Batch = dict[str, Array]  # inputs, targets, positions, segment_ids, loss_weights; each [B, T]
-Sum = Float[Array, ""]
-# The sum of weighted losses in nats, the sum of weights, and further metrics as such pairs. A pair of vectors is
-# one ratio for each class, of which the metric is the mean.
-Loss = tuple[Sum, Sum, dict[str, tuple[Any, Any]]]
 
 
 def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Batch, z_loss: float = 0.0) -> Loss:
@@ -43,4 +36,4 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
   metrics = {"accuracy": (sums.correct_sum, weight), "nll": (sums.loss_sum - sums.z_loss_sum, weight)}
   if z_loss:
     metrics["z_loss"] = (sums.z_loss_sum, weight)
-  return sums.loss_sum, weight, metrics
+  return Loss(sums.loss_sum, weight, metrics)

@@ -10,12 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.data.config import DataConfig
-from jaxllm.data.tasks import empty_row
 from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.objectives.config import ObjectiveConfig
-from jaxllm.objectives.registry import OBJECTIVES
+from jaxllm.objectives.base import Objective
+from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import target_of
 from jaxllm.parallel.sharding import (
@@ -82,7 +81,7 @@ def make_program(
   optimizer_config: OptimizerConfig,
   mesh_config: MeshConfig,
   mesh: Mesh,
-  objective: ObjectiveConfig = ObjectiveConfig(),
+  objective: Objective = CausalLM(),
   data: DataConfig = DataConfig(),
 ) -> Program:
   """Builds the jitted functions of a run; nothing is compiled or allocated yet.
@@ -96,10 +95,9 @@ def make_program(
   shardings = param_shardings(shapes, axes, mesh, rules)
   optimizer = make_optimizer(optimizer_config, training.steps, shapes)
   schedule = make_schedule(optimizer_config, training.steps)
-  loss_of = OBJECTIVES[objective.name]
 
   def loss_fn(params, batch, key):
-    return loss_of(nnx.merge(graph, params), batch, key, z_loss=training.z_loss)
+    return objective({"policy": nnx.merge(graph, params)}, batch, key)
 
   step = make_train_step(loss_fn, optimizer, schedule, training, optimizer_config)
 
@@ -112,7 +110,7 @@ def make_program(
 
   def evaluate(params, batch):
     with activation_sharding(mesh, rules):
-      return loss_of(nnx.merge(graph, params), batch)[2]
+      return objective({"policy": nnx.merge(graph, params)}, batch).metrics
 
   batch_ways = math.prod(mesh.shape[axis] for axis in rules.batch)
   if training.batch_size // training.accumulation % batch_ways:
@@ -120,7 +118,7 @@ def make_program(
       f"training.batch_size {training.batch_size} in {training.accumulation} micro-batches does not divide over "
       f"{' x '.join('mesh.' + axis for axis in rules.batch)} = {batch_ways} devices; change one of them"
     )
-  row = empty_row(data, training.seq_len)
+  row = objective.row(data, training.seq_len)
   if training.seq_len % (seq_ways := math.prod(mesh.shape[axis] for axis in rules.seq)):
     raise ConfigError(f"training.seq_len {training.seq_len} does not divide over mesh.context")
   if len(row["positions"]) % seq_ways:

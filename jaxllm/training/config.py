@@ -6,7 +6,8 @@ from typing import Literal
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
-from jaxllm.objectives.config import NEEDS, ObjectiveConfig
+from jaxllm.objectives.causal_lm import CausalLM
+from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
 
 
@@ -27,7 +28,6 @@ class TrainingConfig:
   cross_entropy: str = "auto"
   grouped_matmul: str = "auto"
   unroll_layers: int | None = None
-  z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)
   ema_decay: float | None = None  # keep an exponential moving average of the weights
   on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
   spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
@@ -120,7 +120,7 @@ class RunConfig:
 
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
-  objective: ObjectiveConfig = ObjectiveConfig()
+  objective: AnyObjective = CausalLM()
   training: TrainingConfig = TrainingConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
@@ -141,31 +141,11 @@ class RunConfig:
         f"data.tokenizer.vocab_size {tokenizer.vocab_size} is over model.vocab_size {model.vocab_size}; "
         "the model needs a row for every token"
       )
-    self._check_objective()
-
-  def _check_objective(self):
-    """That objective, model and data fit each other."""
-    name, model, data = self.objective.name, self.model, self.data
-    needs = NEEDS[name]
-    if model.architecture not in needs.architectures:
-      raise ConfigError(
-        f"objective.name {name!r} needs model.architecture {_either(needs.architectures)}, not {model.architecture!r}"
-      )
-    if (model.head, data.task) not in needs.heads_and_tasks:
-      wanted = " or ".join(f"model.head {head!r} with data.task {task!r}" for head, task in needs.heads_and_tasks)
-      raise ConfigError(f"objective.name {name!r} needs {wanted}; they are {model.head!r} and {data.task!r}")
-    if model.moe is not None and name != "causal_lm":
-      raise ConfigError(f"objective.name {name!r} has no losses for routers; a model with experts needs 'causal_lm'")
-    if len(data.labels) > model.num_labels:
-      raise ConfigError(f"data.labels names {len(data.labels)} classes, model.num_labels is {model.num_labels}")
-    if data.target_len > model.max_seq_len:
-      raise ConfigError(f"data.target_len {data.target_len} is over model.max_seq_len {model.max_seq_len}")
+    self.objective.check(model, self.data)
+    if self.data.target_len > model.max_seq_len:
+      raise ConfigError(f"data.target_len {self.data.target_len} is over model.max_seq_len {model.max_seq_len}")
     for key in ("mask_id", "sentinel_id"):
-      if (getattr(data.corruption, key) or 0) >= model.vocab_size:
+      if (getattr(self.data.corruption, key) or 0) >= model.vocab_size:
         raise ConfigError(
-          f"data.corruption.{key} {getattr(data.corruption, key)} is not below model.vocab_size {model.vocab_size}"
+          f"data.corruption.{key} {getattr(self.data.corruption, key)} is not below model.vocab_size {model.vocab_size}"
         )
-
-
-def _either(names: tuple[str, ...]) -> str:
-  return " or ".join(map(repr, names))

@@ -16,9 +16,9 @@ from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import TrainBatches, train_batches
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.errors import DataError, UserError
-from jaxllm.evaluation.bits_per_byte import describe, heldout_metrics
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
+from jaxllm.objectives.heldout import describe, heldout_metrics
 from jaxllm.parallel import agreement
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.checkpoints import Checkpoints
@@ -251,21 +251,18 @@ class Run:
     def metric_sums(batch):
       return self.program.evaluate(params, put_batch(batch, self.program.batch))
 
-    values = heldout_metrics(metric_sums, self.heldout, self.heldout.bytes if self.writes_text else None, prefix)
+    values = heldout_metrics(self.settings.objective, metric_sums, self.heldout, self.heldout.bytes, prefix)
     self.measured.setdefault(self.step, {}).update(values)
     self.latest.update(values)
     self.metrics.log(self.step, values)
     self.progress.say(f"step {self.step}: {describe(values, prefix)}")
 
-  @property
-  def writes_text(self) -> bool:
-    """Whether the model can be sampled from, and measured in bits per byte."""
-    return self.settings.objective.name == "causal_lm"
-
   def sample(self) -> None:
     """Text that the model writes."""
     training = self.settings.training
-    text = self.writes_text and sample_text(self.program, self.state.params, self.tokenizer, training)
+    text = self.settings.objective.writes_text and sample_text(
+      self.program, self.state.params, self.tokenizer, training
+    )
     if text:
       self.metrics.log_text(self.step, "sample", text)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
-from jaxllm.evaluation.bits_per_byte import heldout_metrics
+from jaxllm.objectives.causal_lm import CausalLM
+from jaxllm.objectives.heldout import heldout_metrics
 
 TEXT = b"the quick brown fox jumps over the lazy dog; " * 40
 
@@ -52,7 +53,7 @@ def test_an_order_that_does_not_fit_a_word_is_refused():
 def test_heldout_metrics_weigh_batches_by_their_tokens():
   sums = {0: (np.float32(10.0), np.float32(5.0)), 1: (np.float32(2.0), np.float32(1.0))}
   metrics = heldout_metrics(
-    lambda batch: {"nll": sums[batch["id"]]}, [{"id": 0}, {"id": 1}], total_bytes=24, prefix="x/"
+    CausalLM(), lambda batch: {"nll": sums[batch["id"]]}, [{"id": 0}, {"id": 1}], text_bytes=24, prefix="x/"
   )
   assert metrics == {
     "x/loss": pytest.approx(2.0),

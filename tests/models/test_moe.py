@@ -16,7 +16,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_cache, unstack_layers
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.models.moe import dropless, route, router_losses, with_capacity
-from jaxllm.objectives.causal_lm import causal_lm
+from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.training.flops import matmul_parameters
 
 MOE = MoEConfig(num_experts=4, top_k=2, mlp_dim=24, first_dense_layers=1, every=2, shared_mlp_dim=8)
@@ -146,7 +146,7 @@ def test_the_objective_adds_the_routers_losses():
 
   @functools.partial(oracle.jit)
   def sums(params, batch):
-    return causal_lm(nnx.merge(declare(config, oracle.XLA)[0], params), batch)
+    return CausalLM()({"policy": nnx.merge(declare(config, oracle.XLA)[0], params)}, batch)
 
   loss, weight, metrics = sums(params(), batch)
   mean = {name: float(total / weight) for name, (total, weight) in metrics.items()}

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxllm.errors import ConfigError
 from jaxllm.models.build import check_model_on_mesh, declare, init_params
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
-from jaxllm.objectives.causal_lm import causal_lm
+from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import activation_sharding, batch_sharding, param_shardings
@@ -45,7 +45,7 @@ def gradient(config, mesh=None):
   graph, shapes, axes = declare(config, Compute(attention="xla", cross_entropy="xla", unroll_layers=1))
 
   def loss(params, batch):
-    total, weight, metrics = causal_lm(nnx.merge(graph, params), batch)
+    total, weight, metrics = CausalLM()({"policy": nnx.merge(graph, params)}, batch)
     return total / weight, metrics
 
   if mesh is None:

@@ -1,0 +1,36 @@
+"""Held-out figures: an objective's metrics, summed over every held-out batch."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.objectives.base import Batch, Metrics, Objective
+
+
+def heldout_metrics(
+  objective: Objective,
+  metric_sums: Callable[[Batch], Metrics],
+  batches: Iterable[Batch],
+  text_bytes: float | None = None,
+  prefix: str = "eval/",
+) -> dict[str, float]:
+  """The objective's `figures` over all batches, each name with `prefix` before it.
+
+  Args:
+    metric_sums: the metrics of a batch; sums over all hosts.
+    batches: everything that is held out, once.
+    text_bytes: of the text that the targets stand for.
+  """
+  # Sums stay on the device until the end, so that batches follow each other without a gap.
+  sums = jax.device_get([metric_sums(batch) for batch in batches])
+  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *sums)
+  return {prefix + name: value for name, value in objective.figures(totals, text_bytes).items()}
+
+
+def describe(metrics: dict[str, Any], prefix: str = "eval/") -> str:
+  """The held-out loss and what else counts, as a person reads it; "" without a held-out loss."""
+  names = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy", "f1": "F1"}
+  found = [f"{text} {metrics[prefix + name]:.4f}" for name, text in names.items() if prefix + name in metrics]
+  return f"{prefix.rstrip('/')}: {', '.join(found)}" if found else ""
