@@ -1,6 +1,9 @@
-"""Matrix product whose backward pass is fast on CPUs.
+"""Matrix product that rounds master weights where it uses them, and whose backward pass is fast on CPUs.
 
-Why a kernel at all: XLA:CPU fuses the elementwise operations of the backward pass into the transposed copy that it
+Why a rule for the gradient: differentiating `x @ w.astype(x.dtype)` rounds the weight's gradient to x's 16 bits, and
+devices then add up their parts in 16 bits. Here it is summed in float32 and leaves in the weight's own dtype.
+
+Why a kernel: XLA:CPU fuses the elementwise operations of the backward pass into the transposed copy that it
 makes of a matmul's operands, and recomputes them there with a stride. Barriers around the operands prevent it; the
 C++ product (`kernels/cpu/matmul.cc`) reads transposed operands while it packs them, so there is no copy at all, and
 multiplies bfloat16 on the CPU's tile unit (AMX) where there is one.
@@ -26,22 +29,47 @@ def matmul(
 ) -> Float[Array, "*batch O"]:
   """x @ w, summed in float32 and returned in x's dtype; differentiable in both.
 
-  `w` may be float32 beside a bfloat16 `x` (master weights): it is rounded to x's dtype inside, and its gradient
-  comes out in w's own dtype. Backend 'cpu' uses the C++ product where `cpu_ffi.available()`, else XLA's between
+  `w` may be float32 beside a 16-bit `x` (master weights): it is rounded to x's dtype inside, in the backward pass
+  again, so that no rounded copy is kept, and its gradient is summed and comes out in w's own dtype. Backend 'cpu' uses the C++ product where `cpu_ffi.available()`, else XLA's between
   optimization barriers. XLA:CPU multiplies one row of bfloat16 in a scalar loop, 40 times slower than memory; the C++
   product of a few rows reads the weights once.
 
   Args:
     turned: w is [O, I], an embedding table; only a few rows of x go to C++ then.
   """
+  if jnp.promote_types(x.dtype, w.dtype) != w.dtype:
+    w = w.astype(x.dtype)
   rows = x.size // max(1, x.shape[-1])
   few = 0 < rows <= FEW_ROWS and _use_ffi(x, w)
   if backend == "cpu" and (few or rows >= PACKED_ROWS and not turned):
     y = _matmul_cpu(x.reshape(-1, x.shape[-1]), w, turned)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-  if turned:  # contracted as it lies: XLA:CPU would copy the transposed matrix
-    return jnp.einsum("...i,oi->...o", x, w.astype(x.dtype))
-  return jnp.matmul(x, w.astype(x.dtype))
+  return _dot(x, w, turned) if w.dtype == x.dtype else _matmul_xla(x, w, turned)
+
+
+def _dot(x, w, turned):
+  # Turned is contracted as it lies: XLA:CPU would copy the transposed matrix.
+  return jnp.einsum("...i,oi->...o", x, w) if turned else jnp.matmul(x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul_xla(x, w, turned):
+  return _dot(x, w.astype(x.dtype), turned)
+
+
+def _forward_xla(x, w, turned):
+  return _matmul_xla(x, w, turned), (x, w)
+
+
+def _backward_xla(turned, saved, dy):
+  x, w = saved
+  dx = _dot(dy, w.astype(x.dtype), not turned)
+  tokens = tuple(range(x.ndim - 1))
+  a, b = (dy, x) if turned else (x, dy)
+  return dx, lax.dot_general(a, b, ((tokens, tokens), ((), ())), preferred_element_type=w.dtype)
+
+
+_matmul_xla.defvjp(_forward_xla, _backward_xla)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

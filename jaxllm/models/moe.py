@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.kernels import backends, grouped_matmul
+from jaxllm.kernels.matmul import matmul
 from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, dense, parameter
@@ -60,7 +61,7 @@ class MoE(nnx.Module):
     bias = self.correction_bias[...].astype(jnp.float32) if self.m.correction_bias else None
     weights, experts, scores = route(self.m, logits, bias)
     layers = (self.gate, self.up, self.down)
-    matrices = tuple(None if layer is None else dense(layer.weight.get_value(), x.dtype) for layer in layers)
+    matrices = tuple(None if layer is None else _wide(dense(layer.weight.get_value()), x.dtype) for layer in layers)
     feed = functools.partial(_feed_forward, ACTIVATIONS[self.activation])
     dropped = jnp.zeros((), jnp.float32)
     if drop and self.m.capacity_factor is not None:
@@ -115,13 +116,21 @@ def router_losses(
   return {"load_balance": E * (sent * share).sum(), "z": z}
 
 
+def _wide(matrices: Array, dtype) -> Array:
+  """Those narrower than `dtype` in it; wider ones the product rounds, and their gradient is summed as they are."""
+  return matrices.astype(jnp.promote_types(matrices.dtype, dtype))
+
+
 def _feed_forward(activation, multiply, x, matrices: Matrices):
-  """The experts' gated or plain blocks; `multiply` takes rows to their experts' matrices."""
+  """The experts' gated or plain blocks; `multiply` takes rows to their experts' matrices, whose dimension 1 or 2 is
+  `embed`."""
   gate, up, down = matrices
-  hidden = checkpoint_name(multiply(x, up), "mlp_up")
-  if gate is None:
-    return multiply(activation(hidden), down)
-  return multiply(activation(checkpoint_name(multiply(x, gate), "mlp_gate")) * hidden, down)
+  hidden = checkpoint_name(multiply(x, up, embed=1), "mlp_up")
+  if gate is not None:
+    hidden = activation(checkpoint_name(multiply(x, gate, embed=1), "mlp_gate")) * hidden
+  else:
+    hidden = activation(hidden)
+  return multiply(hidden, down, embed=2)
 
 
 def dropless(
@@ -130,15 +139,16 @@ def dropless(
   """Every token through all its experts: rows sorted by expert, one grouped product (`multiply`) each.
 
   On a mesh with an `expert` axis a device holds some of the experts. It gathers the tokens of the devices
-  along that axis, adds up what its experts say of them, and hands back the sums.
+  along that axis, adds up what its experts say of them, and hands back the sums. Matrices arrive as they are
+  stored; the product gathers them, rounded.
   """
   context = activation_context()
   if context is None:
     return _dropless(feed, x, weights, experts, matrices, multiply, 0)
   mesh, rules = context
   spec = functools.partial(partition_spec, rules=rules)
-  token, matrix = spec(("batch", "seq", None)), spec(("expert", None, "mlp"))
-  specs = (None if matrices[0] is None else matrix, matrix, spec(("expert", "mlp", None)))
+  token, matrix = spec(("batch", "seq", None)), spec(("expert", "embed", "mlp"))
+  specs = (None if matrices[0] is None else matrix, matrix, spec(("expert", "mlp", "embed")))
   gathered = tuple(axis for axis in rules.expert if axis in rules.batch)
   summed = tuple(axis for axis in (*rules.expert, *rules.mlp) if axis not in gathered)
 
@@ -146,7 +156,7 @@ def dropless(
     first = jax.lax.axis_index(rules.expert) * matrices[1].shape[0] if rules.expert else 0
     if gathered:
       x, weights, experts = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, weights, experts))
-    y = _dropless(feed, x, weights, experts, matrices, multiply, first)
+    y = _dropless(feed, x, weights, experts, matrices, multiply, first, rules.embed)
     if summed:
       y = jax.lax.psum(y, summed)
     return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
@@ -155,15 +165,22 @@ def dropless(
   return run(x, weights, experts, matrices)
 
 
-def _dropless(feed, x, weights, experts, matrices, multiply, first):
-  """What the experts from `first` on, whose matrices these are, add to each token."""
+def _dropless(feed, x, weights, experts, matrices, multiply, first, split=()):
+  """What the experts from `first` on, whose matrices these are, add to each token.
+
+  split: the mesh axes over which the matrices' `embed` dimension is.
+  """
   k, E = experts.shape[-1], matrices[1].shape[0]
   rows = x.reshape(-1, x.shape[-1])
   own = experts.reshape(-1) - first
   own = jnp.where((own >= 0) & (own < E), own, E)  # other devices' experts sort to the end
   order = jnp.argsort(own, stable=True)
   sizes = jnp.bincount(own, length=E + 1)[:E]
-  y = feed(functools.partial(multiply, group_sizes=sizes), rows[order // k], matrices)
+
+  def product(rows, matrices, embed):
+    return multiply(rows, matrices, group_sizes=sizes, split=(split, embed) if split else None)
+
+  y = feed(product, rows[order // k], matrices)
   weight = weights.reshape(-1)[order].astype(y.dtype)
   y = jnp.where((own[order] < E)[:, None], weight[:, None] * y, 0)
   y = y[jnp.argsort(order)].reshape(-1, k, x.shape[-1]).sum(1)
@@ -198,7 +215,13 @@ def with_capacity(
 
   buffers = jax.vmap(dispatch)(x, slot).reshape(B, E, room, D)
   buffers = constrain(buffers, "expert_batch", "expert", None, None)
-  y = feed(lambda a, w: jnp.einsum("BECI,EIO->BECO", a, w), buffers, matrices)
+
+  def product(a, w, embed):  # each expert's rows by its matrix
+    if a.dtype == w.dtype:
+      return jnp.einsum("BECI,EIO->BECO", a, w)
+    return jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(a, w)
+
+  y = feed(product, buffers, matrices)
   y = constrain(y, "expert_batch", "expert", None, None).reshape(B, E * room, D)
   y = constrain(y, "batch", None, None)
   y = jnp.take_along_axis(y, jnp.minimum(slot, E * room - 1)[..., None], axis=1)

@@ -13,7 +13,7 @@ from jaxllm.models.attention import KVCache, Placement
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init
-from jaxllm.models.linear import parameter, project
+from jaxllm.models.linear import parameter, project, rows
 from jaxllm.models.moe import RouterLosses
 from jaxllm.models.norms import Norm
 from jaxllm.models.stack import run_blocks, stack_blocks
@@ -26,8 +26,8 @@ class Embedding(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs):
     self.c, self.dtype = c, compute.dtype
 
-    def table(rows, axis=None):
-      return parameter(rngs, (rows, c.embed_dim), (axis, "embed"), embedding_init(c))
+    def table(count, axis=None):
+      return parameter(rngs, (count, c.embed_dim), (axis, "embed"), embedding_init(c))
 
     self.tokens = table(c.vocab_size, "vocab") if own_tokens else None
     self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
@@ -43,17 +43,14 @@ class Embedding(nnx.Module):
   ) -> Float[Array, "B T D"]:
     """`vectors`: the decoder's token vectors, which an encoder shares."""
     vectors = self.tokens.get_value() if vectors is None else vectors
-    # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
-    x = jnp.take(constrain(vectors.astype(self.dtype), "vocab", None), tokens, axis=0)
-    x = constrain(x, "batch", "seq", None)
+    x = constrain(rows(vectors, tokens, self.dtype, "vocab"), "batch", "seq", None)
     if self.c.embedding_scale is not None:
       x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
     if self.token_types is not None:
       types = jnp.zeros_like(tokens) if token_types is None else token_types
-      x = x + jnp.take(constrain(self.token_types[...].astype(x.dtype), None, None), types, axis=0)
+      x = x + rows(self.token_types[...], types, x.dtype)
     if self.c.position == "learned":
-      rows = positions + self.c.position_offset
-      x = x + jnp.take(constrain(self.positions[...].astype(x.dtype), None, None), rows, axis=0)
+      x = x + rows(self.positions[...], positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
       x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
     return x if self.norm is None else self.norm(x)

@@ -101,7 +101,7 @@ def make_program(
 
   step = make_train_step(loss_fn, optimizer, schedule, training, optimizer_config)
 
-  def sharded_step(state, batch):
+  def train_step(state, batch):  # the name that dumps and profiles show
     with activation_sharding(mesh, rules):
       return step(state, batch)
 
@@ -142,7 +142,7 @@ def make_program(
     batch=batch,
     init=jax.jit(init, out_shardings=specs),
     step=jax.jit(
-      sharded_step,
+      train_step,
       in_shardings=(specs, batch_shardings),
       out_shardings=(specs, whole),
       donate_argnums=0,

@@ -19,6 +19,7 @@ class TrainingConfig:
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0
   dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of compute; master weights stay float32
+  reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of gradients' sums; else that of compute
   remat: Literal["none", "full", "dots", "offload", "names"] = "none"
   remat_names: tuple[str, ...] = ()
   target: str = "auto"  # chip the step is compiled for; "auto": the mesh's devices
@@ -45,6 +46,11 @@ class TrainingConfig:
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
+      )
+    if self.reduce_dtype not in ("float32", self.dtype):
+      raise ConfigError(
+        f"training.reduce_dtype is {self.reduce_dtype!r} and training.dtype {self.dtype!r}; gradients are summed in "
+        "'float32' or in training.dtype"
       )
 
 

@@ -33,8 +33,9 @@ def make_train_step(
   `loss_fn(params, batch, key)` returns float32 scalars: the sum of the losses, the sum of their weights,
   and metrics as sums or (sum, weight) pairs. Every sum is divided once, by the weight of the whole global
   batch, so that neither accumulation nor the number of devices changes the result; a batch without any
-  weight has a zero gradient. `batch` is a pytree of arrays [B, ...]; `params` come in `training.dtype`.
-  The key is derived from (training.seed, step, micro-batch).
+  weight has a zero gradient. `batch` is a pytree of arrays [B, ...]; `params` come in
+  `training.reduce_dtype`: as float32 master weights, which the model rounds where it uses them, so that their
+  gradients are summed in float32, or in 16 bits, and then their gradients too. The key is derived from (training.seed, step, micro-batch).
 
   A step is bad when the loss or the gradient norm is not finite, or the loss is a spike (`spike_sigmas`
   standard deviations above its running mean). A bad step changes neither weights nor moments nor the
@@ -147,14 +148,14 @@ def _make_gradients(loss_fn, training, optimizer_config):
   """Returns a function that sums gradients, losses and weights over the micro-batches of one batch.
 
   Gradients are those of the *sum* of the losses (float16: times loss scale / `_static_loss_divisor`),
-  one per leaf, None for frozen ones. A single micro-batch leaves them in the compute dtype; several are
-  added up in float32.
+  one per leaf, None for frozen ones. Within a micro-batch, tokens and devices are added up in
+  `training.reduce_dtype`; micro-batches in float32.
   """
   accumulation = training.accumulation
 
   def gradients(leaves, treedef, trained, batch, key, scale):
-    if training.dtype != "float32":
-      leaves = cast_params(leaves, training.dtype)
+    if training.reduce_dtype != "float32":
+      leaves = cast_params(leaves, training.reduce_dtype)
 
     def objective(trained_leaves, micro_batch, micro_key):
       fresh = iter(trained_leaves)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
@@ -23,10 +24,13 @@ def grouped_matmul(
   backend: str | None = None,
   target: str | None = None,
   tiles: tuple[Any, Any, Any] = (None, None, None),
+  split: tuple[tuple[str, ...], int] | None = None,
 ) -> Float[Array, "M F"]:
   """Each row of x times the matrix of its group: group e is the next group_sizes[e] rows, in order.
 
-  Sums run in float32, the result has x's dtype. Rows past the sum of the sizes belong to no group: they give zeros,
+  Sums run in float32, the result has x's dtype. `weights` may be float32 beside a 16-bit x (master weights): they are
+  rounded to x's dtype inside, in the backward pass again, and their gradient comes out in their own dtype (the Pallas
+  kernels round it to x's once, after the sum). Rows past the sum of the sizes belong to no group: they give zeros,
   get zero gradients, and whatever they hold (NaN too) reaches nothing else; nor does a group's NaN reach the other
   groups. Differentiable in x and weights, once; a group without rows gives zeros as its matrix' gradient. No copy of
   x for each expert and no transposed copy of the weights is made: the kernels visit tiles of rows with the matrix of
@@ -38,23 +42,28 @@ def grouped_matmul(
       None: "auto" where a target is given, else "xla".
     target: the chip; None takes the backend that is named without asking the table.
     tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
+    split: inside shard_map, (mesh axes, 1 or 2): over which axes the matrices are split along that dimension. They are
+      gathered in x's dtype; their gradients are summed and split again in their own.
 
   Raises:
     ConfigError: the backend cannot compute what is asked, or the shapes or dtypes do not fit together.
   """
-  (M, D), (E, *matrix) = x.shape, weights.shape
-  if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or x.dtype != weights.dtype:
+  split = None if split is None or not split[0] else split
+  whole = jax.eval_shape(functools.partial(_whole, x.dtype, split), weights)
+  (M, D), (E, *matrix) = x.shape, whole.shape
+  wide = jnp.promote_types(x.dtype, weights.dtype) == weights.dtype
+  if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or not wide:
     raise ConfigError(
-      "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype and group_sizes [E]; these are "
-      f"{x.dtype}{x.shape}, {weights.dtype}{weights.shape}, {group_sizes.shape}"
+      "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype or a wider one and group_sizes [E]; these are "
+      f"{x.dtype}{x.shape}, {weights.dtype}{whole.shape}, {group_sizes.shape}"
     )
-  refuses = functools.partial(_refuses, x, weights)
+  refuses = functools.partial(_refuses, x, whole)
   backend = backends.choose("grouped_matmul", backend, target, refuses)
   if not (x.size and weights.size):
     return jnp.zeros((M, matrix[1]), x.dtype)
   # Inside shard_map all operands vary over the same axes; the transpose of that is the sum of their gradients.
   x, weights, group_sizes = varying.alike(x, weights, group_sizes.astype(jnp.int32))
-  return _product(backend, target, tiles, x, weights, group_sizes)
+  return _product(backend, target, tiles, split, x, weights, group_sizes)
 
 
 def _refuses(x, weights, backend, target) -> str | None:
@@ -66,29 +75,36 @@ def _module(backend):
   return importlib.import_module(f"jaxllm.kernels.grouped.{MODULES[backend]}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(backend, target, tiles, x, weights, sizes):
-  return _module(backend).product(x, weights, sizes, target, tiles=tiles[0])
+def _whole(dtype, split, weights):
+  """The matrices as they are multiplied."""
+  weights = weights.astype(dtype)
+  return weights if split is None else lax.all_gather(weights, split[0], axis=split[1], tiled=True)
 
 
-def _forward(backend, target, tiles, x, weights, sizes):
-  return _product(backend, target, tiles, x, weights, sizes), (x, weights, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(backend, target, tiles, split, x, weights, sizes):
+  return _module(backend).product(x, _whole(x.dtype, split, weights), sizes, target, tiles=tiles[0])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _gradients(backend, target, tiles, x, weights, sizes, dy):
+def _forward(backend, target, tiles, split, x, weights, sizes):
+  return _product(backend, target, tiles, split, x, weights, sizes), (x, weights, sizes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _gradients(backend, target, tiles, split, x, weights, sizes, dy):
   module = _module(backend)
-  dx = module.product(dy, weights, sizes, target, transposed=True, tiles=tiles[1])
-  return dx, module.weights_gradient(x, dy, sizes, target, tiles=tiles[2])
+  dx = module.product(dy, _whole(x.dtype, split, weights), sizes, target, transposed=True, tiles=tiles[1])
+  dw = module.weights_gradient(x, dy, sizes, target, weights.dtype, tiles=tiles[2])
+  return dx, dw if split is None else lax.psum_scatter(dw, split[0], scatter_dimension=split[1], tiled=True)
 
 
 @_gradients.defjvp
-def _(backend, target, tiles, primals, tangents):
+def _(backend, target, tiles, split, primals, tangents):
   raise ConfigError("grouped_matmul has no second derivative")
 
 
-def _backward(backend, target, tiles, saved, dy):
-  return *_gradients(backend, target, tiles, *saved, dy), None
+def _backward(backend, target, tiles, split, saved, dy):
+  return *_gradients(backend, target, tiles, split, *saved, dy), None
 
 
 _product.defvjp(_forward, _backward)

@@ -285,10 +285,11 @@ def weights_gradient(
   dy: Float[Array, "M F"],
   sizes: Int[Array, " E"],
   target: str | None,
+  dtype,
   *,
   tiles: Tiles | None = None,
 ) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e."""
+  """x_e^T dy_e for each group e, summed in float32, rounded once to x's dtype and returned in `dtype`."""
   t = tiles or tuning.tiles("grouped_gradient", target, _tiles(dy.shape[1]), columns=dy.shape[1])
   M = x.shape[0]
   ends = jnp.minimum(jnp.cumsum(sizes), M).astype(jnp.int32)
@@ -297,7 +298,8 @@ def weights_gradient(
   out = varying.result((sizes.shape[0], x.shape[1], dy.shape[1]), x.dtype, x)
   operands = jnp.stack([starts, ends], axis=1), x, dy
   kernel = functools.partial(_gradient_kernel, t)
-  return _call(kernel, "grouped_matmul_weights_gradient", t, operands, out, ((64, ROWS), (64, t.columns)))
+  shapes = (64, ROWS), (64, t.columns)
+  return _call(kernel, "grouped_matmul_weights_gradient", t, operands, out, shapes).astype(dtype)
 
 
 def _gradient_kernel(t, bounds, x, dy, out, *, left, right, whole, parts, ready, done, both):

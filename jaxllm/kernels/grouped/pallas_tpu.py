@@ -268,10 +268,11 @@ def weights_gradient(
   dy: Float[Array, "M F"],
   sizes: Int[Array, " E"],
   target: str | None,
+  dtype,
   *,
   tiles: Tiles | None = None,
 ) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e."""
+  """x_e^T dy_e for each group e, summed in float32, rounded once to x's dtype and returned in `dtype`."""
   (M, D), F, E = x.shape, dy.shape[1], sizes.shape[0]
   t = _gradient_tiles(M, E, D, F, x.dtype, target)
   t = tiles or tuning.tiles("grouped_gradient", target, t, inner=D, columns=F)
@@ -298,7 +299,7 @@ def weights_gradient(
       bytes_accessed=x.nbytes * across + dy.nbytes * down + out.size * x.dtype.itemsize,
     ),
     name="grouped_matmul_weights_gradient",
-  )(*visits, x, dy)
+  )(*visits, x, dy).astype(dtype)
 
 
 def _gradient_kernel(t, group, tile, starts, ends, total, x, dy, out, acc):

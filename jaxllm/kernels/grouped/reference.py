@@ -62,13 +62,14 @@ def product(
 
 
 def weights_gradient(
-  x: Float[Array, "M D"], dy: Float[Array, "M F"], sizes: Int[Array, " E"], target: str | None, *, tiles=None
+  x: Float[Array, "M D"], dy: Float[Array, "M F"], sizes: Int[Array, " E"], target: str | None, dtype, *, tiles=None
 ) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e. tiles: rows of a tile."""
+  """x_e^T dy_e for each group e, in `dtype`. tiles: rows of a tile."""
   if _native(target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(jnp.where(real, x, 0), jnp.where(real, dy, 0), sizes, numbers)
+    x, dy = jnp.where(real, x, 0), jnp.where(real, dy, 0)
+    return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtype)
   M = x.shape[0]
   rows = min(M, tiles or _rows(sizes.shape[0], M, x.dtype, target))
 
@@ -84,7 +85,7 @@ def weights_gradient(
       return first + rows, total + _dot(a, b, 0, 0)
 
     state = start, varying.zeros((x.shape[1], dy.shape[1]), jnp.float32, x)
-    return lax.while_loop(lambda state: state[0] < end, step, state)[1].astype(x.dtype)
+    return lax.while_loop(lambda state: state[0] < end, step, state)[1].astype(dtype)
 
   return lax.map(of_group, _bounds(sizes, M))
 
