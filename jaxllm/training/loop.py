@@ -16,9 +16,10 @@ from jaxllm.errors import DataError, UserError
 from jaxllm.evaluation.bits_per_byte import describe, heldout_metrics
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
+from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.compile import make_program, put_batch
+from jaxllm.training.compile import make_program
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger, open_run_directory
@@ -62,12 +63,12 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
       f"{run.model.vocab_size}; raise it"
     )
-  hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
+  rows = local_rows(program.batch)
   sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len, decoder_start_id=run.model.decoder_start_id)
-  batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
+  batches = train_batches(run.data, **sizes, seed=training.seed, rows=rows, prepared=prepared)
   heldout = None  # where nothing is held out there is nothing to evaluate
   if prepared.total("heldout", "documents"):
-    heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
+    heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, rows=rows, prepared=prepared)
 
   directory = open_run_directory(workdir, settings)
   if jax.process_index() == 0:
@@ -128,7 +129,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
 
       def evaluate(number: int, params: Any, prefix: str = "eval/") -> None:
         def metric_sums(batch):
-          return program.evaluate(params, put_batch(batch, program.batch))
+          return program.evaluate(params, put_batch(batch, program.batch, rows))
 
         values = heldout_metrics(metric_sums, heldout, heldout.bytes if writes_text else None, prefix)
         latest.update(values)
@@ -157,7 +158,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
           log.info("the data ended at step %d, after %g epochs", step, batches.epochs)
           break
         profiler.before_step()
-        state, device_metrics = compiled(state, put_batch(batch, program.batch))
+        state, device_metrics = compiled(state, put_batch(batch, program.batch, rows))
         profiler.after_step(device_metrics)
         step += 1
         positions[step] = batches.get_state()
