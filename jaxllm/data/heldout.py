@@ -1,6 +1,6 @@
 """Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -8,13 +8,13 @@ from jaxtyping import Int
 from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.packing import random_order
-from jaxllm.data.pipeline import Batch
+from jaxllm.data.pipeline import Batch, checked_rows
 from jaxllm.data.tasks import empty_row, make_task
-from jaxllm.errors import ConfigError, DataError
+from jaxllm.errors import DataError
 
 
 class HeldoutBatches:
-  """Iterates, as often as wanted, over one host's share of the same batches.
+  """Iterates, as often as wanted, over the same batches, of which it gives the rows that one host reads.
 
   Documents are cut into windows of seq_len without overlap (a window's first token is predicted from the one
   before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored
@@ -30,14 +30,12 @@ class HeldoutBatches:
     seq_len: int,
     max_batches: int = 0,
     source: str = "",
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
     config: DataConfig = DataConfig(),
     decoder_start_id: int = 0,
   ):
-    self._local = batch_size // host_count
+    self._batch_size, self._rows = batch_size, checked_rows(rows, batch_size)
     self._task, self._empty = make_task(config, seq_len, prepared, decoder_start_id), empty_row(config, seq_len)
-    self._offset, self._batch_size = host_index * self._local, batch_size
     self._documents, counts, sizes = [], [], []  # sources one after another, numbered on
     first_byte_length = 0
     lengths = prepared.heldout_lengths()
@@ -57,11 +55,11 @@ class HeldoutBatches:
     document_bytes = np.concatenate(sizes)
     self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
     # In a fixed shuffled order, so that the first batches are a fair sample.
-    self._rows = random_order(self._plan.num_rows, 0, 0)
+    self._order = random_order(self._plan.num_rows, 0, 0)
     if max_batches:
-      self._rows = self._rows[: max_batches * batch_size]
+      self._order = self._order[: max_batches * batch_size]
     # A document that is scored in part counts in part; with all batches this is the exact sum.
-    scored = self._sizes(self._rows, len(document_bytes))
+    scored = self._sizes(self._order, len(document_bytes))
     whole = self._sizes(range(self._plan.num_rows), len(document_bytes))
     self.tokens = int(scored.sum())
     self.bytes = float((document_bytes * (scored / np.maximum(whole, 1))).sum())
@@ -75,13 +73,13 @@ class HeldoutBatches:
     return sizes
 
   def __len__(self) -> int:
-    return -(-len(self._rows) // self._batch_size)
+    return -(-len(self._order) // self._batch_size)
 
   def __iter__(self) -> Iterator[Batch]:
-    for start in range(0, len(self._rows), self._batch_size):
-      first = start + self._offset
-      rows = [self._row(int(row)) for row in self._rows[first : first + self._local]]
-      rows += [self._empty] * (self._local - len(rows))
+    for start in range(0, len(self._order), self._batch_size):
+      batch = self._order[start : start + self._batch_size]
+      rows = [self._row(int(batch[row])) for row in self._rows if row < len(batch)]
+      rows += [self._empty] * (len(self._rows) - len(rows))
       yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
   def _row(self, row: int) -> Batch:
@@ -105,25 +103,22 @@ def heldout_batches(
   seq_len: int,
   max_batches: int = 0,
   source: str = "",
-  host_index: int = 0,
-  host_count: int = 1,
+  rows: Sequence[int] | None = None,
   prepared: Prepared | None = None,
   decoder_start_id: int = 0,
 ) -> HeldoutBatches:
   """The held-out split of `config.dir` in batches as `train_batches` gives them.
 
-  `max_batches` 0 takes everything, `source` "" all sources. Raises DataError when nothing is held out.
+  `max_batches` 0 takes everything, `source` "" all sources. Raises DataError when nothing is held out, ConfigError
+  when `rows` are not rows of a batch.
   """
-  if batch_size % host_count:
-    raise ConfigError(f"a batch of {batch_size} is not divisible by the {host_count} hosts")
   return HeldoutBatches(
     open_prepared(config) if prepared is None else prepared,
     batch_size=batch_size,
     seq_len=seq_len,
     max_batches=max_batches,
     source=source,
-    host_index=host_index,
-    host_count=host_count,
+    rows=rows,
     config=config,
     decoder_start_id=decoder_start_id,
   )

@@ -1,13 +1,14 @@
-"""Batches for training: packed rows, shuffled, mixed and dealt to hosts by index.
+"""Batches for training: packed rows, shuffled, mixed and read by index.
 
 Every row has an index in one global sequence that depends on the data, the settings and the seed alone. So
 the position in the data is one number, which a run can continue with other hosts, workers or batch sizes:
-batch b of a run with n hosts holds the very rows that one host would read.
+batch b of a run with any hosts and mesh holds the very rows that one host would read.
 """
 
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -43,17 +44,15 @@ class PackedRows(grain.MapDataset):
 
 
 class HostBatches(grain.MapDataset):
-  """One host's share of consecutive global batches, from global row `start` up to `end`.
+  """One host's rows of consecutive global batches, which go from global row `start` up to `end`.
 
-  Host h takes the h-th of `host_count` equal runs of rows in each batch, the order in which processes' arrays
-  make up a global array. The last batch is filled up with empty rows, so all hosts see equally many batches.
+  `rows` are the rows of each batch that it reads, ascending. The last batch is filled up with empty rows, so all
+  hosts see equally many batches.
   """
 
-  def __init__(self, rows: grain.MapDataset, batch_size: int, start: int, end: int, host_index: int, host_count: int):
-    super().__init__(rows)
-    self._batch_size, self._start, self._end = batch_size, start, end
-    self._local = batch_size // host_count
-    self._offset = host_index * self._local
+  def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int], start: int, end: int):
+    super().__init__(parent)
+    self._batch_size, self._rows, self._start, self._end = batch_size, rows, start, end
 
   def __len__(self) -> int:
     return max(0, -(-(self._end - self._start) // self._batch_size))
@@ -61,11 +60,11 @@ class HostBatches(grain.MapDataset):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return self.slice(index)
-    first = self._start + index * self._batch_size + self._offset
-    rows = [self._parent[row] for row in range(first, min(first + self._local, self._end))]
-    if len(rows) < self._local:
+    first = self._start + index * self._batch_size
+    rows = [self._parent[first + row] for row in self._rows if first + row < self._end]
+    if len(rows) < len(self._rows):
       empty = {name: np.zeros_like(array) for name, array in (rows or [self._parent[0]])[0].items()}
-      rows += [empty] * (self._local - len(rows))
+      rows += [empty] * (len(self._rows) - len(rows))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -74,19 +73,18 @@ class TrainBatches(grain.DatasetIterator[Batch]):
 
   def __init__(
     self,
-    rows: grain.MapDataset,
+    dataset: grain.MapDataset,
     *,
     key: str,
     batch_size: int,
-    host_index: int,
-    host_count: int,
+    rows: Sequence[int],
     config: DataConfig,
     plans: dict[str, Plan],
     shares: dict[str, float],
   ):
     super().__init__()
-    self._rows, self._key, self._config = rows, key, config
-    self._batch_size, self._host_index, self._host_count = batch_size, host_index, host_count
+    self._dataset, self._key, self._config = dataset, key, config
+    self._batch_size, self._rows = batch_size, rows
     self._plans, self._shares = plans, shares
     self.rows_per_epoch = sum(plan.num_rows for plan in plans.values())
     self._end = sys.maxsize if config.epochs is None else math.ceil(config.epochs * self.rows_per_epoch)
@@ -118,7 +116,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     return batch
 
   def _open(self) -> grain.DatasetIterator:
-    batches = HostBatches(self._rows, self._batch_size, self._consumed, self._end, self._host_index, self._host_count)
+    batches = HostBatches(self._dataset, self._batch_size, self._rows, self._consumed, self._end)
     config = self._config
     if config.workers:
       _mark_flags_parsed()
@@ -161,28 +159,37 @@ def _mark_flags_parsed() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
+def checked_rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+  """`rows`, or all rows of a batch for None; raises ConfigError when they are not ascending rows of a batch."""
+  if rows is None:
+    return range(batch_size)
+  if not len(rows) or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+    raise ConfigError(f"the rows that a host reads must be ascending row numbers of a batch of {batch_size}")
+  return tuple(int(row) for row in rows)
+
+
 def train_batches(
   config: DataConfig,
   *,
   batch_size: int,
   seq_len: int,
   seed: int,
-  host_index: int = 0,
-  host_count: int = 1,
+  rows: Sequence[int] | None = None,
   prepared: Prepared | None = None,
   decoder_start_id: int = 0,
 ) -> TrainBatches:
-  """Batches of the training split of `config.dir`: dicts of [batch_size // host_count, seq_len] arrays.
+  """Batches of the training split of `config.dir`: dicts of [len(rows), seq_len] arrays.
+
+  `rows` are the rows of each batch that this host reads, ascending (`jaxllm.parallel.batch.local_rows`); None: all.
 
   `inputs, targets, positions, segment_ids` are int32, `loss_weights` float32; segment 0 is padding, weight 0.
   Other tasks than "text" have more entries, or other shapes: `jaxllm.data.tasks.empty_row`. A source's weight is
   its share of the rows. Rows are shuffled anew in each pass over a source.
 
-  Raises DataError when nothing (or something else) is prepared there, ConfigError when the hosts do not
-  divide the batch or no source has a weight above 0.
+  Raises DataError when nothing (or something else) is prepared there, ConfigError when `rows` are not rows of a
+  batch or no source has a weight above 0.
   """
-  if batch_size % host_count:
-    raise ConfigError(f"training.batch_size {batch_size} is not divisible by the {host_count} hosts")
+  rows = checked_rows(rows, batch_size)
   if config.epochs is not None and config.epochs <= 0:
     raise ConfigError(f"data.epochs is {config.epochs}; it must be above 0, or None for no limit")
   prepared = open_prepared(config) if prepared is None else prepared
@@ -196,8 +203,8 @@ def train_batches(
     source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
     counts = prepared.token_counts(source, "train")
     plan = task.plan(counts, config.packing, source_seed if config.shuffle else None)
-    rows = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
-    datasets.append((rows.shuffle(source_seed) if config.shuffle else rows).repeat())
+    packed = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
+    datasets.append((packed.shuffle(source_seed) if config.shuffle else packed).repeat())
     plans[source.name] = plan
   shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
   mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
@@ -208,8 +215,7 @@ def train_batches(
     mixture,
     key=digest(facts),
     batch_size=batch_size,
-    host_index=host_index,
-    host_count=host_count,
+    rows=rows,
     config=config,
     plans=plans,
     shares=shares,

@@ -53,7 +53,7 @@ def place_params(config: ModelConfig, params: Tensors, mesh: Mesh | None = None)
     CheckpointError: a tensor turns out damaged. ConfigError: the mesh does not divide the model.
   """
   _, shapes, axes = declare(config)
-  here: Sharding = SingleDeviceSharding(jax.devices()[0])
+  here: Sharding = SingleDeviceSharding(jax.local_devices()[0])
   shardings = {}
   if mesh is not None:
     shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, AxisRules()), sep="/")

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -149,8 +148,3 @@ def make_program(
     ),
     evaluate=jax.jit(evaluate, in_shardings=(shardings, batch_shardings), out_shardings=whole),
   )
-
-
-def put_batch(batch: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """A host's rows of the batch, as arrays over all hosts, sharded as in `like`."""
-  return {name: jax.make_array_from_process_local_data(like[name].sharding, rows) for name, rows in batch.items()}

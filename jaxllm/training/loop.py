@@ -20,9 +20,10 @@ from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
 from jaxllm.objectives.heldout import describe, heldout_metrics
 from jaxllm.parallel import agreement
+from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.compile import Program, make_program, put_batch
+from jaxllm.training.compile import Program, make_program
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger, open_run_directory
@@ -70,12 +71,17 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
         f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
         f"{run.model.vocab_size}; raise it"
       )
-    hosts = dict(host_index=jax.process_index(), host_count=jax.process_count(), prepared=prepared)
-    sizes = dict(batch_size=training.batch_size, seq_len=training.seq_len, decoder_start_id=run.model.decoder_start_id)
-    batches = train_batches(run.data, **sizes, seed=training.seed, **hosts)
+    shared = dict(
+      batch_size=training.batch_size,
+      seq_len=training.seq_len,
+      decoder_start_id=run.model.decoder_start_id,
+      rows=local_rows(program.batch),
+      prepared=prepared,
+    )
+    batches = train_batches(run.data, **shared, seed=training.seed)
     heldout = None  # where nothing is held out there is nothing to evaluate
     if prepared.total("heldout", "documents"):
-      heldout = heldout_batches(run.data, **sizes, max_batches=training.eval_batches, **hosts)
+      heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
   directory = open_run_directory(workdir, settings)
@@ -113,6 +119,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
         settings=run,
         program=program,
         compiled=compiled,
+        rows=shared["rows"],
         batches=batches,
         heldout=heldout,
         tokenizer=tokenizer,
@@ -141,6 +148,7 @@ class Run:
   settings: RunConfig
   program: Program
   compiled: jax.stages.Compiled
+  rows: tuple[int, ...]  # of each batch that this process reads
   batches: TrainBatches
   heldout: HeldoutBatches | None
   tokenizer: Tokenizer
@@ -173,7 +181,7 @@ class Run:
         logger.info("the data ended at step %d, after %g epochs", self.step, self.batches.epochs)
         break
       self.profiler.before_step()
-      self.state, device_metrics = self.compiled(self.state, put_batch(batch, self.program.batch))
+      self.state, device_metrics = self.compiled(self.state, put_batch(batch, self.program.batch, self.rows))
       self.meter.dispatched(device_metrics)
       self.profiler.after_step(device_metrics)
       self.step += 1
@@ -249,7 +257,7 @@ class Run:
 
   def _evaluate(self, params: Any, prefix: str) -> None:
     def metric_sums(batch):
-      return self.program.evaluate(params, put_batch(batch, self.program.batch))
+      return self.program.evaluate(params, put_batch(batch, self.program.batch, self.rows))
 
     values = heldout_metrics(self.settings.objective, metric_sums, self.heldout, self.heldout.bytes, prefix)
     self.measured.setdefault(self.step, {}).update(values)

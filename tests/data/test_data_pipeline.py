@@ -146,18 +146,20 @@ def test_seeds_differ_and_repeat(config):
   assert any((a["inputs"] != b["inputs"]).any() for a, b in zip(first, other))
 
 
+def rows_of(batches, rows):
+  return [{name: array[list(rows)] for name, array in batch.items()} for batch in batches]
+
+
+# Blocks, as hosts along the data axis have them; apart, as devices in another order give; the same rows on hosts
+# that share them, of a batch that the number of hosts does not divide.
+@pytest.mark.parametrize("rows", [(0, 1, 2), (3, 4, 5, 6), (0, 1, 4, 6), (6,), range(7), np.array([1, 5])], ids=str)
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_batches_of_one(mixture, packing, hosts):
-  """Nothing twice, nothing left out: the hosts' rows, in host order, are the single host's batch."""
+def test_a_host_reads_its_rows_of_each_batch(mixture, packing, rows):
+  """The last batch, which is not full, included."""
   config = dataclasses.replace(mixture, packing=packing, epochs=1)
-  whole = take(open_batches(config, batch_size=8))
-  parts = [take(open_batches(config, batch_size=8, host_index=h, host_count=hosts)) for h in range(hosts)]
-  assert parts[0][0]["inputs"].shape == (8 // hosts, 64)
-  joined = [
-    {name: np.concatenate([b[name] for b in batches]) for name in NAMES} for batches in zip(*parts, strict=True)
-  ]
-  same(joined, whole)
+  whole = take(open_batches(config, batch_size=7))
+  assert not whole[-1]["segment_ids"][-1].any()
+  same(take(open_batches(config, batch_size=7, rows=rows)), rows_of(whole, rows))
 
 
 @pytest.mark.parametrize("name", ["config", "mixture"])
@@ -199,13 +201,27 @@ def test_resume_with_other_hosts_and_batch_size(mixture):
   expected = take(open_batches(mixture, batch_size=1), 24)
   iterator = open_batches(mixture, batch_size=8)
   next(iterator)
-  resumed = open_batches(mixture, batch_size=4, host_index=1, host_count=2)
+  resumed = open_batches(mixture, batch_size=4, rows=(1, 3))
   resumed.set_state(iterator.get_state())
-  rows = [expected[8 + i] for i in (2, 3, 6, 7)]
+  rows = [expected[8 + i] for i in (1, 3, 5, 7)]
   same(
     [{name: np.concatenate([rows[i][name], rows[i + 1][name]]) for name in NAMES} for i in (0, 2)],
     take(resumed, 2),
   )
+
+
+@pytest.mark.parametrize(
+  "before, after, workers", [((0, 1), (0, 1, 2, 3), 0), ((1, 3), (0, 2), 1), ((0, 1, 2, 3), (3,), 0)]
+)
+def test_resume_on_another_mesh_goes_on_with_the_same_batches(mixture, before, after, workers):
+  """The place in the data says nothing of the rows that the host which saved it was reading."""
+  expected = take(open_batches(mixture), 6)
+  iterator = open_batches(mixture, rows=before)
+  same(take(iterator, 3), rows_of(expected[:3], before))
+  resumed = open_batches(dataclasses.replace(mixture, workers=workers), rows=after)
+  resumed.set_state(json.loads(json.dumps(iterator.get_state())))
+  same(take(resumed, 3), rows_of(expected[3:], after))
+  resumed.close()
 
 
 def test_resume_refuses_other_data(config, mixture):
@@ -264,8 +280,9 @@ def test_weight_zero_leaves_a_source_out(mixture):
 
 
 def test_errors(config):
-  with pytest.raises(ConfigError, match="batch_size 5 is not divisible by the 2 hosts"):
-    open_batches(config, batch_size=5, host_count=2)
+  for rows in ((), (0, 5), (-1, 0), (1, 0), (1, 1)):
+    with pytest.raises(ConfigError, match="must be ascending row numbers of a batch of 5"):
+      open_batches(config, batch_size=5, rows=rows)
   with pytest.raises(ConfigError, match="data.epochs is 0"):
     open_batches(dataclasses.replace(config, epochs=0))
   with pytest.raises(DataError, match="no prepared data"):

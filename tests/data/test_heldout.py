@@ -72,13 +72,18 @@ def test_sources_apart(mixture):
   assert scored(both) == expected(mixture)
 
 
-def test_hosts_share_the_batches(mixture):
-  whole = heldout_batches(mixture, batch_size=4, seq_len=64)
-  hosts = [heldout_batches(mixture, batch_size=4, seq_len=64, host_index=h, host_count=2) for h in range(2)]
-  assert [host.bytes for host in hosts] == [whole.bytes] * 2
-  for batch, *parts in zip(whole, *hosts, strict=True):
+@pytest.mark.parametrize("rows", [(0, 1, 2), (1, 3, 4), (4,), range(5), np.array([0, 4])], ids=str)
+@pytest.mark.parametrize("max_batches", [0, 2])
+def test_a_host_reads_its_rows_and_counts_what_all_score(mixture, rows, max_batches):
+  """Of every batch, the last one that is not full included; bytes and tokens are those of all hosts."""
+  settings = dict(batch_size=5, seq_len=64, max_batches=max_batches)
+  whole, part = heldout_batches(mixture, **settings), heldout_batches(mixture, **settings, rows=rows)
+  assert (part.bytes, part.tokens, len(part)) == (whole.bytes, whole.tokens, len(whole))
+  if not max_batches:
+    assert not list(whole)[-1]["segment_ids"][-1].any()
+  for batch, mine in zip(whole, part, strict=True):
     for name in batch:
-      np.testing.assert_array_equal(batch[name], np.concatenate([part[name] for part in parts]))
+      np.testing.assert_array_equal(mine[name], batch[name][list(rows)])
 
 
 def test_part_of_the_batches_counts_part_of_the_bytes(mixture):
@@ -105,7 +110,7 @@ def test_bits_per_byte_of_the_uniform_model(config):
 def test_errors(config, mixture):
   with pytest.raises(DataError, match="no held-out documents of source 'third'"):
     heldout_batches(mixture, batch_size=2, seq_len=8, source="third")
-  with pytest.raises(ConfigError, match="not divisible by the 2 hosts"):
-    heldout_batches(mixture, batch_size=3, seq_len=8, host_count=2)
+  with pytest.raises(ConfigError, match="must be ascending row numbers of a batch of 3"):
+    heldout_batches(mixture, batch_size=3, seq_len=8, rows=(2, 3))
   with pytest.raises(DataError, match="prepared with another data.heldout_fraction"):
     heldout_batches(dataclasses.replace(config, heldout_fraction=0.0), batch_size=2, seq_len=8)

@@ -15,7 +15,8 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.compile import make_program, put_batch
+from jaxllm.parallel.batch import put_batch
+from jaxllm.training.compile import make_program
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_objective.md"

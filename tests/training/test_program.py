@@ -9,9 +9,10 @@ import pytest
 
 from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.parallel.batch import put_batch
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.compile import make_program, put_batch
+from jaxllm.training.compile import make_program
 from jaxllm.training.config import OptimizerConfig, RunConfig, TrainingConfig
 from jaxllm.training.flops import matmul_parameters
 from jaxllm.training.startup import startup_table
