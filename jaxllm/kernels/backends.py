@@ -23,8 +23,8 @@ TARGETS = {
   "tpu": "tpu",  # some other TPU
 }
 
-# op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that can
-# compute the call and may be taken (`choose`). On CPUs everything here is measured.
+# op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that
+# can compute the call and may be taken (`choose`). On CPUs everything here is measured.
 BACKENDS = {
   "attention": {
     "cpu": ("cpu", "xla"),
@@ -73,8 +73,8 @@ PALLAS = ("mosaic_gpu", "pallas_tpu")  # what kernels="pallas" asks for
 # What has to be measured on a chip before "auto" takes it there: our Pallas kernels, and the packed layout of cuDNN,
 # which is reached through a private function of jax and with offsets of our making.
 UNPROVEN = (*PALLAS, "cudnn_packed")
-# (op, backend) -> chip -> the record that shows it right there, and no slower than what follows it in its row: a file of
-# `tools/bench_kernels.py` in experiments/benchmarks/. None of UNPROVEN has run on a chip yet.
+# (op, backend) -> chip -> the record that shows it right there, and no slower than what follows it in its row: a file
+# that `tools/bench_kernels.py` wrote into experiments/benchmarks/. None of UNPROVEN has run on a chip yet.
 MEASURED: dict[tuple[str, str], dict[str, str]] = {}
 
 # Backends that need this or a later jax.

@@ -23,13 +23,13 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
   if unable := options.asked - {"causal", "window", "segment_ids"}:
     return f"no {', '.join(sorted(unable))}"
   T, H = query.shape[1], query.shape[3]
-  if T != key.shape[1]:
+  if key.shape[1] != T:
     return "queries and keys of one length only"
   if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
-    return f"bfloat16 or float16 throughout (16 bits only), not {query.dtype} and {key.dtype}"
-  largest = 256 if target is not None and TARGETS[target] == "hopper" else 128
-  if H > largest or H % 8:
-    return f"head dims up to {largest} and multiples of 8, not {H}"
+    return f"bfloat16 or float16 throughout, not {query.dtype} and {key.dtype}"
+  sizes = range(8, 257 if target is not None and TARGETS[target] == "hopper" else 129, 8)
+  if H not in sizes:
+    return f"head dims up to {sizes[-1]} and multiples of 8, not {H}"
   if _masked(options) and T % 2:
     return f"a mask of even lengths only, not {T}"
   return None
