@@ -23,21 +23,28 @@ TARGETS = {
   "tpu": "tpu",  # some other TPU
 }
 
-# op -> family -> backends; "auto" takes the first that can compute the call. Our kernels for GPUs and TPUs are emulated
-# and compiled in the tests and have not run on a chip yet: where something proven is as good, it goes first.
+# op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that
+# can compute the call and may be taken (`choose`). On CPUs everything here is measured.
 BACKENDS = {
   "attention": {
     "cpu": ("cpu", "xla"),
-    "hopper": ("cudnn", "mosaic_gpu", "xla"),
+    "hopper": ("cudnn", "mosaic_gpu", "cudnn_packed", "xla"),
+    "gpu": ("cudnn", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+  },
+  # attention within segments, for which cuDNN's plain form reads a mask
+  "packed_attention": {
+    "cpu": ("cpu", "xla"),
+    "hopper": ("cudnn_packed", "mosaic_gpu", "cudnn", "xla"),
     "gpu": ("cudnn", "xla"),
     "tpu": ("pallas_tpu", "xla"),
   },
   # token_log_probs too
   "cross_entropy": {
     "cpu": ("cpu", "xla"),
-    "hopper": ("xla", "mosaic_gpu"),
+    "hopper": ("mosaic_gpu", "xla"),
     "gpu": ("xla",),
-    "tpu": ("xla", "pallas_tpu"),
+    "tpu": ("pallas_tpu", "xla"),
   },
   "grouped_matmul": {
     "cpu": ("xla",),
@@ -62,15 +69,27 @@ BACKENDS = {
   "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
 }
 
-# Backends whose kernels are written for this or later versions of jax.
-LEAST_JAX = {"mosaic_gpu": (0, 11), "pallas_tpu": (0, 11)}
+PALLAS = ("mosaic_gpu", "pallas_tpu")  # what kernels="pallas" asks for
+# What has to be measured on a chip before "auto" takes it there: our Pallas kernels, and the packed layout of cuDNN,
+# which is reached through a private function of jax and with offsets of our making.
+UNPROVEN = (*PALLAS, "cudnn_packed")
+# (op, backend) -> chip -> the record that shows it right there, and no slower than what follows it in its row: a file
+# that `tools/bench_kernels.py` wrote into experiments/benchmarks/. None of UNPROVEN has run on a chip yet.
+MEASURED: dict[tuple[str, str], dict[str, str]] = {}
+
+# Backends that need this or a later jax.
+LEAST_JAX = {
+  "mosaic_gpu": (0, 11),
+  "pallas_tpu": (0, 11),
+  "cudnn_packed": (0, 11, 2),  # before, offsets of the keys went wrong where heads are grouped
+}
 
 _logged: dict[tuple[str, str, str, str], None] = {}  # in order
 
 
-def chosen(op: str, target: str) -> tuple[str, ...]:
-  """The backends that `op` was traced with for `target` in this process so far."""
-  return tuple(dict.fromkeys(entry[2] for entry in _logged if entry[:2] == (op, target)))
+def chosen(op: str, target: str) -> dict[str, str]:
+  """The backends that `op` was traced with for `target` in this process so far, each with what was passed over."""
+  return {backend: passed for name, chip, backend, passed in _logged if (name, chip) == (op, target)}
 
 
 def target_from_device_kind(platform: str, device_kind: str) -> str:
@@ -94,15 +113,24 @@ def target_from_device_kind(platform: str, device_kind: str) -> str:
 
 
 def choose(
-  op: str, requested: str | None, target: str | None, refuses: Callable[[str, str | None], str | None] | None = None
+  op: str,
+  requested: str | None,
+  target: str | None,
+  refuses: Callable[[str, str | None], str | None] | None = None,
+  quadratic: Callable[[str], str | None] | None = None,
 ) -> str:
   """The backend that computes `op` on `target`; logged the first time, with what was passed over and why.
 
+  "auto" takes the first of its row that can compute the call, passing over what was not measured on this chip and what
+  needs memory of queries times keys. Where nothing else is left, unmeasured comes before quadratic.
+
   Args:
-    requested: a backend's name, or "auto" for the first of the table that does not refuse. None: "auto" where a target
-      is given, else "xla", which is said once in the log, because it may not be the chip's fastest.
+    requested: a backend's name, which is taken or raises; "auto"; or "pallas": our Pallas kernel, or where there is
+      none or it refuses, as "auto". None: "auto" where a target is given, else "xla", which is said once in the log,
+      because it may not be the chip's fastest.
     target: a chip of `TARGETS`. None: unknown, so a backend has to be named and the table is not asked.
     refuses: (backend, target) -> why it cannot compute this call, or None.
+    quadratic: backend -> what it holds whose size is queries times keys, or None.
 
   Raises:
     ConfigError: an unknown target, or a requested backend that cannot run there or refuses.
@@ -113,41 +141,85 @@ def choose(
       _logged[op, "", requested, ""] = None
       logging.getLogger("jaxllm").info("%s: xla, because neither backend= nor target= is given", op)
   if target is None:
-    if requested == "auto":
-      raise ConfigError(f"{op}: backend 'auto' needs target=, the chip; choose one of {', '.join(TARGETS)}")
-    available: tuple[str, ...] = (requested,)
+    if requested in ("auto", "pallas"):
+      raise ConfigError(f"{op}: backend {requested!r} needs target=, the chip; choose one of {', '.join(TARGETS)}")
     known = {name for names in BACKENDS[op].values() for name in names}
     if requested not in known:
       raise ConfigError(f"{op} has no backend {requested!r}; choose one of {', '.join(sorted(known))}")
-  elif target not in TARGETS:
+    _take(op, requested, target, refuses)
+    return requested
+  if target not in TARGETS:
     raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+  available = BACKENDS[op][TARGETS[target]]
+  if requested in ("auto", "pallas"):
+    backend, passed = _best(op, requested, target, refuses, quadratic)
+  elif requested in available:
+    _take(op, requested, target, refuses)
+    backend, passed = requested, _unmeasured(op, requested, target) or ""
   else:
-    available = BACKENDS[op][TARGETS[target]]
-  if requested != "auto":
-    if requested not in available:
-      raise ConfigError(f"{op} has no backend {requested!r} on {target}; choose one of {', '.join(available)} or auto")
-    if reason := _reason(requested, target, refuses):
-      raise ConfigError(f"{op} backend {requested!r} cannot compute this call: {reason}")
-    backend, passed = requested, ""
-  else:
-    reasons: dict[str, str | None] = {}
-    for backend in available:
-      reasons[backend] = _reason(backend, target, refuses)
-      if reasons[backend] is None:
-        break
-    else:
-      raise ConfigError(f"{op} on {target}: no backend can, {'; '.join(f'{b}: {r}' for b, r in reasons.items())}")
-    passed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-  if target is not None and (op, target, backend, passed) not in _logged:
+    raise ConfigError(f"{op} has no backend {requested!r} on {target}; choose one of {', '.join(available)} or auto")
+  if (op, target, backend, passed) not in _logged:
     _logged[op, target, backend, passed] = None
-    # Slower than the chip's own kernel is worth a warning; on a CPU "xla" is a fair choice.
+    # Slower than the chip's own kernel is worth a warning, and so is one that never ran there; on a CPU "xla" is fair.
     level = logging.WARNING if passed and TARGETS[target] != "cpu" else logging.INFO
     logging.getLogger("jaxllm").log(level, "%s on %s: %s%s", op, target, backend, f" ({passed})" if passed else "")
   return backend
 
 
+def check_pallas(target: str) -> None:
+  """That kernels="pallas" means something on a chip.
+
+  Raises:
+    ConfigError: an unknown target, one that no Pallas kernel of ours is for, or a jax that is too old for them.
+  """
+  if target not in TARGETS:
+    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+  ours = {family: set(PALLAS) & {n for rows in BACKENDS.values() for n in rows[family]} for family in TARGETS.values()}
+  names = ours[TARGETS[target]]
+  if not names:
+    chips = ", ".join(chip for chip, family in TARGETS.items() if ours[family])
+    raise ConfigError(
+      f"kernels is 'pallas', but there are Pallas kernels for {chips} only, not for {target}; take 'auto'"
+    )
+  if all(reasons := [_too_old(name) for name in names]):
+    raise ConfigError(f"kernels is 'pallas', which {reasons[0]}; take 'auto' or install a later jax")
+
+
+def _best(op, requested, target, refuses, quadratic) -> tuple[str, str]:
+  """The backend for a call that names none, and what there is to say of it and of those that were passed over."""
+  available = BACKENDS[op][TARGETS[target]]
+  hard = {name: _reason(name, target, refuses) for name in available}
+  able = [name for name in available if hard[name] is None]
+  if not able:
+    raise ConfigError(f"{op} on {target}: no backend can, {'; '.join(f'{b}: {r}' for b, r in hard.items())}")
+  asked_for = {name for name in available if requested == "pallas" and name in PALLAS}
+  large = {name: quadratic(name) if quadratic else None for name in able}
+  unmeasured = {name: _unmeasured(op, name, target) for name in able}
+  best = min(able, key=lambda name: (name not in asked_for, bool(large[name]), bool(unmeasured[name])))
+  said = {name: hard[name] or large[name] or unmeasured[name] for name in available[: available.index(best)]}
+  said |= {name: hard[name] for name in asked_for if hard[name]}
+  if best in asked_for:
+    said = {}
+  reasons = {reason: ", ".join(name for name in said if said[name] == reason) for reason in said.values() if reason}
+  own = [reason for reason in (large[best], unmeasured[best]) if reason]
+  return best, "; ".join(own + [f"{names}: {reason}" for reason, names in reasons.items()])
+
+
+def _unmeasured(op, backend, target) -> str | None:
+  return "not measured on this chip" if backend in UNPROVEN and target not in MEASURED.get((op, backend), {}) else None
+
+
+def _take(op, backend, target, refuses) -> None:
+  if reason := _reason(backend, target, refuses):
+    raise ConfigError(f"{op} backend {backend!r} cannot compute this call: {reason}")
+
+
 def _reason(backend, target, refuses) -> str | None:
   """Why a backend cannot compute a call, or None."""
-  if (least := LEAST_JAX.get(backend)) and tuple(int(n) for n in jax.__version__.split(".")[:2]) < least:
+  return _too_old(backend) or (refuses(backend, target) if refuses else None)
+
+
+def _too_old(backend) -> str | None:
+  if (least := LEAST_JAX.get(backend)) and jax.__version_info__ < least:
     return f"needs jax {'.'.join(map(str, least))}, this is {jax.__version__}"
-  return refuses(backend, target) if refuses else None
+  return None

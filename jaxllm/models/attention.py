@@ -145,7 +145,7 @@ class Attention(nnx.Module):
         cache.key.astype(query.dtype),
         cache.value.astype(query.dtype),
         query_offset=cache.length,
-        backend="auto",  # the requested one may not know caches
+        backend=self.kernel,
         target=self.target,
         **options,
       )
@@ -186,7 +186,7 @@ class CrossAttention(Attention):
       segment_ids=segments,
       scale=c.query_scale,
       softcap=c.attention_softcap,
-      backend=self.kernel if cache is None else "auto",
+      backend=self.kernel,
       target=self.target,
     )
     return self.output(out.reshape(*out.shape[:2], -1)), cache

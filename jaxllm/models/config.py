@@ -298,21 +298,36 @@ class ModelConfig:
     return tuple(run for run in runs if run[0] < run[1])
 
 
+OPS = ("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul")  # whose backends `Compute` names
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
   """How a model is computed; nothing here changes what it is, and none of it is saved with it.
 
   `target` is the chip the program is for ("cpu", "h100", "v5p", …), so that a laptop can compile for a
-  pod; the kernels choose their backends from it (see `jaxllm.kernels.backends`).
+  pod; the kernels choose their backends from it (see `jaxllm.kernels.backends`). `kernels` chooses for every op that
+  is left at "auto": "pallas" our Pallas kernels of the target's family, where they can compute the call, "xla" the
+  plain form. Raises ConfigError where there is no Pallas kernel for the target.
   """
 
   target: str = "cpu"
   dtype: str = "float32"  # of activations and of the weights as multiplied
   remat: Literal["none", "full", "dots", "offload", "names"] = "none"
   remat_names: tuple[str, ...] = ()  # for remat="names": the checkpoint names to keep
-  attention: str = "auto"  # backend of each kernel; "auto": by target and shape
+  kernels: Literal["auto", "pallas", "xla"] = "auto"
+  attention: str = "auto"  # backend of each kernel; "auto": as `kernels` says, by target, shape and what was measured
   matmul: str = "auto"
   elementwise: str = "auto"
   cross_entropy: str = "auto"
   grouped_matmul: str = "auto"  # of the experts
   unroll_layers: int | None = None  # layers per scan step; None: by target
+
+  def __post_init__(self):
+    if self.kernels == "pallas":
+      from jaxllm.kernels.backends import check_pallas  # imports jax, which reading a config does without
+
+      check_pallas(self.target)
+    for op in OPS:
+      if getattr(self, op) == "auto":
+        object.__setattr__(self, op, self.kernels)

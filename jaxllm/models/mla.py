@@ -81,7 +81,7 @@ class LatentAttention(nnx.Module):
       cache = write_cache(cache, both, both[..., :0])
       key = cache.key.astype(x.dtype)
       out = attention(
-        query, key, key[..., :R], query_offset=cache.length, scale=scale, backend="auto", target=self.target
+        query, key, key[..., :R], query_offset=cache.length, scale=scale, backend=self.kernel, target=self.target
       )
       out = jnp.einsum("BTNR,RNH->BTNH", out, out_of_value)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_params
-from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.config import OPS, Compute, ModelConfig
 from jaxllm.objectives.base import Objective
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.parallel.config import MeshConfig
@@ -56,20 +56,21 @@ class Program:
 
 
 def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
-  """How the run computes, with the target taken from the mesh unless the config names one."""
+  """How the run computes, with the target taken from the mesh unless the config names one.
+
+  Raises:
+    ConfigError: training.kernels asks for kernels that the target has not.
+  """
   target = target_of(mesh) if training.target == "auto" else training.target
   # The CPU's own kernels are calls that the compiler cannot split over devices.
-  auto = "xla" if target == "cpu" and mesh.size > 1 else "auto"
-  requested = {
-    op: auto if getattr(training, op) == "auto" else getattr(training, op)
-    for op in ("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul")
-  }
+  kernels = "xla" if (target, training.kernels) == ("cpu", "auto") and mesh.size > 1 else training.kernels
   return Compute(
     target=target,
     dtype=training.dtype,
     remat=training.remat,
     remat_names=training.remat_names,
-    **requested,
+    kernels=kernels,
+    **{op: getattr(training, op) for op in OPS},
     unroll_layers=training.unroll_layers,
   )
 

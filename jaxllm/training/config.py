@@ -23,6 +23,7 @@ class TrainingConfig:
   remat: Literal["none", "full", "dots", "offload", "names"] = "none"
   remat_names: tuple[str, ...] = ()
   target: str = "auto"  # chip the step is compiled for; "auto": the mesh's devices
+  kernels: Literal["auto", "pallas", "xla"] = "auto"  # for every op below that says "auto"
   attention: str = "auto"  # kernel backends
   matmul: str = "auto"
   elementwise: str = "auto"

@@ -1,5 +1,6 @@
 """Text that the model writes while it is trained."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ def sample_text(program: Program, params: Any, tokenizer: Tokenizer, training: T
   """Continues each of `training.sample_prompts`; "" on several hosts, which do not sample."""
   if jax.process_count() > 1:
     return ""
-  model = Model(program.model, params, tokenizer, compute=program.compute)
+  # A backend that was named for the step's attention need not know a cache, and would raise.
+  compute = dataclasses.replace(program.compute, attention="auto")
+  model = Model(program.model, params, tokenizer, compute=compute)
   sampling = SamplingParams(
     temperature=training.sample_temperature, max_tokens=training.sample_tokens, seed=training.seed
   )

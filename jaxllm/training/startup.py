@@ -31,13 +31,6 @@ def startup_table(
   memory = compiled.memory_analysis()
   per_token = flops.row_flops(program.model, *program.row_lengths)
   chip = flops.chip_of(program.mesh.devices.flat[0].device_kind)
-  kernels = {
-    "attention": " and ".join(backends.chosen("attention", compute.target)),
-    "matmul": backends.choose("matmul", compute.matmul, compute.target),
-    "cross-entropy": " and ".join(backends.chosen("cross_entropy", compute.target)),
-  }
-  if program.model.moe is not None and (used := backends.chosen("grouped_matmul", compute.target)):
-    kernels["experts"] = " and ".join(used)
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
   rows = [
@@ -52,7 +45,7 @@ def startup_table(
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
     ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown: no MFU"),
-    ("kernels", ", ".join(f"{op}: {backend}" for op, backend in kernels.items() if backend)),
+    ("kernels", _kernels(compute.target)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (
       "data",
@@ -60,6 +53,23 @@ def startup_table(
       f"{training.steps * tokens_per_step / max(train_tokens, 1):.3g} epochs",
     ),
   ]
+
+
+def _kernels(target: str) -> str:
+  """The backends that the step was traced with, and in brackets what was passed over for them and why."""
+  ops = {
+    "attention": "attention",
+    "packed_attention": "attention within segments",
+    "matmul": "matmul",
+    "elementwise": "norms and gates",
+    "cross_entropy": "cross-entropy",
+    "grouped_matmul": "experts",
+  }
+  used = {
+    name: [f"{backend} ({why})" if why else backend for backend, why in backends.chosen(op, target).items()]
+    for op, name in ops.items()
+  }
+  return ", ".join(f"{name}: {' and '.join(backends_)}" for name, backends_ in used.items() if backends_)
 
 
 def _size(count: float) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends, cpu_ffi
-from jaxllm.kernels.attention import decode, reference
+from jaxllm.kernels.attention import cudnn, decode, reference
 from jaxllm.kernels.attention.options import Options, Visibility
 
 
@@ -55,8 +55,9 @@ def flash_attention(
     bias: added to the scores (T5's relative positions).
     return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink
       included; -inf where a query sees nothing. Differentiable too.
-    backend: a name of `backends.BACKENDS["attention"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
+    backend: a name of `backends.BACKENDS["attention"]`, with segments of "packed_attention", or "auto": the first of
+      the row for `target` that can and may be taken (`backends.choose`). None: "auto" where a target is given, else
+      "xla".
     target: the chip; None takes the backend that is named without asking the table.
 
   Raises:
@@ -82,12 +83,14 @@ def flash_attention(
     sinks=sinks,
   )
   refuses = functools.partial(_refuses, query, key, value, options, bias, return_lse)
-  backend = backends.choose("attention", backend, target, refuses)
+  op = "attention" if segment_ids is None else "packed_attention"
+  quadratic = functools.partial(_quadratic, query, key, options)
+  backend = backends.choose(op, backend, target, refuses, quadratic)
   if segment_ids is not None:  # probability 0 times NaN is NaN, so padding is cleared and not only masked
     real_query, real_key = (ids[:, :, None, None] != 0 for ids in segment_ids)
     query = jnp.where(real_query, query, 0)
     key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
-  if backend in ("cpu", "cudnn"):
+  if backend in ("cpu", "cudnn", "cudnn_packed"):
     module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
     out, lse = module.attention(query, key, value, options)
   elif backend == "xla":
@@ -105,25 +108,26 @@ def _refuses(query, key, value, options, bias, return_lse, backend, target) -> s
   T, S, H = query.shape[1], key.shape[1], query.shape[3]
   if backend == "cpu" and decode.computes(query, key, value, options) and "bias" not in asked:
     return None
-  if backend in ("cpu", "cudnn"):
-    offsets = {"query_offset"} if backend == "cpu" and cpu_ffi.available() else set()
+  if backend == "cpu":
+    offsets = {"query_offset"} if cpu_ffi.available() else set()
     if unable := asked - {"causal", "window", "segment_ids"} - offsets:
       return f"no {', '.join(sorted(unable))}"
     whole = not options.visibility.causal and options.visibility.window is None
-    if T != S and not (backend == "cpu" and (whole or "query_offset" in asked)):
+    if T != S and not whole and "query_offset" not in asked:
       return "queries and keys of one length only"
-    if backend == "cudnn" and "segment_ids" in asked and backends.TARGETS.get(target) == "hopper":
-      return "segments only as a mask of T x S"  # elsewhere there is nothing better
-    if backend == "cudnn" and query.dtype.itemsize != 2:
-      return f"16 bits only, not {query.dtype}"
-    if value.shape[3] != H:
-      return "keys and values of one head dim only"
-    return None
+    return None if value.shape[3] == H else "keys and values of one head dim only"
   if "bias" in asked:
     return "no bias"
   if value.shape[3] != H:
     return "keys and values of one head dim only"
+  if backend in ("cudnn", "cudnn_packed") and return_lse:
+    return "no lse"
   return importlib.import_module(f"jaxllm.kernels.attention.{backend}").refuses(query, key, options, target)
+
+
+def _quadratic(query, key, options, backend) -> str | None:
+  """What a backend holds whose size is queries times keys, or None: XLA's form and the kernels go block by block."""
+  return cudnn.large_mask(query, key, options) if backend == "cudnn" else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -58,7 +58,7 @@ def attention(
   return out, jnp.moveaxis(lse, 0, 2).reshape(B, query.shape[2], length + pad)[:, :, :length]
 
 
-def _visible(options, offset, T, S, query_segments):
+def visible_keys(options, offset, T, S, query_segments):
   """[B or 1, T, S] boolean: may query t see key s?"""
   row = {"query_segments": query_segments, "key_segments": options.key_segments, "key_positions": options.key_positions}
   row = {name: array for name, array in row.items() if array is not None}
@@ -83,7 +83,7 @@ def _dense(query, key, value, options, offset, query_segments, bias):
     scores -= slopes * distance[:, None, None].astype(jnp.float32)
   if bias is not None:
     scores += bias.astype(jnp.float32).reshape(bias.shape[0], K, N // K, T, S)
-  seen = _visible(options, offset, T, S, query_segments)[:, None, None]
+  seen = visible_keys(options, offset, T, S, query_segments)[:, None, None]
   scores = jnp.where(seen, scores, MASKED)
   top = scores.max(-1, keepdims=True)
   if options.sinks is not None:
