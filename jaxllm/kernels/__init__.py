@@ -2,7 +2,13 @@
 
 from jaxllm.kernels.attention import Visibility, flash_attention
 from jaxllm.kernels.grouped import grouped_matmul
-from jaxllm.kernels.head_loss import CrossEntropy, cross_entropy, token_log_probs
+from jaxllm.kernels.head_loss import (
+  CrossEntropy,
+  cross_entropy,
+  cross_entropy_gradients,
+  token_log_probs,
+  token_log_probs_gradients,
+)
 from jaxllm.kernels.paged import KVPages, paged_attention, write_pages
 from jaxllm.kernels.quantized import QuantizedWeight, dequantize, quantize, quantized_matmul
 
@@ -12,6 +18,7 @@ __all__ = [
   "QuantizedWeight",
   "Visibility",
   "cross_entropy",
+  "cross_entropy_gradients",
   "dequantize",
   "flash_attention",
   "grouped_matmul",
@@ -19,5 +26,6 @@ __all__ = [
   "quantize",
   "quantized_matmul",
   "token_log_probs",
+  "token_log_probs_gradients",
   "write_pages",
 ]

@@ -1,6 +1,5 @@
 """Cross-entropy over the vocabulary, from hidden states on: what the language-modelling objectives share."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.models.transformer import Transformer
@@ -18,14 +17,12 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
   head, layout, compute = model.head_weight(), "dv", model.compute
   if model.config.tie_embeddings:  # as it lies in memory
     head, layout = head.T, "vd"
-  if (bias := model.head_bias()) is not None:  # one more input that is always 1
-    hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
-    head = jnp.concatenate([head, bias[:, None] if layout == "vd" else bias[None]], axis=1 if layout == "vd" else 0)
   sums = cross_entropy(
     hidden,
     head,
     batch["targets"],
     batch["loss_weights"],
+    bias=model.head_bias(),
     z_loss=z_loss,
     softcap=model.config.logit_softcap,
     head_layout=layout,

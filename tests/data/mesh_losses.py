@@ -14,8 +14,9 @@ from jax.sharding import AxisType, Mesh
 from jaxllm.data.heldout import heldout_batches
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import train_batches
-from jaxllm.evaluation.bits_per_byte import heldout_metrics
 from jaxllm.models.config import ModelConfig
+from jaxllm.objectives.causal_lm import CausalLM
+from jaxllm.objectives.heldout import heldout_metrics
 from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.config import AXES, MeshConfig
 from jaxllm.training.compile import make_program
@@ -62,7 +63,7 @@ def measure(data, sizes, order):
     losses.append(float(metrics["loss"]))
   heldout = heldout_batches(data, rows=rows, **settings)
   evaluate = lambda batch: program.evaluate(state.params, put_batch(batch, program.batch, rows))  # noqa: E731
-  values = heldout_metrics(evaluate, heldout, heldout.bytes)
+  values = heldout_metrics(CausalLM(), evaluate, heldout, heldout.bytes)
   return losses, [values["eval/loss"], values["eval/bits_per_byte"]], rows
 
 

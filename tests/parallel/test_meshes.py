@@ -207,35 +207,3 @@ def test_attention_by_shards(sizes, options):
 
   want = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, flash_attention)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), jax.jit(on_mesh)(q, k, v), want)
-
-
-@pytest.mark.parametrize("rows", [8, 3])
-@pytest.mark.parametrize("sizes", [dict(tensor=2, context=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=4)], ids=str)
-def test_head_loss_by_shards(sizes, rows, monkeypatch):
-  """On accelerators every device runs the kernel on its own tokens; here that kernel is XLA's."""
-  from jaxllm.kernels import cross_entropy
-  from jaxllm.parallel import head_loss
-
-  rng = np.random.default_rng(0)
-  T, D, V = 12, 8, 40
-  x, head = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((rows, T, D), (D, V)))
-  targets, weights = rng.integers(0, V, (rows, T)), rng.integers(0, 3, (rows, T)).astype(np.float32)
-  call = dict(targets=jnp.asarray(targets), weights=jnp.asarray(weights), target="h100", z_loss=1e-3)
-  shapes = []
-
-  def one_device(x, head, targets, weights, *, backend, **options):
-    shapes.append(targets.shape)
-    return cross_entropy(x, head, targets, weights, backend="xla", **options)
-
-  monkeypatch.setattr(head_loss, "on_one_device", one_device)
-  mesh = make_mesh(MeshConfig(**sizes))
-
-  def on_mesh(x, head):
-    with activation_sharding(mesh, RULES):
-      run = lambda x, head: head_loss.cross_entropy(x, head, backend="mosaic_gpu", **call)  # noqa: E731
-      return run(x, head), jax.grad(lambda x, head: run(x, head).loss_sum, (0, 1))(x, head)
-
-  alone = lambda x, head: cross_entropy(x, head, backend="xla", **call)  # noqa: E731
-  want = alone(x, head), jax.grad(lambda x, head: alone(x, head).loss_sum, (0, 1))(x, head)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), jax.jit(on_mesh)(x, head), want)
-  assert all(a * b < rows * T for a, b in shapes)

@@ -62,8 +62,9 @@ def cross_entropy(
   loss_sum = sum_t w_t (lse_t - (1 - s) logit_t[target_t] - s mean_v logit_t[v] + z_loss lse_t^2), with lse the
   logarithm of the sum of exponentials and s the label smoothing. When the loss is differentiated, the forward pass
   computes both gradients and the backward pass scales them (see `chunks`). Products run in x's dtype with float32
-  sums; on TPU float32 products have the precision that jax's default says. A 16-bit head's gradient is summed in its
-  own dtype over the chunks of tokens. A head of another dtype than x's is copied into x's first.
+  sums; on TPU float32 products have the precision that jax's default says. The head's gradient is summed in float32
+  over the chunks of tokens and rounded once, to the head's dtype. A head of another dtype than x's is copied into x's
+  first.
 
   Args:
     targets: in [0, V); those of tokens without weight may be anything.
@@ -82,15 +83,42 @@ def cross_entropy(
   Raises:
     ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
   """
-  if not 0.0 <= label_smoothing < 1.0:
-    raise ConfigError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-  options = Options(softcap, head_layout == "vd", label_smoothing > 0, chunk)
-  backend = _choose(backend, target, x, head, targets, options)
-  call = _Call(backend, target, options, float(z_loss), float(label_smoothing))
-  weights = weights.reshape(-1).astype(jnp.float32)
-  flat = _flat(x, targets, weights != 0)
-  loss, z, correct = _cross_entropy(call, flat[0], head, flat[1], weights)
+  call, flat, targets, weights = _weighted_call(
+    x, head, targets, weights, z_loss, softcap, label_smoothing, head_layout, backend, target, chunk
+  )
+  loss, z, correct = _cross_entropy(call, flat, head, targets, weights)
   return CrossEntropy(loss, lax.stop_gradient(z), lax.stop_gradient(correct), weights.sum())
+
+
+def cross_entropy_gradients(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "D V"] | Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  *,
+  z_loss: float = 0.0,
+  softcap: float | None = None,
+  label_smoothing: float = 0.0,
+  head_layout: HeadLayout = "dv",
+  backend: str | None = None,
+  target: str | None = None,
+  chunk: int | None = None,
+) -> tuple[CrossEntropy, Float[Array, "B T D"], Float[Array, "D V"] | Float[Array, "V D"]]:
+  """What `cross_entropy` returns, and its loss's gradients: of x in x's dtype, of the head in float32.
+
+  For callers that add up the head's gradient further, over devices, before it is rounded to the head's dtype.
+
+  Args:
+    all: as in `cross_entropy`.
+
+  Raises:
+    ConfigError: as `cross_entropy` does.
+  """
+  call, flat, targets, weights = _weighted_call(
+    x, head, targets, weights, z_loss, softcap, label_smoothing, head_layout, backend, target, chunk
+  )
+  (loss, z, correct), dx, d_head = _sums_and_gradients(call, flat, head, targets, weights)
+  return CrossEntropy(loss, z, correct, weights.sum()), dx.reshape(x.shape), d_head
 
 
 def token_log_probs(
@@ -117,12 +145,61 @@ def token_log_probs(
   Raises:
     ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
   """
+  call, flat, ids, keep = _token_call(x, head, targets, mask, softcap, head_layout, backend, target, chunk)
+  logp, lse = _token_log_probs(call, flat, head, ids)
+  return tuple(jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (logp, lse))  # type: ignore[return-value]
+
+
+def token_log_probs_gradients(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "D V"] | Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  d_logp: Float[Array, "B T"],
+  d_lse: Float[Array, "B T"],
+  *,
+  mask: Bool[Array, "B T"] | None = None,
+  softcap: float | None = None,
+  head_layout: HeadLayout = "dv",
+  backend: str | None = None,
+  target: str | None = None,
+  chunk: int | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "D V"] | Float[Array, "V D"]]:
+  """The gradients that follow from those of `token_log_probs`: of x in x's dtype, of the head in float32.
+
+  Args:
+    d_logp, d_lse: the gradients of the two that `token_log_probs` returns.
+    others: as in `token_log_probs`.
+
+  Raises:
+    ConfigError: as `token_log_probs` does.
+  """
+  call, flat, ids, keep = _token_call(x, head, targets, mask, softcap, head_layout, backend, target, chunk)
+  cotangents = tuple(jnp.where(keep, d.reshape(-1), 0.0) for d in (d_logp, d_lse))
+  dx, d_head = _token_gradients(call, flat, head, ids, cotangents)
+  return dx.reshape(x.shape), d_head
+
+
+def _weighted_call(
+  x, head, targets, weights, z_loss, softcap, label_smoothing, head_layout, backend, target, chunk
+) -> tuple[_Call, Array, Array, Array]:
+  """The call, and x, targets and weights in one row of tokens."""
+  if not 0.0 <= label_smoothing < 1.0:
+    raise ConfigError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+  options = Options(softcap, head_layout == "vd", label_smoothing > 0, chunk)
+  backend = _choose(backend, target, x, head, targets, options)
+  call = _Call(backend, target, options, float(z_loss), float(label_smoothing))
+  weights = weights.reshape(-1).astype(jnp.float32)
+  return call, *_flat(x, targets, weights != 0), weights
+
+
+def _token_call(
+  x, head, targets, mask, softcap, head_layout, backend, target, chunk
+) -> tuple[_Call, Array, Array, Array]:
+  """The call, and x, targets and which to keep in one row of tokens."""
   options = Options(softcap, head_layout == "vd", chunk=chunk)
   call = _Call(_choose(backend, target, x, head, targets, options), target, options)
   keep = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
-  flat = _flat(x, targets, None if mask is None else keep)
-  logp, lse = _token_log_probs(call, flat[0], head, flat[1])
-  return tuple(jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (logp, lse))  # type: ignore[return-value]
+  return call, *_flat(x, targets, None if mask is None else keep), keep
 
 
 def _choose(backend, target, x, head, targets, options) -> str:
@@ -157,11 +234,16 @@ def _cross_entropy(call, x, head, targets, weights):
 
 
 def _forward(call, x, head, targets, weights):
+  sums, dx, d_head = _sums_and_gradients(call, x, head, targets, weights)
+  return sums, (dx, d_head, jnp.zeros((), head.dtype))
+
+
+def _sums_and_gradients(call, x, head, targets, weights):
   V = head.shape[0 if call.options.vd else 1]
   smooth = call.label_smoothing
   k = Coefficients(weights, 2 * call.z_loss * weights, (1 - smooth) * weights, smooth / V * weights)
   stats, dx, d_head = call.kernels.gradients(x, head, targets, k, call.options, call.target)
-  return _sums(call, stats, head, weights), (dx, d_head, jnp.zeros((), head.dtype))
+  return _sums(call, stats, head, weights), dx, d_head
 
 
 def _sums(call, stats, head, weights):
@@ -197,11 +279,16 @@ def _forward_tokens(call, x, head, targets):
 
 def _backward_tokens(call, saved, cotangents):
   x, head, targets = saved
+  dx, d_head = _token_gradients(call, x, head, targets, cotangents)
+  return dx, d_head.astype(head.dtype), None
+
+
+def _token_gradients(call, x, head, targets, cotangents):
   d_logp, d_lse = cotangents
   zeros = jnp.zeros_like(d_lse)
   k = Coefficients(d_lse - d_logp, zeros, -d_logp, zeros)
   _, dx, d_head = call.kernels.gradients(x, head, targets, k, call.options, call.target)
-  return dx, d_head.astype(head.dtype), None
+  return dx, d_head
 
 
 _token_log_probs.defvjp(_forward_tokens, _backward_tokens)

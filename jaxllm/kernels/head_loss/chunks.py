@@ -11,7 +11,7 @@ chunks are as large as a bound on chunk * V lets them be; that bound also keeps 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,21 +97,20 @@ def gradients(
   coefficients: Coefficients,
   options: Options,
   rows: int,
-  dtype: Any,
   finish: Finish | None = None,
   pinned: bool = False,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics and the gradients of x, in x's dtype, and of the head.
+  """Statistics and the gradients of x, in x's dtype, and of the head, in float32.
+
+  The head's gradient is summed over the chunks in float32, for a 16-bit head too: what hundreds of chunks add to a sum
+  of 16 bits is mostly rounded away.
 
   Args:
     w: the head in x's dtype.
-    dtype: the head's own. Its gradient is summed in it, unless x's is wider: a 16-bit gradient is rounded after each
-      chunk, because to sum it in float32 would take twice the head's memory.
     finish: makes the logits' gradient of the exponentials; by default XLA does.
     pinned: the head and its gradient go through the loop as [rows / 8, 8, columns], where they can be. XLA for TPU v7
       prefers tiles of 16 rows for products in 16 bits, for which it copies both; eight rows admit no such tile.
   """
-  summed = jnp.promote_types(dtype, x.dtype)
   finish = finish or functools.partial(_finish, options, w.shape[0 if options.vd else 1], x.dtype)
   over_v, over_d = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
@@ -131,12 +130,12 @@ def gradients(
     dx = lax.dot_general(dz, w, over_v if options.vd else over_d, preferred_element_type=jnp.float32)
     a, b = (dz, xc) if options.vd else (xc, dz)
     # The dtype of the sum, so that the compiler makes one product that adds in place.
-    product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=summed)
+    product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     total = product if d_head is None else d_head.reshape(head_shape) + product
     return total.reshape(shape), (stats, dx.astype(x.dtype))
 
   one = x.shape[0] <= rows
-  start = None if one else jnp.zeros(shape, summed)
+  start = None if one else jnp.zeros(shape, jnp.float32)
   d_head, (stats, dx) = _by_rows(body, start, (x, targets, coefficients), rows)
   return stats, dx, d_head.reshape(head_shape)
 

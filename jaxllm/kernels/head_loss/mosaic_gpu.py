@@ -65,7 +65,7 @@ def statistics(
 ) -> Statistics:
   """Of every token's logits."""
   V = head.shape[0 if options.vd else 1]
-  tiles, x, head, _ = _prepared(x, head, options, target, tiles)
+  tiles, x, head = _prepared(x, head, options, target, tiles)
   rows = chunks.round_up(x.shape[0], 2 * ROWS)  # nothing large is kept: all tokens at once
   return chunks.statistics(functools.partial(_part, options, tiles, V), x, head, targets, rows)
 
@@ -79,14 +79,14 @@ def gradients(
   target: str | None,
   tiles: Tiles | None = None,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and of the head."""
+  """Statistics, and the gradients of x and, in float32, of the head."""
   V, D = head.shape if options.vd else head.shape[::-1]
-  tiles, wide_x, wide_head, dtype = _prepared(x, head, options, target, tiles)
+  tiles, wide_x, wide_head = _prepared(x, head, options, target, tiles)
   rows = chunks.chunk_rows(
     x.shape[0], V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128)
   )
   part = functools.partial(_part, options, tiles, V)
-  stats, dx, d_head = chunks.gradients(part, wide_x, wide_head, targets, coefficients, options, rows, dtype)
+  stats, dx, d_head = chunks.gradients(part, wide_x, wide_head, targets, coefficients, options, rows)
   return stats, dx[:, :D], d_head[:V, :D] if options.vd else d_head[:D, :V]
 
 
@@ -98,7 +98,7 @@ def _prepared(x, head, options, target, tiles):
   # Arrays of which TMA copies swizzled tiles are whole numbers of the swizzle's tiles, [8, 64].
   longer = -head.shape[0] % 8 if options.vd else -head.shape[1] % DEPTH
   pads = ((0, longer), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
-  return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads), head.dtype
+  return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads)
 
 
 def _swizzled(columns):

@@ -72,7 +72,7 @@ def gradients(
   target: str | None,
   tiles: Tiles | None = None,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and of the head."""
+  """Statistics, and the gradients of x and, in float32, of the head."""
   V, D = head.shape if options.vd else head.shape[::-1]
   tiles = tiles or _tiles(D, x.dtype, target)
   budget = tiles.exponentials * 2 // x.dtype.itemsize
@@ -82,7 +82,7 @@ def gradients(
   wide_x, wide_head = _prepared(x, head, options)
   finish = functools.partial(_finish, options, tiles, target)
   stats, dx, d_head = chunks.gradients(
-    part, wide_x, wide_head, targets, coefficients, options, rows, head.dtype, finish, pinned=True
+    part, wide_x, wide_head, targets, coefficients, options, rows, finish, pinned=True
   )
   return stats, dx[:, :D], d_head[:, :D] if options.vd else d_head[:D]
 

@@ -31,12 +31,10 @@ def gradients(
   options: Options,
   target: str | None,
 ) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and of the head."""
+  """Statistics, and the gradients of x and, in float32, of the head."""
   part, rows = functools.partial(_part, options), _rows(x, head, options, target)
   pinned = TARGETS[target or "cpu"] == "tpu"
-  return chunks.gradients(
-    part, x, head.astype(x.dtype), targets, coefficients, options, rows, head.dtype, pinned=pinned
-  )
+  return chunks.gradients(part, x, head.astype(x.dtype), targets, coefficients, options, rows, pinned=pinned)
 
 
 def _rows(x, head, options, target):
