@@ -93,7 +93,7 @@ def make_program(
   rules = mesh_config.rules
   graph, shapes, axes = declare(model, compute)
   shardings = param_shardings(shapes, axes, mesh, rules)
-  optimizer = make_optimizer(optimizer_config, training.steps, shapes)
+  optimizer = make_optimizer(optimizer_config, training.steps, shapes, shardings)
   schedule = make_schedule(optimizer_config, training.steps)
 
   def loss_fn(params, batch, key):

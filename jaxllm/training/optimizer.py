@@ -1,25 +1,31 @@
 """Optimizers: optax's transformations, dealt out to the parameters by their plans."""
 
 import dataclasses
-import math
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from jaxllm.training.adafactor import scale_by_adafactor, statistic_spec
 from jaxllm.training.config import OptimizerConfig
+from jaxllm.training.muon import scale_by_muon
 from jaxllm.training.param_rules import ParamPlan, plan_params
 from jaxllm.training.schedules import Schedule, make_schedule
 
 
 def make_optimizer(
-  config: OptimizerConfig, total_steps: int, params_shapes: PyTree
+  config: OptimizerConfig,
+  total_steps: int,
+  params_shapes: PyTree,
+  shardings: PyTree[NamedSharding] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Builds the optimizer for parameters of these shapes (arrays or `jax.eval_shape`'s output).
 
   `update(grads, state, params, step=step)` returns updates to add to `params`. The learning rate is the
   schedule's at `step`, which goes on through skipped steps, while moments and their bias correction count
-  the updates that were made.
+  the updates that were made. With `shardings`, a tree like the parameters, Muon moves the matrices between
+  devices itself; without them XLA gathers every matrix that is split.
 
   Raises:
     ConfigError: see `plan_params`.
@@ -33,7 +39,7 @@ def make_optimizer(
   for plan in plans:
     if _label(plan) not in transforms:
       rate = muon_schedule if plan.algorithm == "muon" else schedule
-      transforms[_label(plan)] = _transform(config, plan, rate)
+      transforms[_label(plan)] = _transform(config, plan, rate, shardings)
   return optax.partition(transforms, labels)
 
 
@@ -44,7 +50,9 @@ def _label(plan: ParamPlan) -> str:
   return f"{plan.algorithm}, stacked along {plan.stack_axes} axes, lr x {plan.lr_scale:g}, decay {plan.weight_decay:g}"
 
 
-def _transform(config: OptimizerConfig, plan: ParamPlan, schedule: Schedule) -> optax.GradientTransformation:
+def _transform(
+  config: OptimizerConfig, plan: ParamPlan, schedule: Schedule, shardings: PyTree[NamedSharding] | None
+) -> optax.GradientTransformation:
   if plan.algorithm == "frozen":
     return optax.set_to_zero()
   if plan.algorithm == "adamw":  # Loshchilov and Hutter, arXiv 1711.05101
@@ -53,33 +61,15 @@ def _transform(config: OptimizerConfig, plan: ParamPlan, schedule: Schedule) -> 
     direction = optax.scale_by_lion(config.b1, config.b2)
   elif plan.algorithm == "sgd":
     direction = optax.trace(config.b1)
-  elif plan.algorithm == "adafactor":  # Shazeer and Stern, arXiv 1804.04235: relative steps, no momentum
-    direction = optax.chain(
-      optax.scale_by_factored_rms(min_dim_size_to_factor=2),
-      optax.clip_by_block_rms(1.0),
-      optax.scale_by_param_block_rms(),
-    )
-    for _ in range(plan.stack_axes):
-      direction = _per_slice(direction)
-  else:  # Jordan 2024, https://kellerjordan.github.io/posts/muon/
-    direction = optax.chain(
-      optax.contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=_matrices),
-      optax.stateless(_scale_by_shape),
-    )
+  else:
+    # Chains of one, so that the leaves of the state keep the paths that they have in checkpoints.
+    if plan.algorithm == "adafactor":
+      direction = optax.chain(scale_by_adafactor(plan.stack_axes))
+    else:
+      direction = optax.chain(scale_by_muon(config.muon_momentum, shardings))
   return optax.chain(
     direction, optax.add_decayed_weights(plan.weight_decay), _scale_by_schedule(schedule, plan.lr_scale)
   )
-
-
-def _matrices(updates: PyTree) -> PyTree:
-  """For Muon: the last two axes of every parameter are a matrix [in, out], those before count matrices."""
-  return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 2, u.ndim - 1), updates)
-
-
-def _scale_by_shape(updates: PyTree, params: PyTree) -> PyTree:
-  """Keeps the update's size per output the same for every matrix [in, out]."""
-  del params
-  return jax.tree.map(lambda u: math.sqrt(max(1.0, u.shape[-1] / u.shape[-2])) * u, updates)
 
 
 def _scale_by_schedule(schedule: Schedule, lr_scale: float) -> optax.GradientTransformationExtraArgs:
@@ -92,22 +82,12 @@ def _scale_by_schedule(schedule: Schedule, lr_scale: float) -> optax.GradientTra
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _per_slice(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-  """Treats every slice along the first axis (a layer of a stack) as a tensor of its own."""
-
-  def update(updates, state, params=None):
-    return jax.vmap(transform.update)(updates, state, params)
-
-  return optax.GradientTransformation(jax.vmap(transform.init), update)
-
-
 def state_shardings(abstract_state: PyTree, params_shapes: PyTree, param_shardings: PyTree) -> PyTree:
   """Shardings for any state built around the parameters: an optax state, or a whole TrainState.
 
-  A leaf whose path ends with a parameter's path and whose shape is that parameter's (moments, averaged
-  and master weights) is sharded like it, so that the update needs no communication. Everything else is
-  replicated: scalars, and Adafactor's row and column statistics, which together are smaller than the
-  parameter by a factor of its width.
+  A leaf whose path ends with a parameter's path is sharded like it if it has its shape (moments, averaged
+  and master weights), and like the axes that it shares with it if it lacks one (Adafactor's row and column
+  statistics), so that the update gathers nothing. Everything else is replicated.
 
   Args:
     abstract_state: `jax.eval_shape` of what makes the state.
@@ -122,13 +102,16 @@ def state_shardings(abstract_state: PyTree, params_shapes: PyTree, param_shardin
     path: (leaf.shape, sharding)
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params_shapes), shardings, strict=True)
   }
-  replicated = jax.sharding.NamedSharding(shardings[0].mesh, jax.sharding.PartitionSpec())
+  replicated = NamedSharding(shardings[0].mesh, PartitionSpec())
 
   def sharding_of(path, leaf):
     for start in range(len(path)):
       shape, sharding = by_path.get(path[start:], (None, None))
       if shape == leaf.shape:
         return sharding
+      if start and shape is not None:
+        name = jax.tree_util.keystr(path[start - 1 : start], simple=True)
+        return NamedSharding(sharding.mesh, statistic_spec(name, leaf.shape, shape, sharding.spec))
     return replicated
 
   return jax.tree_util.tree_map_with_path(sharding_of, abstract_state)

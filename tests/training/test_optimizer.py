@@ -1,6 +1,7 @@
 """Every algorithm against torch.optim (layer by layer) or its formula in float64; rules; shardings."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 from toy_model import toy_params
 
 from jaxllm.errors import ConfigError
+from jaxllm.training.adafactor import statistic_spec
 from jaxllm.training.config import OptimizerConfig, ParamRule
+from jaxllm.training.muon import scale_by_muon
 from jaxllm.training.optimizer import make_optimizer, state_shardings
 from jaxllm.training.param_rules import plan_params
 
@@ -55,14 +58,24 @@ DECAYS = {
   "blocks/mlp_norm/scale": False,
   "blocks/mlp_norm/bias": False,
   "head/kernel": True,
+  "encoder/blocks/mlp/up": True,
 }
-MATRICES = ("blocks/mlp/up", "blocks/mlp/down")
-STACKED = tuple(path for path in DECAYS if path.startswith("blocks"))
+MATRICES = ("blocks/mlp/up", "blocks/mlp/down", "encoder/blocks/mlp/up")
+
+
+def uneven_params():
+  """Stacks of three layers and one of two, as encoder-decoders and mixtures with dense layers have them."""
+  up = toy_params(seed=1)["blocks"]["mlp"]["up"][:2]
+  return toy_params() | {"encoder": {"blocks": {"mlp": {"up": up}}}}
+
+
+def stacked(path):
+  return "blocks" in path.split("/")
 
 
 def slices(path, array):
   """The tensors that a framework without stacked layers would hold."""
-  return list(array) if path in STACKED else [array]
+  return list(array) if stacked(path) else [array]
 
 
 def reference(params, make, steps=STEPS):
@@ -74,7 +87,7 @@ def reference(params, make, steps=STEPS):
     grads = flat(gradients(params, step))
     for path, layers in runners.items():
       new = [layer(g) for layer, g in zip(layers, slices(path, grads[path]), strict=True)]
-      result[path] = np.stack(new) if path in STACKED else new[0]
+      result[path] = np.stack(new) if stacked(path) else new[0]
   return result
 
 
@@ -106,7 +119,7 @@ def test_adamw_is_torchs():
   def build(torch, path, weight):
     return torch.optim.AdamW([weight], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1 if DECAYS[path] else 0.0)
 
-  params = toy_params()
+  params = uneven_params()
   expected = reference(params, torch_runner(build))
   assert_same(run(BASE, params), expected, rtol=2e-5, atol=2e-6)
 
@@ -115,7 +128,7 @@ def test_sgd_without_decay_is_torchs():
   def build(torch, path, weight):
     return torch.optim.SGD([weight], lr=0.02, momentum=0.9)
 
-  params = toy_params()
+  params = uneven_params()
   expected = reference(params, torch_runner(build))
   config = dataclasses.replace(BASE, name="sgd", weight_decay=0.0)
   assert_same(run(config, params), expected, rtol=2e-5, atol=2e-5)
@@ -134,7 +147,7 @@ def test_adafactor_is_torchs_in_every_layer():
     # torch caps the rate at 1/sqrt(step), which is higher than ours here.
     return torch.optim.Adafactor([weight], lr=0.02, weight_decay=0.1 if DECAYS[path] else 0.0)
 
-  params = toy_params()
+  params = uneven_params()
   expected = reference(params, torch_runner(build))
   assert_same(run(dataclasses.replace(BASE, name="adafactor"), params), expected, rtol=1e-4, atol=1e-5)
 
@@ -152,7 +165,7 @@ def test_lion_is_its_formula():
 
     return step
 
-  params = toy_params()
+  params = uneven_params()
   config = dataclasses.replace(BASE, name="lion")
   assert_same(run(config, params), reference(params, make), rtol=1e-5, atol=1e-6)
 
@@ -214,9 +227,29 @@ def test_muon_is_its_formula_in_every_layer_and_adamw_elsewhere():
 
     return step
 
-  params = toy_params()
+  params = uneven_params()
   config = dataclasses.replace(BASE, name="muon", muon_learning_rate=0.05)
   assert_same(run(config, params), reference(params, make), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (3, 24, 8), (1, 8, 8), (2, 3, 8, 24)])
+def test_muon_is_optaxs(shape):
+  axes = optax.contrib.MuonDimensionNumbers(len(shape) - 2, len(shape) - 1)
+  oracle = optax.contrib.scale_by_muon(weight_dimension_numbers={"w": axes})
+  ours = scale_by_muon(0.95)
+  params = {"w": jnp.zeros(shape)}
+  state, wanted_state = ours.init(params), oracle.init(params)
+  for step in range(3):
+    updates, state = ours.update(gradients(params, step), state)
+    wanted, wanted_state = oracle.update(gradients(params, step), wanted_state)
+    factor = max(1, shape[-1] / shape[-2]) ** 0.5
+    np.testing.assert_allclose(updates["w"], factor * wanted["w"], rtol=1e-4, atol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state, wanted_state)
+
+
+def test_muon_leaves_a_matrix_without_gradient():
+  updates, _ = scale_by_muon(0.95).update(zeros := {"w": jnp.zeros((2, 4, 4))}, scale_by_muon(0.95).init(zeros))
+  assert not updates["w"].any()
 
 
 def test_muon_is_torchs():
@@ -235,7 +268,7 @@ def test_muon_is_torchs():
 
 
 def test_default_decay_and_algorithms():
-  plans = plan_params(dataclasses.replace(BASE, name="muon"), toy_params())
+  plans = plan_params(dataclasses.replace(BASE, name="muon"), uneven_params())
   assert {plan.path: plan.weight_decay > 0 for plan in plans} == DECAYS
   assert [plan.path for plan in plans if plan.algorithm == "muon"] == sorted(MATRICES)
   assert {plan.algorithm for plan in plans} == {"muon", "adamw"}
@@ -340,14 +373,30 @@ def test_state_shardings_follow_the_parameters(name):
   optimizer = make_optimizer(dataclasses.replace(BASE, name=name), 10, params)
   found = state_shardings(jax.eval_shape(optimizer.init, params), params, wanted)
   state = jax.jit(optimizer.init, out_shardings=found)(params)
-  up = [leaf for path, leaf in leaves(state).items() if path.endswith("blocks/mlp/up")]
-  assert up and all(
-    leaf.sharding.spec == P(None, "fsdp", "tensor") if leaf.shape == params["blocks"]["mlp"]["up"].shape
-    else leaf.sharding.is_fully_replicated  # Adafactor's rows and columns
-    for leaf in up
-  )  # fmt: skip
+  # Adafactor's rows and columns [L, D], [L, F] lie like the axis that is left of [L, D, F].
+  specs = {
+    "up": {(3, 16, 32): P(None, "fsdp", "tensor"), (3, 16): P(None, "fsdp"), (3, 32): P(None, "tensor"), (3, 1): P()},
+    "down": {(3, 32, 16): P(None, "fsdp", "tensor"), (3, 32): P(None, "fsdp"), (3, 16): P(None, "tensor"), (3, 1): P()},
+  }
+  for matrix, wanted_specs in specs.items():
+    found = [leaf for path, leaf in leaves(state).items() if path.endswith("blocks/mlp/" + matrix)]
+    assert found and all(leaf.sharding.spec == wanted_specs[leaf.shape] for leaf in found)
   rest = [leaf for path, leaf in leaves(state).items() if path.endswith(("count", "scale"))]
   assert rest and all(leaf.sharding.is_fully_replicated for leaf in rest)
+
+
+def test_statistics_of_square_matrices_lie_like_the_axis_they_keep():
+  """optax averages v_row over the last axis and v_col over the first."""
+  grads = {"w": jnp.asarray([[1.0, 1.0], [3.0, 3.0]])}
+  transform = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+  _, state = transform.update(grads, transform.init(grads), grads)
+  np.testing.assert_allclose(state.v_row["w"], [1, 9])
+  np.testing.assert_allclose(state.v_col["w"], [5, 5])
+  spec = P(None, "fsdp", "tensor")
+  assert statistic_spec("v_row", (3, 8), (3, 8, 8), spec) == P(None, "fsdp")
+  assert statistic_spec("v_col", (3, 8), (3, 8, 8), spec) == P(None, "tensor")
+  assert statistic_spec("v_row", (3, 1), (3, 8, 8), spec) == P()
+  assert statistic_spec("v_col", (8, 16), (8, 8, 16), spec) == P(None, "tensor")
 
 
 def test_state_shardings_read_any_optax_state():
@@ -367,5 +416,5 @@ def test_state_shardings_read_any_optax_state():
     for path, sharding in jax.tree_util.tree_leaves_with_path(found)
     if not sharding.is_fully_replicated
   }
-  assert len(sharded) == 6  # trace, mu and nu of the two stacked matrices
+  assert len(sharded) == 10  # trace, mu and nu, rows and columns of the two stacked matrices
   assert all("'up'" in path or "'down'" in path for path in sharded)
