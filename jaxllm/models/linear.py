@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels.matmul import matmul
+from jaxllm.parallel.rows import add_rows
 from jaxllm.parallel.sharding import constrain
 
 LogicalAxes = tuple[str | None, ...]
@@ -39,7 +40,7 @@ def dense(weight, dtype=None) -> Array:
   return jnp.asarray(weight if isinstance(weight, (jax.Array, np.ndarray)) else weight.dense(), dtype)
 
 
-def rows(table: Float[Array, "V D"], ids: Int[Array, "*B"], dtype, axis: str | None = None) -> Float[Array, "*B D"]:
+def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype, axis: str | None = None) -> Float[Array, "B T D"]:
   """table[ids] in `dtype`; rows past the table are NaN, in floating point.
 
   A table of 16 bits too has its gradient summed in float32 and rounded once: of a token that stands in the batch
@@ -63,8 +64,7 @@ def _rows_forward(table, ids, dtype, axis):
 
 def _rows_backward(dtype, axis, saved, dy):
   table, ids = saved
-  total = jnp.zeros(table.shape, jnp.float32).at[ids].add(dy.astype(jnp.float32))
-  return constrain(total, axis, "embed").astype(table.dtype), None
+  return add_rows(dy, ids, table.shape[0], axis).astype(table.dtype), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
