@@ -8,7 +8,7 @@ Kernels, with training.kernels="auto": on TPU all are XLA's, because none of our
   attention goes block by block, so that its memory grows with the length and not with its square, but writes its scores
   out: try --config.training.kernels=pallas first. On H100 attention is cuDNN's, with a mask of 128 MiB that keeps
   documents apart; the rest is XLA's. docs/kernels.md says how "auto" chooses.
-Time, estimated: 1 B tokens take about 30 minutes on 32 v5p chips at 50 % MFU, which needs a faster attention than XLA's.
+Time, estimated: 1 B tokens take about 30 minutes on 32 v5p chips at 50 % MFU, with a faster attention than XLA's.
   Not yet run.
 """
 
