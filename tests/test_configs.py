@@ -1,14 +1,19 @@
 """Every config that ships is valid, and its step lowers for the hardware that its docstring names."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from jaxllm.config import load_config, load_config_file, sweep_points
+from jaxllm.kernels import backends
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.training.compile import make_program
+
+sys.path.append(str(Path(__file__).parent / "kernels"))
+import cudnn_stand_in
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # platform, target, devices
@@ -31,18 +36,18 @@ def test_every_config_is_covered():
 @pytest.mark.parametrize("name", HARDWARE)
 def test_a_config_says_command_hardware_and_time(name):
   doc = load_config_file(str(CONFIGS / f"{name}.py")).__doc__
-  for word in (f"configs/{name}.py", "Hardware", "Time"):
+  words = (f"configs/{name}.py", "Hardware", "Time", *(("Kernels",) if HARDWARE[name][0] != "cpu" else ()))
+  for word in words:
     assert word in doc
 
 
 @pytest.mark.parametrize("name", HARDWARE)
-def test_a_config_lowers(name):
+def test_a_config_lowers(name, monkeypatch):
   platform, target, devices = HARDWARE[name]
+  cudnn_stand_in.allow_lowering(monkeypatch)
+  monkeypatch.setattr(backends, "_logged", {})
   run = load_config(str(CONFIGS / f"{name}.py"))
-  attention = "auto"
-  if platform == "cuda":  # cuDNN's lowering needs its library; packed rows take our kernel, of jax 0.11
-    attention = "mosaic_gpu" if jax.__version_info__ >= (0, 11) else "xla"
-  training = dataclasses.replace(run.training, target=target, attention=attention)
+  training = dataclasses.replace(run.training, target=target)
   mesh = make_mesh(run.mesh, jax.devices()[:devices])
   program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
   lowered = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,))
@@ -52,6 +57,17 @@ def test_a_config_lowers(name):
   assert tokens in text
   if devices > 1:
     assert "fsdp" in text
+  if platform == "cpu":
+    return
+  # The kernels that the docstring names.
+  attention = "cudnn" if target == "h100" and jax.__version_info__ >= (0, 11, 2) else "xla"
+  assert tuple(backends.chosen("packed_attention", target)) == (attention,)
+  assert tuple(backends.chosen("cross_entropy", target)) == ("xla",)
+  assert ("@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text) == (attention == "cudnn")
+  if attention == "cudnn":
+    rows = training.batch_size // training.accumulation
+    doc = load_config_file(str(CONFIGS / f"{name}.py")).__doc__
+    assert f"a mask of {2 * rows * training.seq_len**2 >> 20} MiB" in doc
 
 
 @pytest.mark.parametrize("name", ["quickstart", "gpt2_124m"])

@@ -104,6 +104,8 @@ BAD = [
   (["--config.mesh.stage=2"], ["mesh.stage"]),
   (["--config.data.dir=nowhere"], ["nowhere", "jaxllm.prepare"]),
   (["--config.training.attention=cudnn"], ["cudnn", "cpu"]),
+  (["--config.training.kernels=pallas"], ["kernels", "'pallas'", "h100", "not for cpu"]),
+  (["--config.training.kernels=cudnn"], ["training.kernels", "'cudnn'", "'pallas'"]),
   (["--config.training.target=h1000"], ["h1000", "h100"]),
   (["--config.optimizer.rules=[{'pattern':'nothing'}]"], ["nothing", "no parameter"]),
 ]

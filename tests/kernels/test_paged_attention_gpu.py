@@ -112,5 +112,5 @@ MORE_MODELS = {
 @pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS)])
 def test_machine_code(name):
   shapes, options = (MODELS | MORE_MODELS)[name]
-  function = functools.partial(paged_attention, backend="auto", target="h100", **options)
+  function = functools.partial(paged_attention, backend="mosaic_gpu", target="h100", **options)
   check_machine_code(function, model_shapes(**shapes))

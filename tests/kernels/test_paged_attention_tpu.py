@@ -115,7 +115,7 @@ def test_compiles(name, chip):
 
   shapes, options = MODELS[name]
   inputs = model_shapes(**shapes, target=chip)
-  function = functools.partial(paged_attention, backend="auto", target=chip, **options)
+  function = functools.partial(paged_attention, backend="pallas_tpu", target=chip, **options)
   compiled = compile_tpu(function, inputs, chip)
   assert "paged_attention" in compiled.as_text()
   pages = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs[1]))

@@ -1,0 +1,66 @@
+"""Which kernels a training step is compiled with: the word for all of them, and what wins over it."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.kernels import backends
+from jaxllm.models.config import OPS, Compute, ModelConfig, MoEConfig
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import make_mesh
+from jaxllm.training.compile import compute_of, make_program
+from jaxllm.training.config import OptimizerConfig, TrainingConfig
+
+RECENT = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Pallas kernels need jax 0.11")
+MODEL = ModelConfig(
+  vocab_size=512, embed_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=256, max_seq_len=256,
+  moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=256),
+)  # fmt: skip
+TRAINING = TrainingConfig(steps=10, batch_size=2, seq_len=256, dtype="bfloat16", remat="full")
+
+
+def computes(devices=1, **settings):
+  mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+  return compute_of(dataclasses.replace(TRAINING, **settings), mesh)
+
+
+def test_the_word_is_for_every_op_that_is_left_open():
+  assert {getattr(computes(kernels="xla"), op) for op in OPS} == {"xla"}
+  assert {getattr(computes(), op) for op in OPS} == {"auto"}
+  assert {getattr(computes(devices=8), op) for op in OPS} == {"xla"}  # calls that cannot be split over devices
+  mixed = computes(kernels="xla", attention="cpu")
+  assert (mixed.attention, mixed.matmul) == ("cpu", "xla")
+
+
+@RECENT
+def test_the_word_for_our_kernels():
+  compute = computes(target="h100", kernels="pallas", cross_entropy="xla")
+  assert (compute.attention, compute.grouped_matmul, compute.cross_entropy) == ("pallas", "pallas", "xla")
+
+
+@pytest.mark.parametrize("target", ["cpu", "a100"])
+def test_where_there_are_none_it_is_an_error(target):
+  with pytest.raises(ConfigError, match=f"kernels is 'pallas'.*not for {target}"):
+    computes(target=target, kernels="pallas")
+  with pytest.raises(ConfigError, match="kernels is 'pallas'"):
+    Compute(target=target, kernels="pallas")
+
+
+@RECENT
+@pytest.mark.parametrize(
+  "platform, target, backend, call",
+  [("cuda", "h100", "mosaic_gpu", "@mosaic_gpu_v2("), ("tpu", "v5p", "pallas_tpu", "@tpu_custom_call(")],
+)
+def test_a_step_with_experts_has_our_kernels_for_all_its_ops(platform, target, backend, call, monkeypatch):
+  monkeypatch.setattr(backends, "_logged", {})
+  training = dataclasses.replace(TRAINING, target=target, kernels="pallas")
+  mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+  program = make_program(MODEL, training, OptimizerConfig(), MeshConfig(data=2), mesh)
+  text = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,)).as_text()
+  ops = ("packed_attention", "cross_entropy", "grouped_matmul")
+  assert {op: tuple(backends.chosen(op, target)) for op in ops} == dict.fromkeys(ops, (backend,))
+  # Attention forward, again for the backward pass, and backward; three grouped products each way; the loss.
+  assert text.count(call) >= 3 + 3 * 3 + 1
+  assert "cudnn" not in text
