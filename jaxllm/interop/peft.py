@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.interop.model_directory import read_json
+from jaxllm.interop.directory_files import read_json
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
@@ -40,13 +40,16 @@ def base_of(directory: Path) -> Path:
   )
 
 
-def merge_adapter(directory: Path, tensors: Tensors) -> Tensors:
-  """A checkpoint's tensors with an adapter's products added, each when it is read (Hu et al., arXiv 2106.09685).
+def merge_adapter(directory: Path, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+  """adapter_config.json, and a checkpoint's tensors with the adapter's products added, each when it is read (Hu
+  et al., arXiv 2106.09685).
 
   Raises:
     ConfigError: it is not a plain LoRA.
-    CheckpointError: its weights are missing, damaged, or do not fit the checkpoint.
+    CheckpointError: there is no adapter, or its weights are missing, damaged, or do not fit the checkpoint.
   """
+  if not is_adapter(directory):
+    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}")
   config = read_json(directory / CONFIG_FILE)
   kind = config.get("peft_type")
   if kind != "LORA":
@@ -80,7 +83,7 @@ def merge_adapter(directory: Path, tensors: Tensors) -> Tensors:
     scale = _scale(config, module, down.shape[0])
     read = functools.partial(_add, base, down, up, scale, transposed)
     merged[target] = LazyTensor(base.shape, base.dtype, read)
-  return merged
+  return config, merged
 
 
 def _add(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, transposed: bool) -> np.ndarray:
