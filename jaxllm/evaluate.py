@@ -43,13 +43,12 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.evaluation.bits_per_byte import heldout_metrics
   from jaxllm.inference.load import read_weights
   from jaxllm.interop.open import open_model
-  from jaxllm.interop.stored import TrainedOn
 
   stored = open_model(args.model, adapter=args.adapter, step=args.step)
-  trained = stored.trained_on or TrainedOn()
-  if trained.objective not in (None, "causal_lm"):
+  objective = stored.run.get("objective", {}).get("name", "causal_lm")
+  if objective != "causal_lm":
     raise ConfigError(
-      f"{args.model} was trained with the objective {trained.objective!r}; bits per byte is of models that predict "
+      f"{args.model} was trained with the objective {objective!r}; bits per byte is of models that predict "
       "the next token (held-out metrics of other objectives are in its metrics.jsonl)"
     )
   if stored.config.architecture != "decoder" or stored.config.head != "lm":
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
       f"{args.model} does not predict the next token (its model.architecture is {stored.config.architecture!r}, its "
       f"model.head {stored.config.head!r}); bits per byte is of models that do"
     )
-  data = args.data or trained.data_dir
+  data = args.data or stored.run.get("data", {}).get("dir")
   if not data:
     raise ConfigError(f"{args.model} does not say what it was trained on; name prepared data with --data=DIR")
   prepared = read_manifest(data)
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     raise DataError(f"nothing is prepared in {data}; run python -m jaxllm.prepare first")
   if not reads_alike(stored.tokenizer, prepared):
     raise DataError(f"{data} was prepared with another tokenizer than the model's; its token ids mean other text")
-  seq_len = args.seq_len or trained.seq_len or stored.config.max_seq_len
+  seq_len = args.seq_len or stored.run.get("training", {}).get("seq_len") or stored.config.max_seq_len
   if seq_len > stored.config.max_seq_len:
     raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {stored.config.max_seq_len}")
   model = read_weights(stored)

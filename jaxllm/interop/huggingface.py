@@ -18,7 +18,7 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import Family, Shape, Transform, Weight, shortest_period
-from jaxllm.interop.stored import param_shapes
+from jaxllm.interop.stored import param_shapes, tensors_of
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts, in_memory
 from jaxllm.models.build import Params
 from jaxllm.models.config import ModelConfig, MoEConfig
@@ -192,8 +192,7 @@ def params_to_huggingface(
   config: ModelConfig, family: str, params: Params
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """`to_huggingface` of a nested dict of arrays: the content of config.json, and arrays by name."""
-  flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
-  hf, tensors = to_huggingface(config, family, in_memory(flat))
+  hf, tensors = to_huggingface(config, family, tensors_of(params))
   return hf, {name: tensor.read() for name, tensor in tensors.items()}
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop import peft
-from jaxllm.interop.directory_files import CONFIG_FILE, read_json, read_tokenizer
+from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, open_huggingface, read_huggingface
-from jaxllm.interop.model_directory import open_model_directory
-from jaxllm.interop.run_directory import CHECKPOINTS, open_run
-from jaxllm.interop.stored import Form, StoredModel
+from jaxllm.interop.model_directory import open_model_directory, read_model_config
+from jaxllm.interop.stored import Form, StoredModel, check_shapes
+
+CHECKPOINTS = "checkpoints"
 
 
 def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int | None = None) -> StoredModel:
@@ -32,7 +33,7 @@ def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int
   if step is not None and form != "run":
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
   if form == "run":
-    model = open_run(path, step)
+    model = _open_run(path, step)
   elif form == "adapter":
     model = dataclasses.replace(_with_adapter(open_model(peft.base_of(path)), path), path=path, form="adapter")
   elif form == "hf":
@@ -77,7 +78,7 @@ def _described(path: Path) -> str:
 
 
 def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
-  """What `base` was trained on says nothing of the adapter, so it goes."""
+  """The model with an adapter merged into it; what `base` was trained on says nothing of that, so it goes."""
   if base.form == "hf" and not base.adapters:
     hf, tensors = read_huggingface(base.path)  # under the names that the adapter was trained with
   else:
@@ -89,9 +90,19 @@ def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
     config=config,
     tensors=params,
     tokenizer=read_tokenizer(directory) or base.tokenizer,
-    trained_on=None,
+    run={},
     adapters=(*base.adapters, settings),
   )
+
+
+def _open_run(directory: Path, step: int | None) -> StoredModel:
+  from jaxllm.training.checkpoints import open_params  # the one import that looks up, see pyproject.toml
+
+  config, tensors = read_model_config(directory), open_params(directory, step)
+  check_shapes(config, tensors, directory / CHECKPOINTS)
+  tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
+  groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
+  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups)
 
 
 def _open_gguf(path: Path) -> StoredModel:

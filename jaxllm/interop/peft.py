@@ -32,11 +32,11 @@ def base_of(directory: Path) -> Path:
   name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
   if isinstance(name, str) and name:
     for path in (Path(name).expanduser(), directory / name):
-      if path.exists():
+      if path.exists() and path.resolve() != directory.resolve():
         return path
   raise CheckpointError(
-    f"the adapter in {directory} belongs to {name!r}, which is no path here; set base_model_name_or_path in its "
-    f"{CONFIG_FILE} to where that model is"
+    f"the adapter in {directory} belongs to {name!r}, which is no path to another model here; set "
+    f"base_model_name_or_path in its {CONFIG_FILE} to where that model is"
   )
 
 

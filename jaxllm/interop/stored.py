@@ -1,6 +1,7 @@
 """A model in files: what it is, and its weights, which are read when they are asked for."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,18 +27,6 @@ Form = Literal["jaxllm", "run", "hf", "adapter", "gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedOn:
-  """What a run's config.json says of its training; None where it does not.
-
-  data_dir: the prepared data, as the run named them. objective: its name. seq_len: tokens of a row.
-  """
-
-  data_dir: str | None = None
-  objective: str | None = None
-  seq_len: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class StoredModel:
   """A model of which nothing but the weights is in memory.
 
@@ -46,7 +35,7 @@ class StoredModel:
     tokenizer: its chat templates included; None: a model of bare token ids.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
     path: where it was opened, None: it comes from memory. form: as what.
-    trained_on: None where this is not known.
+    run: of a training run the groups of its config.json: run["data"]["dir"], run["objective"]["name"], …
     adapters: the adapter_config.json of each adapter that is merged into `tensors`, in their order.
   """
 
@@ -56,7 +45,7 @@ class StoredModel:
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   path: Path | None = None
   form: Form | None = None
-  trained_on: TrainedOn | None = None
+  run: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   adapters: tuple[dict[str, Any], ...] = ()
 
   @property
@@ -88,7 +77,7 @@ class StoredModel:
   ) -> Params:
     """The weights on their devices, in a tree like that of `init_params`.
 
-    No more than a layer of one parameter is held on the host, and of a stacked one once more on the devices.
+    Beside them no more than a layer of one parameter is held in memory.
 
     Args:
       dtype: of all of them, "float32", "bfloat16" or "float16"; None: of each as it is stored.
@@ -107,14 +96,8 @@ class StoredModel:
       shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, rules), sep="/")
     placed: dict[str, Array | PerLayer] = {}
     for path, names in traverse_util.flatten_dict(axes, sep="/").items():
-      tensor, whole = tensors[path], shardings.get(path, here)
-      if names[:1] != ("layers",):
-        placed[path] = _put(tensor.read(), whole)
-        continue
-      one = NamedSharding(mesh, PartitionSpec(*whole.spec[1:])) if isinstance(whole, NamedSharding) else whole
-      layers = tuple(_put(tensor.part((i,)), one) for i in range(tensor.shape[0]))
-      stack = jax.jit(lambda *layers: jnp.stack(layers), out_shardings=whole)
-      placed[path] = PerLayer(layers) if per_layer else stack(*layers)
+      place = functools.partial(_put_layers, per_layer=per_layer) if names[:1] == ("layers",) else _put
+      placed[path] = place(tensors[path], shardings.get(path, here))
     return traverse_util.unflatten_dict(placed, sep="/")
 
 
@@ -157,5 +140,27 @@ def check_shapes(config: ModelConfig, tensors: Tensors, where: Path) -> None:
       )
 
 
-def _put(x: np.ndarray, sharding: Sharding) -> Array:
+def _put(tensor: LazyTensor, sharding: Sharding) -> Array:
+  return _on_devices(tensor.read(), sharding)
+
+
+def _put_layers(tensor: LazyTensor, sharding: Sharding, per_layer: bool) -> Array | PerLayer:
+  one = sharding
+  if isinstance(sharding, NamedSharding):
+    one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  layers = (_on_devices(tensor.part((i,)), one) for i in range(tensor.shape[0]))
+  if per_layer:
+    return PerLayer(tuple(layers))
+  whole = jnp.zeros(tensor.shape, tensor.dtype, device=sharding)
+  for i, layer in enumerate(layers):
+    whole = jax.block_until_ready(_with_layer(whole, layer, i))  # or layers queue up
+  return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(whole: Array, layer: Array, i: int) -> Array:
+  return jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+
+
+def _on_devices(x: np.ndarray, sharding: Sharding) -> Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

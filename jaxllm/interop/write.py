@@ -51,14 +51,9 @@ def write_model(
     write_model_directory(path, model, max_shard_bytes)
   elif format == "hf":
     write_huggingface(path, model, family, max_shard_bytes)
-  else:
-    _write_gguf(path, model, quantize, family)
-
-
-def _write_gguf(path: Path, model: StoredModel, quantize: str | None, family: str | None) -> None:
-  if path.exists():
+  elif path.exists():
     raise CheckpointError(f"{path} is there already; choose another name, or remove it")
-  hf, tensors = as_checkpoint(model.config, model.tensors, family)
-  types = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-  dtype = quantize or types.get(model.dtype, "f32")
-  write_gguf(path, hf, tensors, model.tokenizer, dtype=dtype, generation=model.generation)
+  else:
+    hf, tensors = as_checkpoint(model.config, model.tensors, family)
+    kind = quantize or {"bfloat16": "bf16", "float16": "f16"}.get(model.dtype, "f32")
+    write_gguf(path, hf, tensors, model.tokenizer, dtype=kind, generation=model.generation)

@@ -32,6 +32,13 @@ def run(source):
     from jaxllm.parallel.config import MeshConfig
     from jaxllm.parallel.mesh import make_mesh
     return load_model(source, mesh=make_mesh(MeshConfig(data=1, fsdp=8), jax.devices()))
+  if work == "params":
+    import jax
+    from jaxllm.interop.open import open_model
+    from jaxllm.parallel.config import MeshConfig
+    from jaxllm.parallel.mesh import make_mesh
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    return jax.block_until_ready(open_model(source).params(mesh=mesh))
   from jaxllm.convert import main
   main([f"--from={source}", f"--to={source}-{work}", f"--format={work}", "--max-shard-size=100MB"])
 run(tiny)
@@ -83,9 +90,9 @@ def test_a_conversion(models, source, format):
   assert extra < 1.3 * SHARD + LARGEST_TENSOR
 
 
-@pytest.mark.parametrize("source", ["hf", "jaxllm"])
-def test_loading_onto_eight_devices(models, source):
+@pytest.mark.parametrize("work, source", [("load", "hf"), ("load", "jaxllm"), ("params", "hf")])
+def test_loading_onto_eight_devices(models, work, source):
   weights = sum(np.prod(shape) * 2 for shape in param_shapes(LARGE).values())
-  extra = measure("load", models, source) - weights
-  print(f"{source} -> mesh: {extra / 1e6:.0f} MB beyond the weights' {weights / 1e6:.0f}")
+  extra = measure(work, models, source) - weights
+  print(f"{source} -> {work} on a mesh: {extra / 1e6:.0f} MB beyond the weights' {weights / 1e6:.0f}")
   assert extra < 1.3 * SHARD + LARGEST_TENSOR

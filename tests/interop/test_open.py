@@ -10,7 +10,7 @@ import pytest
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.open import open_model
 from jaxllm.interop.safetensors import write_safetensors
-from jaxllm.interop.stored import StoredModel, TrainedOn, tensors_of
+from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.tensors import in_memory
 from jaxllm.interop.write import write_model
 from jaxllm.models.build import init_params, unstack_layers
@@ -64,7 +64,7 @@ def test_every_form_is_the_same_model(forms, params, name, form):
   if name != "run":
     assert model.generation["eos_token_id"] == [2]
   jax.tree.map(np.testing.assert_array_equal, model.params(), params)
-  assert model.trained_on == (TrainedOn("data/x", "causal_lm", 8) if name == "run" else None)
+  assert model.run.get("data") == ({"dir": "data/x"} if name == "run" else None)
 
 
 def test_an_adapter_is_opened_alone_or_with_a_model(forms, params):
@@ -76,13 +76,21 @@ def test_an_adapter_is_opened_alone_or_with_a_model(forms, params):
   np.testing.assert_array_equal(alone.tensors[query].read(), want)
   for name in ("ours", "hf", "file.gguf", "run"):
     model = open_model(forms / name, adapter=forms / "adapter")
-    assert model.path == forms / name and len(model.adapters) == 1 and model.trained_on is None
+    assert model.path == forms / name and len(model.adapters) == 1 and not model.run
     np.testing.assert_array_equal(model.tensors[query].read(), want)
   twice = open_model(forms / "adapter", adapter=forms / "adapter")
   assert len(twice.adapters) == 2
   np.testing.assert_array_equal(twice.tensors[query].read()[1], want[1] + 1)
   with pytest.raises(CheckpointError, match="is no adapter: an adapter's directory has an adapter_config.json"):
     open_model(forms / "hf", adapter=forms / "ours")
+
+
+def test_an_adapter_that_names_itself_is_refused(forms, tmp_path):
+  adapter = shutil.copytree(forms / "adapter", tmp_path / "adapter")
+  settings = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(adapter)}
+  (adapter / "adapter_config.json").write_text(json.dumps(settings))
+  with pytest.raises(CheckpointError, match="no path to another model"):
+    open_model(adapter)
 
 
 def test_a_huggingface_directory_with_checkpoints_in_it_is_no_run(forms):
