@@ -73,6 +73,10 @@ def test_evaluate_takes_an_adapter(door, run, job, tmp_path):
   code, out, err = door("evaluate", f"--model={tmp_path}", data, "--json")
   assert code == 0, err
   assert json.loads(door("evaluate", f"--model={run}", f"--adapter={tmp_path}", data, "--json")[1]) == json.loads(out)
+  merged = tmp_path / "merged"
+  assert door("convert", f"--from={run}", f"--adapter={tmp_path}", f"--to={merged}", "--format=hf")[0] == 0
+  again = json.loads(door("evaluate", f"--model={merged}", data, "--json")[1])
+  assert again == pytest.approx(json.loads(out), rel=1e-6)
   embedding = model._weights["embedding"]["tokens"]
   ids = np.asarray(model.tokenizer.encode("abc def " * 3))
   x = np.asarray(embedding)[ids[:-1]].astype(np.float64)
