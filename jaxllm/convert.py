@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError
@@ -34,6 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--from", required=True, dest="source", metavar="PATH", help=MODEL_FORMS)
+  add("--adapter", metavar="DIR", help="a PEFT LoRA adapter to merge into it")
   add("--to", required=True, metavar="PATH", help="a new or empty directory, or a new .gguf file")
   add("--format", required=True, choices=("jaxllm", "hf", "gguf"), help="the form to write")
   add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are)")
@@ -49,20 +49,21 @@ def main(argv: Sequence[str]) -> int:
   """Runs the door; returns the exit code."""
   args = parse(argv)
   max_shard_bytes = parse_size(args.max_shard_size)
-  from jaxllm.inference.stored import open_model, write_model
+  from jaxllm.interop.open import open_model
+  from jaxllm.interop.write import write_model
 
   start = time.monotonic()
-  model = open_model(args.source, args.step)
+  model = open_model(args.source, adapter=args.adapter, step=args.step)
   write_model(
-    Path(args.to).expanduser(),
     model,
-    args.format,
+    args.to,
+    format=args.format,
     dtype=args.dtype,
     quantize=args.quantize,
     family=args.family,
     max_shard_bytes=max_shard_bytes,
   )
-  count = sum(math.prod(tensor.shape) for tensor in model.params.values())
+  count = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
   print(f"{args.to}: {count:,} parameters written in {time.monotonic() - start:.1f} s", file=sys.stderr)
   return 0
 

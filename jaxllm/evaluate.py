@@ -8,10 +8,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+  from jaxllm.data.manifest import Prepared
+  from jaxllm.data.tokenizers import Tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,12 +26,8 @@ def main(argv: Sequence[str]) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument(
-    "--model",
-    required=True,
-    metavar="PATH",
-    help=MODEL_FORMS,
-  )
+  parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_FORMS)
+  parser.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA adapter to merge into it")
   parser.add_argument("--step", type=int, help="of a run: this checkpoint, not the latest")
   parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
   parser.add_argument("--batch-size", type=int, default=8)
@@ -40,29 +40,35 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.data.heldout import HeldoutBatches
   from jaxllm.data.manifest import read_manifest
   from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
-  from jaxllm.inference.load import load_model
+  from jaxllm.inference.load import read_weights
+  from jaxllm.interop.open import open_model
   from jaxllm.objectives.causal_lm import CausalLM
   from jaxllm.objectives.heldout import heldout_metrics
 
-  model = load_model(args.model, step=args.step)
-  saved = json.loads((Path(args.model) / "config.json").read_text())
-  data = args.data or saved.get("data", {}).get("dir")
+  stored = open_model(args.model, adapter=args.adapter, step=args.step)
+  objective = stored.run.get("objective", {}).get("name", "causal_lm")
+  if objective != "causal_lm":
+    raise ConfigError(
+      f"{args.model} was trained with the objective {objective!r}; bits per byte is of models that predict "
+      "the next token (held-out metrics of other objectives are in its metrics.jsonl)"
+    )
+  if stored.config.architecture != "decoder" or stored.config.head != "lm":
+    raise ConfigError(
+      f"{args.model} does not predict the next token (its model.architecture is {stored.config.architecture!r}, its "
+      f"model.head {stored.config.head!r}); bits per byte is of models that do"
+    )
+  data = args.data or stored.run.get("data", {}).get("dir")
   if not data:
     raise ConfigError(f"{args.model} does not say what it was trained on; name prepared data with --data=DIR")
   prepared = read_manifest(data)
   if prepared is None:
     raise DataError(f"nothing is prepared in {data}; run python -m jaxllm.prepare first")
-  if model.tokenizer is None or model.tokenizer.fingerprint != prepared.tokenizer().fingerprint:
+  if not reads_alike(stored.tokenizer, prepared):
     raise DataError(f"{data} was prepared with another tokenizer than the model's; its token ids mean other text")
-  objective = saved.get("objective", {}).get("name", "causal_lm")
-  if objective != "causal_lm" or model.config.architecture != "decoder":
-    raise ConfigError(
-      f"{args.model} was trained with the objective {objective!r}; bits per byte is of models that predict the next "
-      "token (held-out metrics of other objectives are in its metrics.jsonl)"
-    )
-  seq_len = args.seq_len or saved.get("training", {}).get("seq_len") or model.config.max_seq_len
-  if seq_len > model.config.max_seq_len:
-    raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {model.config.max_seq_len}")
+  seq_len = args.seq_len or stored.run.get("training", {}).get("seq_len") or stored.config.max_seq_len
+  if seq_len > stored.config.max_seq_len:
+    raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {stored.config.max_seq_len}")
+  model = read_weights(stored)
   heldout = HeldoutBatches(prepared, batch_size=args.batch_size, seq_len=seq_len)
   metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": model.loss_sums(batch)}, heldout, heldout.bytes)
 
@@ -83,6 +89,28 @@ def main(argv: Sequence[str]) -> int:
   for name, value in sorted(rows.items(), key=lambda row: row[1]):
     print(f"{name:14}{value:.4f}")
   return 0
+
+
+def reads_alike(tokenizer: "Tokenizer | None", prepared: "Prepared") -> bool:
+  """Whether a tokenizer gives the held-out text the ids that it was prepared with.
+
+  One that went through a GGUF or Hugging Face file has another fingerprint, and may still do so.
+  """
+  if tokenizer is None:
+    return False
+  if tokenizer.fingerprint == prepared.tokenizer_fingerprint:
+    return True
+  if tokenizer.eos_id != prepared.eos_id or tokenizer.start_id != prepared.start_id:
+    return False
+  text, end = prepared.heldout_path.read_bytes(), 0
+  lengths = iter(prepared.heldout_lengths().tolist())
+  for source in prepared.sources:
+    documents = prepared.documents(source, "heldout")
+    for index in range(len(documents)):
+      start, end = end, end + next(lengths)
+      if tokenizer.encode(text[start:end]).tolist() != documents.record(index).tokens.tolist():
+        return False
+  return True
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from jaxllm.errors import ConfigError, DataError
 from jaxllm.inference.encode import embeddings, hidden_states
 from jaxllm.inference.generate import Completion, Delta, generate_tokens, stream_tokens
 from jaxllm.inference.sampling import SamplingParams
-from jaxllm.inference.stored import Format, StoredModel, write_model
-from jaxllm.interop.tensors import LazyTensor, from_parts
+from jaxllm.interop.stored import StoredModel, tensors_of
+from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.stack import PerLayer, is_per_layer
 from jaxllm.objectives.causal_lm import CausalLM
 
 Prompt = str | Sequence[int]
@@ -222,17 +221,15 @@ class Model:
     """Writes a model directory, a Hugging Face directory ("hf") or a GGUF file.
 
     Args:
-      settings: `dtype`, `quantize`, `family` and `max_shard_bytes` of `jaxllm.inference.stored.write_model`.
+      settings: `dtype`, `quantize`, `family` and `max_shard_bytes` of `jaxllm.interop.write.write_model`.
 
     Raises:
       CheckpointError: the path holds something else, or cannot be written.
       ConfigError: an impossible setting, or the format cannot express the model.
     """
     generation = {"eos_token_id": list(self._ends()["eos_ids"])} | self.generation
-    leaves = jax.tree_util.tree_leaves_with_path(self._weights, is_leaf=is_per_layer)
-    params = {"/".join(k.key for k in keys): _as_tensor(leaf) for keys, leaf in leaves}
-    stored = StoredModel(self.config, params, self.tokenizer, generation)
-    write_model(Path(path).expanduser(), stored, format, **settings)
+    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation)
+    write_model(stored, path, format=format, **settings)
 
   def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
@@ -260,13 +257,6 @@ class Model:
     if self.tokenizer is None:
       raise ConfigError("the model has no tokenizer; give prompts as token ids")
     return self.tokenizer
-
-
-def _as_tensor(weight: PerLayer | Array) -> LazyTensor:
-  if not isinstance(weight, PerLayer):
-    return LazyTensor(weight.shape, weight.dtype, lambda: np.asarray(weight))
-  shape = (len(weight.arrays), *weight[0].shape)
-  return from_parts(shape, weight[0].dtype, 1, lambda index: np.asarray(weight[index[0]]))
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,8 +18,9 @@ from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import Family, Shape, Transform, Weight, shortest_period
+from jaxllm.interop.stored import param_shapes, tensors_of
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts, in_memory
-from jaxllm.models.build import Params, declare
+from jaxllm.models.build import Params
 from jaxllm.models.config import ModelConfig, MoEConfig
 
 # Buffers that old checkpoints hold and that follow from the config.
@@ -113,7 +114,7 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
   family, c = family_of(config), config_from_huggingface(config)
   if c.num_layers > len(tensors):  # before names are made for every layer
     raise CheckpointError(f"config.json calls for {c.num_layers} layers but the checkpoint has {len(tensors)} tensors")
-  shapes = _shapes(c)
+  shapes = param_shapes(c)
   tensors = {_renamed(name, family): tensor for name, tensor in tensors.items()}
   table = _table(family, c, {n for name in tensors for n in (name, family.prefix + name)})
   known = {name for _, name, _, _ in _expected(family, table, c, shapes)}
@@ -167,7 +168,7 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     CheckpointError: a parameter has another shape than the config says.
   """
   hf, c, table = config_to_huggingface(config, family), config, FAMILIES[family]
-  shapes = _shapes(c)
+  shapes = param_shapes(c)
   if params.keys() != shapes.keys():
     raise CheckpointError(f"the parameters and the config differ at {sorted(params.keys() ^ shapes.keys())[0]}")
   for path, shape in shapes.items():
@@ -191,14 +192,8 @@ def params_to_huggingface(
   config: ModelConfig, family: str, params: Params
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """`to_huggingface` of a nested dict of arrays: the content of config.json, and arrays by name."""
-  flat = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(params, sep="/").items()}
-  hf, tensors = to_huggingface(config, family, in_memory(flat))
+  hf, tensors = to_huggingface(config, family, tensors_of(params))
   return hf, {name: tensor.read() for name, tensor in tensors.items()}
-
-
-def _shapes(c: ModelConfig) -> dict[str, Shape]:
-  """Path -> shape of every parameter, stacked as `declare` has them."""
-  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(declare(c)[1], sep="/").items()}
 
 
 def _renamed(name: str, family: Family) -> str:

@@ -5,18 +5,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jaxllm.data.tokenizers import as_huggingface
 from jaxllm.errors import ConfigError
 from jaxllm.interop.atomic import new_directory
-from jaxllm.interop.families import FAMILIES
-from jaxllm.interop.huggingface import to_huggingface
-from jaxllm.interop.model_directory import (
+from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
   read_generation_config,
   read_json,
+  read_tokenizer,
   write_json,
 )
-from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES, read_sharded, write_sharded
+from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.huggingface import from_huggingface, to_huggingface
+from jaxllm.interop.safetensors import read_sharded, write_sharded
+from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
 from jaxllm.models.config import ModelConfig
 
@@ -40,48 +43,46 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
   return config, read_sharded(directory)
 
 
-def read_huggingface_generation(directory: Path) -> dict[str, Any]:
-  """generation_config.json, or what config.json says of special tokens where there is none."""
+def open_huggingface(directory: Path) -> StoredModel:
+  """The model in a directory that `save_pretrained` wrote.
+
+  Raises:
+    CheckpointError, ConfigError: see `read_huggingface` and `from_huggingface`. DataError: the tokenizer is damaged.
+  """
+  hf, tensors = read_huggingface(directory)
+  config, params = from_huggingface(hf, tensors)
+  generation = {name: hf[name] for name in SPECIAL_IDS if hf.get(name) is not None}
   if (directory / GENERATION_FILE).is_file():
-    return read_generation_config(directory)
-  config = read_json(directory / CONFIG_FILE)
-  return {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
+    generation = read_generation_config(directory)
+  return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf")
 
 
-def write_huggingface(
-  directory: Path,
-  config: ModelConfig,
-  params: Tensors,
-  tokenizer: Any,
-  generation: dict[str, Any],
-  family: str | None = None,
-  max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
+def write_huggingface(directory: Path, model: StoredModel, family: str | None, max_shard_bytes: int) -> None:
   """Writes a directory that `transformers` loads; it appears when it is complete.
 
   Args:
-    tokenizer: has `save` and the ids of special tokens (a `jaxllm.data.tokenizers.HuggingFaceTokenizer`).
     family: the `model_type` to write; None: the first that can express the model.
 
   Raises:
     ConfigError: no family, or not this one, can express the model.
     CheckpointError: the path is not free, or cannot be written.
   """
-  hf, tensors = as_huggingface(config, params, family)
+  hf, tensors = as_checkpoint(model.config, model.tensors, family)
+  tokenizer = None if model.tokenizer is None else as_huggingface(model.tokenizer)
   sizes: collections.Counter[str] = collections.Counter()
   for tensor in tensors.values():
     sizes[tensor.dtype.name] += math.prod(tensor.shape)
   own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-  special = {name: generation.get(name, own[name]) for name in SPECIAL_IDS}
+  special = {name: model.generation.get(name, own[name]) for name in SPECIAL_IDS}
   with new_directory(directory) as new:
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
       tokenizer.save(new)
-    write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | generation)
+    write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 
 
-def as_huggingface(config: ModelConfig, params: Tensors, family: str | None = None) -> tuple[dict[str, Any], Tensors]:
+def as_checkpoint(config: ModelConfig, params: Tensors, family: str | None = None) -> tuple[dict[str, Any], Tensors]:
   """`to_huggingface` as a family, or as the first that can express the model.
 
   Raises:

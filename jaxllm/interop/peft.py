@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.interop.model_directory import read_json
+from jaxllm.interop.directory_files import read_json
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
@@ -32,21 +32,24 @@ def base_of(directory: Path) -> Path:
   name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
   if isinstance(name, str) and name:
     for path in (Path(name).expanduser(), directory / name):
-      if path.exists():
+      if path.exists() and path.resolve() != directory.resolve():
         return path
   raise CheckpointError(
-    f"the adapter in {directory} belongs to {name!r}, which is no path here; set base_model_name_or_path in its "
-    f"{CONFIG_FILE} to where that model is"
+    f"the adapter in {directory} belongs to {name!r}, which is no path to another model here; set "
+    f"base_model_name_or_path in its {CONFIG_FILE} to where that model is"
   )
 
 
-def merge_adapter(directory: Path, tensors: Tensors) -> Tensors:
-  """A checkpoint's tensors with an adapter's products added, each when it is read (Hu et al., arXiv 2106.09685).
+def merge_adapter(directory: Path, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+  """adapter_config.json, and a checkpoint's tensors with the adapter's products added, each when it is read (Hu
+  et al., arXiv 2106.09685).
 
   Raises:
     ConfigError: it is not a plain LoRA.
-    CheckpointError: its weights are missing, damaged, or do not fit the checkpoint.
+    CheckpointError: there is no adapter, or its weights are missing, damaged, or do not fit the checkpoint.
   """
+  if not is_adapter(directory):
+    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}")
   config = read_json(directory / CONFIG_FILE)
   kind = config.get("peft_type")
   if kind != "LORA":
@@ -80,7 +83,7 @@ def merge_adapter(directory: Path, tensors: Tensors) -> Tensors:
     scale = _scale(config, module, down.shape[0])
     read = functools.partial(_add, base, down, up, scale, transposed)
     merged[target] = LazyTensor(base.shape, base.dtype, read)
-  return merged
+  return config, merged
 
 
 def _add(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, transposed: bool) -> np.ndarray:

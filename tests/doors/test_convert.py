@@ -15,8 +15,8 @@ import pytest
 from jaxllm.convert import parse_size
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.inference.model import Model
-from jaxllm.inference.stored import open_model
 from jaxllm.interop import safetensors
+from jaxllm.interop.open import open_model
 from jaxllm.interop.tensors import in_memory
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
@@ -36,9 +36,9 @@ def forms(tmp_path_factory):
 
 def same(one, other):
   one, other = open_model(one), open_model(other)
-  assert one.config == other.config and one.params.keys() == other.params.keys()
-  for path, tensor in one.params.items():
-    np.testing.assert_array_equal(tensor.read(), other.params[path].read())
+  assert one.config == other.config and one.tensors.keys() == other.tensors.keys()
+  for path, tensor in one.tensors.items():
+    np.testing.assert_array_equal(tensor.read(), other.tensors[path].read())
 
 
 def test_there_and_back(door, forms, tmp_path):
@@ -55,7 +55,7 @@ def test_gguf(door, forms, tmp_path):
   file = tmp_path / "model.gguf"
   assert door("convert", f"--from={forms / 'ours'}", f"--to={file}", "--format=gguf")[0] == 0
   assert door("convert", f"--from={file}", f"--to={tmp_path / 'back'}", "--format=jaxllm")[0] == 0
-  want, got = (open_model(path).params for path in (forms / "ours", tmp_path / "back"))
+  want, got = (open_model(path).tensors for path in (forms / "ours", tmp_path / "back"))
   for path, tensor in want.items():
     np.testing.assert_array_equal(got[path].read(), tensor.read())
   whole = file.stat().st_size
@@ -83,7 +83,7 @@ def test_a_training_run(door, forms, tmp_path):
   assert door("convert", f"--from={run}", f"--to={tmp_path / 'out'}", "--format=hf")[0] == 0
   same(forms / "ours", tmp_path / "out")
   assert door("convert", f"--from={run}", f"--to={tmp_path / 'old'}", "--format=jaxllm", "--step=3")[0] == 0
-  got = open_model(tmp_path / "old").params["embedding/tokens"].read()
+  got = open_model(tmp_path / "old").tensors["embedding/tokens"].read()
   np.testing.assert_array_equal(got, early["embedding"]["tokens"])
 
 

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.inference.stored import StoredModel, write_model
-from jaxllm.interop.huggingface import _shapes
+from jaxllm.interop.stored import StoredModel, param_shapes
 from jaxllm.interop.tensors import from_parts
+from jaxllm.interop.write import write_model
 from jaxllm.models.config import ModelConfig
 
 TINY = ModelConfig(vocab_size=32, embed_dim=16, num_layers=2, num_heads=8, mlp_dim=24, max_seq_len=16)
@@ -32,6 +32,13 @@ def run(source):
     from jaxllm.parallel.config import MeshConfig
     from jaxllm.parallel.mesh import make_mesh
     return load_model(source, mesh=make_mesh(MeshConfig(data=1, fsdp=8), jax.devices()))
+  if work == "params":
+    import jax
+    from jaxllm.interop.open import open_model
+    from jaxllm.parallel.config import MeshConfig
+    from jaxllm.parallel.mesh import make_mesh
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8), jax.devices())
+    return jax.block_until_ready(open_model(source).params(mesh=mesh))
   from jaxllm.convert import main
   main([f"--from={source}", f"--to={source}-{work}", f"--format={work}", "--max-shard-size=100MB"])
 run(tiny)
@@ -49,7 +56,7 @@ def stored(config):
     part = shape[axes:]
     return from_parts(shape, block.dtype, axes, lambda _: np.resize(block, part))
 
-  return StoredModel(config, {path: tensor(shape) for path, shape in _shapes(config).items()}, None, {})
+  return StoredModel(config, {path: tensor(shape) for path, shape in param_shapes(config).items()}, None, {})
 
 
 pytestmark = [
@@ -63,7 +70,7 @@ def models(tmp_path_factory):
   folder = tmp_path_factory.mktemp("models")
   for name, config in (("tiny", TINY), ("large", LARGE)):
     for format in ("hf", "jaxllm"):
-      write_model(folder / f"{name}-{format}", stored(config), format, max_shard_bytes=SHARD)
+      write_model(stored(config), folder / f"{name}-{format}", format=format, max_shard_bytes=SHARD)
   return folder
 
 
@@ -83,9 +90,9 @@ def test_a_conversion(models, source, format):
   assert extra < 1.3 * SHARD + LARGEST_TENSOR
 
 
-@pytest.mark.parametrize("source", ["hf", "jaxllm"])
-def test_loading_onto_eight_devices(models, source):
-  weights = sum(np.prod(shape) * 2 for shape in _shapes(LARGE).values())
-  extra = measure("load", models, source) - weights
-  print(f"{source} -> mesh: {extra / 1e6:.0f} MB beyond the weights' {weights / 1e6:.0f}")
+@pytest.mark.parametrize("work, source", [("load", "hf"), ("load", "jaxllm"), ("params", "hf")])
+def test_loading_onto_eight_devices(models, work, source):
+  weights = sum(np.prod(shape) * 2 for shape in param_shapes(LARGE).values())
+  extra = measure(work, models, source) - weights
+  print(f"{source} -> {work} on a mesh: {extra / 1e6:.0f} MB beyond the weights' {weights / 1e6:.0f}")
   assert extra < 1.3 * SHARD + LARGEST_TENSOR

@@ -40,6 +40,71 @@ def test_evaluate_prints_a_table(door, run):
     assert name in out
 
 
+def test_evaluate_takes_every_form_and_says_the_same(door, run, job, tmp_path):
+  want = json.loads(door("evaluate", f"--model={run}", "--seq-len=32", "--json")[1])
+  for format, name in (("jaxllm", "ours"), ("hf", "hf"), ("gguf", "file.gguf")):
+    path = tmp_path / name
+    assert door("convert", f"--from={run}", f"--to={path}", f"--format={format}")[0] == 0
+    code, out, err = door("evaluate", f"--model={path}", f"--data={job.parent / 'data'}", "--seq-len=32", "--json")
+    assert code == 0, err
+    assert json.loads(out) == pytest.approx(want, rel=1e-6)
+    code, _, err = door("evaluate", f"--model={path}")
+    assert code == 2 and err.count("\n") == 1 and "name prepared data with --data=DIR" in err
+
+
+def test_evaluate_takes_an_adapter(door, run, job, tmp_path):
+  """One that takes everything out of the layers leaves what the embedding alone predicts."""
+  from jaxllm import load_model
+  from jaxllm.interop.safetensors import write_safetensors
+  from jaxllm.interop.tensors import in_memory
+
+  model = load_model(run)
+  settings = {"peft_type": "LORA", "r": 32, "lora_alpha": 32, "base_model_name_or_path": str(run)}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+  pairs = {}
+  for layer in range(2):
+    for ours, theirs in (("attention/output", "self_attn.o_proj"), ("mlp/down", "mlp.down_proj")):
+      part, name = ours.split("/")
+      weight = np.asarray(model._weights["blocks"][part][name]["weight"][layer]).reshape(-1, 32).T
+      stem = f"base_model.model.model.layers.{layer}.{theirs}"
+      pairs |= {f"{stem}.lora_A.weight": weight, f"{stem}.lora_B.weight": -np.eye(32, dtype=np.float32)}
+  write_safetensors(tmp_path / "adapter_model.safetensors", in_memory(pairs))
+  data = f"--data={job.parent / 'data'}"
+  code, out, err = door("evaluate", f"--model={tmp_path}", data, "--json")
+  assert code == 0, err
+  assert json.loads(door("evaluate", f"--model={run}", f"--adapter={tmp_path}", data, "--json")[1]) == json.loads(out)
+  merged = tmp_path / "merged"
+  assert door("convert", f"--from={run}", f"--adapter={tmp_path}", f"--to={merged}", "--format=hf")[0] == 0
+  again = json.loads(door("evaluate", f"--model={merged}", data, "--json")[1])
+  assert again == pytest.approx(json.loads(out), rel=1e-6)
+  embedding = model._weights["embedding"]["tokens"]
+  ids = np.asarray(model.tokenizer.encode("abc def " * 3))
+  x = np.asarray(embedding)[ids[:-1]].astype(np.float64)
+  stored = load_model(tmp_path)
+  x = (
+    x
+    / np.sqrt((x**2).mean(-1, keepdims=True) + model.config.norm_eps)
+    * np.asarray(model._weights["final_norm"]["scale"])
+  )
+  head = np.asarray(embedding if model.config.tie_embeddings else model._weights["head"]["weight"].T, np.float64)
+  np.testing.assert_allclose(stored(ids[None, :-1])[0], x @ head.T, atol=1e-4)
+
+
+def test_evaluate_refuses_what_does_not_predict_the_next_token(door, tmp_path):
+  import jax
+
+  from jaxllm.inference.model import Model
+  from jaxllm.models.build import init_params
+  from jaxllm.models.config import ModelConfig
+
+  config = ModelConfig(
+    vocab_size=32, embed_dim=8, num_layers=1, num_heads=1, max_seq_len=8, head="sequence", num_labels=2
+  )
+  Model(config, init_params(config, jax.random.key(0))).save(tmp_path / "classifier")
+  code, _, err = door("evaluate", f"--model={tmp_path / 'classifier'}", "--data=nowhere")
+  assert code == 2 and err.count("\n") == 1 and "model.head 'sequence'" in err
+
+
 def test_load_model_gives_the_logits_that_the_loss_comes_from(run, job):
   import jaxllm
 

@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 from jaxllm import load_model  # noqa: E402
 from jaxllm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from jaxllm.inference.model import Model  # noqa: E402
-from jaxllm.inference.stored import open_model, write_model  # noqa: E402
+from jaxllm.interop.open import open_model  # noqa: E402
+from jaxllm.interop.write import write_model  # noqa: E402
 from jaxllm.models.build import init_params  # noqa: E402
 from jaxllm.models.config import ModelConfig  # noqa: E402
 
@@ -49,8 +50,8 @@ def saved(request, tmp_path_factory):
 
 def test_to_jaxllm_and_back_is_bit_equal(saved, tmp_path):
   family, directory = saved
-  write_model(tmp_path / "ours", open_model(directory), "jaxllm", max_shard_bytes=50_000)
-  write_model(tmp_path / "again", open_model(tmp_path / "ours"), "hf", max_shard_bytes=40_000)
+  write_model(open_model(directory), tmp_path / "ours", format="jaxllm", max_shard_bytes=50_000)
+  write_model(open_model(tmp_path / "ours"), tmp_path / "again", format="hf", max_shard_bytes=40_000)
   want, got = torch_state(directory), torch_state(tmp_path / "again")
   assert want.keys() == got.keys()
   for name, tensor in want.items():
@@ -86,7 +87,7 @@ def test_a_mesh_of_eight(saved):
 
 def test_dtype_is_that_of_the_files(saved, tmp_path):
   _, directory = saved
-  write_model(tmp_path / "f32", open_model(directory), "hf", dtype="float32")
+  write_model(open_model(directory), tmp_path / "f32", format="hf", dtype="float32")
   state, want = torch_state(tmp_path / "f32"), torch_state(directory, torch.float32)
   assert {tensor.dtype for tensor in state.values()} == {torch.float32}
   assert all(torch.equal(state[name], want[name]) for name in want)
@@ -122,8 +123,8 @@ def test_a_tokenizer_json_with_its_template_travels(saved, sentencepiece, tmp_pa
   tokenizer = as_huggingface(sentencepiece["bpe"])
   tokenizer.settings["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
   tokenizer.save(source)
-  write_model(tmp_path / "ours", open_model(source), "jaxllm")
-  write_model(tmp_path / "hf", open_model(tmp_path / "ours"), "hf")
+  write_model(open_model(source), tmp_path / "ours", format="jaxllm")
+  write_model(open_model(tmp_path / "ours"), tmp_path / "hf", format="hf")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
   assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi</s>"
 
@@ -160,18 +161,18 @@ def test_an_adapter_is_merged_as_peft_merges_it(family, settings, tmp_path):
   torch.manual_seed(0)
   HF[family]().save_pretrained(tmp_path / "base")
   want = adapter(peft, tmp_path / "base", tmp_path / "adapter", **settings)
-  write_model(tmp_path / "merged", open_model(tmp_path / "adapter"), "hf")
+  write_model(open_model(tmp_path / "adapter"), tmp_path / "merged", format="hf")
   got = torch_state(tmp_path / "merged")
   base = torch_state(tmp_path / "base")
   assert any(not torch.equal(got[name], base[name]) for name in base)
   for name, tensor in got.items():
     np.testing.assert_allclose(tensor.numpy(), want[name], atol=1e-6, err_msg=name)
   if family == "qwen3":  # an adapter of a model directory
-    write_model(tmp_path / "ours", open_model(tmp_path / "base"), "jaxllm")
+    write_model(open_model(tmp_path / "base"), tmp_path / "ours", format="jaxllm")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "../ours"}))
-    again = open_model(tmp_path / "adapter").params
-    for path, tensor in open_model(tmp_path / "merged").params.items():
+    again = open_model(tmp_path / "adapter").tensors
+    for path, tensor in open_model(tmp_path / "merged").tensors.items():
       np.testing.assert_array_equal(again[path].read(), tensor.read())
 
 
@@ -216,4 +217,4 @@ def test_a_tokenizer_of_another_model_is_not_written(saved, sentencepiece, tmp_p
   stored = dataclasses.replace(open_model(saved[1]), tokenizer=sentencepiece["bpe"])
   stored = dataclasses.replace(stored, config=dataclasses.replace(stored.config, vocab_size=599))
   with pytest.raises(DataError, match="more tokens"):
-    write_model(tmp_path / "x", stored, "hf")
+    write_model(stored, tmp_path / "x", format="hf")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.errors import CheckpointError, DataError
 from jaxllm.interop.gguf.architectures import BY_NAME, read_config, read_tensors
-from jaxllm.interop.gguf.header import TensorInfo, entry, nbytes_of, read_headers
+from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
 from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
@@ -48,11 +48,6 @@ class GgufCheckpoint:
         return load_tokenizer(directory)
       except DataError as error:
         raise CheckpointError("the GGUF file's metadata make no tokenizer: its merges or pieces are damaged") from error
-
-  @property
-  def chat_template(self) -> str | None:
-    """Jinja source."""
-    return entry(self.metadata, "tokenizer.chat_template", str)
 
   @property
   def generation(self) -> dict[str, Any]:

@@ -28,7 +28,6 @@ def write_gguf(
   tokenizer: Tokenizer | None,
   *,
   dtype: Dtype = "f32",
-  chat_template: str | None = None,
   generation: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a checkpoint as one GGUF file, tensor by tensor; a file that is there already is replaced at the end.
@@ -41,7 +40,6 @@ def write_gguf(
     tensors: by Hugging Face's names.
     tokenizer: None: prompts will have to be token ids.
     dtype: of the matrices.
-    chat_template: Jinja source; None: the tokenizer's own.
     generation: of generation_config.json; see `GgufCheckpoint.generation`.
 
   Raises:
@@ -60,8 +58,6 @@ def write_gguf(
   else:
     vocab_size = tensors["token_embd.weight"].shape[0]
     metadata |= tokenizer_metadata(tokenizer, vocab_size, generation or {})
-  if chat_template:
-    metadata["tokenizer.chat_template"] = chat_template
   tied = "output.weight" not in tensors
   kinds = {name: _type_of(name, tensor.shape, dtype.upper(), tied) for name, tensor in tensors.items()}
   infos, offset = [], 0

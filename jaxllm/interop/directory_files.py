@@ -1,0 +1,51 @@
+"""The files that directories of models have in common: config.json, generation_config.json, a tokenizer's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from jaxllm.errors import CheckpointError, ConfigError
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    CheckpointError: no such file, or no object in it.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise CheckpointError(f"{path.parent} has no {path.name}") from None
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"cannot read {path}: {error}") from error
+  if not isinstance(value, dict):
+    raise CheckpointError(f"{path} holds no JSON object")
+  return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+  """generation_config.json, {} where there is none.
+
+  Raises:
+    CheckpointError: it cannot be read. ConfigError: the end-of-text tokens in it are not token ids.
+  """
+  if not (directory / GENERATION_FILE).is_file():
+    return {}
+  config = read_json(directory / GENERATION_FILE)
+  ends = config.get("eos_token_id")
+  if ends is not None and not all(isinstance(i, int) for i in (ends if isinstance(ends, list) else [ends])):
+    raise ConfigError(f"{directory / GENERATION_FILE}: eos_token_id is {ends!r}, not a token id or a list of them")
+  return config
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+  """The tokenizer in a directory; None where there are no files of one (a model of bare token ids)."""
+  return None if find_tokenizer(directory) is None else load_tokenizer(directory)

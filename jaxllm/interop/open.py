@@ -1,0 +1,111 @@
+"""`open_model`: models in files, of every form, opened without reading their weights."""
+
+import dataclasses
+from pathlib import Path
+
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.interop import peft
+from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
+from jaxllm.interop.gguf import read_gguf
+from jaxllm.interop.huggingface import from_huggingface
+from jaxllm.interop.huggingface_directory import as_checkpoint, open_huggingface, read_huggingface
+from jaxllm.interop.model_directory import open_model_directory, read_model_config
+from jaxllm.interop.stored import Form, StoredModel, check_shapes
+
+CHECKPOINTS = "checkpoints"
+
+
+def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int | None = None) -> StoredModel:
+  """Opens a model directory, a training run's (its latest checkpoint, or that of `step`), a Hugging Face
+  model's, a PEFT LoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
+
+  Names, shapes and types of all weights are checked; so are the checksums of a model directory.
+
+  Args:
+    adapter: a PEFT LoRA adapter's directory, merged into the model at `path`.
+
+  Raises:
+    CheckpointError: no such path, not a model, or damaged. ConfigError: a model that cannot be expressed,
+      or a `step` of what has none. DataError: the tokenizer is damaged.
+  """
+  path = Path(path).expanduser()
+  form = form_of(path)
+  if step is not None and form != "run":
+    raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
+  if form == "run":
+    model = _open_run(path, step)
+  elif form == "adapter":
+    model = dataclasses.replace(_with_adapter(open_model(peft.base_of(path)), path), path=path, form="adapter")
+  elif form == "hf":
+    model = open_huggingface(path)
+  elif form == "gguf":
+    model = _open_gguf(path)
+  else:
+    model = open_model_directory(path)
+  return model if adapter is None else _with_adapter(model, Path(adapter).expanduser())
+
+
+def form_of(path: Path) -> Form:
+  """What kind of model stands at a path, by the names of its files and the keys of config.json.
+
+  Raises:
+    CheckpointError: none; the message says what does stand there, or config.json cannot be read.
+  """
+  if not path.exists():
+    raise CheckpointError(f"no model at {path}: there is no such path")
+  if path.is_file() and path.suffix == ".gguf":
+    return "gguf"
+  has_config = (path / CONFIG_FILE).is_file()
+  is_huggingface = has_config and "model_type" in read_json(path / CONFIG_FILE)
+  if (path / CHECKPOINTS).is_dir() and not is_huggingface:
+    return "run"
+  if peft.is_adapter(path):
+    return "adapter"
+  if has_config:
+    return "hf" if is_huggingface else "jaxllm"
+  raise CheckpointError(
+    f"{path} is not a model but {_described(path)}: a model, Hugging Face or training run's directory has a "
+    f"{CONFIG_FILE}, an adapter's a {peft.CONFIG_FILE}, and a file ends in .gguf"
+  )
+
+
+def _described(path: Path) -> str:
+  if not path.is_dir():
+    return "a file"
+  names = sorted(file.name for file in path.iterdir())
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
+
+
+def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
+  """The model with an adapter merged into it; what `base` was trained on says nothing of that, so it goes."""
+  if base.form == "hf" and not base.adapters:
+    hf, tensors = read_huggingface(base.path)  # under the names that the adapter was trained with
+  else:
+    hf, tensors = as_checkpoint(base.config, base.tensors)
+  settings, merged = peft.merge_adapter(directory, tensors)
+  config, params = from_huggingface(hf, merged)
+  return dataclasses.replace(
+    base,
+    config=config,
+    tensors=params,
+    tokenizer=read_tokenizer(directory) or base.tokenizer,
+    run={},
+    adapters=(*base.adapters, settings),
+  )
+
+
+def _open_run(directory: Path, step: int | None) -> StoredModel:
+  from jaxllm.training.checkpoints import open_params  # the one import that looks up, see pyproject.toml
+
+  config, tensors = read_model_config(directory), open_params(directory, step)
+  check_shapes(config, tensors, directory / CHECKPOINTS)
+  tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
+  groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
+  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups)
+
+
+def _open_gguf(path: Path) -> StoredModel:
+  file = read_gguf(path)
+  config, tensors = from_huggingface(file.config, file.tensors)
+  return StoredModel(config, tensors, file.tokenizer(), file.generation, path, "gguf")

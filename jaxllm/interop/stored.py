@@ -1,0 +1,166 @@
+"""A model in files: what it is, and its weights, which are read when they are asked for."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array
+
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.interop.tensors import LazyTensor, Tensors, cast, from_parts
+from jaxllm.models.build import Params, declare
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.stack import PerLayer, is_per_layer
+from jaxllm.parallel.config import AxisRules
+from jaxllm.parallel.sharding import param_shardings
+
+DTYPES = ("float32", "bfloat16", "float16")
+Form = Literal["jaxllm", "run", "hf", "adapter", "gguf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+  """A model of which nothing but the weights is in memory.
+
+  Attributes:
+    tensors: the weights by parameter path ("blocks/attention/query/weight"), layers stacked.
+    tokenizer: its chat templates included; None: a model of bare token ids.
+    generation: eos_token_id and default sampling settings, by Hugging Face's names.
+    path: where it was opened, None: it comes from memory. form: as what.
+    run: of a training run the groups of its config.json: run["data"]["dir"], run["objective"]["name"], …
+    adapters: the adapter_config.json of each adapter that is merged into `tensors`, in their order.
+  """
+
+  config: ModelConfig
+  tensors: Tensors
+  tokenizer: Tokenizer | None = None
+  generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+  path: Path | None = None
+  form: Form | None = None
+  run: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  adapters: tuple[dict[str, Any], ...] = ()
+
+  @property
+  def chat_template(self) -> str | None:
+    """Jinja source of the chat template that is used where none is named."""
+    return None if self.tokenizer is None else self.tokenizer.chat_templates.get("default")
+
+  @property
+  def dtype(self) -> str:
+    """The type of the embedding's weights, which is that of all of them but in rare files."""
+    return self.tensors["embedding/tokens"].dtype.name
+
+  def cast(self, dtype: str | None) -> "StoredModel":
+    """The same model with weights of this type, to which they are converted as they are read; None: as they are.
+
+    Raises:
+      ConfigError: an impossible dtype.
+    """
+    check_dtype(dtype)
+    return self if dtype is None else dataclasses.replace(self, tensors=cast(self.tensors, jnp.dtype(dtype)))
+
+  def params(
+    self,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: AxisRules = AxisRules(),
+    *,
+    per_layer: bool = False,
+  ) -> Params:
+    """The weights on their devices, in a tree like that of `init_params`.
+
+    Beside them no more than a layer of one parameter is held in memory.
+
+    Args:
+      dtype: of all of them, "float32", "bfloat16" or "float16"; None: of each as it is stored.
+      mesh: they are placed over its devices by `rules`; None: on this process's first device.
+      per_layer: a `PerLayer` in place of each stacked array, as decoding wants them.
+
+    Raises:
+      CheckpointError: a tensor turns out damaged. ConfigError: an impossible dtype, or a mesh that does not
+        divide the model.
+    """
+    tensors = self.cast(dtype).tensors
+    _, shapes, axes = declare(self.config)
+    here: Sharding = SingleDeviceSharding(jax.local_devices()[0])
+    shardings: Mapping[str, Sharding] = {}
+    if mesh is not None:
+      shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, rules), sep="/")
+    placed: dict[str, Array | PerLayer] = {}
+    for path, names in traverse_util.flatten_dict(axes, sep="/").items():
+      place = functools.partial(_put_layers, per_layer=per_layer) if names[:1] == ("layers",) else _put
+      placed[path] = place(tensors[path], shardings.get(path, here))
+    return traverse_util.unflatten_dict(placed, sep="/")
+
+
+def check_dtype(dtype: str | None) -> None:
+  """Raises ConfigError unless weights can be of this type, or it is None."""
+  if dtype is not None and dtype not in DTYPES:
+    raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+def tensors_of(params: Params) -> Tensors:
+  """Parameters in memory as a `StoredModel` has them, taken from their devices part by part.
+
+  Args:
+    params: in a tree like that of `init_params`, or with a `PerLayer` for a stack.
+  """
+
+  def tensor(weight: Array | PerLayer) -> LazyTensor:
+    if not isinstance(weight, PerLayer):
+      return LazyTensor(weight.shape, weight.dtype, lambda: np.asarray(weight))
+    shape = (len(weight.arrays), *weight[0].shape)
+    return from_parts(shape, weight[0].dtype, 1, lambda index: np.asarray(weight[index[0]]))
+
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_per_layer)
+  return {"/".join(key.key for key in keys): tensor(leaf) for keys, leaf in leaves}
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of every parameter, stacked as `declare` has them."""
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(declare(config)[1], sep="/").items()}
+
+
+def check_shapes(config: ModelConfig, tensors: Tensors, where: Path) -> None:
+  """Raises CheckpointError unless these are the parameters, by path, of a model of this config."""
+  shapes = param_shapes(config)
+  for path in sorted(shapes.keys() | tensors.keys()):
+    found, wanted = tensors[path].shape if path in tensors else None, shapes.get(path)
+    if found != wanted:
+      raise CheckpointError(
+        f"the parameters in {where} do not fit config.json: {path} has shape {found}, the model's has {wanted}"
+      )
+
+
+def _put(tensor: LazyTensor, sharding: Sharding) -> Array:
+  return _on_devices(tensor.read(), sharding)
+
+
+def _put_layers(tensor: LazyTensor, sharding: Sharding, per_layer: bool) -> Array | PerLayer:
+  one = sharding
+  if isinstance(sharding, NamedSharding):
+    one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  layers = (_on_devices(tensor.part((i,)), one) for i in range(tensor.shape[0]))
+  if per_layer:
+    return PerLayer(tuple(layers))
+  whole = jnp.zeros(tensor.shape, tensor.dtype, device=sharding)
+  for i, layer in enumerate(layers):
+    whole = jax.block_until_ready(_with_layer(whole, layer, i))  # or layers queue up
+  return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(whole: Array, layer: Array, i: int) -> Array:
+  return jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+
+
+def _on_devices(x: np.ndarray, sharding: Sharding) -> Array:
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
