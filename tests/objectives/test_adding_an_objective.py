@@ -13,9 +13,9 @@ from jaxllm.base.settings import from_mapping, to_mapping
 from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.objectives.registry import AnyObjective
+from jaxllm.parallel.batch import put_batch
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.parallel.batch import put_batch
 from jaxllm.training.compile import make_program
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 
