@@ -3,9 +3,9 @@
 Run: python -m jaxllm.prepare --config=configs/gpt2_124m.py   (10 GB of text, once)
      python -m jaxllm.train --config=configs/gpt2_124m.py
 Hardware: one GPU of 24 GB or more in bfloat16; more GPUs take more data (mesh.data=-1).
-Kernels, with training.kernels="auto": attention is cuDNN's, with a mask of 128 MiB that keeps documents apart; the rest
+Kernels, with compute.kernels="auto": attention is cuDNN's, with a mask of 128 MiB that keeps documents apart; the rest
   is XLA's. Our Pallas kernels for H100 and H200, and cuDNN's packed layout, which needs no mask, wait until they are
-  measured on the chip. --config.training.kernels=pallas takes ours (jax 0.11); docs/kernels.md says how "auto" chooses.
+  measured on the chip. --config.compute.kernels=pallas takes ours (jax 0.11); docs/kernels.md says how "auto" chooses.
 Time, estimated: 10 B tokens at 40 % MFU on one H100 are about 6 hours. Not yet run in full.
 Expect: a held-out loss near 3.2 nats per GPT-2 token after 10 B tokens (build-nanogpt's report on FineWeb-Edu).
 """
@@ -31,7 +31,7 @@ def get_config():
   c.training.batch_size = 512
   c.training.accumulation = 8
   c.training.seq_len = 1024
-  c.training.dtype = "bfloat16"
+  c.compute.dtype = "bfloat16"
   c.training.eval_every = 1000
   c.training.eval_batches = 20
   c.training.sample_every = 1000

@@ -4,9 +4,9 @@ Run on every host of the slice: python -m jaxllm.train --config=configs/llama3_8
 On 8 H100s: … --config.mesh.fsdp=8 --config.training.batch_size=128 --config.training.accumulation=16
 Hardware: 32 TPU v5p chips (a v5p-64 slice) or 8 H100s of 80 GB.
 Memory: 8.03 B parameters take 16 bytes of state and gradient each, 128 GB over the fsdp axis.
-Kernels, with training.kernels="auto": on TPU all are XLA's, because none of ours was measured there yet. XLA's
+Kernels, with compute.kernels="auto": on TPU all are XLA's, because none of ours was measured there yet. XLA's
   attention goes block by block, so that its memory grows with the length and not with its square, but writes its scores
-  out: try --config.training.kernels=pallas first. On H100 attention is cuDNN's, with a mask of 128 MiB that keeps
+  out: try --config.compute.kernels=pallas first. On H100 attention is cuDNN's, with a mask of 128 MiB that keeps
   documents apart; the rest is XLA's. docs/kernels.md says how "auto" chooses.
 Time, estimated: 1 B tokens take about 30 minutes on 32 v5p chips at 50 % MFU, with a faster attention than XLA's.
   Not yet run.
@@ -32,8 +32,8 @@ def get_config():
   c.training.batch_size = 256
   c.training.accumulation = 4
   c.training.seq_len = 8192
-  c.training.dtype = "bfloat16"
-  c.training.remat = "full"
+  c.compute.dtype = "bfloat16"
+  c.compute.remat = "full"
   c.training.eval_every = 1000
   c.training.eval_batches = 20
 

@@ -5,9 +5,9 @@ Run: python -m jaxllm.prepare --config=configs/llama_1b.py
 Hardware: one H100 or H200 of 80 GB or more, bfloat16 compute, float32 master weights and Adam moments.
 Memory: 1.24 B parameters take 4 + 8 bytes of state and 4 of gradient each, 20 GB; activations are
   recomputed from the weight matmuls' inputs (remat "full"), and the head's logits are never stored whole.
-Kernels, with training.kernels="auto": attention is cuDNN's, with a mask of 256 MiB that keeps documents apart; the rest
+Kernels, with compute.kernels="auto": attention is cuDNN's, with a mask of 256 MiB that keeps documents apart; the rest
   is XLA's. Our Pallas kernels for H100 and H200, and cuDNN's packed layout, which needs no mask, wait until they are
-  measured on the chip. --config.training.kernels=pallas takes ours (jax 0.11); docs/kernels.md says how "auto" chooses.
+  measured on the chip. --config.compute.kernels=pallas takes ours (jax 0.11); docs/kernels.md says how "auto" chooses.
 Time, estimated: 25 B tokens at 45 % MFU are about 5 days. Not yet run in full.
 """
 
@@ -33,8 +33,8 @@ def get_config():
   c.training.batch_size = 256
   c.training.accumulation = 32
   c.training.seq_len = 4096
-  c.training.dtype = "bfloat16"
-  c.training.remat = "full"
+  c.compute.dtype = "bfloat16"
+  c.compute.remat = "full"
   c.objective.z_loss = 1e-5
   c.training.eval_every = 1000
   c.training.eval_batches = 20

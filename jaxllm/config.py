@@ -51,7 +51,21 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
 
 
 # Keys that stood elsewhere in earlier versions: (group, key) -> the group that has it now
-MOVED = {("training", "z_loss"): "objective"}
+_COMPUTE = [
+  "dtype",
+  "reduce_dtype",
+  "remat",
+  "remat_names",
+  "target",
+  "kernels",
+  "attention",
+  "matmul",
+  "elementwise",
+  "cross_entropy",
+  "grouped_matmul",
+  "unroll_layers",
+]
+MOVED = {("training", "z_loss"): "objective"} | {("training", key): "compute" for key in _COMPUTE}
 
 
 def _moved(tree: Any) -> Any:

@@ -69,7 +69,7 @@ def compile_step(case: Case) -> tuple[str, jax.sharding.Mesh, dict]:
   path = case.config if case.config.endswith(".py") else str(ROOT / "configs" / f"{case.config}.py")
   run = load_config(path, [tuple(change.split("=", 1)) for change in case.changes])
   mesh = make_mesh(run.mesh, list(devices.devices.flat))
-  program = make_program(run.model, run.training, run.optimizer, run.mesh, mesh, run.objective, run.data)
+  program = make_program(run.model, run.training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute)
   start = time.monotonic()
   traced = program.step.trace(program.state, program.batch)
   compiled = traced.lower(lowering_platforms=("cuda" if chip in GPUS else "tpu",)).compile()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from jaxllm.errors import ConfigError
+from jaxllm.kernels import cpu_ffi
 
 # Chip -> family. The chip comes from the mesh or the config, never from the machine that compiles.
 TARGETS = {
@@ -90,6 +91,13 @@ _logged: dict[tuple[str, str, str, str], None] = {}  # in order
 def chosen(op: str, target: str) -> dict[str, str]:
   """The backends that `op` was traced with for `target` in this process so far, each with what was passed over."""
   return {backend: passed for name, chip, backend, passed in _logged if (name, chip) == (op, target)}
+
+
+def has_bfloat16(target: str) -> bool:
+  """Whether the chip multiplies bfloat16 in hardware of its own, and our kernels there make use of it."""
+  if TARGETS.get(target) == "cpu":
+    return "amx_bf16" in cpu_ffi.cpu_flags() and cpu_ffi.available()
+  return target != "gpu"  # of some other GPU nothing is known
 
 
 def target_from_device_kind(platform: str, device_kind: str) -> str:

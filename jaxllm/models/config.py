@@ -312,7 +312,8 @@ class Compute:
   """
 
   target: str = "cpu"
-  dtype: str = "float32"  # of activations and of the weights as multiplied
+  dtype: str = "float32"  # of activations and of the weights as multiplied; master weights stay float32
+  reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of gradients' sums; else that of compute
   remat: Literal["none", "full", "dots", "offload", "names"] = "none"
   remat_names: tuple[str, ...] = ()  # for remat="names": the checkpoint names to keep
   kernels: Literal["auto", "pallas", "xla"] = "auto"
@@ -324,6 +325,11 @@ class Compute:
   unroll_layers: int | None = None  # layers per scan step; None: by target
 
   def __post_init__(self):
+    if self.reduce_dtype not in ("float32", self.dtype):
+      raise ConfigError(
+        f"compute.reduce_dtype is {self.reduce_dtype!r} and compute.dtype {self.dtype!r}; gradients are summed in "
+        "'float32' or in compute.dtype"
+      )
     if self.kernels == "pallas":
       from jaxllm.kernels.backends import check_pallas  # imports jax, which reading a config does without
 
@@ -331,3 +337,36 @@ class Compute:
     for op in OPS:
       if getattr(self, op) == "auto":
         object.__setattr__(self, op, self.kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(Compute):
+  """`Compute` as a config has it: what is "auto" is settled when the devices are known.
+
+  dtype "auto": bfloat16 where the chip multiplies it in hardware of its own (TPUs, GPUs from the A100 on, CPUs with
+  AMX), else float32.
+  """
+
+  target: str = "auto"  # the chip of the mesh's devices
+  dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+
+  def __post_init__(self):
+    pass  # settled later, and checked then
+
+  def on(self, target: str, devices: int) -> Compute:
+    """How `devices` chips compute, each of them a `target` unless the config names another.
+
+    Raises:
+      ConfigError: it asks for kernels that the target has not, or for sums in a dtype that is not computed in.
+    """
+    from jaxllm.kernels.backends import has_bfloat16  # imports jax, which reading a config does without
+
+    target = target if self.target == "auto" else self.target
+    # The CPU's own kernels are calls that the compiler cannot split over devices.
+    split_cpu = target == "cpu" and devices > 1
+    dtype: str = self.dtype
+    if dtype == "auto":
+      dtype = "bfloat16" if has_bfloat16(target) and not split_cpu else "float32"
+    kernels = "xla" if split_cpu and self.kernels == "auto" else self.kernels
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Compute)}
+    return Compute(**fields | {"target": target, "dtype": dtype, "kernels": kernels})

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_params
-from jaxllm.models.config import OPS, Compute, ModelConfig
+from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
 from jaxllm.objectives.base import Objective
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.parallel.config import MeshConfig
@@ -55,26 +55,6 @@ class Program:
     return self.batch["inputs"].shape[0] * sum(self.row_lengths)
 
 
-def compute_of(training: TrainingConfig, mesh: Mesh) -> Compute:
-  """How the run computes, with the target taken from the mesh unless the config names one.
-
-  Raises:
-    ConfigError: training.kernels asks for kernels that the target has not.
-  """
-  target = target_of(mesh) if training.target == "auto" else training.target
-  # The CPU's own kernels are calls that the compiler cannot split over devices.
-  kernels = "xla" if (target, training.kernels) == ("cpu", "auto") and mesh.size > 1 else training.kernels
-  return Compute(
-    target=target,
-    dtype=training.dtype,
-    remat=training.remat,
-    remat_names=training.remat_names,
-    kernels=kernels,
-    **{op: getattr(training, op) for op in OPS},
-    unroll_layers=training.unroll_layers,
-  )
-
-
 def make_program(
   model: ModelConfig,
   training: TrainingConfig,
@@ -83,13 +63,14 @@ def make_program(
   mesh: Mesh,
   objective: Objective = CausalLM(),
   data: DataConfig = DataConfig(),
+  compute_config: ComputeConfig = ComputeConfig(),
 ) -> Program:
   """Builds the jitted functions of a run; nothing is compiled or allocated yet.
 
   Raises:
-    ConfigError: the model or the batch does not divide over the mesh.
+    ConfigError: the model or the batch does not divide over the mesh, or what `compute_config` asks for cannot be had.
   """
-  compute = compute_of(training, mesh)
+  compute = compute_config.on(target_of(mesh), mesh.size)
   rules = mesh_config.rules
   graph, shapes, axes = declare(model, compute)
   shardings = param_shardings(shapes, axes, mesh, rules)
@@ -99,14 +80,14 @@ def make_program(
   def loss_fn(params, batch, key):
     return objective({"policy": nnx.merge(graph, params)}, batch, key)
 
-  step = make_train_step(loss_fn, optimizer, schedule, training, optimizer_config)
+  step = make_train_step(loss_fn, optimizer, schedule, training, compute, optimizer_config)
 
   def train_step(state, batch):  # the name that dumps and profiles show
     with activation_sharding(mesh, rules):
       return step(state, batch)
 
   def init(key):
-    return init_state(init_params(model, key), optimizer, training, optimizer_config)
+    return init_state(init_params(model, key), optimizer, training, compute, optimizer_config)
 
   def evaluate(params, batch):
     with activation_sharding(mesh, rules):

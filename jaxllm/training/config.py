@@ -5,7 +5,7 @@ from typing import Literal
 
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
@@ -18,18 +18,6 @@ class TrainingConfig:
   seq_len: int = 256
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0
-  dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of compute; master weights stay float32
-  reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of gradients' sums; else that of compute
-  remat: Literal["none", "full", "dots", "offload", "names"] = "none"
-  remat_names: tuple[str, ...] = ()
-  target: str = "auto"  # chip the step is compiled for; "auto": the mesh's devices
-  kernels: Literal["auto", "pallas", "xla"] = "auto"  # for every op below that says "auto"
-  attention: str = "auto"  # kernel backends
-  matmul: str = "auto"
-  elementwise: str = "auto"
-  cross_entropy: str = "auto"
-  grouped_matmul: str = "auto"
-  unroll_layers: int | None = None
   ema_decay: float | None = None  # keep an exponential moving average of the weights
   on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
   spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
@@ -47,11 +35,6 @@ class TrainingConfig:
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
-      )
-    if self.reduce_dtype not in ("float32", self.dtype):
-      raise ConfigError(
-        f"training.reduce_dtype is {self.reduce_dtype!r} and training.dtype {self.dtype!r}; gradients are summed in "
-        "'float32' or in training.dtype"
       )
 
 
@@ -128,6 +111,7 @@ class RunConfig:
   model: ModelConfig = ModelConfig()
   data: DataConfig = DataConfig()
   objective: AnyObjective = CausalLM()
+  compute: ComputeConfig = ComputeConfig()
   training: TrainingConfig = TrainingConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()

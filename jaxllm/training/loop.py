@@ -60,7 +60,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
   if mesh.devices.flat[0].platform == "cpu":
     keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
+  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute)
 
   # From what: every host reads its own rows of one and the same data.
   with agreement.together():

@@ -31,7 +31,7 @@ MAY_CHANGE = (
   "data.prefetch",
   "training.eval_*",
   "training.sample_*",
-  "training.remat*",
+  "compute.remat*",
   "training.on_bad_step",
   "training.spike_sigmas",
 )

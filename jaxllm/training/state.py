@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxllm.models.config import Compute
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 from jaxllm.training.precision import LossScale
 
@@ -70,6 +71,7 @@ def init_state(
   params: PyTree,
   optimizer: optax.GradientTransformation,
   training: TrainingConfig,
+  compute: Compute,
   optimizer_config: OptimizerConfig,
 ) -> TrainState:
   """The state before the first step. Pure: jit it with `state_shardings` to create it sharded."""
@@ -79,7 +81,7 @@ def init_state(
     opt_state=optimizer.init(params),
     # A copy: a donated state must not hold one buffer twice.
     ema=jax.tree.map(jnp.copy, params) if training.ema_decay is not None else None,
-    loss_scale=LossScale.create(optimizer_config.loss_scale) if training.dtype == "float16" else None,
+    loss_scale=LossScale.create(optimizer_config.loss_scale) if compute.dtype == "float16" else None,
     loss_statistics=LossStatistics.create(),
     skipped=jnp.int32(0),
     halted=jnp.bool_(False),

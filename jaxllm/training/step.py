@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from jaxllm.models.config import Compute
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 from jaxllm.training.param_rules import plan_params
 from jaxllm.training.precision import cast_params
@@ -26,6 +27,7 @@ def make_train_step(
   optimizer: optax.GradientTransformationExtraArgs,
   schedule: Schedule,
   training: TrainingConfig,
+  compute: Compute,
   optimizer_config: OptimizerConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with shardings and the state donated.
@@ -34,8 +36,9 @@ def make_train_step(
   and metrics as sums or (sum, weight) pairs. Every sum is divided once, by the weight of the whole global
   batch, so that neither accumulation nor the number of devices changes the result; a batch without any
   weight has a zero gradient. `batch` is a pytree of arrays [B, ...]; `params` come in
-  `training.reduce_dtype`: as float32 master weights, which the model rounds where it uses them, so that their
-  gradients are summed in float32, or in 16 bits, and then their gradients too. The key is derived from (training.seed, step, micro-batch).
+  `compute.reduce_dtype`: as float32 master weights, which the model rounds where it uses them, so that their
+  gradients are summed in float32, or in 16 bits, and then their gradients too. The key is derived from
+  (training.seed, step, micro-batch).
 
   A step is bad when the loss or the gradient norm is not finite, or the loss is a spike (`spike_sigmas`
   standard deviations above its running mean). A bad step changes neither weights nor moments nor the
@@ -48,7 +51,7 @@ def make_train_step(
   parameters), param_norm (after the update), learning_rate, skipped (so far), halted, in float16
   loss_scale (used in this step), and what `loss_fn` reports.
   """
-  gradients = _make_gradients(loss_fn, training, optimizer_config)
+  gradients = _make_gradients(loss_fn, training.accumulation, compute.reduce_dtype)
   seed = training.seed
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -144,18 +147,17 @@ def _static_loss_divisor(batch: Batch, accumulation: int) -> float:
   return 2.0 ** math.ceil(math.log2(max(positions, 1)))
 
 
-def _make_gradients(loss_fn, training, optimizer_config):
+def _make_gradients(loss_fn, training.accumulation, compute.reduce_dtype):
   """Returns a function that sums gradients, losses and weights over the micro-batches of one batch.
 
   Gradients are those of the *sum* of the losses (float16: times loss scale / `_static_loss_divisor`),
   one per leaf, None for frozen ones. Within a micro-batch, tokens and devices are added up in
-  `training.reduce_dtype`; micro-batches in float32.
+  `reduce_dtype`; micro-batches in float32.
   """
-  accumulation = training.accumulation
 
   def gradients(leaves, treedef, trained, batch, key, scale):
-    if training.reduce_dtype != "float32":
-      leaves = cast_params(leaves, training.reduce_dtype)
+    if reduce_dtype != "float32":
+      leaves = cast_params(leaves, reduce_dtype)
 
     def objective(trained_leaves, micro_batch, micro_key):
       fresh = iter(trained_leaves)

@@ -103,10 +103,10 @@ BAD = [
   (["--config.mesh.data=8"], ["training.batch_size 4", "8"]),
   (["--config.mesh.stage=2"], ["mesh.stage"]),
   (["--config.data.dir=nowhere"], ["nowhere", "jaxllm.prepare"]),
-  (["--config.training.attention=cudnn"], ["cudnn", "cpu"]),
-  (["--config.training.kernels=pallas"], ["kernels", "'pallas'", "h100", "not for cpu"]),
-  (["--config.training.kernels=cudnn"], ["training.kernels", "'cudnn'", "'pallas'"]),
-  (["--config.training.target=h1000"], ["h1000", "h100"]),
+  (["--config.compute.attention=cudnn"], ["cudnn", "cpu"]),
+  (["--config.compute.kernels=pallas"], ["kernels", "'pallas'", "h100", "not for cpu"]),
+  (["--config.compute.kernels=cudnn"], ["compute.kernels", "'cudnn'", "'pallas'"]),
+  (["--config.compute.target=h1000"], ["h1000", "h100"]),
   (["--config.optimizer.rules=[{'pattern':'nothing'}]"], ["nothing", "no parameter"]),
 ]
 

@@ -12,7 +12,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxllm.kernels import cpu_ffi  # noqa: E402
-from jaxllm.models.config import ModelConfig  # noqa: E402
+from jaxllm.models.config import ComputeConfig, ModelConfig  # noqa: E402
 from jaxllm.parallel.config import MeshConfig  # noqa: E402
 from jaxllm.parallel.mesh import make_mesh  # noqa: E402
 from jaxllm.training.compile import make_program  # noqa: E402
@@ -28,20 +28,14 @@ model = ModelConfig(
   max_seq_len=T,
 )
 kernels = {op: "xla" for op in ("matmul", "attention", "cross_entropy", "elementwise") if op in off}
-training = TrainingConfig(
-  steps=1000,
-  batch_size=B,
-  seq_len=T,
-  dtype=settings["dtype"],
-  unroll_layers=1 if "unroll" in off else None,
-  **kernels,
-)
+training = TrainingConfig(steps=1000, batch_size=B, seq_len=T)
+compute = ComputeConfig(dtype=settings["dtype"], unroll_layers=1 if "unroll" in off else None, **kernels)
 optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
 if "resident" not in off:
   cpu_ffi.keep_memory_resident()
 print(json.dumps(f"jax {jax.__version__}"), flush=True)
 mesh = make_mesh(MeshConfig(data=1))
-program = make_program(model, training, optimizer, MeshConfig(data=1), mesh)
+program = make_program(model, training, optimizer, MeshConfig(data=1), mesh, compute_config=compute)
 state = program.init(jax.random.key(0))
 weights = pathlib.Path(settings["weights"])
 if not weights.exists():
