@@ -147,7 +147,7 @@ def _static_loss_divisor(batch: Batch, accumulation: int) -> float:
   return 2.0 ** math.ceil(math.log2(max(positions, 1)))
 
 
-def _make_gradients(loss_fn, training.accumulation, compute.reduce_dtype):
+def _make_gradients(loss_fn, accumulation: int, reduce_dtype: str):
   """Returns a function that sums gradients, losses and weights over the micro-batches of one batch.
 
   Gradients are those of the *sum* of the losses (float16: times loss scale / `_static_loss_divisor`),
