@@ -61,7 +61,7 @@ def measure(data, sizes, order):
         np.testing.assert_array_equal(shard.data, whole[name][shard.index])
     state, metrics = program.step(state, arrays)
     losses.append(float(metrics["loss"]))
-  heldout = heldout_batches(data, rows=rows, **settings)
+  heldout = heldout_batches(data, rows=rows, max_batches=3, **settings)
   evaluate = lambda batch: program.evaluate(state.params, put_batch(batch, program.batch, rows))  # noqa: E731
   values = heldout_metrics(CausalLM(), evaluate, heldout, heldout.bytes)
   return losses, [values["eval/loss"], values["eval/bits_per_byte"]], rows

@@ -179,3 +179,16 @@ def main(argv):
     events = events[events.index("dispatch") :]
     assert events[:10] == ["dispatch", "agree"] + ["dispatch", "wait", "agree"] * 2 + ["dispatch", "wait"]
     assert "allgather" not in events[: events.index("wait", 9)]
+
+
+@pytest.mark.slow
+def test_a_tensor_axis_between_two_processes_trains_as_one_process_does(job, tmp_path):
+  """Each of them reads all rows; of a batch, too, that the number of processes does not divide."""
+  flags = "--config.training.steps=3", "--config.training.batch_size=3"
+  ends(start_two(job, tmp_path / "two", *flags, "--config.mesh.data=1", "--config.mesh.tensor=2"))
+  ends([start(job, tmp_path / "one", 1, *flags)])
+  two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+  assert two.keys() == one.keys()
+  assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+  two_bits, one_bits = (rows(tmp_path / run)[-1]["eval/bits_per_byte"] for run in ("two", "one"))
+  assert two_bits == pytest.approx(one_bits, rel=1e-4)
