@@ -36,7 +36,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   sizes = _sizes(config, len(devices))
   need = math.prod(sizes.values())
   if need > len(devices):
-    raise ConfigError(f"the mesh ({_text(sizes)}) needs {need} devices but there are {len(devices)}; make mesh.* smaller")
+    raise ConfigError(
+      f"the mesh ({_text(sizes)}) needs {need} devices but there are {len(devices)}; make mesh.* smaller"
+    )
   if need < len(devices) and jax.process_count() > 1:
     raise ConfigError(f"the mesh takes {need} of {len(devices)} devices; with several hosts it must take all")
   if need < len(devices) or devices[0].platform not in ("tpu", "gpu", "cuda", "rocm"):
