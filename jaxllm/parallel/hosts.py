@@ -204,7 +204,7 @@ def _connect(job: Job, patience_s: float, start_s: float) -> None:
   def lost() -> None:
     line = _what_broke(job)
     if _watch is not None:
-      _watch.end(line)
+      _watch.end(line, gone=0)
     os.write(2, f"process {job.index}: {line}\n".encode())
     os._exit(2)
 

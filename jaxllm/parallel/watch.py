@@ -62,12 +62,12 @@ class Watch:
     for thread in self._threads:
       thread.join(self.patience_s)
 
-  def end(self, line: str, code: int = 2, reason: str | None = None, gone: int = 0) -> NoReturn:
+  def end(self, line: str, code: int = 2, reason: str | None = None, gone: int | None = None) -> NoReturn:
     """Says `line` ("" if all is said) and ends this process; of several callers only the first is heard.
 
     Args:
       reason: what the other processes shall say of this one.
-      gone: how many processes will not hear of it.
+      gone: the process that does not answer any more, if it is that.
     """
     if not self._last_line.acquire(blocking=False):
       threading.Event().wait()  # for the end
@@ -81,10 +81,12 @@ class Watch:
     if line:
       os.write(2, f"process {self._index}: {line}\n".encode())
     with contextlib.suppress(Exception):
-      if self._index:
+      if gone == 0:
+        pass  # and the store with it
+      elif self._index > 0:
         self._client.key_value_set(LEFT + str(self._index), "")
       else:  # the store ends with this process; the others shall read the reason first
-        while len(self._client.key_value_dir_get(LEFT)) < self._count - 1 - gone:
+        while len(self._client.key_value_dir_get(LEFT)) < self._count - 1 - (gone is not None):
           time.sleep(0.05)
     os._exit(code)
 
@@ -100,10 +102,10 @@ class Watch:
       except Exception:
         if self._stopped.is_set():
           return
-        self.end(f"error: process 0 is gone; {AGAIN}")
+        self.end(f"error: process 0 is gone; {AGAIN}", gone=0)
       for _, text in reasons:
         index, reason = json.loads(text)
-        self.end(f"error: process {index} {reason}; {AGAIN}", gone=int(reason == self._silence))
+        self.end(f"error: process {index} {reason}; {AGAIN}", gone=index if reason == self._silence else None)
       for index in silent:
         key = f"{BEATS}{index}"
         silent[index] = silent[index] + 1 if now.get(key) == beats.get(key) else 0
@@ -124,7 +126,7 @@ class Watch:
       silent = silent + 1 if self._rounds == rounds else 0
       rounds = self._rounds
       if silent >= self._enough:
-        self.end(f"error: process 0 {self._silence}; {AGAIN}")
+        self.end(f"error: process 0 {self._silence}; {AGAIN}", gone=0)
 
   def _last_resort(self) -> None:
     """Whatever hangs while this process ends (a full pipe, a store that does not answer), it ends."""
