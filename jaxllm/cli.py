@@ -9,12 +9,16 @@ from typing import Any
 
 from jaxllm.base import settings
 from jaxllm.errors import UserError
+from jaxllm.parallel.hosts import leave
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-  """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug."""
+  """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug.
+
+  In a job of several processes an error does not return: it ends this process at once, and the others with it.
+  """
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
@@ -24,16 +28,22 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   try:
     return main(argv) or 0
   except UserError as error:
+    leave(error, 2, None if debug else f"error: {error}")
     if debug:
       raise
     print(f"error: {error}", file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
+  except KeyboardInterrupt as error:
+    leave(error, 130, "stopped")
     print("stopped", file=sys.stderr)
     return 130
-  except BrokenPipeError:
+  except BrokenPipeError as error:
+    leave(error, 1, "error: nobody reads the output")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+  except BaseException as error:
+    leave(error, 1)
+    raise
 
 
 def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:

@@ -23,6 +23,10 @@ PATIENCE_S = 3600.0  # for a host that is slow; one that is dead is noticed earl
 _rounds = itertools.count()
 
 
+class ElsewhereError(UserError):
+  """Another process failed, and has said so itself."""
+
+
 def gather(value: Any) -> list[Any]:
   """Every process's value, in the order of the processes, on all of them.
 
@@ -82,7 +86,7 @@ def check_same(facts: Mapping[str, Any], what: str) -> None:
 def together() -> Iterator[None]:
   """Runs what may fail on one host alone, and fails on all if it failed on any; no collective may stand inside.
 
-  The process that failed raises its own error, the others a UserError with its message.
+  The process that failed raises its own error, the others an ElsewhereError with its message.
   """
   error: Exception | None = None
   try:
@@ -94,7 +98,7 @@ def together() -> Iterator[None]:
     raise error
   for index, message in enumerate(failures):
     if message is not None:
-      raise UserError(f"process {index} failed: {message}")
+      raise ElsewhereError(f"process {index} failed: {message}")
 
 
 def _client() -> Any:

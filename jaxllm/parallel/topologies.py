@@ -34,8 +34,8 @@ GPUS = {
 }
 
 
-def tpu_mesh(topology: str, shape: tuple[int, ...] = (), axes: tuple[str, ...] = ()) -> jax.sharding.Mesh:
-  """A mesh of TPU devices to compile for: of `topology` ("v5e:4x4"), or of one chip ("v5e").
+def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+  """TPU devices to compile for: of one or more slices of `topology` ("v5e:4x4"), or one chip ("v5e").
 
   Raises:
     UserError: libtpu is not installed.
@@ -45,10 +45,18 @@ def tpu_mesh(topology: str, shape: tuple[int, ...] = (), axes: tuple[str, ...] =
   # Else it looks for its metadata server, and lets one process at a time load it.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  devices = topologies.get_topology_desc(TPU_HOSTS.get(topology, topology), platform="tpu").devices
-  if topology in TPU_HOSTS:
-    devices = devices[:1]
-  return jax.sharding.Mesh(np.array(devices).reshape(shape or (-1,)), axes or ("data",))
+  several = {"num_slices": slices} if slices > 1 else {}
+  described = topologies.get_topology_desc(TPU_HOSTS.get(topology, topology), platform="tpu", **several)
+  return list(described.devices[:1] if topology in TPU_HOSTS else described.devices)
+
+
+def tpu_mesh(topology: str, shape: tuple[int, ...] = (), axes: tuple[str, ...] = ()) -> jax.sharding.Mesh:
+  """A mesh of `tpu_devices`, in their order; `mesh.make_mesh` lays them out as a run does.
+
+  Raises:
+    UserError: libtpu is not installed.
+  """
+  return jax.sharding.Mesh(np.array(tpu_devices(topology)).reshape(shape or (-1,)), axes or ("data",))
 
 
 def gpu_mesh(chip: str, count: int = 1) -> jax.sharding.Mesh:
