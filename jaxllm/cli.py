@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxllm.base.files import local_path
 from jaxllm.errors import UserError
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
@@ -47,7 +48,9 @@ def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.Argu
   )
   parser.add_argument("--config", required=True, metavar="FILE", help="a config file, like configs/quickstart.py")
   if workdir:
-    parser.add_argument("--workdir", metavar="DIR", help="the run directory (default: runs/<config name>)")
+    parser.add_argument(
+      "--workdir", type=local_path, metavar="DIR", help="the run directory (default: runs/<config name>)"
+    )
   parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
   return parser
 

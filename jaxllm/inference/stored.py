@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxllm.base.files import local_path
 from jaxllm.data.tokenizers import Tokenizer, as_huggingface, find_tokenizer, load_tokenizer
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.interop import huggingface_directory, model_directory, peft
@@ -40,10 +41,10 @@ def open_model(path: str | Path, step: int | None = None) -> StoredModel:
   Names, shapes and types of all weights are checked; so are the checksums of a model directory.
 
   Raises:
-    CheckpointError: no such path, not a model, or damaged. ConfigError: a model that cannot be expressed,
+    CheckpointError: no such path, not a model, or damaged. ConfigError: a URL, a model that cannot be expressed,
       or a `step` of what has none. DataError: the tokenizer is damaged.
   """
-  path = Path(path).expanduser()
+  path = local_path(path)
   if not path.exists():
     raise CheckpointError(f"no model at {path}: there is no such path")
   if (path / "checkpoints").is_dir():
@@ -86,9 +87,10 @@ def write_model(
     family: the Hugging Face `model_type` to write; None: the first that can express the model.
 
   Raises:
-    ConfigError: an impossible setting, or no family can express the model.
+    ConfigError: an impossible setting, a URL, or no family can express the model.
     CheckpointError: the path is not free or cannot be written, or the weights turn out damaged.
   """
+  path = local_path(path)
   if format not in FORMATS:
     raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
   if dtype is not None and dtype not in DTYPES:
@@ -143,7 +145,7 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
-  from jaxllm.training.checkpoints import open_params
+  from jaxllm.training.reading import open_params
 
   config = model_directory.read_model_config(directory)
   params = open_params(directory, step)

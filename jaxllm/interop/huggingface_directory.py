@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.files import new_directory
 from jaxllm.errors import ConfigError
-from jaxllm.interop.atomic import new_directory
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import to_huggingface
 from jaxllm.interop.model_directory import (

@@ -17,8 +17,8 @@ from typing import Any
 
 from flax import traverse_util
 
+from jaxllm.base.files import new_directory
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.interop.atomic import new_directory
 from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES, read_sharded, write_sharded
 from jaxllm.interop.tensors import Tensors
 from jaxllm.models.build import declare

@@ -10,6 +10,7 @@ step means (commit, verification, fallback, retention) is here. All processes mu
 
 import concurrent.futures
 import errno
+import itertools
 import json
 import logging
 import math
@@ -21,20 +22,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxllm.base.files import write_atomically
 from jaxllm.errors import CheckpointError
-from jaxllm.interop.tensors import LazyTensor, Tensors
+from jaxllm.parallel.agreement import first_does, from_first, gather, post, posted, to_first
 from jaxllm.training import manifest as manifests
 from jaxllm.training.config import CheckpointConfig
-from jaxllm.training.files import write_atomically
-from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form, unnest
-from jaxllm.training.processes import everywhere
+from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form
+from jaxllm.training.reading import DATA, check_tree, committed_steps, good_step, load
 
 log = logging.getLogger("jaxllm")
-DATA = "data.json"
+_saves = itertools.count()  # of this process's life, so of every process's: names what they tell each other
 
 
 class Restored(NamedTuple):
@@ -46,8 +45,10 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints that one training run writes and resumes from; a context manager.
 
-  Opening it removes what a killed run left unfinished, so only the run itself may; readers use
-  `restore_params`. Every process of a multi-host run makes the same calls in the same order.
+  Opening it removes what a killed run left unfinished, so only the run itself may, which holds its directory
+  (`hold_run_directory`); readers use `restore_params`. Every process of a multi-host run makes the same calls
+  in the same order, from its main thread. What they decide on is agreed: the first process looks at the disk
+  and tells the others, or it is remembered from there on.
   """
 
   def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
@@ -55,31 +56,34 @@ class Checkpoints:
     self.config = config
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: tuple[int, concurrent.futures.Future] | None = None
-    if jax.process_index() == 0:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      self._remove_unfinished()
-    everywhere(True)
+    self._steps: list[int] = first_does(self._open)
+    self._latest = max(self._steps, default=None)
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
-    try:
+    if kind is None:
       self.close()
-    except CheckpointError as failure:
-      if kind is None:
-        raise
-      log.error("%s", failure)  # the error that ended the run is the one to report
+      return
+    # This process may be the only one that ends here: the save in flight may commit, but nothing is agreed on.
+    self._pool.shutdown()
+    if self._pending is not None and (failure := self._pending[1].exception()) is not None:
+      log.error("step %d is not saved: %s", self._pending[0], _reason(failure))
 
   def steps(self) -> list[int]:
-    """The committed steps, oldest first; a save still in flight is not among them."""
-    return committed_steps(self.directory)
+    """The committed steps, oldest first, as of the last `wait`; a save still in flight is not among them."""
+    return list(self._steps)
 
   def latest_step(self) -> int | None:
-    return max(self.steps(), default=None)
+    """Where the run stands on disk: the step last saved (it may be in flight) or restored, else the newest found."""
+    return self._latest if self._pending is None else self._pending[0]
 
   def save(self, step: int, state: Any, data_state: Any = None, metrics: Mapping[str, float] | None = None) -> None:
     """Saves `state` (a pytree of arrays), `data_state` (JSON, the same on all processes) and `metrics`.
+
+    `metrics` are those measured at this very step. One without `config.best_metric`, or with one that is no
+    number, never counts among the best.
 
     Returns when the arrays are safe from donation, before they are on disk, unless the config says
     otherwise. A save still in flight is waited for, and its failure raised. Later steps on disk belong to
@@ -89,19 +93,18 @@ class Checkpoints:
     self.wait()
     leaves = leaf_paths(state)
     place = self.directory / str(step)
-    error = None
+    error: BaseException | None = None
     try:
-      if jax.process_index() == 0 and place.exists():
-        place.rename(_aside(place))
-    except OSError as e:
-      error = e
-    if not everywhere(error is None):
-      self._fail(step, error)
-    try:
-      place.mkdir(exist_ok=True)
       if jax.process_index() == 0:
+        if place.exists():
+          place.rename(_aside(place))
+        place.mkdir()
         write_atomically(place / DATA, json.dumps(data_state))
-      # Directories made in the background turn any early error into a wait of ten minutes (0.12.8).
+    except Exception as caught:
+      error = caught
+    self._agree(step, error)
+    try:
+      # Directories made in the background turn any early error into a wait of minutes (0.12.8).
       context = ocp.Context()
       context.asynchronous.create_directories_asynchronously = False
       with context:
@@ -109,10 +112,12 @@ class Checkpoints:
           place / "state",
           nest({path: stored_form(leaf) for path, leaf in leaves.items() if num_elements(leaf)}),
         )
-    except (OSError, ValueError) as e:
-      self._fail(step, e)
+    except Exception as caught:
+      error = caught
+    self._agree(step, error)
     tree = {path: describe(leaf) for path, leaf in leaves.items()}
-    self._pending = step, self._pool.submit(self._commit, step, response, dict(metrics or {}), tree)
+    name = f"checkpoint/{next(_saves)}"
+    self._pending = step, self._pool.submit(self._commit, name, step, response, dict(metrics or {}), tree)
     if not self.config.asynchronous:
       self.wait()
 
@@ -125,22 +130,23 @@ class Checkpoints:
     naming the first leaf that is missing or has another shape or dtype.
     """
     self.wait()
-    step, manifest = _good_step(self.directory, step)
+    step, manifest = good_step(self.directory, step)
     abstract = leaf_paths(abstract_state)
-    _check_tree(manifest, manifest.tree, {path: describe(leaf) for path, leaf in abstract.items()})
+    check_tree(manifest, manifest.tree, {path: describe(leaf) for path, leaf in abstract.items()})
     place = self.directory / str(step)
-    loaded = _load(place, manifest, abstract)
-    state = jax.tree.unflatten(jax.tree.structure(abstract_state), list(loaded.values()))
-    return Restored(step, state, json.loads((place / DATA).read_text()))
+    data_state = first_does(lambda: json.loads((place / DATA).read_text()))
+    loaded = load(place, manifest, abstract)
+    self._latest = step
+    return Restored(step, jax.tree.unflatten(jax.tree.structure(abstract_state), list(loaded.values())), data_state)
 
   def wait(self) -> None:
-    """Returns when the save in flight is committed; raises CheckpointError if it failed."""
+    """Returns when the save in flight is committed; raises CheckpointError, on all processes, if it failed."""
     if self._pending is None:
       return
     (step, future), self._pending = self._pending, None
     error = future.exception()
-    if not everywhere(error is None):
-      self._fail(step, error)
+    self._agree(step, error)
+    self._steps, self._latest = from_first(future.result()), step
 
   def close(self) -> None:
     try:
@@ -148,27 +154,55 @@ class Checkpoints:
     finally:
       self._pool.shutdown()
 
-  def _commit(self, step: int, response: Any, metrics: dict, tree: dict) -> None:
-    response.result()  # ends with a barrier: all processes have written
-    if jax.process_index() == 0:
-      manifests.write(self.directory / str(step), step, metrics, tree)
-      self._remove_superseded(step)
+  def _commit(self, name: str, step: int, response: Any, metrics: dict, tree: dict) -> list[int] | None:
+    """What is left to do for a save, in the background; returns the committed steps on the first process."""
+    place = self.directory / str(step)
+    index, count = jax.process_index(), jax.process_count()
+    try:
+      _finish_writing(response, f"{name}/failed")
+      digests = manifests.digests(place, manifests.files_of(place, (index, count)))
+    except BaseException as error:
+      post(f"{name}/failed", _reason(error))
+      if index > 0:
+        to_first(name, {"error": _reason(error)})
+      raise
+    shares = to_first(name, {"files": digests})
+    if shares is None:
+      return None
+    for number, share in enumerate(shares):
+      if "error" in share:
+        raise _OtherProcess(f"process {number}: {share['error']}")
+    files = {path: digest for share in shares for path, digest in share["files"].items()}
+    manifests.write(place, step, metrics, tree, files)
+    self._remove_superseded(step)
+    return committed_steps(self.directory)
+
+  def _open(self) -> list[int]:
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      return self._remove_unfinished()
+    except OSError as error:
+      raise CheckpointError(f"{_disk_trouble(error)}: {self.directory}") from error
 
   def _remove_superseded(self, newest: int) -> None:
-    shutil.rmtree(_aside(self.directory / str(newest)), ignore_errors=True)
     scores = {}
-    for step in self.steps():
+    for step in committed_steps(self.directory):
       try:
         scores[step] = manifests.read(self.directory / str(step)).metrics.get(self.config.best_metric)
       except manifests.DamagedError:
         scores[step] = None
     keep = steps_to_keep(scores, newest, self.config)
-    for step in scores.keys() - keep:
-      place = self.directory / str(step)
-      (place / manifests.NAME).unlink()  # uncommitted first: a half-deleted step must not look whole
-      shutil.rmtree(place)
+    try:
+      shutil.rmtree(_aside(self.directory / str(newest)), ignore_errors=True)
+      for step in scores.keys() - keep:
+        place = self.directory / str(step)
+        (place / manifests.NAME).unlink()  # uncommitted first: a half-deleted step must not look whole
+        shutil.rmtree(place)
+    except OSError as error:  # the new step is saved all the same
+      log.warning("cannot remove %s: %s", error.filename, error.strerror)
 
-  def _remove_unfinished(self) -> None:
+  def _remove_unfinished(self) -> list[int]:
+    """Leaves the committed steps only, and returns them."""
     for place in list(self.directory.iterdir()):
       if re.fullmatch(r"\d+", place.name) and not (place / manifests.NAME).exists():
         shutil.rmtree(place)
@@ -177,31 +211,53 @@ class Checkpoints:
         shutil.rmtree(old)
       else:
         old.rename(old.with_suffix(""))
+    return committed_steps(self.directory)
 
-  def _fail(self, step: int, error: BaseException | None) -> None:
-    """Removes what there is of `step` and raises what is to be said about it."""
-    if jax.process_index() == 0:
-      self._remove_unfinished()
-    reason = _disk_trouble(error) if error else "another process failed"
-    if reason is None:
+  def _agree(self, step: int, error: BaseException | None) -> None:
+    """Returns if no process has an error; else removes what there is of `step` and raises, on all of them."""
+    errors = gather(None if error is None else _reason(error))
+    if not any(errors):
+      return
+    self._steps = first_does(self._remove_unfinished)
+    if error is not None and not isinstance(error, _OtherProcess) and _disk_trouble(error) is None:
       raise error
-    last = self.latest_step()
+    last = max(self._steps, default=None)
+    # Who has seen it happen says it, not those who have heard of it.
+    reason = next((e for e in errors if e and not e.startswith("process ")), None) or next(filter(None, errors))
     raise CheckpointError(
       f"{reason} while saving step {step} under {self.directory}; "
       + ("there is no earlier checkpoint" if last is None else f"the last good checkpoint is step {last}")
     ) from error
 
 
-def committed_steps(directory: str | os.PathLike) -> list[int]:
-  """The committed steps under a run's checkpoints directory, oldest first."""
-  places = Path(directory).glob(f"*/{manifests.NAME}")
-  return sorted(int(place.parent.name) for place in places if place.parent.name.isdigit())
+class _OtherProcess(Exception):
+  """A save failed where another process wrote."""
+
+
+def _finish_writing(response: Any, failed: str) -> None:
+  """Returns when all processes have written; raises when one of them says under `failed` that it has not.
+
+  Orbax's own barrier would wait five minutes for it.
+  """
+  patience_s = 1.0 if jax.process_count() > 1 else None
+  while True:
+    try:
+      return response.result(patience_s)
+    except TimeoutError as error:
+      if error.errno is not None:  # the file system's
+        raise
+    for index, reason in posted(failed).items():
+      raise _OtherProcess(f"process {index}: {reason}")
 
 
 def steps_to_keep(scores: Mapping[int, float | None], newest: int, config: CheckpointConfig) -> set[int]:
-  """Which of the steps (keys; values are the best metric, lower is better) survive after saving `newest`."""
+  """Which of the steps survive after saving `newest`.
+
+  `scores` has the metric that each was saved with; the lowest are the best, of equals the newest. A step without
+  one, or with NaN, is not among them. Steps past `newest` are of a course that it abandons.
+  """
   steps = sorted(step for step in scores if step <= newest)
-  keep = {newest, *steps[len(steps) - config.keep_last :]}
+  keep = {newest, *steps[max(0, len(steps) - config.keep_last) :]}
   ranked = sorted((scores[s], -s) for s in steps if scores[s] is not None and math.isfinite(scores[s]))
   keep |= {-negative for _, negative in ranked[: config.keep_best]}
   if config.keep_every:
@@ -209,131 +265,12 @@ def steps_to_keep(scores: Mapping[int, float | None], newest: int, config: Check
   return keep
 
 
-def restore_params(
-  path: str | os.PathLike, abstract: Any = None, step: int | None = None, part: str = "params"
-) -> tuple[int, Any]:
-  """Loads one top-level part of the state, by default the weights, without reading the others.
-
-  `path` is a run directory or its `checkpoints`. `abstract` is a pytree of leaves with shape, dtype and
-  optionally sharding; another dtype converts. Without it the result is plain nested dicts as saved, on
-  this process's first device. Returns (step, tree). Raises CheckpointError like `Checkpoints.restore`.
-  """
-  directory = Path(path).absolute()
-  if (directory / "checkpoints").is_dir():
-    directory = directory / "checkpoints"
-  step, manifest = _good_step(directory, step, part)
-  saved = {name: leaf for name, leaf in manifest.tree.items() if name.split("/")[0] == part}
-  if not saved:
-    parts = sorted({name.split("/")[0] for name in manifest.tree})
-    raise CheckpointError(f"checkpoint step {step} has no {part!r}; it has {', '.join(parts)}")
-  if abstract is None:
-    shapes = {p: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for p, leaf in saved.items()}
-    return step, nest(_load(directory / str(step), manifest, shapes))[part]
-  wanted = {f"{part}/{name}": leaf for name, leaf in leaf_paths(abstract).items()}
-  described = {name: describe(leaf) for name, leaf in wanted.items()}
-  _check_tree(manifest, saved, described, same_dtype=False)
-  loaded = _load(directory / str(step), manifest, wanted)
-  return step, jax.tree.unflatten(jax.tree.structure(abstract), list(loaded.values()))
-
-
-def open_params(path: str | os.PathLike, step: int | None = None) -> Tensors:
-  """The weights of a run's newest good step, or of `step`, by path; each is read when it is asked for.
-
-  Raises CheckpointError like `Checkpoints.restore`.
-  """
-  directory = Path(path).absolute() / "checkpoints"
-  step, manifest = _good_step(directory, step, "params")
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  saved = {name: leaf for name, leaf in manifest.tree.items() if name.startswith("params/")}
-
-  def tensor(name: str, leaf: dict) -> LazyTensor:
-    shape, dtype = tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])
-
-    def read() -> np.ndarray:
-      context = ocp.Context()
-      context.pytree.loading.partial_load = True
-      with context:
-        wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
-        return np.asarray(_load(directory / str(step), manifest, wanted)[name])
-
-    return LazyTensor(shape, dtype, read)
-
-  return {name.removeprefix("params/"): tensor(name, leaf) for name, leaf in saved.items()}
-
-
-def _good_step(directory: Path, step: int | None, part: str | None = None) -> tuple[int, manifests.Manifest]:
-  """The newest step whose files (those of one part of the state, or all) are as they were written."""
-  steps = committed_steps(directory)
-  if not steps:
-    raise CheckpointError(f"there is no complete checkpoint in {directory}")
-  if step is not None and step not in steps:
-    raise CheckpointError(f"there is no checkpoint step {step} in {directory}; there are {steps}")
-
-  def wanted(name: str) -> bool:
-    return part is None or name.startswith(f"state/{part}/") or name.count("/") == 1
-
-  damage = ""
-  for candidate in [step] if step is not None else reversed(steps):
-    place = directory / str(candidate)
-    error = None
-    try:
-      manifest = manifests.read(place)
-      manifests.verify(place, manifest, wanted, (jax.process_index(), jax.process_count()))
-    except manifests.DamagedError as e:
-      error = e
-    if everywhere(error is None):
-      if damage:
-        log.warning("%s; using checkpoint step %d instead", damage, candidate)
-      return candidate, manifest
-    damage = damage or f"checkpoint step {candidate} is damaged: {error or 'another process found it so'}"
-  raise CheckpointError(
-    f"{damage}; choose another of the steps {steps}"
-    if step is not None
-    else f"{damage}; no good checkpoint is left in {directory}"
-  )
-
-
-def _load(place: Path, manifest: manifests.Manifest, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """Arrays for the leaf paths of `abstract`, in its order, dtypes and shardings."""
-
-  def request(path: str) -> jax.ShapeDtypeStruct:
-    leaf = abstract[path]
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if "impl" in manifest.tree[path]:
-      data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-      return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-  requests = {path: request(path) for path in abstract}
-  stored = {path: leaf for path, leaf in requests.items() if num_elements(leaf)}
-  arrays = unnest(ocp.load_checkpointables(place / "state", nest(stored)), stored)
-  for path, leaf in requests.items():
-    if path not in arrays:  # nothing to store in an empty array
-      arrays[path] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    elif "impl" in manifest.tree[path]:
-      arrays[path] = jax.random.wrap_key_data(arrays[path], impl=manifest.tree[path]["impl"])
-  return {path: arrays[path] for path in abstract}
-
-
-def _check_tree(manifest: manifests.Manifest, saved: dict, wanted: dict, same_dtype: bool = True) -> None:
-  for path, leaf in wanted.items():
-    if path not in saved:
-      raise CheckpointError(
-        f"checkpoint step {manifest.step} has no {path}; it was written by another model or optimizer"
-      )
-    for name in ("shape", "dtype") if same_dtype else ("shape",):
-      if saved[path][name] != leaf[name]:
-        raise CheckpointError(
-          f"{path} has {name} {saved[path][name]} in checkpoint step {manifest.step} but {leaf[name]} here; "
-          "the checkpoint was written by another model or optimizer"
-        )
-  for path in saved:
-    if path not in wanted:
-      raise CheckpointError(f"checkpoint step {manifest.step} has {path}, which this model or optimizer has not")
-
-
 def _aside(place: Path) -> Path:
   return place.with_name(place.name + ".replaced")
+
+
+def _reason(error: BaseException) -> str:
+  return _disk_trouble(error) or str(error) or type(error).__name__
 
 
 def _disk_trouble(error: BaseException) -> str | None:

@@ -1,22 +1,28 @@
 """The run directory: whose run it is (config.json) and how it went (metrics.jsonl)."""
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.locks import hold
 from jaxllm.errors import ConfigError
-from jaxllm.training.files import read_metrics, write_atomically
+from jaxllm.parallel.agreement import first_does, gather
+from jaxllm.training.files import read_metrics
 from jaxllm.training.trackers import Tracker, flatten
 
 # What a resumed run may change: how it is watched, where it runs (equal within float tolerance on another
@@ -36,28 +42,99 @@ MAY_CHANGE = (
 )
 MAY_GROW = ("training.steps",)
 
+SHARING_PATIENCE_S = 10.0  # for a file of one host to be seen on another
+_TOKEN = ".shared-"
+
+
+@contextlib.contextmanager
+def hold_run_directory(path: str | os.PathLike) -> Iterator[Path]:
+  """Creates the run directory and keeps other trainers out of it while the context lasts; all processes enter it.
+
+  Raises:
+    ConfigError: it cannot be created, is a URL, or is not one folder that all processes see.
+    UserError: another trainer uses it, and which.
+  """
+  directory = local_path(path)
+
+  def enter() -> None:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(f"cannot create the run directory {directory}: {error.strerror}") from error
+    stack.enter_context(hold(directory))
+
+  with contextlib.ExitStack() as stack:
+    first_does(enter)
+    _check_shared(directory)
+    yield directory
+
+
+def _check_shared(directory: Path) -> None:
+  """That all processes see what the first one writes."""
+  if jax.process_count() == 1:
+    return
+
+  def write() -> str:
+    for old in directory.glob(f"{_TOKEN}*"):
+      old.unlink()
+    # A name that no host has looked for before: a network file system remembers what was not there.
+    token = directory / (_TOKEN + secrets.token_hex(8))
+    token.touch()
+    return token.name
+
+  name = first_does(write)
+  hosts = gather([socket.gethostname(), str(directory.absolute()), _appears(directory / name)])
+  if jax.process_index() == 0:
+    (directory / name).unlink()
+  host, place, _ = hosts[0]
+  if blind := [f"process {i} on host {other}" for i, (other, _, seen) in enumerate(hosts) if not seen]:
+    more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+    raise ConfigError(
+      f"{place} is not one folder for all hosts: what process 0 on host {host} writes is not seen by "
+      f"{', '.join(blind[:3])}{more}; choose a --workdir on a file system that they share"
+    )
+  for index, (other, elsewhere, _) in enumerate(hosts):
+    if elsewhere != place:
+      raise ConfigError(
+        f"the run directory is {place} for process 0 on host {host} and {elsewhere} for process {index} on host "
+        f"{other}; give all of them the same --workdir and working directory"
+      )
+
+
+def _appears(path: Path) -> bool:
+  deadline = time.monotonic() + SHARING_PATIENCE_S
+  while not path.exists():
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
 
 def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
-  """Creates the run directory, or checks that it is this config's, and writes config.json.
+  """Checks that the run directory is this config's, or creates it, and writes config.json; all processes call it.
 
   `config` is the resolved config as nested dicts of JSON values. Raises ConfigError if the directory
-  holds a run of another config.
+  holds a run of another config, is a URL or cannot be written.
   """
-  directory = Path(path)
+  directory = local_path(path)
   file = directory / "config.json"
-  if file.exists():
+
+  def check_and_write() -> None:
     try:
-      saved = json.loads(file.read_text())
-    except json.JSONDecodeError:
+      if file.exists():
+        saved = json.loads(file.read_text())
+        saved.pop("environment", None)
+        check_same_run(saved, config)
+      directory.mkdir(parents=True, exist_ok=True)
+      write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
+    except (ValueError, AttributeError):
       raise ConfigError(f"{file} is damaged; restore it, or choose another --workdir") from None
-    saved.pop("environment", None)
-    try:
-      check_same_run(saved, config)
     except ConfigError as error:
       raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
-  if jax.process_index() == 0:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
+    except OSError as error:
+      raise ConfigError(f"cannot read or write {file}: {error.strerror}") from error
+
+  first_does(check_and_write)
   return directory
 
 

@@ -20,8 +20,9 @@ import optax
 import pytest
 
 from jaxllm.errors import CheckpointError
-from jaxllm.training.checkpoints import Checkpoints, committed_steps, restore_params, steps_to_keep
+from jaxllm.training.checkpoints import Checkpoints, steps_to_keep
 from jaxllm.training.config import CheckpointConfig
+from jaxllm.training.reading import committed_steps, restore_params
 
 ALL = CheckpointConfig(keep_last=100)
 
