@@ -237,7 +237,8 @@ class _OtherProcess(Exception):
 def _finish_writing(response: Any, failed: str) -> None:
   """Returns when all processes have written; raises when one of them says under `failed` that it has not.
 
-  Orbax's own barrier would wait five minutes for it.
+  Orbax's own barrier would wait five minutes for it. It still does, in a thread that nobody waits for before the
+  program ends.
   """
   patience_s = 1.0 if jax.process_count() > 1 else None
   while True:

@@ -1,14 +1,15 @@
 """The run directory, metrics.jsonl and the rule for what a resumed run may change."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.errors import ConfigError, UserError
 from jaxllm.training.files import read_metrics
-from jaxllm.training.metrics import MetricsLogger, check_same_run, open_run_directory
+from jaxllm.training.metrics import MetricsLogger, check_same_run, hold_run_directory, open_run_directory
 
 CONFIG = {
   "model": {"embed_dim": 64, "layer_pattern": ("local", "global"), "rope_scaling": None},
@@ -103,6 +104,34 @@ def test_another_config_is_refused_by_its_first_keys(tmp_path, change, message):
   with pytest.raises(ConfigError, match=f"{tmp_path} holds another run: .*; choose another --workdir"):
     open_run_directory(tmp_path, changed(**change))
   assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_directory_that_cannot_be_made_or_read_is_said_in_one_line(tmp_path):
+  file = tmp_path / "file"
+  file.touch()
+  with (
+    pytest.raises(ConfigError, match=f"cannot create the run directory {file}/run: "),
+    hold_run_directory(file / "run"),
+  ):
+    pass
+  with pytest.raises(ConfigError, match=f"cannot read or write {file}/run/config.json: "):
+    open_run_directory(file / "run", CONFIG)
+  (tmp_path / "config.json").write_text("[1, 2")
+  with pytest.raises(ConfigError, match=f"{tmp_path}/config.json is damaged; restore it, or choose another"):
+    open_run_directory(tmp_path, CONFIG)
+
+
+def test_the_run_directory_is_made_and_held(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with hold_run_directory("a/run") as directory:
+    assert directory == Path("a/run") and [path.name for path in directory.iterdir()] == ["lock"]
+    with pytest.raises(UserError, match="^a/run is in use by "), hold_run_directory("a/run"):
+      pass
+  with pytest.raises(ConfigError, match="^gs://b/run is a URL"), hold_run_directory("gs://b/run"):
+    pass
+  with pytest.raises(ConfigError, match="^gs://b/run is a URL"):
+    open_run_directory(Path("gs://b/run"), CONFIG)
+  assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_every_line_is_json_and_floats_survive(tmp_path):
