@@ -6,8 +6,8 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from jaxllm.base.files import local_path
 from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError
 
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--from", required=True, dest="source", metavar="PATH", help=MODEL_FORMS)
-  add("--to", required=True, metavar="PATH", help="a new or empty directory, or a new .gguf file")
+  add("--to", required=True, type=local_path, metavar="PATH", help="a new or empty directory, or a new .gguf file")
   add("--format", required=True, choices=("jaxllm", "hf", "gguf"), help="the form to write")
   add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are)")
   add("--quantize", metavar="TYPE", help="the type of a gguf file's matrices: q8_0, q4_0, q4_1, …")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
   start = time.monotonic()
   model = open_model(args.source, args.step)
   write_model(
-    Path(args.to).expanduser(),
+    args.to,
     model,
     args.format,
     dtype=args.dtype,
