@@ -12,7 +12,7 @@ from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.interop import huggingface_directory, model_directory, peft
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES
-from jaxllm.interop.tensors import Tensors, cast
+from jaxllm.interop.tensors import LazyTensor, Tensors, cast
 from jaxllm.models.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -145,10 +145,10 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
-  from jaxllm.training.reading import open_params
+  from jaxllm.storage.reading import open_params
 
   config = model_directory.read_model_config(directory)
-  params = open_params(directory, step)
+  params = {name: LazyTensor(*array) for name, array in open_params(directory, step).items()}
   generation = model_directory.read_generation_config(directory)
   return StoredModel(config, params, tokenizer_in(directory / "tokenizer"), generation)
 

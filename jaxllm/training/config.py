@@ -1,4 +1,4 @@
-"""Settings of a training run: steps, optimizer, checkpoints, logging, profiling."""
+"""Settings of a training run: steps, optimizer, logging, profiling."""
 
 import dataclasses
 from typing import Literal
@@ -8,6 +8,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.objectives.config import NEEDS, ObjectiveConfig
 from jaxllm.parallel.config import MeshConfig
+from jaxllm.storage.config import CheckpointConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +85,6 @@ class OptimizerConfig:
       raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
     if not 0 <= self.decay_fraction <= 1:
       raise ConfigError(f"optimizer.decay_fraction is {self.decay_fraction}; it is a share between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-  every: int = 500  # steps; 0: only at the end
-  keep_last: int = 2  # the newest stays in any case
-  keep_best: int = 1  # by the lowest `best_metric` among steps where it was measured; 0: none
-  best_metric: str = "eval/loss"
-  keep_every: int | None = None  # also keep for ever each multiple of this many steps
-  asynchronous: bool = True
-
-  def __post_init__(self):
-    for name in ("every", "keep_last", "keep_best", "keep_every"):
-      if (getattr(self, name) or 0) < 0:
-        raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

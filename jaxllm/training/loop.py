@@ -17,13 +17,14 @@ from jaxllm.evaluation.bits_per_byte import describe, heldout_metrics
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.checkpoints import Checkpoints
+from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.training.compile import make_program, put_batch
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
-from jaxllm.training.metrics import MetricsLogger, open_run_directory
+from jaxllm.training.metrics import MetricsLogger
 from jaxllm.training.profiling import Profiler
 from jaxllm.training.progress import Progress, print_table
+from jaxllm.training.run_directory import open_run_directory
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.startup import startup_table

@@ -27,10 +27,10 @@ from orbax.checkpoint import v1 as ocp
 from jaxllm.base.files import write_atomically
 from jaxllm.errors import CheckpointError
 from jaxllm.parallel.agreement import first_does, from_first, gather, post, posted, to_first
-from jaxllm.training import manifest as manifests
-from jaxllm.training.config import CheckpointConfig
-from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, stored_form
-from jaxllm.training.reading import DATA, check_tree, committed_steps, good_step, load
+from jaxllm.storage import manifest as manifests
+from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.leaves import describe, leaf_paths, nest, num_elements, stored_form
+from jaxllm.storage.reading import DATA, check_tree, committed_steps, good_step, load
 
 log = logging.getLogger("jaxllm")
 _saves = itertools.count()  # of this process's life, so of every process's: names what they tell each other
@@ -46,7 +46,7 @@ class Checkpoints:
   """The checkpoints that one training run writes and resumes from; a context manager.
 
   Opening it removes what a killed run left unfinished, so only the run itself may, which holds its directory
-  (`hold_run_directory`); readers use `restore_params`. Every process of a multi-host run makes the same calls
+  (`jaxllm.base.locks`); readers use `restore_params`. Every process of a multi-host run makes the same calls
   in the same order, from its main thread. What they decide on is agreed: the first process looks at the disk
   and tells the others, or it is remembered from there on.
   """

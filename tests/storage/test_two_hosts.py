@@ -1,16 +1,15 @@
-"""Checkpoints and run directories of a job of two processes: what one host sees alone decides nothing."""
+"""Checkpoints of a job of two processes: what one host sees alone decides nothing."""
 
 import hashlib
 import json
-import socket
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from jaxllm.errors import CheckpointError
-from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.config import CheckpointConfig
+from jaxllm.storage.checkpoints import Checkpoints
+from jaxllm.storage.config import CheckpointConfig
 
 START = """
   import os, random, sys, time
@@ -18,8 +17,8 @@ START = """
   import jax.numpy as jnp, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
   from jaxllm.errors import CheckpointError, ConfigError, UserError
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   directory = Path(sys.argv[1])
   mesh = jax.make_mesh((2,), ("fsdp",), (AxisType.Auto,))
   make = jax.jit(lambda n: {"params": {"w": jnp.arange(400_000.0) + n}, "step": n},
@@ -54,7 +53,7 @@ def test_slow_renames_and_looks_at_different_moments_change_nothing(two_processe
 def test_one_host_without_the_directory_sees_what_the_first_tells(two_processes, tmp_path):
   code = """
   if index == 1:  # a network file system that shows nothing yet
-    import jaxllm.training.reading as reading, jaxllm.training.checkpoints as module
+    import jaxllm.storage.reading as reading, jaxllm.storage.checkpoints as module
     reading.committed_steps = module.committed_steps = lambda directory: []
   with Checkpoints(directory, config) as checkpoints:
     print("found", checkpoints.latest_step(), checkpoints.steps(), checkpoints.restore(make(jnp.int32(0)))[::2])
@@ -70,7 +69,7 @@ FAILURES = {
   "before": """
   def full(path, content):
     raise OSError(28, "No space left on device")
-  import jaxllm.training.checkpoints as module
+  import jaxllm.storage.checkpoints as module
   def fail():
     module.write_atomically, fail.before = full, module.write_atomically
   def mend():
@@ -86,7 +85,7 @@ FAILURES = {
   bad = 1
   """,
   "digests": """
-  import jaxllm.training.manifest as manifest
+  import jaxllm.storage.manifest as manifest
   def broken(directory, names):
     raise OSError(5, "Input/output error")
   def fail():
@@ -96,7 +95,7 @@ FAILURES = {
   bad = 1
   """,
   "manifest": """
-  import jaxllm.training.manifest as manifest
+  import jaxllm.storage.manifest as manifest
   def full(path, content):
     raise OSError(28, "No space left on device")
   def fail():
@@ -145,7 +144,7 @@ def test_a_save_that_fails_on_one_host_fails_on_both_and_the_next_succeeds(two_p
 
 def test_each_host_hashes_what_it_wrote(two_processes, tmp_path):
   code = """
-  import jaxllm.training.manifest as manifest
+  import jaxllm.storage.manifest as manifest
   hashed, real = [], manifest._sha256
   manifest._sha256 = lambda path: (hashed.append(str(path)), real(path))[1]
   with Checkpoints(directory, config) as checkpoints:
@@ -178,83 +177,3 @@ def test_each_host_hashes_what_it_wrote(two_processes, tmp_path):
     Checkpoints(tmp_path, CheckpointConfig()) as checkpoints,
   ):
     checkpoints.restore({"params": {"w": jnp.zeros(400_000)}, "step": jnp.int32(0)}, step=5)
-
-
-RUN = """
-  import sys, time
-  from pathlib import Path
-  from jaxllm.errors import ConfigError, UserError
-  import jaxllm.training.metrics as metrics
-  from jaxllm.training.metrics import hold_run_directory, open_run_directory
-  metrics.SHARING_PATIENCE_S = 0.5
-"""
-
-
-def test_hosts_that_do_not_share_the_run_directory_are_named(two_processes, tmp_path):
-  code = """
-  mine = Path(sys.argv[1]) / f"disk{index}" / "run"
-  for path in (Path(sys.argv[1]) / "shared", mine):
-    try:
-      with hold_run_directory(path) as directory:
-        print("entered", directory.name)
-    except ConfigError as error:
-      print("error:", error)
-  """
-  host = socket.gethostname()
-  for output in two_processes(RUN + code, tmp_path):
-    assert "entered shared\n" in output and "entered run" not in output
-    assert (
-      f"error: {tmp_path}/disk0/run is not one folder for all hosts: what process 0 on host {host} writes is not seen "
-      f"by process 1 on host {host}; choose a --workdir on a file system that they share\n"
-    ) in output
-  assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["lock"]
-
-
-def test_two_names_of_one_directory_are_refused(two_processes, tmp_path):
-  code = """
-  try:
-    with hold_run_directory(Path(sys.argv[1]) / ("run", "link")[index]):
-      pass
-  except ConfigError as error:
-    print("error:", error)
-  """
-  (tmp_path / "link").symlink_to(tmp_path / "run")
-  for output in two_processes(RUN + code, tmp_path):
-    assert f"error: the run directory is {tmp_path}/run for process 0 on host" in output
-    assert f"and {tmp_path}/link for process 1" in output
-
-
-def test_a_run_directory_in_use_or_of_another_run_is_refused_on_all_hosts(two_processes, tmp_path):
-  code = """
-  from jaxllm.base.locks import hold
-  import subprocess
-  path = Path(sys.argv[1])
-  if index == 0:
-    other = subprocess.Popen([sys.executable, "-c", "if True:\\n"
-      "  import sys; from pathlib import Path; from jaxllm.base.locks import hold\\n"
-      "  with hold(Path(sys.argv[1])): print(flush=True); sys.stdin.read()", path],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    print("other", other.pid)
-  try:
-    with hold_run_directory(path):
-      print("entered")
-  except UserError as error:
-    print("error:", error)
-  if index == 0:
-    other.kill(), other.wait()
-  with hold_run_directory(path) as directory:
-    open_run_directory(directory, {"training": {"steps": 3}})
-    for steps in (4, 2):
-      try:
-        open_run_directory(directory, {"training": {"steps": steps}})
-        print("opened", steps)
-      except UserError as error:
-        print("error:", error)
-  """
-  outputs = two_processes(RUN + code, tmp_path)
-  pid = outputs[0].split("other ")[1].split()[0]
-  for output, start in zip(outputs, ("error: ", "error: process 0 failed: ")):
-    assert "entered" not in output and "opened 4\n" in output and "opened 2" not in output
-    assert f"{start}{tmp_path} is in use by pid {pid} on host " in output
-    assert f"{start}{tmp_path} holds another run: training.steps was 4 and may only grow, not become 2; " in output

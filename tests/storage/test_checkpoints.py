@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.errors import CheckpointError, ConfigError
-from jaxllm.training.checkpoints import Checkpoints, steps_to_keep
-from jaxllm.training.config import CheckpointConfig
-from jaxllm.training.reading import committed_steps, restore_params
+from jaxllm.storage.checkpoints import Checkpoints, steps_to_keep
+from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.reading import committed_steps, restore_params
 
 ALL = CheckpointConfig(keep_last=100)
 
@@ -394,8 +394,8 @@ FULL_DISK = """
   import resource, sys, jax, jax.numpy as jnp
   from pathlib import Path
   from jaxllm.errors import CheckpointError
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   directory, asynchronous = Path(sys.argv[1]), sys.argv[2] == "True"
   if len(sys.argv) > 3:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
@@ -447,7 +447,7 @@ def test_no_space_for_the_manifest(tmp_path, monkeypatch):
   with Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(1, small_state(1))
     checkpoints.wait()
-    monkeypatch.setattr("jaxllm.training.manifest.write_atomically", full)
+    monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
     checkpoints.save(2, small_state(2))
     with pytest.raises(CheckpointError, match="disk full while saving step 2 .* step 1$"):
       checkpoints.save(3, small_state(3))
@@ -458,7 +458,7 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path, monk
   def full(path, content):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("jaxllm.training.manifest.write_atomically", full)
+  monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
   with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(2, small_state(2))
     raise ZeroDivisionError
@@ -471,8 +471,8 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path, monk
 
 KILLED = """
   import sys, jax, jax.numpy as jnp
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   state = {"params": {str(i): jnp.zeros((64, 1024)) for i in range(4)}, "step": jnp.int32(0)}
   with Checkpoints(sys.argv[1], CheckpointConfig(keep_last=2)) as checkpoints:
     step = -1
@@ -511,8 +511,8 @@ def test_kill_9_at_any_moment_loses_at_most_the_save_in_flight(tmp_path):
 MESHES = """
   import sys, jax, jax.numpy as jnp, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   a, b = (int(n) for n in sys.argv[2].split("x"))
   mesh = jax.make_mesh((a, b), ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[: a * b])
   specs = {"params": {"w": P("fsdp", "tensor"), "b": P("tensor"), "n": P()}, "key": P()}
@@ -546,8 +546,8 @@ PROCESSES = """
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
   from pathlib import Path
   from jaxllm.errors import CheckpointError
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,))
   sharding = NamedSharding(mesh, P("fsdp"))
   make = jax.jit(lambda n: {"params": {"w": jnp.arange(4096.0) + n}, "step": n},

@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,20 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.errors import CheckpointError
-from jaxllm.interop.tensors import LazyTensor, Tensors
 from jaxllm.parallel.agreement import first_does, gather
-from jaxllm.training import manifest as manifests
-from jaxllm.training.leaves import describe, leaf_paths, nest, num_elements, unnest
+from jaxllm.storage import manifest as manifests
+from jaxllm.storage.leaves import describe, leaf_paths, nest, num_elements, unnest
 
 log = logging.getLogger("jaxllm")
 DATA = "data.json"
+
+
+class StoredArray(NamedTuple):
+  """What `read` returns has this shape and dtype; it is read when it is asked for."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
 
 
 def committed_steps(directory: str | os.PathLike) -> list[int]:
@@ -54,7 +61,7 @@ def restore_params(
   return step, jax.tree.unflatten(jax.tree.structure(abstract), list(loaded.values()))
 
 
-def open_params(path: str | os.PathLike, step: int | None = None) -> Tensors:
+def open_params(path: str | os.PathLike, step: int | None = None) -> dict[str, StoredArray]:
   """The weights of a run's newest good step, or of `step`, by path; each is read when it is asked for.
 
   Raises CheckpointError like `Checkpoints.restore`.
@@ -64,7 +71,7 @@ def open_params(path: str | os.PathLike, step: int | None = None) -> Tensors:
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   saved = {name: leaf for name, leaf in manifest.tree.items() if name.startswith("params/")}
 
-  def tensor(name: str, leaf: dict) -> LazyTensor:
+  def array(name: str, leaf: dict) -> StoredArray:
     shape, dtype = tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])
 
     def read() -> np.ndarray:
@@ -74,9 +81,9 @@ def open_params(path: str | os.PathLike, step: int | None = None) -> Tensors:
         wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
         return np.asarray(load(directory / str(step), manifest, wanted)[name])
 
-    return LazyTensor(shape, dtype, read)
+    return StoredArray(shape, dtype, read)
 
-  return {name.removeprefix("params/"): tensor(name, leaf) for name, leaf in saved.items()}
+  return {name.removeprefix("params/"): array(name, leaf) for name, leaf in saved.items()}
 
 
 def good_step(directory: Path, step: int | None, part: str | None = None) -> tuple[int, manifests.Manifest]:
