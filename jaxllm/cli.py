@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.base import settings
+from jaxllm.base.files import local_path
 from jaxllm.errors import UserError
-from jaxllm.parallel.hosts import leave
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
 
@@ -46,6 +46,14 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     raise
 
 
+def leave(error: BaseException, code: int, line: str | None = None) -> None:
+  """`hosts.leave`, where a job was joined: until then there is none, and jax need not start for an error."""
+  if "jaxllm.parallel.hosts" in sys.modules:
+    from jaxllm.parallel import hosts
+
+    hosts.leave(error, code, line)
+
+
 def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:
   """The parser of a door that takes a config file; parse with `parse_config_args`."""
   parser = argparse.ArgumentParser(
@@ -57,7 +65,9 @@ def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.Argu
   )
   parser.add_argument("--config", required=True, metavar="FILE", help="a config file, like configs/quickstart.py")
   if workdir:
-    parser.add_argument("--workdir", metavar="DIR", help="the run directory (default: runs/<config name>)")
+    parser.add_argument(
+      "--workdir", type=local_path, metavar="DIR", help="the run directory (default: runs/<config name>)"
+    )
   parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
   return parser
 

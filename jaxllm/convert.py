@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from jaxllm.base.files import local_path
 from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError
 
@@ -33,8 +34,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--from", required=True, dest="source", metavar="PATH", help=MODEL_FORMS)
-  add("--adapter", metavar="DIR", help="a PEFT LoRA adapter to merge into it")
-  add("--to", required=True, metavar="PATH", help="a new or empty directory, or a new .gguf file")
+  add("--adapter", type=local_path, metavar="DIR", help="a PEFT LoRA adapter to merge into it")
+  add("--to", required=True, type=local_path, metavar="PATH", help="a new or empty directory, or a new .gguf file")
   add("--format", required=True, choices=("jaxllm", "hf", "gguf"), help="the form to write")
   add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are)")
   add("--quantize", metavar="TYPE", help="the type of a gguf file's matrices: q8_0, q4_0, q4_1, …")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxllm.base.files import local_path
 from jaxllm.cli import MODEL_FORMS, run_door
 from jaxllm.errors import ConfigError, DataError
 
@@ -29,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_FORMS)
   parser.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA adapter to merge into it")
   parser.add_argument("--step", type=int, help="of a run: this checkpoint, not the latest")
-  parser.add_argument("--data", metavar="DIR", help="prepared data (default: what the run was trained on)")
+  parser.add_argument(
+    "--data", type=local_path, metavar="DIR", help="prepared data (default: what the run was trained on)"
+  )
   parser.add_argument("--batch-size", type=int, default=8)
   parser.add_argument("--seq-len", type=int, help="tokens of context (default: the training's, or the model's)")
   parser.add_argument("--baselines", action="store_true", help="also gzip, xz and a byte n-gram model")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from jaxllm.base.files import local_path, write_atomically
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import FIELDS
 from jaxllm.data.shards import TokenDocuments, file_sizes, shard_directory
@@ -136,17 +137,12 @@ def digest(facts) -> str:
 def write_manifest(prepared: Prepared) -> None:
   facts = dataclasses.asdict(prepared)
   del facts["dir"]
-  temporary = prepared.dir / f"{MANIFEST}.tmp"
-  with open(temporary, "w") as file:
-    json.dump(facts, file, indent=2)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, prepared.dir / MANIFEST)
+  write_atomically(prepared.dir / MANIFEST, json.dumps(facts, indent=2))
 
 
 def read_manifest(directory: str | os.PathLike) -> Prepared | None:
-  """None when there is no manifest, or one of another format; DataError when it is damaged."""
-  path = Path(directory).expanduser() / MANIFEST
+  """None when there is no manifest, or one of another format; DataError when it is damaged; ConfigError for a URL."""
+  path = local_path(directory) / MANIFEST
   try:
     facts = json.loads(path.read_bytes())
     if facts["format"] != FORMAT:

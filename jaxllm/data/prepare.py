@@ -6,9 +6,9 @@ run killed at any moment leaves the previous build, or none.
 
 import array
 import contextlib
-import fcntl
 import functools
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt64
 
+from jaxllm.base.files import local_path
+from jaxllm.base.locks import hold
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import encode, example_sources, texts_of
@@ -62,7 +64,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
   """
   started = time.monotonic()
   _check(config)
-  directory = Path(config.dir).expanduser()
+  directory = local_path(config.dir)
   sources = [open_source(source) for source in example_sources(config)]
   names = [_slug(source.name) for source in sources]
   for name in names:
@@ -103,8 +105,7 @@ def _locked(directory: Path):
   """Two processes that prepare the same directory take turns; the second finds the work done."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
+    with hold(directory, patience_s=math.inf):
       yield
   except OSError as error:
     raise DataError(f"cannot write the data directory {directory}: {error.strerror or error}") from error

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from jaxllm.base.files import local_path
 from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop import peft
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
@@ -11,6 +12,8 @@ from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, open_huggingface, read_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.stored import Form, StoredModel, check_shapes
+from jaxllm.interop.tensors import LazyTensor
+from jaxllm.storage.reading import open_params
 
 CHECKPOINTS = "checkpoints"
 
@@ -25,10 +28,10 @@ def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int
     adapter: a PEFT LoRA adapter's directory, merged into the model at `path`.
 
   Raises:
-    CheckpointError: no such path, not a model, or damaged. ConfigError: a model that cannot be expressed,
+    CheckpointError: no such path, not a model, or damaged. ConfigError: a URL, a model that cannot be expressed,
       or a `step` of what has none. DataError: the tokenizer is damaged.
   """
-  path = Path(path).expanduser()
+  path = local_path(path)
   form = form_of(path)
   if step is not None and form != "run":
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
@@ -42,7 +45,7 @@ def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, Path(adapter).expanduser())
+  return model if adapter is None else _with_adapter(model, local_path(adapter))
 
 
 def form_of(path: Path) -> Form:
@@ -96,9 +99,8 @@ def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
-  from jaxllm.training.checkpoints import open_params  # the one import that looks up, see pyproject.toml
-
-  config, tensors = read_model_config(directory), open_params(directory, step)
+  config = read_model_config(directory)
+  tensors = {name: LazyTensor(*array) for name, array in open_params(directory, step).items()}
   check_shapes(config, tensors, directory / CHECKPOINTS)
   tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}

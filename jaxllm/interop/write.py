@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, get_args
 
+from jaxllm.base.files import local_path
 from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.interop.gguf import write_gguf
 from jaxllm.interop.huggingface_directory import as_checkpoint, write_huggingface
@@ -33,11 +34,11 @@ def write_model(
     family: the Hugging Face `model_type` to write; None: the first that can express the model.
 
   Raises:
-    ConfigError: an impossible setting, or no family can express the model.
+    ConfigError: an impossible setting, a URL, or no family can express the model.
     CheckpointError: the path is not free or cannot be written, or the weights turn out damaged.
     DataError: the tokenizer is another model's, or the format has no such tokenizer.
   """
-  path = Path(path).expanduser()
+  path = local_path(path)
   if format not in get_args(Format):
     raise ConfigError(f"format is {format!r}; choose one of {', '.join(get_args(Format))}")
   if quantize is not None and format != "gguf":

@@ -11,7 +11,7 @@ are dispatched nor comes between their collectives, and takes about a millisecon
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +59,55 @@ def everywhere(ok: bool) -> bool:
 def anywhere(flag: bool) -> bool:
   """Whether `flag` holds on some process; a barrier as well."""
   return any(gather(bool(flag)))
+
+
+def first_does(function: Callable[[], Any]) -> Any:
+  """Calls the function on the first process alone; what it returns (JSON), or that it failed, all of them get.
+
+  The first process raises the error itself, the others a UserError with its message.
+  """
+  value, error = None, None
+  if jax.process_index() == 0:
+    try:
+      value = function()
+    except Exception as caught:
+      error = caught
+  value, failure = from_first([value, None if error is None else str(error) or type(error).__name__])
+  if error is not None:
+    raise error
+  if failure is not None:
+    raise UserError(f"process 0 failed: {failure}")
+  return value
+
+
+def to_first(name: str, value: Any) -> list[Any] | None:
+  """Every process's value (JSON) on the first, which waits for them; None on the others, which do not wait.
+
+  From any thread. `name` is the same on all processes and used once in the life of the job.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  if jax.process_index() > 0:
+    post(name, value)
+    return None
+  client, here = _client(), f"jaxllm/{name}/"
+  values = [value, *(json.loads(_wait(client, f"{here}{i}", i)) for i in range(1, jax.process_count()))]
+  client.key_value_delete(here)
+  return values
+
+
+def post(name: str, value: Any) -> None:
+  """Leaves a value (JSON) for the others to find with `posted`, from any thread; once for a name."""
+  if jax.process_count() > 1:
+    _client().key_value_set(f"jaxllm/{name}/{jax.process_index()}", json.dumps(value))
+
+
+def posted(name: str) -> dict[int, Any]:
+  """What processes have posted under the name so far; this asks and does not wait, so it differs between them."""
+  if jax.process_count() == 1:
+    return {}
+  found = _client().key_value_dir_get(f"jaxllm/{name}/")
+  return {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in found}
 
 
 def from_first(value: Any = None) -> Any:

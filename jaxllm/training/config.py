@@ -1,4 +1,4 @@
-"""Settings of a training run: steps, optimizer, checkpoints, logging, profiling."""
+"""Settings of a training run: steps, optimizer, logging, profiling."""
 
 import dataclasses
 from typing import Literal
@@ -9,6 +9,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
+from jaxllm.storage.config import CheckpointConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +75,6 @@ class OptimizerConfig:
       raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
     if not 0 <= self.decay_fraction <= 1:
       raise ConfigError(f"optimizer.decay_fraction is {self.decay_fraction}; it is a share between 0 and 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-  every: int = 500  # steps; 0: only at the end
-  keep_last: int = 2
-  keep_best: int = 1  # by the lowest `best_metric`; 0: none
-  best_metric: str = "eval/loss"
-  keep_every: int | None = None  # also keep for ever each multiple of this many steps
-  asynchronous: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

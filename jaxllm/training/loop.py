@@ -1,5 +1,6 @@
 """The training loop: `train` puts a run together, `Run` takes its steps."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -22,13 +23,14 @@ from jaxllm.objectives.heldout import describe, heldout_metrics
 from jaxllm.parallel import agreement
 from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.checkpoints import Checkpoints
+from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.training.compile import Program, make_program
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
-from jaxllm.training.metrics import MetricsLogger, open_run_directory
+from jaxllm.training.metrics import MetricsLogger
 from jaxllm.training.profiling import Profiler
 from jaxllm.training.progress import Progress, print_table
+from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.startup import startup_table
@@ -84,14 +86,15 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
-  directory = open_run_directory(workdir, settings)
-  if jax.process_index() == 0:
-    tokenizer.save(directory / "tokenizer")
-  with (
-    StopRequest() as stop,
-    Checkpoints(directory / "checkpoints", run.checkpoint) as checkpoints,
-    Profiler(run.profile, directory) as profiler,
-  ):
+  with contextlib.ExitStack() as stack:
+    enter = stack.enter_context
+    stop = enter(StopRequest())
+    directory = enter(hold_run_directory(workdir))
+    open_run_directory(directory, settings)
+    agreement.first_does(lambda: tokenizer.save(directory / "tokenizer"))
+    checkpoints = enter(Checkpoints(directory / "checkpoints", run.checkpoint))
+    profiler = enter(Profiler(run.profile, directory))
+
     # Where it starts: the last good checkpoint, or fresh weights.
     if checkpoints.latest_step() is None:
       resumed, step, state = None, 0, program.init(jax.random.key(training.seed))
@@ -110,33 +113,29 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 
     trackers = make_trackers(run.logging, directory, settings, resumed)
-    with (
-      MetricsLogger(directory, resumed, trackers) as metrics,
-      Progress(training.steps) as progress,
-      Meter(program) as meter,
-    ):
-      going = Run(
-        settings=run,
-        program=program,
-        compiled=compiled,
-        rows=shared["rows"],
-        batches=batches,
-        heldout=heldout,
-        tokenizer=tokenizer,
-        stop=stop,
-        checkpoints=checkpoints,
-        profiler=profiler,
-        metrics=metrics,
-        progress=progress,
-        meter=meter,
-        state=state,
-        step=step,
-        saved=resumed,
-        measured={step: dict(metrics.resumed)},
-        latest=dict(metrics.resumed),
-      )
-      going.take_steps()
-      going.end()
+    metrics = enter(MetricsLogger(directory, resumed, trackers))
+    going = Run(
+      settings=run,
+      program=program,
+      compiled=compiled,
+      rows=shared["rows"],
+      batches=batches,
+      heldout=heldout,
+      tokenizer=tokenizer,
+      stop=stop,
+      checkpoints=checkpoints,
+      profiler=profiler,
+      metrics=metrics,
+      progress=enter(Progress(training.steps)),
+      meter=enter(Meter(program)),
+      state=state,
+      step=step,
+      saved=resumed,
+      measured={step: dict(metrics.resumed)},
+      latest=dict(metrics.resumed),
+    )
+    going.take_steps()
+    going.end()
   batches.close()
   return going.latest | {"step": going.step, "stopped": going.stopped}
 

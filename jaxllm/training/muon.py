@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from jaxllm.training.leaves import leaf_paths
+from jaxllm.storage.leaves import leaf_paths
 
 ITERATIONS = 5
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxllm.base.files import write_atomically
 from jaxllm.errors import ConfigError
 from jaxllm.training.config import LoggingConfig
-from jaxllm.training.files import write_atomically
 
 
 class Tracker(Protocol):

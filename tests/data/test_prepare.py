@@ -150,8 +150,8 @@ def test_second_run_does_nothing(base, monkeypatch):
     )
     assert quiet(reading).already
   assert second.already and second.prepared == first.prepared
-  assert {p: t for p, t in times.items() if p.name != ".lock"} == {
-    p: p.stat().st_mtime_ns for p in times if p.name != ".lock"
+  assert {p: t for p, t in times.items() if p.name != "lock"} == {
+    p: p.stat().st_mtime_ns for p in times if p.name != "lock"
   }
   assert open_prepared(reading) == first.prepared
 

@@ -70,8 +70,8 @@ def test_gguf(door, forms, tmp_path):
 
 
 def test_a_training_run(door, forms, tmp_path):
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
 
   run = tmp_path / "run"
   run.mkdir()

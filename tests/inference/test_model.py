@@ -20,8 +20,8 @@ from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.checkpoints import Checkpoints
-from jaxllm.training.config import CheckpointConfig
+from jaxllm.storage.checkpoints import Checkpoints
+from jaxllm.storage.config import CheckpointConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

@@ -17,7 +17,7 @@ from jaxllm.models.build import init_params, unstack_layers
 from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.checkpoints import Checkpoints
+from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.training.config import CheckpointConfig
 
 CONFIG = ModelConfig(vocab_size=640, embed_dim=16, num_layers=3, num_heads=2, mlp_dim=24, max_seq_len=16)

@@ -1,4 +1,4 @@
-"""The run directory, metrics.jsonl and the rule for what a resumed run may change."""
+"""metrics.jsonl and the trackers beside it."""
 
 import json
 
@@ -6,28 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
 from jaxllm.training.files import read_metrics
-from jaxllm.training.metrics import MetricsLogger, check_same_run, open_run_directory
-
-CONFIG = {
-  "model": {"embed_dim": 64, "layer_pattern": ("local", "global"), "rope_scaling": None},
-  "training": {"steps": 100, "batch_size": 8},
-  "optimizer": {"rules": ({"pattern": ".*", "lr_scale": 1.0},)},
-  "data": {"workers": 0, "prefetch": 16, "dir": "data/a"},
-  "mesh": {"fsdp": 1},
-  "logging": {"every": 10},
-  "checkpoint": {"every": 10},
-  "profile": {"steps": 0},
-}
-
-
-def changed(**changes):
-  config = json.loads(json.dumps(CONFIG))
-  for key, value in changes.items():
-    group, name = key.split("__")
-    config.setdefault(group, {})[name] = value
-  return config
+from jaxllm.training.metrics import MetricsLogger
 
 
 class Recorder:
@@ -42,67 +22,6 @@ class Recorder:
 
   def close(self):
     self.calls.append(("close",))
-
-
-def test_config_json_says_whose_run_it_is(tmp_path):
-  directory = open_run_directory(tmp_path / "a" / "run", CONFIG)
-  saved = json.loads((directory / "config.json").read_text())
-  environment = saved.pop("environment")
-  assert saved == json.loads(json.dumps(CONFIG))
-  import jax
-  import optax
-
-  assert environment["versions"]["jax"] == jax.__version__
-  assert environment["versions"]["optax"] == optax.__version__
-  assert environment["devices"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-  assert {"git_commit", "host", "command", "processes"} <= environment.keys()
-
-
-@pytest.mark.parametrize(
-  "change",
-  [
-    {},
-    {"training__steps": 101},
-    {"logging__every": 1, "logging__new": True},
-    {"checkpoint__every": 7},
-    {"profile__steps": 3},
-    {"mesh__fsdp": 8},
-    {"data__workers": 4, "data__prefetch": 1},
-  ],
-)
-def test_what_a_resumed_run_may_change(tmp_path, change):
-  open_run_directory(tmp_path, CONFIG)
-  open_run_directory(tmp_path, changed(**change))
-  saved = json.loads((tmp_path / "config.json").read_text())
-  del saved["environment"]
-  assert saved == changed(**change), "config.json is that of the latest start"
-
-
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    ({"model__embed_dim": 128}, "model.embed_dim was 64 and is now 128"),
-    (
-      {"model__layer_pattern": ["local"]},
-      r"model.layer_pattern was \['local', 'global'\] and is now \['local'\]",
-    ),
-    ({"training__steps": 99}, "training.steps was 100 and may only grow, not become 99"),
-    ({"training__seed": 1}, "training.seed was 'unset' and is now 1"),
-    ({"data__dir": "b"}, "data.dir was 'data/a' and is now 'b'"),
-    (
-      {"model__embed_dim": 1, "model__a": 1, "model__b": 1, "model__c": 1, "model__d": 1},
-      "model.embed_dim was .*, model.a was .*, model.b was .* and 2 more$",
-    ),
-  ],
-)
-def test_another_config_is_refused_by_its_first_keys(tmp_path, change, message):
-  with pytest.raises(ConfigError, match=message):
-    check_same_run(CONFIG, changed(**change))
-  open_run_directory(tmp_path, CONFIG)
-  before = (tmp_path / "config.json").read_bytes()
-  with pytest.raises(ConfigError, match=f"{tmp_path} holds another run: .*; choose another --workdir"):
-    open_run_directory(tmp_path, changed(**change))
-  assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_every_line_is_json_and_floats_survive(tmp_path):

@@ -13,10 +13,10 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import param_shardings
-from jaxllm.training.checkpoints import Checkpoints
+from jaxllm.storage.checkpoints import Checkpoints
+from jaxllm.storage.leaves import leaf_paths
 from jaxllm.training.compile import make_program
 from jaxllm.training.config import CheckpointConfig, OptimizerConfig, TrainingConfig
-from jaxllm.training.leaves import leaf_paths
 from jaxllm.training.optimizer import make_optimizer, state_shardings
 from jaxllm.training.state import init_state
 from jaxllm.training.step import make_train_step

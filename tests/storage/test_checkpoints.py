@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jaxllm.errors import CheckpointError
-from jaxllm.training.checkpoints import Checkpoints, committed_steps, restore_params, steps_to_keep
-from jaxllm.training.config import CheckpointConfig
+from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.storage.checkpoints import Checkpoints, steps_to_keep
+from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.reading import committed_steps, restore_params
 
 ALL = CheckpointConfig(keep_last=100)
 
@@ -156,6 +159,86 @@ def test_retention_rules(config, kept):
   scores = {10: 9.0, 20: 1.0, 30: float("nan"), 40: None, 50: 2.0, 60: 3.0, 70: 3.0, 80: 4.0, 90: None}
   assert steps_to_keep(scores, 90, config) == kept
   assert steps_to_keep({**scores, 200: 0.0}, 90, config) == kept, "later steps are an abandoned course"
+
+
+scores_of_steps = st.dictionaries(
+  st.integers(0, 30), st.none() | st.sampled_from([0.5, 1.0, 2.0, float("nan"), float("inf")]), min_size=1, max_size=12
+)
+
+
+@given(
+  scores_of_steps,
+  st.integers(0, 15),
+  st.integers(0, 15),
+  st.none() | st.integers(0, 6),
+  st.data(),
+)
+def test_retention_is_what_its_words_say(scores, keep_last, keep_best, keep_every, data):
+  newest = data.draw(st.sampled_from(sorted(scores)))
+  config = CheckpointConfig(keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+  past = [step for step in scores if step <= newest]
+
+  def finite(step):
+    return scores[step] is not None and np.isfinite(scores[step])
+
+  def better(a, b):
+    return scores[a] < scores[b] or (scores[a] == scores[b] and a > b)
+
+  def stays(step):
+    among_last = sum(other > step for other in past) < keep_last
+    among_best = finite(step) and sum(finite(other) and better(other, step) for other in past) < keep_best
+    return step == newest or among_last or among_best or bool(keep_every) and step % keep_every == 0
+
+  assert steps_to_keep(scores, newest, config) == {step for step in past if stays(step)}
+
+
+@pytest.mark.parametrize("key", ["every", "keep_last", "keep_best", "keep_every"])
+def test_negative_settings_are_refused(key):
+  with pytest.raises(ConfigError, match=f"^checkpoint.{key} is -1; it must not be negative$"):
+    CheckpointConfig(**{key: -1})
+
+
+def test_only_a_score_of_its_own_makes_a_step_the_best(tmp_path):
+  config = CheckpointConfig(keep_last=1, keep_best=1)
+  scores = {1: {"eval/loss": 3.0}, 2: {"eval/loss": 2.0}, 3: {}, 4: None, 5: {"eval/loss": 2.0}, 6: {"loss": 1.0}}
+  kept = {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}  # of equal scores the newer
+  with Checkpoints(tmp_path, config) as checkpoints:
+    for step, metrics in scores.items():
+      checkpoints.save(step, small_state(step), metrics=metrics)
+      checkpoints.wait()
+      assert checkpoints.steps() == committed_steps(tmp_path) == kept[step]
+
+
+def test_a_step_that_was_damaged_and_passed_over_is_saved_again(tmp_path):
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    for step in (10, 20):
+      checkpoints.save(step, small_state(step, 4096))
+      assert checkpoints.latest_step() == step, "in flight it counts: it need not be saved again"
+  max(data_files(tmp_path / "20"), key=lambda p: p.stat().st_size).write_bytes(b"")
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    assert checkpoints.latest_step() == 20
+    checkpoints.restore(small_state(0, 4096))
+    assert checkpoints.latest_step() == 10, "the run stands at step 10, and step 20 is to come"
+    checkpoints.save(20, small_state(21, 4096))
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    assert_identical(checkpoints.restore(small_state(0, 4096)).state, small_state(21, 4096))
+
+
+def test_what_cannot_be_removed_does_not_fail_the_save(tmp_path, monkeypatch, warnings):
+  config = CheckpointConfig(keep_last=1, keep_best=0)
+  with Checkpoints(tmp_path, config) as checkpoints:
+    checkpoints.save(1, small_state(1))
+    checkpoints.wait()
+
+    def refuse(path, **options):
+      raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    checkpoints.save(2, small_state(2))
+    checkpoints.wait()
+    monkeypatch.undo()
+  assert committed_steps(tmp_path)[-1] == 2
+  assert any(f"cannot remove {tmp_path}" in line for line in warnings)
 
 
 def test_retention_on_disk(tmp_path):
@@ -311,8 +394,8 @@ FULL_DISK = """
   import resource, sys, jax, jax.numpy as jnp
   from pathlib import Path
   from jaxllm.errors import CheckpointError
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   directory, asynchronous = Path(sys.argv[1]), sys.argv[2] == "True"
   if len(sys.argv) > 3:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
@@ -364,7 +447,7 @@ def test_no_space_for_the_manifest(tmp_path, monkeypatch):
   with Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(1, small_state(1))
     checkpoints.wait()
-    monkeypatch.setattr("jaxllm.training.manifest.write_atomically", full)
+    monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
     checkpoints.save(2, small_state(2))
     with pytest.raises(CheckpointError, match="disk full while saving step 2 .* step 1$"):
       checkpoints.save(3, small_state(3))
@@ -375,7 +458,7 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path, monk
   def full(path, content):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("jaxllm.training.manifest.write_atomically", full)
+  monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
   with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(2, small_state(2))
     raise ZeroDivisionError
@@ -388,8 +471,8 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path, monk
 
 KILLED = """
   import sys, jax, jax.numpy as jnp
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   state = {"params": {str(i): jnp.zeros((64, 1024)) for i in range(4)}, "step": jnp.int32(0)}
   with Checkpoints(sys.argv[1], CheckpointConfig(keep_last=2)) as checkpoints:
     step = -1
@@ -428,8 +511,8 @@ def test_kill_9_at_any_moment_loses_at_most_the_save_in_flight(tmp_path):
 MESHES = """
   import sys, jax, jax.numpy as jnp, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   a, b = (int(n) for n in sys.argv[2].split("x"))
   mesh = jax.make_mesh((a, b), ("fsdp", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[: a * b])
   specs = {"params": {"w": P("fsdp", "tensor"), "b": P("tensor"), "n": P()}, "key": P()}
@@ -463,8 +546,8 @@ PROCESSES = """
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
   from pathlib import Path
   from jaxllm.errors import CheckpointError
-  from jaxllm.training.checkpoints import Checkpoints
-  from jaxllm.training.config import CheckpointConfig
+  from jaxllm.storage.checkpoints import Checkpoints
+  from jaxllm.storage.config import CheckpointConfig
   mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,))
   sharding = NamedSharding(mesh, P("fsdp"))
   make = jax.jit(lambda n: {"params": {"w": jnp.arange(4096.0) + n}, "step": n},

@@ -1,32 +1,60 @@
-"""Directories that are there whole or not at all.
-
-They are filled under a hidden name beside their own and renamed when they are complete, so what a killed
-program leaves behind is found under no name that anyone asked for.
-"""
+"""Files and directories that are there whole or not at all, and paths that are no files."""
 
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxllm.errors import CheckpointError
+from jaxllm.errors import CheckpointError, ConfigError
+
+
+def local_path(path: str | os.PathLike) -> Path:
+  """A path of this machine, "~" resolved.
+
+  Raises ConfigError for a URL such as gs://bucket/run, which would else become the folder "gs:" (and has, as a Path,
+  lost one of its slashes).
+  """
+  text = os.fspath(path)
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    raise ConfigError(
+      f"{re.sub(':/+', '://', text, count=1)} is a URL, and object stores cannot be read or written yet; "
+      "mount it, or take a path on a disk"
+    )
+  return Path(text).expanduser()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Replaces the file or leaves the old one: writes beside it, flushes to the disk, then renames."""
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
+    file.write(content.encode() if isinstance(content, str) else content)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+  _flush(path.parent)
 
 
 @contextlib.contextmanager
 def new_directory(path: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
   """A directory to fill, which becomes `path` on leaving the context without an error.
 
+  It is filled under a hidden name beside its own, so what a killed program leaves behind is found under no name
+  that anyone asked for.
+
   Args:
     may_replace: whether this directory, which is not empty, may be replaced.
 
   Raises:
+    ConfigError: `path` is a URL.
     CheckpointError: `path` is a file, or a directory that may not be replaced; or an OSError in the
       context (the disk is full, say), in which case nothing is left of it.
   """
+  path = local_path(path)
   if path.exists() and not path.is_dir():
-    raise CheckpointError(f"cannot write a model to {path}: it is a file")
+    raise CheckpointError(f"cannot write {path}: it is a file")
   full = path.is_dir() and any(path.iterdir())
   if full and not may_replace(path):
     raise CheckpointError(f"{path} has other things in it; choose an empty or new directory")

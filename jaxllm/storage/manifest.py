@@ -1,7 +1,8 @@
 """The manifest of a checkpoint step: what was saved, and the SHA-256 of every file it was saved in.
 
 `manifest.json` is written last and renamed into place, so its presence is what commits a step. Orbax and
-TensorStore return flipped bits as if they were weights; the hashes are what notices.
+TensorStore return flipped bits as if they were weights; the hashes are what notices. Every process hashes
+what it wrote itself: of 8B parameters and their moments, 44 s for one host.
 """
 
 import concurrent.futures
@@ -10,11 +11,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.training.files import write_atomically
+from jaxllm.base.files import write_atomically
 
 NAME = "manifest.json"
 
@@ -31,14 +33,32 @@ class Manifest:
   files: dict[str, dict[str, Any]]  # path relative to the step -> {"bytes", "sha256"}
 
 
-def write(directory: Path, step: int, metrics: Mapping[str, float], tree: dict) -> None:
-  """Hashes every file under `directory`, the step's, and commits the step."""
-  names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-  digests = _in_threads(lambda name: _sha256(directory / name), names)
-  files = {name: {"bytes": (directory / name).stat().st_size, "sha256": digest} for name, digest in zip(names, digests)}
+def write(directory: Path, step: int, metrics: Mapping[str, float], tree: dict, files: Mapping[str, dict]) -> None:
+  """Commits the step: `files` are the digests of all that lies in its `directory`."""
   finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-  body = dataclasses.asdict(Manifest(step, finite, tree, files))
+  body = dataclasses.asdict(Manifest(step, finite, tree, dict(sorted(files.items()))))
   write_atomically(directory / NAME, json.dumps({**body, "sha256": _own_digest(body)}, indent=1))
+
+
+def files_of(directory: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+  """The files under `directory` that were written by process i of n, with share (i, n).
+
+  Orbax keeps each process's arrays apart. What bears no process's name is the first one's.
+  """
+  index, count = share
+  names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+  def writer(name: str) -> int:
+    found = re.search(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)", name)
+    return int(found[1]) if found and int(found[1]) < count else 0
+
+  return [name for name in names if writer(name) == index]
+
+
+def digests(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """Size and SHA-256 of the named files; raises OSError."""
+  hashes = _in_threads(lambda name: _sha256(directory / name), names)
+  return {name: {"bytes": (directory / name).stat().st_size, "sha256": hash} for name, hash in zip(names, hashes)}
 
 
 def read(directory: Path) -> Manifest:

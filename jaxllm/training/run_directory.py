@@ -1,0 +1,188 @@
+"""The run directory: one trainer at a time, whose run it is (config.json), the same folder for all hosts."""
+
+import contextlib
+import fnmatch
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.locks import hold
+from jaxllm.errors import ConfigError
+from jaxllm.parallel.agreement import first_does, gather
+from jaxllm.training.trackers import flatten
+
+# What a resumed run may change: how it is watched, where it runs (equal within float tolerance on another
+# mesh), and what becomes of bad steps. The number of steps may grow, and the schedule stretches with it.
+MAY_CHANGE = (
+  "logging.*",
+  "checkpoint.*",
+  "profile.*",
+  "mesh.*",
+  "data.workers",
+  "data.prefetch",
+  "training.eval_*",
+  "training.sample_*",
+  "compute.remat*",
+  "training.on_bad_step",
+  "training.spike_sigmas",
+)
+MAY_GROW = ("training.steps",)
+
+SHARING_PATIENCE_S = 10.0  # for a file of one host to be seen on another
+_TOKEN = ".shared-"
+
+
+@contextlib.contextmanager
+def hold_run_directory(path: str | os.PathLike) -> Iterator[Path]:
+  """Creates the run directory and keeps other trainers out of it while the context lasts; all processes enter it.
+
+  Raises:
+    ConfigError: it cannot be created, is a URL, or is not one folder that all processes see.
+    UserError: another trainer uses it, and which.
+  """
+  directory = local_path(path)
+
+  def enter() -> None:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ConfigError(f"cannot create the run directory {directory}: {error.strerror}") from error
+    stack.enter_context(hold(directory))
+
+  with contextlib.ExitStack() as stack:
+    first_does(enter)
+    _check_shared(directory)
+    yield directory
+
+
+def _check_shared(directory: Path) -> None:
+  """That all processes see what the first one writes."""
+  if jax.process_count() == 1:
+    return
+
+  def write() -> str:
+    for old in directory.glob(f"{_TOKEN}*"):
+      old.unlink()
+    # A name that no host has looked for before: a network file system remembers what was not there.
+    token = directory / (_TOKEN + secrets.token_hex(8))
+    token.touch()
+    return token.name
+
+  name = first_does(write)
+  hosts = gather([socket.gethostname(), str(directory.absolute()), _appears(directory / name)])
+  if jax.process_index() == 0:
+    (directory / name).unlink()
+  host, place, _ = hosts[0]
+  if blind := [f"process {i} on host {other}" for i, (other, _, seen) in enumerate(hosts) if not seen]:
+    more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+    raise ConfigError(
+      f"{place} is not one folder for all hosts: what process 0 on host {host} writes is not seen by "
+      f"{', '.join(blind[:3])}{more}; choose a --workdir on a file system that they share"
+    )
+  for index, (other, elsewhere, _) in enumerate(hosts):
+    if elsewhere != place:
+      raise ConfigError(
+        f"the run directory is {place} for process 0 on host {host} and {elsewhere} for process {index} on host "
+        f"{other}; give all of them the same --workdir and working directory"
+      )
+
+
+def _appears(path: Path) -> bool:
+  deadline = time.monotonic() + SHARING_PATIENCE_S
+  while not path.exists():
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
+
+def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
+  """Checks that the run directory is this config's, or creates it, and writes config.json; all processes call it.
+
+  `config` is the resolved config as nested dicts of JSON values. Raises ConfigError if the directory
+  holds a run of another config, is a URL or cannot be written.
+  """
+  directory = local_path(path)
+  file = directory / "config.json"
+
+  def check_and_write() -> None:
+    try:
+      if file.exists():
+        saved = json.loads(file.read_text())
+        saved.pop("environment", None)
+        check_same_run(saved, config)
+      directory.mkdir(parents=True, exist_ok=True)
+      write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
+    except (ValueError, AttributeError):
+      raise ConfigError(f"{file} is damaged; restore it, or choose another --workdir") from None
+    except ConfigError as error:
+      raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
+    except OSError as error:
+      raise ConfigError(f"cannot read or write {file}: {error.strerror}") from error
+
+  first_does(check_and_write)
+  return directory
+
+
+def check_same_run(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+  """Raises ConfigError naming the first keys in which `new` is not a continuation of `saved`."""
+  before, after = (flatten(json.loads(json.dumps(config))) for config in (saved, new))
+  different = []
+  for key in dict.fromkeys([*before, *after]):
+    old, now = before.get(key, "unset"), after.get(key, "unset")
+    if old == now or any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE):
+      continue
+    if key in MAY_GROW:
+      if now < old:
+        different.append(f"{key} was {old} and may only grow, not become {now}")
+      continue
+    different.append(f"{key} was {old!r} and is now {now!r}")
+  if different:
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    raise ConfigError(", ".join(different[:3]) + more)
+
+
+def environment() -> dict[str, Any]:
+  """What else a result depends on: versions, commit, host, devices, command."""
+  packages = ("jaxllm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+  devices = jax.devices()
+  return {
+    "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    "git_commit": _git_commit(),
+    "host": socket.gethostname(),
+    "devices": f"{len(devices)} x {devices[0].device_kind}",
+    "processes": jax.process_count(),
+    "command": sys.argv,
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _git_commit() -> str | None:
+  """Of the source tree that this package lies in, with "+" if it has local changes."""
+
+  def git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None
