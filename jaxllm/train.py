@@ -57,7 +57,7 @@ def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> in
   import jax
 
   from jaxllm.parallel.hosts import join_hosts
-  from jaxllm.training.loop import train
+  from jaxllm.training.loop import TrainingStopped, train
 
   join_hosts()
   say = print if jax.process_index() == 0 else lambda *_, **__: None
@@ -71,6 +71,8 @@ def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> in
     try:
       result = train(run, directory)
     except UserError as error:
+      if jax.process_count() > 1 and not isinstance(error, TrainingStopped):
+        raise  # it may be this host's alone, and the others cannot know
       failed = True
       say(f"error: {error}", file=sys.stderr)
       rows.append((label, "failed", "", "", directory))
