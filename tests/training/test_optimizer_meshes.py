@@ -95,10 +95,10 @@ def collectives(hlo):
     if line.endswith("{") and (found := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
       name = found[1]
     computations.setdefault(name, []).append(line)
-  reached = [body for body in re.findall(r"body=%?([\w.-]+)", hlo)]
-  for body in reached:
-    inner = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", "\n".join(computations[body]))
-    reached += [computation for computation in inner if computation not in reached]
+  reached = re.findall(r"body=%?([\w.-]+)", hlo)
+  for body in reached:  # grows while it is read: what the bodies call
+    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", "\n".join(computations[body]))
+    reached += [computation for computation in called if computation not in reached]
 
   everywhere, in_loops = [], []
   for name, lines in computations.items():
@@ -161,24 +161,19 @@ def test_a_step_equals_one_devices_and_gathers_nothing(name, sizes):
   assert not in_loops
   assert {kind for kind, _ in everywhere} <= {"all-reduce", "all-to-all"}
   # Norms and means are sums of scalars; Adafactor's rows and columns are sums of vectors.
-  numbers = vectors = 0
-  for leaf in jax.tree.leaves(params):
-    numbers += 4 * math.prod(leaf.shape[:-2])
-    vectors += sum(leaf.size // n for n in leaf.shape[-2:]) if leaf.ndim > 1 else 0
+  leaves = jax.tree.leaves(params)
+  numbers = 4 * sum(math.prod(leaf.shape[:-2]) for leaf in leaves)
+  vectors = sum(leaf.size // n for leaf in leaves for n in leaf.shape[-2:] if leaf.ndim > 1)
   summed = sum(size for kind, size in everywhere if kind == "all-reduce")
   assert summed <= numbers + (vectors if name == "adafactor" else 0)
 
-  # Muon moves what a device holds of a split stack (with whole layers for all devices) there and back.
+  # Muon moves what a device holds of a split stack (padded to whole layers for every device) there and back.
   moved = []
   if name == "muon":
     for path, sharding in leaf_paths(shardings).items():
-      shape = leaf_paths(params)[path].shape
-      if (
-        "blocks" in path
-        and "norm" not in path
-        and (k := ways(sharding.spec[-1], mesh) * ways(sharding.spec[-2], mesh)) > 1
-      ):
-        *stack, height, width = sharding.shard_shape(shape)
+      k = math.prod(ways(entry, mesh) for entry in sharding.spec[-2:])
+      if path.endswith("weight") and k > 1:
+        *stack, height, width = sharding.shard_shape(leaf_paths(params)[path].shape)
         moved += 2 * [-(-math.prod(stack) // k) * k * height * width]
   assert sorted(size for kind, size in everywhere if kind == "all-to-all") == sorted(moved)
 
