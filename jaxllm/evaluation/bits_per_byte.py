@@ -25,9 +25,13 @@ def heldout_metrics(
     batches: every held-out token once.
     total_bytes: of the text that those tokens stand for; None: bits per byte mean nothing here.
   """
-  # Sums stay on the device until the end, so that batches follow each other without a gap.
-  sums = jax.device_get([metric_sums(batch) for batch in batches])
-  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *sums)
+  sums: list[MetricSums] = []
+  for batch in batches:
+    sums.append(metric_sums(batch))
+    # One batch ahead leaves no gap. More would fill the device's memory with batches that wait, and on CPUs take the
+    # threads that the collectives of those before them need: hosts then wait for each other for ever.
+    jax.block_until_ready(sums[-2:-1])
+  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
   values = {f"{prefix}{name}": _mean_ratio(*totals[name]) for name in totals if name != "nll"}
   nll, weight = totals["nll"]
   values[f"{prefix}loss"] = loss = _mean_ratio(nll, weight)
