@@ -23,9 +23,13 @@ def heldout_metrics(
     batches: everything that is held out, once.
     text_bytes: of the text that the targets stand for.
   """
-  # Sums stay on the device until the end, so that batches follow each other without a gap.
-  sums = jax.device_get([metric_sums(batch) for batch in batches])
-  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *sums)
+  sums: list[Metrics] = []
+  for batch in batches:
+    sums.append(metric_sums(batch))
+    # One batch ahead leaves no gap. More would fill the device's memory with batches that wait, and on CPUs take the
+    # threads that the collectives of those before them need: hosts then wait for each other for ever.
+    jax.block_until_ready(sums[-2:-1])
+  totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
   return {prefix + name: value for name, value in objective.figures(totals, text_bytes).items()}
 
 

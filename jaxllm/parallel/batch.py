@@ -42,7 +42,8 @@ def rows_on(entry: jax.ShapeDtypeStruct, devices: Collection[jax.Device]) -> set
   except ValueError:
     mesh = " x ".join(f"{axis} {size}" for axis, size in entry.sharding.mesh.shape.items() if size > 1)
     raise ConfigError(
-      f"a batch of shape {entry.shape} does not divide over the mesh ({mesh}); change training.batch_size or mesh.*"
+      f"a batch of shape {entry.shape} does not divide over the mesh ({mesh}); change training.batch_size, "
+      "training.seq_len or mesh.*"
     ) from None
   held = {indices[device][0].indices(entry.shape[0])[:2] for device in devices if device in indices}
   return {row for start, stop in held for row in range(start, stop)}
