@@ -77,7 +77,7 @@ class StoredModel:
   ) -> Params:
     """The weights on their devices, in a tree like that of `init_params`.
 
-    Beside them no more than a layer of one parameter is held in memory.
+    Beside them no more than a layer of one parameter is held in memory, of a run's no more than one parameter.
 
     Args:
       dtype: of all of them, "float32", "bfloat16" or "float16"; None: of each as it is stored.
@@ -148,7 +148,8 @@ def _put_layers(tensor: LazyTensor, sharding: Sharding, per_layer: bool) -> Arra
   one = sharding
   if isinstance(sharding, NamedSharding):
     one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-  layers = (_on_devices(tensor.part((i,)), one) for i in range(tensor.shape[0]))
+  read = tensor.part if tensor.read_part is not None else tensor.read().__getitem__
+  layers = (_on_devices(read((i,)), one) for i in range(tensor.shape[0]))
   if per_layer:
     return PerLayer(tuple(layers))
   whole = jnp.zeros(tensor.shape, tensor.dtype, device=sharding)

@@ -1,5 +1,6 @@
 """Which form a path has, what a stored model knows of itself, and its weights on devices."""
 
+import dataclasses
 import json
 import shutil
 
@@ -144,6 +145,18 @@ def test_layers_apart_and_back(forms, params):
   for path, tensor in tensors_of(params).items():
     assert (tensors[path].shape, tensors[path].dtype) == (tensor.shape, tensor.dtype)
     np.testing.assert_array_equal(tensors[path].read(), tensor.read())
+
+
+def test_a_tensor_that_has_no_parts_is_read_once(forms):
+  reads = []
+  stored = open_model(forms / "run")
+
+  def counted(path, tensor):
+    return dataclasses.replace(tensor, read=lambda: reads.append(path) or tensor.read())
+
+  stored = dataclasses.replace(stored, tensors={path: counted(path, t) for path, t in stored.tensors.items()})
+  stored.params()
+  assert sorted(reads) == sorted(stored.tensors)
 
 
 def test_a_mesh_that_does_not_divide_the_model(forms):
