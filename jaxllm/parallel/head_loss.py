@@ -143,7 +143,7 @@ def _forward(split, x, matrix, targets, weights):
 def _backward(split, saved, cotangents):
   dx, d_matrix, like = saved
   g = cotangents[0]
-  return (dx * g).astype(dx.dtype), jax.tree.map(lambda d, w: (d * g).astype(w.dtype), d_matrix, like), None, None
+  return (dx * g).astype(dx.dtype), _rounded(d_matrix, like, g), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -177,7 +177,7 @@ def _backward_tokens(split, saved, cotangents):
   by_token = ((a, split.tokens) for a in (targets, mask, *cotangents))
   out_specs = split.hidden, _matrix_specs(split, matrix)
   dx, d_matrix = split.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
-  return dx, jax.tree.map(lambda d, w: d.astype(w.dtype), d_matrix, matrix), None, None
+  return dx, _rounded(d_matrix, matrix), None, None
 
 
 _token_log_probs.defvjp(_forward_tokens, _backward_tokens)
@@ -305,3 +305,16 @@ def _shard_of_sum(g, spec, split):
         g = lax.dynamic_slice_in_dim(g, lax.axis_index(axis) * size, size, dimension)
   rest = tuple(axis for axis in split.axes if not any(axis in _names(entry) for entry in spec))
   return lax.psum(g, rest) if rest else g
+
+
+def _rounded(d_matrix, like, factor=None):
+  """Gradients times the factor, in the dtypes of `like`."""
+
+  def one(d, w):
+    if w.dtype != d.dtype:
+      # Said so that XLA rounds no sooner: to send half the bytes it would sum over the devices in 16 bits. XLA for TPU
+      # even fails on the bare conversion, in a loop over micro-batches (libtpu 0.0.48).
+      d = lax.reduce_precision(d, jnp.finfo(w.dtype).nexp, jnp.finfo(w.dtype).nmant)
+    return (d if factor is None else d * factor).astype(w.dtype)
+
+  return jax.tree.map(one, d_matrix, like)
