@@ -162,17 +162,20 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     ValueError: the text is no HLO, or writes groups of devices in a form that is unknown here.
   """
   program = Program(text)
-  return list(_walk(program, program.entry, (), 1, mesh, set()))
+  return list(_walk(program, program.entry, (), 1, mesh))
 
 
-def _walk(program, computation, loops, times, mesh, seen) -> Iterator[Collective]:
+def _walk(program, computation, loops, times, mesh, seen=None) -> Iterator[Collective]:
+  """seen: inside a fusion, the collectives that were met in this loop's fusions."""
+  fused: set = set() if seen is None else seen
   for one in program.computations[computation]:
     kind = one.op.removesuffix("-start")
     if kind in KINDS:
-      channel = (one.attribute("channel_id"), loops)
-      if channel[0] is not None and channel in seen:  # the two ends of a fused asynchronous one both name it
-        continue
-      seen.add(channel)
+      if seen is not None:
+        channel = (one.attribute("channel_id"), kind, loops)
+        if channel in seen:  # the two ends of an asynchronous one, each fused with something, both name it
+          continue
+        seen.add(channel)
       groups = _groups(one, mesh.size)
       files = program.files(one)
       yield Collective(
@@ -188,10 +191,10 @@ def _walk(program, computation, loops, times, mesh, seen) -> Iterator[Collective
       trips = program.trips(one)
       inside = None if times is None or trips is None else times * trips
       for called in (one.attribute("body"), one.attribute("condition")):
-        yield from _walk(program, called, (*loops, _loop(program, one, loops)), inside, mesh, seen)
+        yield from _walk(program, called, (*loops, _loop(program, one, loops)), inside, mesh)
     else:
       for called in one.called:
-        yield from _walk(program, called, loops, times, mesh, seen)
+        yield from _walk(program, called, loops, times, mesh, fused if one.op == "fusion" else seen)
 
 
 def _loop(program, one, outer):
@@ -265,29 +268,32 @@ def _groups(one, devices) -> list[list[int]]:
     return [list(range(devices))]
   if text.startswith("{{"):
     return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])]
-  if found := re.match(r"\[(\d+),(\d+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
-    return _iota(found.group(3)).reshape(int(found.group(1)), int(found.group(2))).tolist()
-  pattern = r"mesh\[([^\]]*)\](?:, device_ids=\(\[[\d,]+\](<=\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}"
-  if found := re.match(pattern, text):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-    order = _iota(found.group(2)) if found.group(2) else np.arange(math.prod(sizes.values()))
-    names = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found.group(3))
+  iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+  if found := re.match(r"\[(\d+),(\d+)\]<=" + iota, text):
+    rows, columns, *ids = found.groups()
+    return _iota(*ids).reshape(int(rows), int(columns)).tolist()
+  if found := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\((?:{iota}|([\d,]+))\))? \{{([^}}]*)\}}", text):
+    mesh, shape, turn, listed, along = found.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    order = _iota(shape, turn) if shape else np.array(listed.split(","), int) if listed else None
+    order = np.arange(math.prod(sizes.values())) if order is None else order
+    names = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
     # A part of an axis makes that axis three: before, the part, after.
-    shape, along = [], []
+    split, inner = [], []
     for name, size in sizes.items():
       part = next(((int(b), int(s)) for n, b, s in names if n == name and b), None)
       before, inside = part or (1, size if any(n == name for n, _, _ in names) else 1)
-      shape += [before, inside, size // before // inside]
-      along.append(len(shape) - 2)
-    order = np.moveaxis(order.reshape(shape), along, range(-len(along), 0))
-    return order.reshape(-1, math.prod(order.shape[-len(along) :])).tolist()
-  raise ValueError(f"unknown form of groups of devices: {text[:80]}")
+      split += [before, inside, size // before // inside]
+      inner.append(len(split) - 2)
+    order = np.moveaxis(order.reshape(split), inner, range(-len(inner), 0))
+    return order.reshape(-1, math.prod(order.shape[-len(inner) :])).tolist()
+  raise ValueError(f"unknown form of groups of devices: {text[:160]}")
 
 
-def _iota(text):
-  """Device ids written as "<=[8,4]T(1,0)"."""
-  shape, turn = re.match(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-  ids = np.arange(math.prod(map(int, shape.split(",")))).reshape([int(n) for n in shape.split(",")])
+def _iota(shape, turn):
+  """Device ids written as "[8,4]T(1,0)"."""
+  sizes = [int(n) for n in shape.split(",")]
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
   return (ids.transpose([int(n) for n in turn.split(",")]) if turn else ids).reshape(-1)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import kernels
@@ -40,6 +40,7 @@ class _Split:
 
   mesh: Mesh
   tokens: PartitionSpec  # of [B, T]
+  layers: PartitionSpec  # of x as the layers leave it
   head: PartitionSpec
   bias: PartitionSpec
   options: tuple[tuple[str, Any], ...]
@@ -83,7 +84,7 @@ def cross_entropy(
     if split is None:
       wide = _with_bias(x, head, bias, head_layout)
       return kernels.cross_entropy(*wide, targets, weights, head_layout=head_layout, **options)
-    sums = _cross_entropy(split, x, (head, bias), targets, weights)
+    sums = _cross_entropy(split, _as_in_the_layers(split, x), (head, bias), targets, weights)
     return CrossEntropy(sums[0], *(lax.stop_gradient(total) for total in sums[1:]))
 
 
@@ -111,7 +112,7 @@ def token_log_probs(
       wide = _with_bias(x, head, bias, head_layout)
       return kernels.token_log_probs(*wide, targets, mask=mask, head_layout=head_layout, **options)
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
-    return _token_log_probs(split, x, (head, bias), targets, mask)
+    return _token_log_probs(split, _as_in_the_layers(split, x), (head, bias), targets, mask)
 
 
 # ---------------------------------------------------------------- the weighted sum
@@ -143,7 +144,7 @@ def _forward(split, x, matrix, targets, weights):
 def _backward(split, saved, cotangents):
   dx, d_matrix, like = saved
   g = cotangents[0]
-  return (dx * g).astype(dx.dtype), jax.tree.map(lambda d, w: (d * g).astype(w.dtype), d_matrix, like), None, None
+  return (dx * g).astype(dx.dtype), _rounded(d_matrix, like, g), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -177,7 +178,7 @@ def _backward_tokens(split, saved, cotangents):
   by_token = ((a, split.tokens) for a in (targets, mask, *cotangents))
   out_specs = split.hidden, _matrix_specs(split, matrix)
   dx, d_matrix = split.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
-  return dx, jax.tree.map(lambda d, w: d.astype(w.dtype), d_matrix, matrix), None, None
+  return dx, _rounded(d_matrix, matrix), None, None
 
 
 _token_log_probs.defvjp(_forward_tokens, _backward_tokens)
@@ -195,7 +196,8 @@ def _split(x, head, head_layout, options) -> _Split | None:
   spec = _dividing(partition_spec(_HEAD_AXES[head_layout], rules, "the head"), head.shape, mesh)
   bias = PartitionSpec(spec[_HEAD_AXES[head_layout].index("vocab")])
   tokens = token_spec(x.shape[0], x.shape[1], mesh, rules)
-  return _Split(mesh, tokens, spec, bias, (*sorted(options.items()), ("head_layout", head_layout)))
+  layers = _dividing(partition_spec(("batch", "seq", None), rules, "x"), x.shape, mesh)
+  return _Split(mesh, tokens, layers, spec, bias, (*sorted(options.items()), ("head_layout", head_layout)))
 
 
 def token_spec(B: int, T: int, mesh: Mesh, rules: AxisRules) -> PartitionSpec:
@@ -239,6 +241,12 @@ def _dividing(spec, shape, mesh) -> PartitionSpec:
     axes = tuple(axis for axis in _names(entry) if mesh.shape[axis] > 1)
     entries.append(axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None)
   return PartitionSpec(*entries)
+
+
+def _as_in_the_layers(split, x):
+  """x where the layers leave it, and its gradient where they take it: else the compiler carries the split of positions
+  over the model's axes back into the layers."""
+  return lax.with_sharding_constraint(x, NamedSharding(split.mesh, split.layers))
 
 
 def _matrix_specs(split, matrix):
@@ -305,3 +313,16 @@ def _shard_of_sum(g, spec, split):
         g = lax.dynamic_slice_in_dim(g, lax.axis_index(axis) * size, size, dimension)
   rest = tuple(axis for axis in split.axes if not any(axis in _names(entry) for entry in spec))
   return lax.psum(g, rest) if rest else g
+
+
+def _rounded(d_matrix, like, factor=None):
+  """Gradients times the factor, in the dtypes of `like`."""
+
+  def one(d, w):
+    if w.dtype != d.dtype:
+      # Said so that XLA rounds no sooner: to send half the bytes it would sum over the devices in 16 bits. XLA for TPU
+      # even fails on the bare conversion, in a loop over micro-batches (libtpu 0.0.48).
+      d = lax.reduce_precision(d, jnp.finfo(w.dtype).nexp, jnp.finfo(w.dtype).nmant)
+    return (d if factor is None else d * factor).astype(w.dtype)
+
+  return jax.tree.map(one, d_matrix, like)
