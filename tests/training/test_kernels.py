@@ -7,10 +7,10 @@ import pytest
 
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import backends
-from jaxllm.models.config import OPS, Compute, ModelConfig, MoEConfig
+from jaxllm.models.config import OPS, Compute, ComputeConfig, ModelConfig, MoEConfig
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
-from jaxllm.training.compile import compute_of, make_program
+from jaxllm.training.compile import make_program
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 
 RECENT = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Pallas kernels need jax 0.11")
@@ -18,12 +18,12 @@ MODEL = ModelConfig(
   vocab_size=512, embed_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=256, max_seq_len=256,
   moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=256),
 )  # fmt: skip
-TRAINING = TrainingConfig(steps=10, batch_size=2, seq_len=256, dtype="bfloat16", remat="full")
+TRAINING = TrainingConfig(steps=10, batch_size=2, seq_len=256)
+COMPUTE = ComputeConfig(dtype="bfloat16", remat="full")
 
 
 def computes(devices=1, **settings):
-  mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
-  return compute_of(dataclasses.replace(TRAINING, **settings), mesh)
+  return dataclasses.replace(COMPUTE, **settings).on("cpu", devices)
 
 
 def test_the_word_is_for_every_op_that_is_left_open():
@@ -55,12 +55,36 @@ def test_where_there_are_none_it_is_an_error(target):
 )
 def test_a_step_with_experts_has_our_kernels_for_all_its_ops(platform, target, backend, call, monkeypatch):
   monkeypatch.setattr(backends, "_logged", {})
-  training = dataclasses.replace(TRAINING, target=target, kernels="pallas")
+  compute = dataclasses.replace(COMPUTE, target=target, kernels="pallas")
   mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
-  program = make_program(MODEL, training, OptimizerConfig(), MeshConfig(data=2), mesh)
+  program = make_program(MODEL, TRAINING, OptimizerConfig(), MeshConfig(data=2), mesh, compute_config=compute)
   text = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,)).as_text()
   ops = ("packed_attention", "cross_entropy", "grouped_matmul")
   assert {op: tuple(backends.chosen(op, target)) for op in ops} == dict.fromkeys(ops, (backend,))
   # Attention forward, again for the backward pass, and backward; three grouped products each way; the loss.
   assert text.count(call) >= 3 + 3 * 3 + 1
   assert "cudnn" not in text
+
+
+@pytest.mark.parametrize(
+  "target, devices, amx, want",
+  [
+    ("cpu", 1, True, "bfloat16"),
+    ("cpu", 1, False, "float32"),
+    ("cpu", 8, True, "float32"),  # the CPU's own kernels serve one device
+    ("h100", 8, False, "bfloat16"),
+    ("a100", 1, False, "bfloat16"),
+    ("v5e", 4, False, "bfloat16"),
+    ("gpu", 1, False, "float32"),
+  ],
+)
+def test_dtype_auto_is_bfloat16_where_the_chip_has_hardware_for_it(target, devices, amx, want, monkeypatch):
+  monkeypatch.setattr(backends.cpu_ffi, "cpu_flags", lambda: {"amx_bf16"} if amx else set())
+  monkeypatch.setattr(backends.cpu_ffi, "available", lambda: True)
+  assert ComputeConfig(dtype="auto").on(target, devices).dtype == want
+
+
+def test_gradients_are_summed_in_float32_or_as_computed():
+  assert ComputeConfig(dtype="bfloat16", reduce_dtype="bfloat16").on("cpu", 1).reduce_dtype == "bfloat16"
+  with pytest.raises(ConfigError, match=r"compute\.reduce_dtype is 'bfloat16' and compute\.dtype 'float32'"):
+    ComputeConfig(reduce_dtype="bfloat16").on("cpu", 1)

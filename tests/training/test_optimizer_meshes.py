@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import param_shardings
@@ -68,8 +68,8 @@ def loss_fn(params, batch, key):
 def build(name, params, shardings=None):
   config = OptimizerConfig(name=name, learning_rate=0.05, schedule="constant", warmup_steps=0)
   optimizer = make_optimizer(config, 10, params, shardings)
-  step = make_train_step(loss_fn, optimizer, lambda step: jnp.float32(0.05), EVERYTHING, config)
-  return step, lambda params: init_state(params, optimizer, EVERYTHING, config)
+  step = make_train_step(loss_fn, optimizer, lambda step: jnp.float32(0.05), EVERYTHING, Compute(), config)
+  return step, lambda params: init_state(params, optimizer, EVERYTHING, Compute(), config)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data.config import DataConfig, TokenizerConfig
-from jaxllm.models.config import ModelConfig, MoEConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxllm.parallel.batch import put_batch
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
@@ -43,8 +43,8 @@ def batch(seed=0, uneven=True):
   }
 
 
-def losses(steps=4, training=TRAINING, mesh=MeshConfig(data=1), model=MODEL, repeat=False):
-  program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh))
+def losses(steps=4, training=TRAINING, mesh=MeshConfig(data=1), model=MODEL, repeat=False, **compute):
+  program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh), compute_config=ComputeConfig(**compute))
   state = program.init(jax.random.key(0))
   history = []
   for i in range(steps):
@@ -86,13 +86,12 @@ def test_every_mesh_trains_alike(reference, mesh):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_follows(reference, dtype):
-  training = dataclasses.replace(TRAINING, dtype=dtype)
-  np.testing.assert_allclose(losses(training=training), reference, rtol=2e-2)
+  np.testing.assert_allclose(losses(dtype=dtype), reference, rtol=2e-2)
 
 
 def test_the_cpu_kernels_and_xla_train_alike(reference):
   plain = dict.fromkeys(("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul"), "xla")
-  np.testing.assert_allclose(losses(training=dataclasses.replace(TRAINING, **plain)), reference, rtol=2e-5)
+  np.testing.assert_allclose(losses(**plain), reference, rtol=2e-5)
 
 
 def test_a_head_bias_and_soft_cap_train(reference):

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_model import D, toy_batch, toy_loss, toy_params
 
+from jaxllm.models.config import Compute
 from jaxllm.training.config import OptimizerConfig, ParamRule, TrainingConfig
 from jaxllm.training.optimizer import make_optimizer, state_shardings
 from jaxllm.training.schedules import make_schedule
@@ -32,17 +33,18 @@ def compiled_step(*args):
   return jax.jit(build(*args)[0])
 
 
-def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
+def build(training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss, compute=Compute()):
   params = toy_params() if params is None else params
   optimizer = make_optimizer(optimizer_config, TOTAL, params)
   schedule = make_schedule(optimizer_config, TOTAL)
-  step = make_train_step(loss, optimizer, schedule, training, optimizer_config)
-  return step, init_state(params, optimizer, training, optimizer_config)
+  step = make_train_step(loss, optimizer, schedule, training, compute, optimizer_config)
+  return step, init_state(params, optimizer, training, compute, optimizer_config)
 
 
-def run(batches, training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss):
-  step, state = build(training, optimizer_config, params, loss)
-  step = compiled_step(training, optimizer_config) if params is None and loss is toy_loss else jax.jit(step)
+def run(batches, training=TrainingConfig(), optimizer_config=ADAMW, params=None, loss=toy_loss, compute=Compute()):
+  step, state = build(training, optimizer_config, params, loss, compute)
+  shared = params is None and loss is toy_loss and compute == Compute()
+  step = compiled_step(training, optimizer_config) if shared else jax.jit(step)
   history = []
   for batch in batches:
     state, metrics = step(state, batch)
@@ -211,9 +213,9 @@ def test_low_precision_computes_low_and_keeps_float32(dtype, k):
     return toy_loss(params, batch, key)
 
   batch = toy_batch()
-  training = TrainingConfig(batch_size=16, dtype=dtype, accumulation=k)
+  training, compute = TrainingConfig(batch_size=16, accumulation=k), Compute(dtype=dtype, reduce_dtype=dtype)
   config = dataclasses.replace(PLAIN, loss_scale=2.0**10)
-  state, (metrics,) = run([batch], training, config, loss=loss)
+  state, (metrics,) = run([batch], training, config, loss=loss, compute=compute)
   assert seen == {dtype}
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
   exact, (exact_metrics,) = run([batch], optimizer_config=PLAIN)
@@ -223,6 +225,9 @@ def test_low_precision_computes_low_and_keeps_float32(dtype, k):
   assert optax.global_norm(step) < 0.05 * 0.1 * exact_metrics["grad_norm"]
 
 
+HALF = Compute(dtype="float16", reduce_dtype="float16")
+
+
 def overflowing_loss(params, batch, key):
   """The gradient that float16 must hold is 8 * scale / 4 positions: infinite from a scale of 2^15 on."""
   return (params["w"] * 8).sum().astype(jnp.float32) * batch.mean(), jnp.float32(1), {}
@@ -230,8 +235,8 @@ def overflowing_loss(params, batch, key):
 
 def test_float16_overflow_halves_the_scale_skips_and_is_not_bad():
   config = dataclasses.replace(PLAIN, loss_scale=2.0**16, loss_scale_growth_steps=3)
-  training = TrainingConfig(dtype="float16", on_bad_step="stop")
-  state, history = run([jnp.ones((4, 1))] * 9, training, config, {"w": jnp.zeros(2)}, overflowing_loss)
+  training = TrainingConfig(on_bad_step="stop")
+  state, history = run([jnp.ones((4, 1))] * 9, training, config, {"w": jnp.zeros(2)}, overflowing_loss, HALF)
   # Two overflows, three good steps, growth, an overflow, three good steps (and growth once more).
   assert [np.log2(m["loss_scale"]) for m in history] == [16, 15, 14, 14, 14, 15, 14, 14, 14]
   assert [m["skipped"] for m in history] == [1, 2, 2, 2, 2, 3, 3, 3, 3]
@@ -246,8 +251,8 @@ def test_float16_overflow_at_scale_one_is_bad():
   loss = lambda params, batch, key: (  # noqa: E731
     1e5 * (params["w"].astype(jnp.float32) * batch).sum(), jnp.float32(1), {}
   )  # fmt: skip
-  training = TrainingConfig(dtype="float16", on_bad_step="stop")
-  state, history = run([jnp.full((1, 1), 8.0)] * 3, training, config, {"w": jnp.zeros(1)}, loss)
+  training = TrainingConfig(on_bad_step="stop")
+  state, history = run([jnp.full((1, 1), 8.0)] * 3, training, config, {"w": jnp.zeros(1)}, loss, HALF)
   assert [m["halted"] for m in history] == [0, 1, 1]
   assert int(state.step) == 1 and float(state.loss_scale.scale) == 1
 
@@ -332,14 +337,13 @@ def test_ema_is_its_closed_form():
 
 
 def test_resume_is_bit_identical():
-  training = TrainingConfig(
-    batch_size=16, accumulation=2, dtype="float16", ema_decay=0.9, spike_sigmas=6.0, on_bad_step="skip"
-  )
+  training = TrainingConfig(batch_size=16, accumulation=2, ema_decay=0.9, spike_sigmas=6.0, on_bad_step="skip")
   config = dataclasses.replace(ADAMW, name="muon", loss_scale=2.0**8, loss_scale_growth_steps=2)
   batches = [toy_batch(seed=i) for i in range(6)]
   batches[1] = poisoned(batches[1])
 
-  step = jax.jit(build(training, config)[0], donate_argnums=0)
+  make = functools.partial(build, training, config, compute=HALF)
+  step = jax.jit(make()[0], donate_argnums=0)
 
   def continue_from(state, batches):
     history = []  # read at the end: donating the state must not take the metrics along
@@ -348,8 +352,8 @@ def test_resume_is_bit_identical():
       history.append(metrics)
     return jax.tree.map(np.asarray, (state, history))
 
-  whole = continue_from(build(training, config)[1], batches)
-  half, first = continue_from(build(training, config)[1], batches[:3])
+  whole = continue_from(make()[1], batches)
+  half, first = continue_from(make()[1], batches[:3])
   resumed, second = continue_from(jax.tree.map(jnp.asarray, half), batches[3:])
   assert_equal((resumed, first + second), whole)
   assert int(whole[0].step) == 6 and int(whole[0].skipped) == 1
