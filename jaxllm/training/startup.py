@@ -45,7 +45,7 @@ def startup_table(
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
     ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown: no MFU"),
-    ("kernels", _kernels(compute.target)),
+    ("kernels", kernels_in_use(compute.target)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (
       "data",
@@ -55,7 +55,7 @@ def startup_table(
   ]
 
 
-def _kernels(target: str) -> str:
+def kernels_in_use(target: str) -> str:
   """The backends that the step was traced with, and in brackets what was passed over for them and why."""
   ops = {
     "attention": "attention",

@@ -204,19 +204,22 @@ def test_eight_devices_equal_one(name, k):
 # Precision
 
 
+@pytest.mark.parametrize("reduce_dtype", ["float32", "low"])
 @pytest.mark.parametrize("dtype, k", [("bfloat16", 1), ("float16", 4)])
-def test_low_precision_computes_low_and_keeps_float32(dtype, k):
+def test_low_precision_computes_low_and_keeps_float32(dtype, k, reduce_dtype):
+  reduce_dtype = dtype if reduce_dtype == "low" else reduce_dtype
   seen = set()
 
   def loss(params, batch, key):
     seen.update(leaf.dtype.name for leaf in jax.tree.leaves(params))
-    return toy_loss(params, batch, key)
+    return toy_loss(jax.tree.map(lambda p: p.astype(dtype), params), batch, key)
 
   batch = toy_batch()
-  training, compute = TrainingConfig(batch_size=16, accumulation=k), Compute(dtype=dtype, reduce_dtype=dtype)
+  training = TrainingConfig(batch_size=16, accumulation=k)
+  compute = Compute(dtype=dtype, reduce_dtype=reduce_dtype)
   config = dataclasses.replace(PLAIN, loss_scale=2.0**10)
   state, (metrics,) = run([batch], training, config, loss=loss, compute=compute)
-  assert seen == {dtype}
+  assert seen == {reduce_dtype}
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
   exact, (exact_metrics,) = run([batch], optimizer_config=PLAIN)
   np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=2e-2)
@@ -230,13 +233,14 @@ HALF = Compute(dtype="float16", reduce_dtype="float16")
 
 def overflowing_loss(params, batch, key):
   """The gradient that float16 must hold is 8 * scale / 4 positions: infinite from a scale of 2^15 on."""
-  return (params["w"] * 8).sum().astype(jnp.float32) * batch.mean(), jnp.float32(1), {}
+  return (params["w"].astype(jnp.float16) * 8).sum().astype(jnp.float32) * batch.mean(), jnp.float32(1), {}
 
 
-def test_float16_overflow_halves_the_scale_skips_and_is_not_bad():
+@pytest.mark.parametrize("reduce_dtype", ["float32", "float16"])
+def test_float16_overflow_halves_the_scale_skips_and_is_not_bad(reduce_dtype):
   config = dataclasses.replace(PLAIN, loss_scale=2.0**16, loss_scale_growth_steps=3)
-  training = TrainingConfig(on_bad_step="stop")
-  state, history = run([jnp.ones((4, 1))] * 9, training, config, {"w": jnp.zeros(2)}, overflowing_loss, HALF)
+  training, compute = TrainingConfig(on_bad_step="stop"), Compute(dtype="float16", reduce_dtype=reduce_dtype)
+  state, history = run([jnp.ones((4, 1))] * 9, training, config, {"w": jnp.zeros(2)}, overflowing_loss, compute)
   # Two overflows, three good steps, growth, an overflow, three good steps (and growth once more).
   assert [np.log2(m["loss_scale"]) for m in history] == [16, 15, 14, 14, 14, 15, 14, 14, 14]
   assert [m["skipped"] for m in history] == [1, 2, 2, 2, 2, 3, 3, 3, 3]
@@ -249,7 +253,7 @@ def test_float16_overflow_halves_the_scale_skips_and_is_not_bad():
 def test_float16_overflow_at_scale_one_is_bad():
   config = dataclasses.replace(PLAIN, loss_scale=2.0)
   loss = lambda params, batch, key: (  # noqa: E731
-    1e5 * (params["w"].astype(jnp.float32) * batch).sum(), jnp.float32(1), {}
+    1e5 * (params["w"].astype(jnp.float16).astype(jnp.float32) * batch).sum(), jnp.float32(1), {}
   )  # fmt: skip
   training = TrainingConfig(on_bad_step="stop")
   state, history = run([jnp.full((1, 1), 8.0)] * 3, training, config, {"w": jnp.zeros(1)}, loss, HALF)

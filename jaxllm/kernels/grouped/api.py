@@ -54,8 +54,8 @@ def grouped_matmul(
   wide = jnp.promote_types(x.dtype, weights.dtype) == weights.dtype
   if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or not wide:
     raise ConfigError(
-      "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype or a wider one and group_sizes [E]; these are "
-      f"{x.dtype}{x.shape}, {weights.dtype}{whole.shape}, {group_sizes.shape}"
+      "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype or a wider one and group_sizes [E]; "
+      f"these are {x.dtype}{x.shape}, {weights.dtype}{whole.shape}, {group_sizes.shape}"
     )
   refuses = functools.partial(_refuses, x, whole)
   backend = backends.choose("grouped_matmul", backend, target, refuses)
