@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import isolate
 
 from jaxllm.errors import UserError
-from jaxllm.kernels.backends import BACKENDS, TARGETS, target_from_device_kind
+from jaxllm.kernels.backends import BACKENDS, TARGETS
 
 REPEATS = 2
 CACHES = 256 << 20  # several times the largest cache of any chip: fewer bytes than this are not read twice in a row
@@ -296,7 +296,7 @@ def device_facts() -> dict:
       continue
   return {
     "device": device.device_kind,
-    "target": target_from_device_kind(device.platform, device.device_kind),
+    "target": chip_of(device.platform, device.device_kind).name,
     "cores": os.cpu_count(),
     "processor": _processor(),
     "versions": found | {"python": platform.python_version()},

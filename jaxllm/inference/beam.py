@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.errors import ConfigError
-from jaxllm.inference.generate import Completion, Delta, Prompts, batch_prompts, bucket, read_prompts, room_for
+from jaxllm.inference.completions import Completion, Delta
+from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, read_prompts, room_for
 from jaxllm.inference.sampling import SamplingParams
 from jaxllm.inference.text import Decodes, TextStream
 from jaxllm.models.build import Params

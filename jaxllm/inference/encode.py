@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Float32
 
-from jaxllm.inference.generate import check_prompt, pad_rows
+from jaxllm.inference.prompts import check_prompt, pad_rows
 from jaxllm.models.build import Params
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import mean_pool

@@ -8,7 +8,6 @@ overwritten before the row's length reaches it.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +16,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.errors import ConfigError
+from jaxllm.inference import beam
+from jaxllm.inference.completions import Completion, Delta
+from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, check_prompt, read_prompts, room_for
 from jaxllm.inference.sampling import SamplingParams, SamplingRows, sampling_rows
 from jaxllm.inference.text import Decodes, TextStream
 from jaxllm.kernels import backends
 from jaxllm.models.attention import KVCache
-from jaxllm.models.build import Params, init_cache
+from jaxllm.models.build import Params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.transformer import Transformer
 
-SMALLEST_BUCKET = 16  # tokens; prompts and caches are padded to this times a power of two
 # Decode steps that one dispatch runs when nobody watches. On a 2-core CPU 8 are 15% faster than 1 for a
 # 4M-parameter model, 8% for 10M, equal for 135M; up to 7 steps are wasted at the end.
 STEPS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """One finished completion. `token_ids` includes the token that ended it, `text` does not."""
-
-  prompt_index: int  # which prompt it continues
-  index: int  # which of that prompt's `n` completions
-  text: str  # "" without a tokenizer
-  token_ids: tuple[int, ...]
-  finish_reason: Literal["stop", "length"]
-  stop_reason: int | str | None  # the token id or string that stopped it; None for the end-of-text token
-  prompt_tokens: int
-  # For each token: log-probabilities, at temperature 1, of itself and of the most likely tokens.
-  logprobs: tuple[dict[int, float], ...] | None = None
-  score: float | None = None  # beam search: log-probability / length ** length_penalty
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-  """What one row gained: tokens, and the text that they completed."""
-
-  prompt_index: int
-  index: int
-  text: str
-  token_ids: tuple[int, ...]
-  completion: Completion | None = None  # with the row's last delta
 
 
 @jax.tree_util.register_dataclass
@@ -76,51 +49,6 @@ class Drawn:
   logprob: Float[Array, " B"] | None
   top_logprobs: Float[Array, "B top"] | None
   top_tokens: Int[Array, "B top"] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """Right-padded prompts; those of an encoder_decoder are its encoder's `source`, with mask, and the
-  decoder begins with its start token."""
-
-  tokens: Int[Array, "B P"]
-  lengths: Int[Array, " B"]
-  source: Int[Array, "B S"] | None = None
-  source_mask: Int[Array, "B S"] | None = None
-
-
-def batch_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Prompts:
-  """Prompts as arrays, padded to lengths that few compilations share."""
-  tokens, lengths = pad_rows(prompts, config)
-  if config.architecture != "encoder_decoder":
-    return Prompts(tokens, lengths)
-  starts, ones = pad_rows([[config.decoder_start_id]] * len(prompts), config)
-  return Prompts(starts, ones, tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
-
-
-def pad_rows(
-  rows: Sequence[Sequence[int]], config: ModelConfig
-) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
-  """Right-padded token ids, and the rows' lengths."""
-  tokens = np.zeros((len(rows), bucket(max(map(len, rows)), config)), np.int32)
-  for i, row in enumerate(rows):
-    tokens[i, : len(row)] = row
-  return tokens, np.asarray([len(row) for row in rows], np.int32)
-
-
-def read_prompts(model: Transformer, prompts: Prompts, cache_length: int) -> tuple[Float[Array, "B V"], KVCache]:
-  """The logits after each prompt, and a cache of `cache_length` slots that holds the prompts."""
-  batch, padded = prompts.tokens.shape
-  encoded = None if prompts.source is None else model.encode(prompts.source, segment_ids=prompts.source_mask)
-  cache = init_cache(model.config, batch, padded, model.compute.dtype)
-  x, filled = model.hidden(prompts.tokens, cache=cache, encoded=encoded, encoded_segment_ids=prompts.source_mask)
-  assert filled is not None
-  last = jnp.take_along_axis(x, (prompts.lengths - 1)[:, None, None], axis=1)
-  room = [(0, 0), (0, cache_length - padded), (0, 0), (0, 0)]
-  grow = lambda layers: tuple(jnp.pad(layer, room) for layer in layers)  # noqa: E731
-  cache = dataclasses.replace(filled, key=grow(filled.key), value=grow(filled.value), length=prompts.lengths)
-  return model.logits(last)[:, 0], cache
 
 
 @functools.lru_cache(maxsize=8)
@@ -220,8 +148,6 @@ def stream_tokens(
   if config.architecture == "encoder" or config.head != "lm":
     raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
   if any(settings.num_beams > 1 for settings in each):
-    from jaxllm.inference import beam  # which builds on this module
-
     return beam.search(graph, params, config, prompts, each, tokenizer, eos_ids)
   rows = [
     _Row(i, sample, prompt, settings, config, tokenizer, eos_ids)
@@ -257,44 +183,6 @@ def _run(graph, params, config: ModelConfig, rows: list["_Row"], steps: int) -> 
     if all(row.reason is not None for row in rows):
       return
     state, drawn = decode(params, state, limits, draws, steps=steps, top=top)
-
-
-def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
-  """That the model can read it.
-
-  Raises:
-    ConfigError: it cannot; the message says why.
-  """
-  if not prompt:
-    raise ConfigError(f"{name} is empty; a completion needs at least one token before it")
-  if config.architecture != "decoder" and len(prompt) > config.max_seq_len:
-    raise ConfigError(
-      f"{name} has {len(prompt)} tokens: its sequence length is over the model's limit of {config.max_seq_len} "
-      "(model.max_seq_len); shorten it"
-    )
-  if config.architecture == "decoder" and len(prompt) >= config.max_seq_len:
-    raise ConfigError(
-      f"{name} has {len(prompt)} tokens: with one more, its sequence length is over the model's limit of "
-      f"{config.max_seq_len} (model.max_seq_len); shorten it"
-    )
-  if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-    bad = next(token for token in prompt if not 0 <= token < config.vocab_size)
-    raise ConfigError(f"{name} holds token {bad}, but the model's vocabulary has {config.vocab_size} tokens")
-
-
-def room_for(settings: SamplingParams, prompt: Sequence[int], config: ModelConfig) -> tuple[int, int]:
-  """How many tokens a row of the cache begins with, and how many more may follow."""
-  begins = len(prompt) if config.architecture == "decoder" else 1
-  room = config.max_seq_len - begins
-  return begins, min(room, settings.max_tokens or room)
-
-
-def bucket(length: int, config: ModelConfig) -> int:
-  """A length that few compilations share: no less than `length`, no more than the model's limit."""
-  size = SMALLEST_BUCKET
-  while size < length:
-    size *= 2
-  return min(size, config.max_seq_len)
 
 
 class _Row:

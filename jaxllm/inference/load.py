@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxllm.base.chips import chip_of
 from jaxllm.inference.model import Model
 from jaxllm.interop.open import open_model
 from jaxllm.interop.stored import DTYPES, StoredModel, check_dtype
-from jaxllm.kernels.backends import target_from_device_kind
 from jaxllm.models.config import Compute
 
 
@@ -40,6 +40,6 @@ def read_weights(stored: StoredModel, *, dtype: str | None = None, mesh: Mesh | 
   """`load_model` of what is open already."""
   dtype = dtype or (stored.dtype if stored.dtype in DTYPES else "float32")
   device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-  compute = Compute(target=target_from_device_kind(device.platform, device.device_kind), dtype=dtype)
+  compute = Compute(target=chip_of(device.platform, device.device_kind).name, dtype=dtype)
   params = stored.params(dtype, mesh, per_layer=True)
   return Model(stored.config, params, stored.tokenizer, compute=compute, generation=stored.generation)

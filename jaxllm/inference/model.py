@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.errors import ConfigError, DataError
+from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.encode import embeddings, hidden_states
-from jaxllm.inference.generate import Completion, Delta, generate_tokens, stream_tokens
+from jaxllm.inference.generate import generate_tokens, stream_tokens
 from jaxllm.inference.sampling import SamplingParams
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model

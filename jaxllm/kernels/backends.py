@@ -5,24 +5,9 @@ from collections.abc import Callable
 
 import jax
 
+from jaxllm.base.chips import TARGETS
 from jaxllm.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
-
-# Chip -> family. The chip comes from the mesh or the config, never from the machine that compiles.
-TARGETS = {
-  "cpu": "cpu",
-  "a100": "gpu",
-  "h100": "hopper",
-  "h200": "hopper",
-  "b200": "gpu",
-  "gpu": "gpu",  # some other GPU
-  "v4": "tpu",
-  "v5e": "tpu",
-  "v5p": "tpu",
-  "v6e": "tpu",
-  "v7": "tpu",
-  "tpu": "tpu",  # some other TPU
-}
 
 # op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that
 # can compute the call and may be taken (`choose`). On CPUs everything here is measured.
@@ -98,26 +83,6 @@ def has_bfloat16(target: str) -> bool:
   if TARGETS.get(target) == "cpu":
     return "amx_bf16" in cpu_ffi.cpu_flags() and cpu_ffi.available()
   return target != "gpu"  # of some other GPU nothing is known
-
-
-def target_from_device_kind(platform: str, device_kind: str) -> str:
-  """The target name of a jax device, from its platform and `device_kind`."""
-  if platform == "cpu":
-    return "cpu"
-  kind = device_kind.lower()
-  if platform in ("gpu", "cuda", "rocm"):
-    return next((chip for chip in ("a100", "h100", "h200", "b200") if chip in kind), "gpu")
-  for mark, chip in (
-    ("v5 lite", "v5e"),
-    ("v5e", "v5e"),
-    ("v6", "v6e"),
-    ("v5", "v5p"),
-    ("v4", "v4"),
-    ("7", "v7"),
-  ):
-    if mark in kind:
-      return chip
-  return "tpu"
 
 
 def choose(

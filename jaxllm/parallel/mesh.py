@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxllm.base.chips import chip_of
 from jaxllm.errors import ConfigError
 from jaxllm.parallel.config import AXES, SLOW_AXES, MeshConfig
 
@@ -123,8 +124,6 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 
 def target_of(mesh: Mesh) -> str:
-  """The chip a mesh's programs are compiled for, as in `jaxllm.kernels.backends.TARGETS`."""
-  from jaxllm.kernels.backends import target_from_device_kind
-
+  """The chip that a mesh's programs are compiled for, a name of `jaxllm.base.chips.CHIPS`."""
   device = mesh.devices.flat[0]
-  return target_from_device_kind(device.platform, device.device_kind)
+  return chip_of(device.platform, device.device_kind).name

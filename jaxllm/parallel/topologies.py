@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from jaxllm.base.chips import CHIPS
 from jaxllm.errors import UserError
 
 # Smallest topology of one host for each chip; a mesh of one chip takes its first device.
@@ -28,10 +29,7 @@ _HOPPER = """gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
   platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 }}
   device_description_str: "{name}" """
-GPUS = {
-  "h100": dict(bandwidth=3352320000000, memory=84942979072, name="NVIDIA H100 80GB HBM3"),
-  "h200": dict(bandwidth=4814259200000, memory=150754820096, name="NVIDIA H200"),
-}
+GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -69,7 +67,8 @@ def gpu_mesh(chip: str, count: int = 1) -> jax.sharding.Mesh:
     raise UserError(f"no facts of the chip {chip!r}; choose one of {', '.join(GPUS)}")
   if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
     raise UserError("compiling for GPUs needs jax's CUDA plugin: pip install 'jaxllm[cuda]'")
-  config = _HOPPER.format(**GPUS[chip])
+  facts = CHIPS[chip]
+  config = _HOPPER.format(bandwidth=int(facts.bandwidth), memory=facts.memory, name=GPUS[chip])
   topology = topologies.get_topology_desc(
     platform="cuda", topology_name="", target_config=config, topology=f"1x1x{count}"
   )

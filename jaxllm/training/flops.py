@@ -104,65 +104,6 @@ def row_flops(config: ModelConfig, target_len: int, source_len: int = 0) -> Toke
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """What one JAX device can do at best: dense FLOP/s (no sparsity) and bytes/s of its memory."""
-
-  name: str
-  flops: float
-  bandwidth: float | None
-
-
-# bfloat16. NVIDIA's data sheets print twice the dense figure ("with sparsity"); sources:
-#   A100: A100 data sheet (SXM 80 GB). H100, H200: H100 and H200 data sheets (SXM; H100 PCIe apart).
-#   B200: HGX B200 data sheet, an eighth of it (18 PFLOP/s dense, 64 TB/s).
-#   TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. JAX sees a TPU7x chip as two devices, so
-#   its row is half a chip (2307 TFLOP/s, 7380 GB/s).
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip("a100", 312e12, 2039e9),
-    Chip("h100", 989.4e12, 3350e9),
-    Chip("h100_pcie", 756e12, 2000e9),
-    Chip("h200", 989.4e12, 4800e9),
-    Chip("b200", 2250e12, 8000e9),
-    Chip("v4", 275e12, 1228e9),
-    Chip("v5e", 197e12, 819e9),
-    Chip("v5p", 459e12, 2765e9),
-    Chip("v6e", 918e12, 1638e9),
-    Chip("v7x", 2307e12 / 2, 7380e9 / 2),
-  )
-}
-
-# Parts of `device_kind`, the longer names before those they contain.
-_KINDS = (
-  ("h100 pcie", "h100_pcie"),
-  ("h100", "h100"),
-  ("h200", "h200"),
-  ("a100", "a100"),
-  ("b200", "b200"),
-  ("tpu v4 lite", None),
-  ("tpu v4", "v4"),
-  ("tpu v5 lite", "v5e"),
-  ("tpu v5e", "v5e"),
-  ("tpu v5", "v5p"),
-  ("tpu v6", "v6e"),
-  ("tpu7x", "v7x"),
-  ("tpu v7x", "v7x"),
-)
-
-
-def chip_of(device_kind: str) -> Chip | None:
-  """The chip behind a `jax.Device.device_kind` such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
-
-  None if it is not in the table. A CPU is not: what one measures there depends on the product and on who else computes,
-  and a peak that can be beaten is none.
-  """
-  kind = device_kind.lower()
-  name = next((name for part, name in _KINDS if part in kind), None)
-  return CHIPS[name] if name else None
-
-
-def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, chip: Chip) -> float:
+def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, peak: float) -> float:
   """Model FLOPs utilization: the share, 0 to 1, of the devices' peak that went into the model."""
-  return tokens_per_second * flops_per_token / (num_devices * chip.flops)
+  return tokens_per_second * flops_per_token / (num_devices * peak)

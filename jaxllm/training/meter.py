@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from jaxllm.base.chips import CHIPS
+from jaxllm.parallel.mesh import target_of
 from jaxllm.training import flops
 from jaxllm.training.compile import Program
 
@@ -25,7 +27,7 @@ class Meter:
     self._tokens_per_step = program.tokens_per_step
     self._flops_per_token = flops.row_flops(program.model, *program.row_lengths).total
     self._device, self._devices = program.mesh.local_devices[0], program.mesh.size
-    self._chip = flops.chip_of(self._device.device_kind)
+    self._peak = CHIPS[target_of(program.mesh)].flops
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "meter")
     self._ends: collections.deque[concurrent.futures.Future[float]] = collections.deque()
     self._last, self._steps, self._seconds = time.monotonic(), 0, 0.0
@@ -63,8 +65,8 @@ class Meter:
       "step_time_s": step_time,
       "memory_gib": _peak_memory(self._device) / 2**30,
     }
-    if self._chip is not None:
-      rates["mfu"] = flops.mfu(tokens_per_second, self._flops_per_token, self._devices, self._chip)
+    if self._peak is not None:
+      rates["mfu"] = flops.mfu(tokens_per_second, self._flops_per_token, self._devices, self._peak)
     return rates
 
 

@@ -4,8 +4,10 @@ import math
 
 import jax
 
+from jaxllm.base.chips import CHIPS
 from jaxllm.data.manifest import Prepared
 from jaxllm.kernels import backends
+from jaxllm.parallel.mesh import target_of
 from jaxllm.training import flops
 from jaxllm.training.compile import Program
 from jaxllm.training.config import RunConfig
@@ -30,7 +32,7 @@ def startup_table(
   )
   memory = compiled.memory_analysis()
   per_token = flops.row_flops(program.model, *program.row_lengths)
-  chip = flops.chip_of(program.mesh.devices.flat[0].device_kind)
+  chip = CHIPS[target_of(program.mesh)]
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
   rows = [
@@ -44,7 +46,7 @@ def startup_table(
   return rows + [
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
-    ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown: no MFU"),
+    ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip.flops else "unknown: no MFU"),
     ("kernels", kernels_in_use(compute.target)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (

@@ -5,9 +5,6 @@ import pytest
 
 from jaxllm.models.config import ModelConfig
 from jaxllm.training.flops import (
-  CHIPS,
-  Chip,
-  chip_of,
   matmul_parameters,
   mfu,
   row_flops,
@@ -103,32 +100,5 @@ def test_against_pytorchs_flop_counter(kv_heads):
   assert abs(per_token - ours) <= rope / 24, (per_token, ours)
 
 
-@pytest.mark.parametrize(
-  "kind, name",
-  [
-    ("NVIDIA H100 80GB HBM3", "h100"),
-    ("NVIDIA H100 PCIe", "h100_pcie"),
-    ("NVIDIA H200", "h200"),
-    ("NVIDIA A100-SXM4-80GB", "a100"),
-    ("NVIDIA B200", "b200"),
-    ("TPU v4", "v4"),
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v5p", "v5p"),
-    ("TPU v6 lite", "v6e"),
-    ("TPU v6e", "v6e"),
-    ("TPU7x", "v7x"),
-  ],
-)
-def test_chips_by_device_kind(kind, name):
-  assert chip_of(kind) is CHIPS[name]
-
-
-@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4090", "TPU v3", "TPU v4 lite", "cpu"])
-def test_unknown_chips_have_no_peak(kind):
-  assert chip_of(kind) is None
-
-
 def test_mfu():
-  assert mfu(1000.0, 2e9, 4, Chip("x", 1e12, None)) == 0.5
+  assert mfu(1000.0, 2e9, 4, 1e12) == 0.5
