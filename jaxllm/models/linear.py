@@ -54,8 +54,10 @@ def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"], dtype, axis: str | 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rows(table, ids, dtype, axis):
-  # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so.
-  return jnp.take(constrain(table.astype(dtype), axis, None), ids, axis=0)
+  # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so. Rounded
+  # where it is split, so that 16 bits travel.
+  rounded = constrain(table.astype(dtype), axis, "embed")
+  return jnp.take(constrain(rounded, axis, None), ids, axis=0)
 
 
 def _rows_forward(table, ids, dtype, axis):

@@ -140,10 +140,14 @@ def _scanned(c: ModelConfig, compute: Compute, layer: Callable, weights, x):
   """Of each run of layers that repeat, one period per scan step; a rest runs after the scan."""
   losses = []
 
-  def group(x, weights, layers):
+  def group(x, weights, layers, stacked=True):
+    # What is taken of a stack before `remat` would be kept for the backward pass: another copy of all weights.
+    def run(i, x, weights):
+      return layer(i, x, _one_layer(c, weights, layers.start, i) if stacked else weights)
+
     losses = []
     for i in layers:
-      x, _, loss = remat(functools.partial(layer, i), compute)(x, _one_layer(c, weights, layers.start, i))
+      x, _, loss = remat(functools.partial(run, i), compute)(x, weights)
       losses.append(loss)
     return x, _total(losses)
 
@@ -151,8 +155,10 @@ def _scanned(c: ModelConfig, compute: Compute, layer: Callable, weights, x):
     steps = (stop - start) // period
     end = start + steps * period
     if steps:
-      grouped = jax.tree.map(lambda w, n=steps: w.reshape(n, -1, *w.shape[1:]), _some_layers(c, weights, start, end))
-      step = functools.partial(group, layers=range(start, start + period))
+      grouped = _some_layers(c, weights, start, end)
+      if period > 1:
+        grouped = jax.tree.map(lambda w, n=steps: w.reshape(n, -1, *w.shape[1:]), grouped)
+      step = functools.partial(group, layers=range(start, start + period), stacked=period > 1)
       x, loss = jax.lax.scan(step, x, grouped, unroll=_unroll(c, compute, steps, period))
       losses.append(loss)
     if end < stop:

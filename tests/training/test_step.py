@@ -202,19 +202,21 @@ def test_eight_devices_equal_one(name, k):
 # Precision
 
 
+@pytest.mark.parametrize("reduce_dtype", ["float32", "low"])
 @pytest.mark.parametrize("dtype, k", [("bfloat16", 1), ("float16", 4)])
-def test_low_precision_computes_low_and_keeps_float32(dtype, k):
+def test_low_precision_computes_low_and_keeps_float32(dtype, k, reduce_dtype):
+  reduce_dtype = dtype if reduce_dtype == "low" else reduce_dtype
   seen = set()
 
   def loss(params, batch, key):
     seen.update(leaf.dtype.name for leaf in jax.tree.leaves(params))
-    return toy_loss(params, batch, key)
+    return toy_loss(jax.tree.map(lambda p: p.astype(dtype), params), batch, key)
 
   batch = toy_batch()
-  training = TrainingConfig(batch_size=16, dtype=dtype, accumulation=k)
+  training = TrainingConfig(batch_size=16, dtype=dtype, accumulation=k, reduce_dtype=reduce_dtype)
   config = dataclasses.replace(PLAIN, loss_scale=2.0**10)
   state, (metrics,) = run([batch], training, config, loss=loss)
-  assert seen == {dtype}
+  assert seen == {reduce_dtype}
   assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
   exact, (exact_metrics,) = run([batch], optimizer_config=PLAIN)
   np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=2e-2)
@@ -225,12 +227,13 @@ def test_low_precision_computes_low_and_keeps_float32(dtype, k):
 
 def overflowing_loss(params, batch, key):
   """The gradient that float16 must hold is 8 * scale / 4 positions: infinite from a scale of 2^15 on."""
-  return (params["w"] * 8).sum().astype(jnp.float32) * batch.mean(), jnp.float32(1), {}
+  return (params["w"].astype(jnp.float16) * 8).sum().astype(jnp.float32) * batch.mean(), jnp.float32(1), {}
 
 
-def test_float16_overflow_halves_the_scale_skips_and_is_not_bad():
+@pytest.mark.parametrize("reduce_dtype", ["float32", "float16"])
+def test_float16_overflow_halves_the_scale_skips_and_is_not_bad(reduce_dtype):
   config = dataclasses.replace(PLAIN, loss_scale=2.0**16, loss_scale_growth_steps=3)
-  training = TrainingConfig(dtype="float16", on_bad_step="stop")
+  training = TrainingConfig(dtype="float16", reduce_dtype=reduce_dtype, on_bad_step="stop")
   state, history = run([jnp.ones((4, 1))] * 9, training, config, {"w": jnp.zeros(2)}, overflowing_loss)
   # Two overflows, three good steps, growth, an overflow, three good steps (and growth once more).
   assert [np.log2(m["loss_scale"]) for m in history] == [16, 15, 14, 14, 14, 15, 14, 14, 14]
@@ -244,7 +247,7 @@ def test_float16_overflow_halves_the_scale_skips_and_is_not_bad():
 def test_float16_overflow_at_scale_one_is_bad():
   config = dataclasses.replace(PLAIN, loss_scale=2.0)
   loss = lambda params, batch, key: (  # noqa: E731
-    1e5 * (params["w"].astype(jnp.float32) * batch).sum(), jnp.float32(1), {}
+    1e5 * (params["w"].astype(jnp.float16).astype(jnp.float32) * batch).sum(), jnp.float32(1), {}
   )  # fmt: skip
   training = TrainingConfig(dtype="float16", on_bad_step="stop")
   state, history = run([jnp.full((1, 1), 8.0)] * 3, training, config, {"w": jnp.zeros(1)}, loss)
