@@ -93,7 +93,7 @@ def test_bias(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_norm(kind, dtype):
-  config = ModelConfig(norm=kind, norm_bias=True, embed_dim=I)
+  config = ModelConfig(norm=kind, norm_bias=True, embed_dim=I, num_heads=2)
   graph, params = split(lambda: Norm(config, Compute(elementwise="xla"), rngs=nnx.Rngs(0)), dtype)
   x = jnp.asarray(np.arange(I) * rng.uniform(1, 2, (TOKENS, 1)), jnp.bfloat16)
   dy = positive(TOKENS, I)
