@@ -165,27 +165,30 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
   return list(_walk(program, program.entry, (), 1, mesh))
 
 
-def _walk(program, computation, loops, times, mesh, seen=None) -> Iterator[Collective]:
-  """seen: inside a fusion, the collectives that were met in this loop's fusions."""
-  fused: set = set() if seen is None else seen
+def _walk(program, computation, loops, times, mesh, fusion=None, met=None) -> Iterator[Collective]:
+  """fusion: the instruction that calls this computation, if it is one. met: in the fusions of this loop so far."""
+  met = set() if met is None else met
   for one in program.computations[computation]:
     kind = one.op.removesuffix("-start")
     if kind in KINDS:
-      if seen is not None:
-        channel = (one.attribute("channel_id"), kind, loops)
-        if channel in seen:  # the two ends of an asynchronous one, each fused with something, both name it
+      if fusion is not None:
+        key = (one.attribute("channel_id"), one.op, one.type)
+        if key in met:  # TPUs fuse the parts of an asynchronous one with what runs meanwhile, and each part names it
           continue
-        seen.add(channel)
+        met.add(key)
       groups = _groups(one, mesh.size)
-      files = program.files(one)
+      if computation.startswith("all-reduce-scatter"):  # as TPUs write it: the sum, of which a part is kept
+        kind = "reduce-scatter"
+      told = one if fusion is None or program.files(one) else fusion
+      files = program.files(told)
       yield Collective(
         kind,
-        _payload(one, kind, max(map(len, groups))),
+        _payload(one, max(map(len, groups))),
         loops,
         times,
         _axes(groups, mesh),
         _own(files[0]) if files else "",
-        (re.search(r'op_name="([^"]*)"', one.rest) or ("", ""))[1],
+        (re.search(r'op_name="([^"]*)"', told.rest) or ("", ""))[1],
       )
     elif one.op == "while":
       trips = program.trips(one)
@@ -194,7 +197,7 @@ def _walk(program, computation, loops, times, mesh, seen=None) -> Iterator[Colle
         yield from _walk(program, called, (*loops, _loop(program, one, loops)), inside, mesh)
     else:
       for called in one.called:
-        yield from _walk(program, called, loops, times, mesh, fused if one.op == "fusion" else seen)
+        yield from _walk(program, called, loops, times, mesh, one if one.op == "fusion" else fusion, met)
 
 
 def _loop(program, one, outer):
@@ -243,7 +246,7 @@ def _size(dtype):
   return 1 if bits is None or int(bits.group()) < 8 else int(bits.group()) // 8
 
 
-def _payload(one, kind, group):
+def _payload(one, group):
   plain = re.sub(r"\{[^{}]*\}", "", one.type)  # layouts
   arrays = [
     (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", plain)
@@ -251,7 +254,7 @@ def _payload(one, kind, group):
   count = len(one.operands)
   if one.op.endswith("-start") and len(arrays) >= 2 * count:  # operands, results, and what the chip needs beside
     arrays = arrays[count : 2 * count]
-  if kind == "reduce-scatter":  # what is reduced is as large as the group's results together
+  if one.op.startswith("reduce-scatter"):  # what is reduced is as large as the group's results together
     arrays = [(dtype, (group, *shape)) for dtype, shape in arrays]
   return tuple(arrays)
 

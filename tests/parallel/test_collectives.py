@@ -1,6 +1,7 @@
 """What devices send one another in a whole compiled train step, on every axis of the mesh."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_every_axis_sends_what_it_promises(sizes, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu")
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4), dict(data=8)], ids=str)
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=2, tensor=4)], ids=str)
 def test_step_compiled_for_a_tpu(sizes, monkeypatch):
   """With micro-batches and 16-bit weights, on whose gradient's rounding libtpu's compiler once failed."""
   from jaxllm.kernels.head_loss import reference
@@ -82,7 +83,6 @@ def test_step_compiled_for_a_tpu(sizes, monkeypatch):
   devices = list(tpu_mesh("v5e:2x4").devices.flat)
   found = collectives(sizes, devices, "tpu", model, dtype="bfloat16")
   assert not any("head loss" in one.loops for one in found)
-  ours = [one for one in found if "head_loss" in one.op_name]
-  assert ours
-  for one in ours:
-    assert one.kind == "all-gather" or {dtype for dtype, _ in one.arrays} == {"f32"}, one
+  summed = [one for one in found if one.kind in ("all-reduce", "reduce-scatter")]
+  shard = model.vocab_size * model.embed_dim // 8
+  assert any(dtype == "f32" and math.prod(shape) >= shard for one in summed for dtype, shape in one.arrays)

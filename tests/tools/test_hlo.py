@@ -53,6 +53,12 @@ StackFrames
   ROOT %ag.2 = f32[1024]{0:T(1024)} all-gather(%p.2), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%all-reduce-scatter.1 (p.3: f32[256]) -> f32[64] {
+  %p.3 = f32[256]{0:T(256)} parameter(0)
+  %ar.3 = f32[256]{0:T(256)} all-reduce(%p.3), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %ds = f32[64]{0:T(64)} dynamic-slice(%ar.3), dynamic_slice_sizes={64}
+}
+
 %one (q.1: f32[256]) -> f32[256] {
   %q.1 = f32[256]{0} parameter(0)
   ROOT %ar.1 = f32[256]{0} all-reduce(%q.1), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
@@ -112,6 +118,7 @@ ENTRY %main (x0: f32[256], k: s32[]) -> f32[256] {
   %x1 = f32[256]{0} get-tuple-element(%loop), index=1
   %rs = ((f32[256]{0}), f32[64]{0}) reduce-scatter-start(%x1), replica_groups=[2,4]<=[8], to_apply=%add
   %rt = f32[64]{0} reduce-scatter-done(%rs)
+  %ars = f32[64]{0} fusion(%x1), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="here" stack_frame_id=2}
   %br = f32[256]{0} conditional(%k, %x1, %x1), branch_computations={%one, %other}
   ROOT %a2a = f32[256]{0} all-to-all(%br), replica_groups={}, dimensions={0}
 }
@@ -133,7 +140,9 @@ def test_counted_by_hand():
     "all-reduce": (1024, (), 1, ("a",)),
     "all-to-all": (1024, (), 1, ("a", "b")),
   }
-  assert len(hlo.collectives(PROGRAM, mesh(a=2, b=4))) == 5  # a fused pair is one
+  found = hlo.collectives(PROGRAM, mesh(a=2, b=4))
+  assert len(found) == 6  # a fused pair is one, and a TPU's way to scatter a sum is a reduce-scatter
+  assert [(one.bytes, one.file) for one in found if one.op_name == "here"] == [(1024, "models/stack.py")]
   assert hlo.Program(PROGRAM).files(hlo.Program(PROGRAM).find("body", "rg"))[0].endswith("mlp.py")
 
 
