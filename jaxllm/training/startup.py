@@ -45,7 +45,7 @@ def startup_table(
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),
     ("peak", f"{chip.flops / 1e12:.3g} TFLOP/s per device ({chip.name})" if chip else "unknown chip: no MFU"),
-    ("kernels", _kernels(compute.target)),
+    ("kernels", kernels_in_use(compute.target)),
     ("tokens per step", f"{tokens_per_step:,}, in {training.accumulation} micro-batch(es)"),
     (
       "data",
@@ -55,7 +55,7 @@ def startup_table(
   ]
 
 
-def _kernels(target: str) -> str:
+def kernels_in_use(target: str) -> str:
   """The backends that the step was traced with, and in brackets what was passed over for them and why."""
   ops = {
     "attention": "attention",
@@ -69,7 +69,7 @@ def _kernels(target: str) -> str:
     name: [f"{backend} ({why})" if why else backend for backend, why in backends.chosen(op, target).items()]
     for op, name in ops.items()
   }
-  return ", ".join(f"{name}: {' and '.join(backends_)}" for name, backends_ in used.items() if backends_)
+  return ", ".join(f"{name}: {' and '.join(taken)}" for name, taken in used.items() if taken)
 
 
 def _size(count: float) -> str:

@@ -1,6 +1,8 @@
 """Which kernels a training step is compiled with: the word for all of them, and what wins over it."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,8 +12,12 @@ from jaxllm.kernels import backends
 from jaxllm.models.config import OPS, Compute, ModelConfig, MoEConfig
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
+from jaxllm.training import startup
 from jaxllm.training.compile import compute_of, make_program
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+import cudnn_stand_in
 
 RECENT = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Pallas kernels need jax 0.11")
 MODEL = ModelConfig(
@@ -64,3 +70,27 @@ def test_a_step_with_experts_has_our_kernels_for_all_its_ops(platform, target, b
   # Attention forward, again for the backward pass, and backward; three grouped products each way; the loss.
   assert text.count(call) >= 3 + 3 * 3 + 1
   assert "cudnn" not in text
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="cuDNN's packed layout needs jax 0.11.2")
+def test_a_step_with_the_packed_layout_lowers(monkeypatch):
+  """Under shard_map, in the loop over layers, with and without rematerialization: one call each way and a fallback."""
+  cudnn_stand_in.allow_lowering(monkeypatch)
+  mesh_config = MeshConfig(data=2, tensor=2)
+  mesh = make_mesh(mesh_config, jax.devices()[:4])
+  for remat, forward in (("none", 1), ("full", 2)):
+    training = dataclasses.replace(TRAINING, target="h100", attention="cudnn_packed", remat=remat)
+    program = make_program(dataclasses.replace(MODEL, moe=None), training, OptimizerConfig(), mesh_config, mesh)
+    text = program.step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaSoftmax(") == forward and text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+
+
+def test_the_startup_table_says_why(monkeypatch):
+  said = {
+    ("packed_attention", "h100", "cudnn", "mosaic_gpu: not measured on this chip"): None,
+    ("matmul", "h100", "xla", ""): None,
+    ("matmul", "cpu", "cpu", ""): None,
+  }
+  monkeypatch.setattr(backends, "_logged", said)
+  want = "attention within segments: cudnn (mosaic_gpu: not measured on this chip), matmul: xla"
+  assert startup.kernels_in_use("h100") == want
