@@ -71,7 +71,7 @@ def kernels_in_use(target: str) -> str:
     name: [f"{backend} ({why})" if why else backend for backend, why in backends.chosen(op, target).items()]
     for op, name in ops.items()
   }
-  return ", ".join(f"{name}: {' and '.join(backends_)}" for name, backends_ in used.items() if backends_)
+  return ", ".join(f"{name}: {' and '.join(taken)}" for name, taken in used.items() if taken)
 
 
 def _size(count: float) -> str:
