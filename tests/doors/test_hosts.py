@@ -123,8 +123,8 @@ def test_a_signal_to_one_process_stops_both_at_one_step(job, tmp_path, told):
 )
 def test_processes_that_are_told_different_things_do_not_start(job, tmp_path, flag, message):
   for _, err in ends(start_two(job, tmp_path / "run", of_one=[flag]), code=2):
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], err
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and errors[0].startswith("process ") and message in errors[0], err
   assert not (tmp_path / "run").exists()
 
 
