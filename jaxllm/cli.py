@@ -41,6 +41,13 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     leave(error, 1, "error: nobody reads the output")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+  except OSError as error:
+    line = f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    leave(error, 2, None if debug else line)
+    if debug:
+      raise
+    print(line, file=sys.stderr)
+    return 2
   except BaseException as error:
     leave(error, 1)
     raise

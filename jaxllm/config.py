@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib.util
-import logging
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm.base import settings
 from jaxllm.errors import ConfigError
-from jaxllm.training.config import RunConfig
+from jaxllm.training.config import RunConfig, moved, moved_key
 
 
 def default_config() -> ConfigDict:
@@ -47,34 +46,7 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   Raises:
     ConfigError: an unknown key, a wrong type or an impossible combination, named in one line.
   """
-  return settings.from_mapping(RunConfig, _moved(_plain(config)))
-
-
-# Keys that stood elsewhere in earlier versions: (group, key) -> the group that has it now
-_COMPUTE = [
-  "dtype",
-  "reduce_dtype",
-  "remat",
-  "remat_names",
-  "target",
-  "kernels",
-  "attention",
-  "matmul",
-  "elementwise",
-  "cross_entropy",
-  "grouped_matmul",
-  "unroll_layers",
-]
-MOVED = {("training", "z_loss"): "objective"} | {("training", key): "compute" for key in _COMPUTE}
-
-
-def _moved(tree: Any) -> Any:
-  """The tree with keys of earlier versions at their places of today, which is said."""
-  for (group, key), now in MOVED.items():
-    if isinstance(tree, Mapping) and isinstance(tree.get(group), dict) and key in tree[group]:
-      logging.getLogger("jaxllm").info("the config key %s.%s is %s.%s now", group, key, now, key)
-      tree[now] = {**(tree.get(now) or {}), key: tree[group].pop(key)}
-  return tree
+  return settings.from_mapping(RunConfig, moved(_plain(config)))
 
 
 def load_config_file(path: str) -> types.ModuleType:
@@ -110,9 +82,9 @@ def load_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConf
     raise ConfigError(f"{path}: get_config() fails: {type(error).__name__}: {error}") from error
   if not isinstance(config, Mapping | ConfigDict):
     raise ConfigError(f"{path}: get_config() returns a {type(config).__name__}, not a ConfigDict")
-  tree = _plain(config)
+  tree = moved(_plain(config))
   for key, value in overrides:
-    _override(tree, key, value)
+    _override(tree, moved_key(key), value)
   return resolve(tree)
 
 

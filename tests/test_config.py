@@ -63,6 +63,7 @@ def test_a_plain_config_dict_takes_defaults_for_what_it_leaves_out():
     ("data.sources", "[{'path': 'a.txt', 'weight': 2}]", lambda r: r.data.sources[0].weight, 2.0),
     ("objective.z_loss", "1", lambda r: r.objective.z_loss, 1.0),
     ("training.z_loss", "1e-3", lambda r: r.objective.z_loss, 1e-3),  # where it stood earlier
+    ("training.dtype", "bfloat16", lambda r: r.compute.dtype, "bfloat16"),
     ("training.batch_size", "4", lambda r: r.model.head_dim, 8),  # sizes that are derived stay derived
   ],
 )
@@ -94,6 +95,11 @@ def test_overrides_are_read_as_their_keys_types(write, key, text, get, value):
     ("mesh.fsdp", "-1", ["only one mesh axis"]),
     ("mesh.rules.embed", "('rows',)", ["mesh.rules.embed", "rows"]),
     ("objective.name", "causal", ["objective.name", "'causal'", "did you mean 'causal_lm'"]),
+    ("training.steps", "{[]:1}", ["training.steps", "whole number"]),
+    ("logging.every", "0", ["logging.every is 0", "at least 1"]),
+    ("training.eval_every", "-1", ["training.eval_every is -1", "negative"]),
+    ("profile.steps", "-1", ["profile.steps is -1", "negative"]),
+    ("compute", "5", ["config compute is 5"]),
     ("objective.beta", "0.1", ["unknown config key objective.beta"]),
     ("data.sources.5.path", "x", ["data.sources.5.path", "0 entries", "'5'"]),
     ("data.sources.first", "x", ["data.sources.first", "0 entries", "'first'"]),
@@ -153,3 +159,10 @@ def sweep(add):
 def test_a_sweep_that_is_missing_is_said(write):
   with pytest.raises(ConfigError, match="no function sweep"):
     sweep_points(write(JOB))
+
+
+def test_of_an_old_and_a_new_name_the_command_line_wins(write):
+  path = write(JOB.replace("  return c", '  c.training.dtype = "bfloat16"\n  return c'))
+  assert load_config(path).compute.dtype == "bfloat16"
+  assert load_config(path, [("compute.dtype", "float16")]).compute.dtype == "float16"
+  assert load_config(path, [("training.dtype", "float16")]).compute.dtype == "float16"

@@ -18,6 +18,8 @@ def local_path(path: str | os.PathLike) -> Path:
   lost one of its slashes).
   """
   text = os.fspath(path)
+  if text.startswith("file:"):
+    raise ConfigError(f"{text} is a URL; leave out the file:// before the path")
   if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
     raise ConfigError(
       f"{re.sub(':/+', '://', text, count=1)} is a URL, and object stores cannot be read or written yet; "

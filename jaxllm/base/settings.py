@@ -132,7 +132,7 @@ def parse(value: Any) -> Any:
     return {"true": True, "false": False, "none": None}[value.lower()]
   try:
     return ast.literal_eval(value)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     return value
 
 

@@ -343,8 +343,8 @@ class Compute:
 class ComputeConfig(Compute):
   """`Compute` as a config has it: what is "auto" is settled when the devices are known.
 
-  dtype "auto": bfloat16 where the chip multiplies it in hardware of its own (TPUs, GPUs from the A100 on, CPUs with
-  AMX), else float32.
+  dtype "auto": bfloat16 where the chip is known to multiply it in hardware of its own (TPUs, the GPUs of
+  `jaxllm.base.chips`, one CPU device with AMX), else float32.
   """
 
   target: str = "auto"  # the chip of the mesh's devices

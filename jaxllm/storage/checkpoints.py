@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,12 +169,18 @@ class Checkpoints:
       raise
     shares = to_first(name, {"files": digests})
     if shares is None:
+      # A process that leaves takes the others along, and the first is not done yet.
+      while not posted(f"{name}/ended"):
+        time.sleep(0.1)
       return None
-    for number, share in enumerate(shares):
-      if "error" in share:
-        raise _OtherProcess(f"process {number}: {share['error']}")
-    files = {path: digest for share in shares for path, digest in share["files"].items()}
-    manifests.write(place, step, metrics, tree, files)
+    try:
+      for number, share in enumerate(shares):
+        if "error" in share:
+          raise _OtherProcess(f"process {number}: {share['error']}")
+      files = {path: digest for share in shares for path, digest in share["files"].items()}
+      manifests.write(place, step, metrics, tree, files)
+    finally:
+      post(f"{name}/ended", True)
     self._remove_superseded(step)
     return committed_steps(self.directory)
 
@@ -201,6 +208,14 @@ class Checkpoints:
     except OSError as error:  # the new step is saved all the same
       log.warning("cannot remove %s: %s", error.filename, error.strerror)
 
+  def _clear(self) -> list[int]:
+    """`_remove_unfinished`, as far as that can be done while another process may still be writing."""
+    try:
+      return self._remove_unfinished()
+    except OSError as error:
+      log.warning("cannot remove %s: %s", error.filename, error.strerror)
+      return committed_steps(self.directory)
+
   def _remove_unfinished(self) -> list[int]:
     """Leaves the committed steps only, and returns them."""
     for place in list(self.directory.iterdir()):
@@ -218,7 +233,7 @@ class Checkpoints:
     errors = gather(None if error is None else _reason(error))
     if not any(errors):
       return
-    self._steps = first_does(self._remove_unfinished)
+    self._steps = first_does(self._clear)
     if error is not None and not isinstance(error, _OtherProcess) and _disk_trouble(error) is None:
       raise error
     last = max(self._steps, default=None)

@@ -1,7 +1,8 @@
 """Settings of a training run: steps, optimizer, logging, profiling."""
 
 import dataclasses
-from typing import Literal
+import logging
+from typing import Any, Literal
 
 from jaxllm.data.config import DataConfig
 from jaxllm.errors import ConfigError
@@ -33,6 +34,9 @@ class TrainingConfig:
     for name in ("steps", "batch_size", "seq_len", "accumulation"):
       if getattr(self, name) < 1:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+    for name in ("eval_every", "eval_batches", "sample_every"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
@@ -88,11 +92,20 @@ class LoggingConfig:
   mlflow_uri: str = ""  # "": sqlite file mlflow.db in the run directory
   mlflow_experiment: str = "jaxllm"
 
+  def __post_init__(self):
+    if self.every < 1:
+      raise ConfigError(f"logging.every is {self.every}; it must be at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
   steps: int = 0  # trace so many steps into <run>/profile
   start: int = 10  # the first of them, counted from the start of this process
+
+  def __post_init__(self):
+    for name in ("steps", "start"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"profile.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +144,28 @@ class RunConfig:
         raise ConfigError(
           f"data.corruption.{key} {getattr(self.data.corruption, key)} is not below model.vocab_size {model.vocab_size}"
         )
+
+
+# Keys that stood in another group in earlier versions
+MOVED = {"training.z_loss": "objective.z_loss"} | {
+  f"training.{field.name}": f"compute.{field.name}" for field in dataclasses.fields(ComputeConfig)
+}
+
+
+def moved_key(key: str) -> str:
+  """The dotted key under today's name, which is said if it is another."""
+  if key in MOVED:
+    logging.getLogger("jaxllm").info("the config key %s is %s now", key, MOVED[key])
+  return MOVED.get(key, key)
+
+
+def moved(tree: Any) -> Any:
+  """Nested dicts of a config with the keys of earlier versions at their places of today."""
+  for old, new in MOVED.items():
+    (group, key), now = old.split("."), new.split(".")[0]
+    if isinstance(tree, dict) and isinstance(tree.get(group), dict) and key in tree[group]:
+      into = tree.setdefault(now, {})
+      if not isinstance(into, dict):
+        raise ConfigError(f"config {now} is {into!r}; it should be a group of keys")
+      into[moved_key(old).split(".")[1]] = tree[group].pop(key)
+  return tree

@@ -84,10 +84,13 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     heldout = None  # where nothing is held out there is nothing to evaluate
     if prepared.total("heldout", "documents"):
       heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)
+  # Of what is "auto" the run says what it came to, which a resumed one keeps.
+  settings["compute"]["dtype"] = program.compute.dtype
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
+    enter(contextlib.closing(batches))
     stop = enter(StopRequest())
     directory = enter(hold_run_directory(workdir))
     open_run_directory(directory, settings)
@@ -136,8 +139,11 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     )
     going.take_steps()
     going.end()
-  batches.close()
   return going.latest | {"step": going.step, "stopped": going.stopped}
+
+
+class _StoppedMeanwhile(Exception):
+  """Somebody asked the run to stop while it evaluated."""
 
 
 @dataclasses.dataclass
@@ -167,14 +173,18 @@ class Run:
 
   def __post_init__(self):
     self.positions = {self.step: self.batches.get_state()}  # where the data stood after the last few steps
+    self.unlogged: set[int] = set()  # the last finished step, if it is not in metrics.jsonl
     # The last dispatched step and its metrics, read while the next one computes
     self.running: tuple[int, dict[str, jax.Array]] | None = None
 
   def take_steps(self) -> None:
     """Steps until there are enough, the data ends, or a process is asked to stop."""
     training = self.settings.training
+    self.ask()
     while self.step < training.steps and not self.stopped:
       self.act()
+      if self.stopped:
+        break
       batch = next(self.batches, None)
       if batch is None:
         logger.info("the data ended at step %d, after %g epochs", self.step, self.batches.epochs)
@@ -189,8 +199,11 @@ class Run:
       if self.running is not None:
         self.finish(*self.running)
       self.running = self.step, device_metrics
-      # While the devices compute: the question costs them nothing, and all processes stop after the same step.
-      self.stopped = agreement.anywhere(self.stop.requested)
+      self.ask()  # while the devices compute
+
+  def ask(self) -> None:
+    """Whether any process was told to stop: all hear the same answer, and no device waits for it."""
+    self.stopped = self.stopped or agreement.anywhere(self.stop.requested)
 
   def act(self) -> None:
     """Evaluates, samples and saves, each where it is due; also what a run that was stopped here had left out."""
@@ -208,54 +221,69 @@ class Run:
 
   def end(self) -> None:
     """What follows the last step."""
-    self.drain(log=True)
+    self.drain()
+    if self.step in self.unlogged:
+      self.log(self.step)
     if not self.stopped:
       self.evaluate()
+    if not self.stopped:
       self.sample()
     self.save()
     self.checkpoints.wait()
 
-  def drain(self, log: bool = False) -> None:
+  def drain(self) -> None:
     """Waits for the step under way."""
     if self.running is not None:
-      self.finish(*self.running, log=log)
+      self.finish(*self.running)
       self.running = None
 
-  def finish(self, number: int, device_metrics: dict[str, jax.Array], log: bool = False) -> None:
-    """Waits for a step, logs it where that is due or asked for, and ends the run if it was bad."""
+  def finish(self, number: int, device_metrics: dict[str, jax.Array]) -> None:
+    """Waits for a step, logs it where that is due, and ends the run if it was bad."""
     metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
     self.meter.finished()
-    halted = metrics.pop("halted")
+    halted = bool(metrics.pop("halted"))
     if metrics["skipped"] > self.latest.get("skipped", metrics["skipped"]) or (number == 1 and metrics["skipped"]):
       logger.warning("step %d is skipped: loss %g, gradient norm %g", number, metrics["loss"], metrics["grad_norm"])
-    log = (
-      log or bool(halted) or number % self.settings.logging.every == 0 or number in (1, self.settings.training.steps)
-    )
-    if log:
-      metrics |= {"tokens": number * self.program.tokens_per_step, "epoch": self.batches.epochs} | self.meter.rates()
-      self.metrics.log(number, metrics)
     self.measured[number] = metrics
     self.measured.pop(number - 3, None)
     self.latest.update(metrics)
-    self.progress.update(number, metrics if log else None)
+    self.unlogged = {number}
+    if halted or number % self.settings.logging.every == 0 or number in (1, self.settings.training.steps):
+      self.log(number)
+    else:
+      self.progress.update(number)
     if halted:
       self.save(number - 1)
+      self.checkpoints.wait()
       raise TrainingStopped(
         f"step {number} is bad: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}. The state "
         f"before it is saved as step {number - 1} in {self.checkpoints.directory}; lower "
         "optimizer.learning_rate in a new run, or resume with --config.training.on_bad_step=skip"
       )
 
+  def log(self, number: int) -> None:
+    """A line of metrics.jsonl for a step that is done, and of progress."""
+    metrics = self.measured[number]
+    metrics |= {"tokens": number * self.program.tokens_per_step, "epoch": self.batches.epochs} | self.meter.rates()
+    self.latest.update(metrics)
+    self.metrics.log(number, metrics)
+    self.progress.update(number, metrics)
+    self.unlogged = set()
+
   def evaluate(self) -> None:
     """Held-out loss, of the averaged weights too where there are any; once a step."""
     if self.heldout is None or "eval/loss" in self.measured.get(self.step, {}):
       return
-    self._evaluate(self.state.params, "eval/")
-    if self.state.ema is not None:
-      self._evaluate(self.state.ema, "eval_ema/")
+    with contextlib.suppress(_StoppedMeanwhile):
+      self._evaluate(self.state.params, "eval/")
+      if self.state.ema is not None:
+        self._evaluate(self.state.ema, "eval_ema/")
 
   def _evaluate(self, params: Any, prefix: str) -> None:
     def metric_sums(batch):
+      self.ask()
+      if self.stopped:
+        raise _StoppedMeanwhile  # a resumed run makes up for it
       return self.program.evaluate(params, put_batch(batch, self.program.batch, self.rows))
 
     values = heldout_metrics(self.settings.objective, metric_sums, self.heldout, self.heldout.bytes, prefix)
@@ -266,12 +294,10 @@ class Run:
 
   def sample(self) -> None:
     """Text that the model writes."""
-    training = self.settings.training
-    text = self.settings.objective.writes_text and sample_text(
-      self.program, self.state.params, self.tokenizer, training
-    )
-    if text:
-      self.metrics.log_text(self.step, "sample", text)
+    if self.settings.objective.writes_text and not self.metrics.has_text(self.step, "sample"):
+      text = sample_text(self.program, self.state.params, self.tokenizer, self.settings.training)
+      if text:
+        self.metrics.log_text(self.step, "sample", text)
 
   def save(self, number: int | None = None) -> None:
     """A checkpoint of the step that is done, or of the one before a bad step, after which the state stood still."""

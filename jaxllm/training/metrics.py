@@ -36,7 +36,7 @@ class MetricsLogger:
         drop_lines_after(path, -1 if resumed_step is None else resumed_step)
         for line in read_metrics(path):
           if line["step"] == resumed_step:
-            resumed |= {name: value for name, value in line.items() if name != "step" and value is not None}
+            resumed |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
       self._file = path.open("a")
     self.resumed: dict[str, float] = agreement.from_first(resumed)
 
@@ -57,13 +57,20 @@ class MetricsLogger:
     for tracker in self._trackers:
       tracker.log(step, values)
 
+  def has_text(self, step: int, name: str) -> bool:
+    """Whether `log_text` has written this, now or before the run was resumed; on the first process only."""
+    return self._file is not None and self._text_file(step, name).exists()
+
+  def _text_file(self, step: int, name: str) -> Path:
+    return self._directory / "samples" / f"{step:08}-{name.replace('/', '-')}.txt"
+
   def log_text(self, step: int, name: str, text: str) -> None:
     """A sample: a file <run>/samples/<step>-<name>.txt, and the trackers."""
     if self._file is None:
       return
-    folder = self._directory / "samples"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{step:08}-{name.replace('/', '-')}.txt").write_text(text)
+    file = self._text_file(step, name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
     for tracker in self._trackers:
       tracker.log_text(step, name, text)
 

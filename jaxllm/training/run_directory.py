@@ -19,8 +19,10 @@ import jax
 
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.locks import hold
+from jaxllm.base.settings import from_mapping, to_mapping
 from jaxllm.errors import ConfigError
 from jaxllm.parallel.agreement import first_does, gather
+from jaxllm.training.config import RunConfig, moved
 from jaxllm.training.trackers import flatten
 
 # What a resumed run may change: how it is watched, where it runs (equal within float tolerance on another
@@ -122,7 +124,7 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Pa
       if file.exists():
         saved = json.loads(file.read_text())
         saved.pop("environment", None)
-        check_same_run(saved, config)
+        check_same_run(_of_today(saved), config)
       directory.mkdir(parents=True, exist_ok=True)
       write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
     except (ValueError, AttributeError):
@@ -134,6 +136,13 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Pa
 
   first_does(check_and_write)
   return directory
+
+
+def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
+  """A saved config with its keys at their places of today, and the defaults of those that it did not have."""
+  with contextlib.suppress(ConfigError):  # of another version altogether: it is compared as it stands
+    return to_mapping(from_mapping(RunConfig, moved(saved)))
+  return saved
 
 
 def check_same_run(saved: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ class StopRequest:
           if stop.requested:
             break  # save and leave with exit code 0
 
-  A signal reaches one process; what all of them do about it is `agreement.StopVote`'s to say.
+  A signal reaches one process; what all of them do about it they agree on (`jaxllm.parallel.agreement`).
   Python delivers signals to the main thread only; entered in another thread, this installs nothing.
   """
 

@@ -192,3 +192,21 @@ def test_a_tensor_axis_between_two_processes_trains_as_one_process_does(job, tmp
   assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
   two_bits, one_bits = (rows(tmp_path / run)[-1]["eval/bits_per_byte"] for run in ("two", "one"))
   assert two_bits == pytest.approx(one_bits, rel=1e-4)
+
+
+def test_a_bad_step_is_saved_before_anybody_leaves(job, tmp_path):
+  """Though the process that commits the save is slow, and another one has nothing left to do."""
+  program = """
+import os, time
+if os.environ["JAX_PROCESS_ID"] == "0":
+  import jaxllm.storage.manifest as manifests
+  write = manifests.write
+  manifests.write = lambda *args: (time.sleep(4), write(*args))[1]
+from jaxllm.train import main
+"""
+  flags = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=None", "--config.optimizer.name=sgd"]
+  run = tmp_path / "run"
+  for _, err in ends(start_two(job, run, *flags, "--config.checkpoint.every=0", program=program), code=2):
+    assert "is bad" in err and "Traceback" not in err
+  bad = int(err.split(": step ")[1].split()[0])
+  assert (run / "checkpoints" / str(bad - 1) / "manifest.json").exists()

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -16,8 +17,11 @@ def test_the_second_trainer_is_refused_until_the_first_is_dead(job, tmp_path):
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
   first = subprocess.Popen([*long, "--config.data.workers=2"], **pipes)  # whose worker processes outlive it
   try:
+    deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/*/manifest.json")):
       assert first.poll() is None, first.communicate()[0]
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
     second = subprocess.run(long, capture_output=True, text=True)
     assert second.returncode == 2
     assert re.fullmatch(

@@ -81,6 +81,64 @@ def test_the_last_step_of_a_stopped_run_is_logged(door, job, tmp_path, monkeypat
   assert [row["step"] for row in read_metrics(run) if "eval/loss" in row] == [3, 6]
 
 
+def test_a_run_of_an_earlier_version_goes_on(door, job, trained, tmp_path):
+  """Whose config.json has keys at other places, and lacks some of today's."""
+  run = tmp_path / "run"
+  shutil.copytree(trained, run)
+  saved = json.loads((run / "config.json").read_text())
+  saved["training"] |= {key: saved["compute"][key] for key in ("dtype", "remat", "target")}
+  saved["training"]["z_loss"] = saved["objective"].pop("z_loss")
+  del saved["compute"], saved["training"]["sample_tokens"]
+  (run / "config.json").write_text(json.dumps(saved))
+  flags = [f"--config={job}", f"--workdir={run}", "--config.training.sample_tokens=8"]
+  code, _, err = door("train", *flags, "--config.training.steps=7")
+  assert code == 0, err
+  code, _, err = door("train", *flags, "--config.training.steps=8", "--config.compute.dtype=bfloat16")
+  assert code == 2 and "compute.dtype was 'float32' and is now 'bfloat16'" in err
+
+
+def test_what_auto_came_to_is_kept(door, job, tmp_path, monkeypatch):
+  from jaxllm.kernels import backends
+
+  monkeypatch.setattr(backends, "has_bfloat16", lambda target: True)
+  flags = [f"--config={job}", f"--workdir={tmp_path}", "--config.compute.dtype=auto", "--config.training.steps=2"]
+  assert door("train", *flags)[0] == 0
+  monkeypatch.setattr(backends, "has_bfloat16", lambda target: False)
+  code, _, err = door("train", *flags)
+  assert code == 2 and "compute.dtype was 'bfloat16' and is now 'float32'" in err
+
+
+def test_a_signal_while_it_evaluates_stops_it(door, job, tmp_path, monkeypatch):
+  from jaxllm.data.heldout import HeldoutBatches
+
+  real, begun = HeldoutBatches.__iter__, []
+
+  def and_signal(self):
+    for number, batch in enumerate(real(self)):
+      begun.append(number)
+      if len(begun) == 2:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(HeldoutBatches, "__iter__", and_signal)
+  flags = [f"--config={job}", f"--workdir={tmp_path}", "--config.training.eval_batches=0"]
+  code, out, err = door("train", *flags, "--config.training.batch_size=1")
+  assert code == 0 and "stopped at step 6" in out, err
+  assert begun == [0, 1]
+  assert not [row for row in read_metrics(tmp_path) if "eval/loss" in row]
+  code, _, err = door("train", *flags, "--config.training.batch_size=1")
+  assert code == 0, err
+  assert [row["step"] for row in read_metrics(tmp_path) if "eval/loss" in row] == [6]
+
+
+def test_the_last_step_is_logged_where_the_data_ends(door, job, tmp_path):
+  flags = ["--config.data.epochs=0.05", "--config.logging.every=100", "--config.checkpoint.every=1"]
+  code, _, err = door("train", f"--config={job}", f"--workdir={tmp_path}", "--config.training.steps=99", *flags)
+  assert code == 0, err
+  rows = read_metrics(tmp_path)
+  assert [row["step"] for row in rows if "loss" in row] == [1, rows[-1]["step"]] and rows[-1]["step"] < 99
+
+
 def test_sweep_makes_a_run_directory_per_point_and_a_table(door, job, tmp_path):
   code, out, err = door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
   assert code == 0, err
