@@ -47,9 +47,9 @@ def test_a_config_lowers(name, monkeypatch):
   cudnn_stand_in.allow_lowering(monkeypatch)
   monkeypatch.setattr(backends, "_logged", {})
   run = load_config(str(CONFIGS / f"{name}.py"))
-  training = dataclasses.replace(run.training, target=target)
+  training, compute = run.training, dataclasses.replace(run.compute, target=target)
   mesh = make_mesh(run.mesh, jax.devices()[:devices])
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data)
+  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, compute)
   lowered = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,))
   text = lowered.as_text()
   assert len(text) < 3_000_000  # layers are a loop, not copies

@@ -17,6 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import isolate
 
+from jaxllm.base.chips import chip_of
 from jaxllm.errors import UserError
 from jaxllm.kernels.backends import BACKENDS, TARGETS
 

@@ -134,7 +134,7 @@ def test_what_cannot_be_is_one_line(arguments, message):
 
 @pytest.mark.parametrize("target", ["cpu", "a100", "gpu"])
 def test_the_word_means_nothing_where_there_is_no_kernel(target):
-  with pytest.raises(ConfigError, match=f"h100, h200, v4, .*, not for {target}"):
+  with pytest.raises(ConfigError, match=f"h100, h200, .*v5p, .*, not for {target}"):
     backends.check_pallas(target)
 
 

@@ -62,7 +62,7 @@ def test_enough_capacity_is_dropless():
 
 
 def feed(multiply, x, matrices):
-  return multiply(x, matrices[1])
+  return multiply(x, matrices[1], embed=1)
 
 
 def test_capacity_by_hand():

@@ -26,7 +26,7 @@ MODEL = ModelConfig(
 PROMISE = {
   "data": {"all-reduce"},
   "expert": {"all-reduce"},
-  "fsdp": {"all-reduce", "all-gather", "reduce-scatter"},
+  "fsdp": {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"},
   "tensor": {"all-reduce", "all-gather", "reduce-scatter"},
 }
 # Of the context axis nothing is promised but the head's loss: attention on a CPU is the compiler's to split.
@@ -64,6 +64,8 @@ def test_every_axis_sends_what_it_promises(sizes, monkeypatch):
     assert all(one.kind in PROMISE[axis] for axis in one.axes), one
     if one.kind == "all-gather" and one.loops == ("micro-batches", "layers"):
       assert one.axes == ("fsdp",), one  # weights; the layers' activations lie where they are needed
+    if one.kind == "all-to-all":  # the tokens of a lookup, whose gradient's columns are added up by one device each
+      assert one.file == "models/linear.py" and one.loops == ("micro-batches",), one
     if one.kind == "all-gather" and one.axes == ("fsdp",):
       assert one.bytes <= 4 * D * V  # the largest weight: no tokens
     if one.file.startswith(("kernels/head_loss", "parallel/head_loss")):  # no tokens there but x's gradient, once
