@@ -30,9 +30,12 @@ def matmul(
   """x @ w, summed in float32 and returned in x's dtype; differentiable in both.
 
   `w` may be float32 beside a 16-bit `x` (master weights): it is rounded to x's dtype inside, in the backward pass
-  again, so that no rounded copy is kept, and its gradient is summed and comes out in w's own dtype. Backend 'cpu'
-  uses the C++ product where `cpu_ffi.available()`, else XLA's between optimization barriers. XLA:CPU multiplies one row
-  of bfloat16 in a scalar loop, 40 times slower than memory; the C++ product of a few rows reads the weights once.
+  again, so that no rounded copy is kept, and its gradient is summed and comes out in w's own dtype. A narrower w is
+  widened.
+
+  Backend 'cpu' uses the C++ product where `cpu_ffi.available()`, else XLA's between optimization barriers. XLA:CPU
+  multiplies one row of bfloat16 in a scalar loop, 40 times slower than memory; the C++ product of a few rows reads the
+  weights once.
 
   Args:
     turned: w is [O, I], an embedding table; only a few rows of x go to C++ then.
@@ -58,7 +61,8 @@ def _matmul_xla(x, w, turned):
 
 
 def _forward_xla(x, w, turned):
-  return _matmul_xla(x, w, turned), (x, w)
+  # The product itself and not this rule once more, whose inside the policies of `jax.checkpoint` do not see.
+  return _dot(x, w.astype(x.dtype), turned), (x, w)
 
 
 def _backward_xla(turned, saved, dy):

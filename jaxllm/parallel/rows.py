@@ -19,14 +19,14 @@ from jaxllm.parallel.sharding import activation_context, constrain, partition_sp
 def add_rows(
   vectors: Float[Array, "B T D"], ids: Int[Array, "B T"], count: int, axis: str | None
 ) -> Float[Array, "count D"]:
-  """A table whose row i is the float32 sum of the vectors with id i; ids past the table are left out.
+  """A table whose row i is the float32 sum of the vectors with id i; ids outside the table are left out.
 
   Args:
     axis: the logical axis of the table's rows; that of its columns is "embed".
   """
 
   def total(vectors, ids, first, count):
-    ids = jnp.where(ids < first, count, ids - first)  # not negative, which would count from the end
+    ids = jnp.where(ids < first, count, ids - first)  # none is negative, which would count from the end
     return jnp.zeros((count, vectors.shape[-1]), jnp.float32).at[ids].add(vectors.astype(jnp.float32), mode="drop")
 
   context = activation_context()

@@ -43,6 +43,15 @@ def pull(f, weight, dy):
   return jax.jit(lambda w, dy: jax.vjp(f, w)[1](dy)[0])(weight, dy)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_policy_that_keeps_products_keeps_them(dtype, capsys):
+  """`remat` "dots" and "offload" must see the product inside its rule for the gradient."""
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  layer = jax.checkpoint(lambda x, w: jnp.sin(matmul(jnp.sin(matmul(x, w)), w)), policy=policy)
+  jax.ad_checkpoint.print_saved_residuals(layer, positive(40, I), positive(I, I, dtype=dtype))
+  assert capsys.readouterr().out.count("output of dot_general") == 2
+
+
 def split(build, dtype):
   with nnx.use_eager_sharding(False):
     graph, params = nnx.split(build())
