@@ -24,9 +24,8 @@ def test_the_second_trainer_is_refused_until_the_first_is_dead(job, tmp_path):
       time.sleep(0.05)
     second = subprocess.run(long, capture_output=True, text=True)
     assert second.returncode == 2
-    assert re.fullmatch(
-      rf"error: {run} is in use by pid {first.pid} on host \S+ since .*jaxllm.train .*\n", second.stderr
-    )
+    said = rf"error: {run} is in use by pid {first.pid} on host \S+ since .*jaxllm.train .*"
+    assert re.fullmatch(said, second.stderr.splitlines()[-1])
     assert first.poll() is None
   finally:
     first.send_signal(signal.SIGKILL)
