@@ -130,15 +130,20 @@ def all_logits(x, head, targets, weights):
   return ((jax.nn.logsumexp(z, -1) - at) * weights).sum()
 
 
-def assert_a_tenth(loss, compile_, growth=True, M=8192, D=4096, V=128256):
-  """Temporary bytes are under a tenth of those of all logits, and (growth) no more at twice the vocabulary."""
+def assert_little_memory(loss, compile_, growth=True, M=8192, D=4096, V=128256):
+  """Temporary bytes beside the head's gradient, whose sum over chunks is in float32, are under 15% of those of
+  all logits, and (growth) at twice the vocabulary no more than another copy of the head in 16 bits above that."""
   unfused = 2 * 4 * M * V  # logits and their gradient in float32: `assert_all_logits_take` says that this is so
-  fused = temporaries(loss, M, D, V, jnp.bfloat16, compile_)
-  assert fused < 0.1 * unfused, fused / unfused
+
+  def beside_the_sum(V):
+    return temporaries(loss, M, D, V, jnp.bfloat16, compile_) - 4 * D * V
+
+  fused = beside_the_sum(V)
+  assert fused < 0.15 * unfused, fused / unfused
   if growth:
-    assert temporaries(loss, M, D, 2 * V, jnp.bfloat16, compile_) < 1.1 * fused
+    assert beside_the_sum(2 * V) < 1.1 * fused + 2 * D * V
 
 
 def assert_all_logits_take(compile_, M=8192, V=128256):
-  """What `assert_a_tenth` divides by is no more than what the compiler needs without this kernel."""
+  """What `assert_little_memory` divides by is no more than what the compiler needs without this kernel."""
   assert temporaries(all_logits, M, 256, V, jnp.bfloat16, compile_) >= 2 * 4 * M * V

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import gpu_emulator, needs_emulators
-from head_loss_oracle import Case, assert_a_tenth, assert_all_logits_take, close
+from head_loss_oracle import Case, assert_little_memory, assert_all_logits_take, close
 
 from jaxllm.errors import UserError
 from jaxllm.kernels import cross_entropy
@@ -134,9 +134,9 @@ def test_machine_code(compiler, D, V, dtype, options, keep):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["mosaic_gpu", "xla"])
 def test_memory(compiler, backend):
-  """Under a tenth of all logits at a vocabulary of 128k, and no more at twice that."""
+  """Beside the head's gradient little of all logits at a vocabulary of 128k, and hardly more at twice that."""
   fused = lambda x, h, t, w: cross_entropy(x, h, t, w, backend=backend, target="h100").loss_sum  # noqa: E731
-  assert_a_tenth(fused, lambda f, avals: compiler.compile_gpu(f, avals)[0])
+  assert_little_memory(fused, lambda f, avals: compiler.compile_gpu(f, avals)[0])
 
 
 @pytest.mark.slow
