@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import gpu_emulator, needs_emulators
-from head_loss_oracle import Case, assert_little_memory, assert_all_logits_take, close
+from head_loss_oracle import Case, assert_all_logits_take, assert_little_memory, close
 
 from jaxllm.errors import UserError
 from jaxllm.kernels import cross_entropy

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulators import needs_emulators, tpu_emulator
-from head_loss_oracle import Case, assert_little_memory, assert_all_logits_take, close
+from head_loss_oracle import Case, assert_all_logits_take, assert_little_memory, close
 
 from jaxllm.kernels import cross_entropy
 from jaxllm.kernels.head_loss.chunks import Coefficients, Options
