@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.base import settings
+from jaxllm.base.errors import UserError
 from jaxllm.base.files import local_path
-from jaxllm.errors import UserError
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
 

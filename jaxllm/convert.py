@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.cli import MODEL_FORMS, run_door
-from jaxllm.errors import ConfigError
 
 EXAMPLES = """
 examples:

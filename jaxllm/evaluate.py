@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.base.files import local_path
 from jaxllm.cli import MODEL_FORMS, run_door
-from jaxllm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
   from jaxllm.data.manifest import Prepared

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.base.errors import ConfigError, UserError
 from jaxllm.cli import MODEL_FORMS, run_door
-from jaxllm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
   from jaxllm.inference.model import Message, Model, Prompt

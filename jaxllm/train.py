@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.errors import UserError
 from jaxllm.cli import config_parser, parse_config_args, print_config, run_door
 from jaxllm.config import load_config, sweep_points
-from jaxllm.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,8 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.config import default_config, load_config, resolve, sweep_points, to_config_dict
-from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.training.config import RunConfig
 

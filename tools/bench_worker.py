@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import isolate
 
 from jaxllm.base.chips import chip_of
-from jaxllm.errors import UserError
+from jaxllm.base.errors import UserError
 from jaxllm.kernels.backends import BACKENDS, TARGETS
 
 REPEATS = 2

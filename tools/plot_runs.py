@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from jaxllm.errors import DataError, UserError
+from jaxllm.base.errors import DataError, UserError
 from jaxllm.training.files import read_metrics
 
 matplotlib.use("Agg")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 
 
 def local_path(path: str | os.PathLike) -> Path:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxllm.errors import UserError
+from jaxllm.base.errors import UserError
 
 NAME = "lock"
 _LONGEST = 500  # bytes of the file that a message repeats

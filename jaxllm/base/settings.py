@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 TAG = "name"
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jaxllm.errors import DataError
+from jaxllm.base.errors import DataError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages keep their reasoning
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends

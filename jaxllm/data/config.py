@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

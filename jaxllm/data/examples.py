@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.sources import Document
 from jaxllm.data.text import to_bytes
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import DataError
 
 # The usual names. "classification" takes two or three fields: (text, label) or (text, second text, label).
 # "token_classification": a list of words and a list of their labels.

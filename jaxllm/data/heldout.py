@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.packing import random_order
 from jaxllm.data.pipeline import Batch, checked_rows
 from jaxllm.data.tasks import empty_row, make_task
-from jaxllm.errors import DataError
 
 
 class HeldoutBatches:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import FIELDS
 from jaxllm.data.shards import TokenDocuments, file_sizes, shard_directory
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxllm.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

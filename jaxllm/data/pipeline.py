@@ -14,12 +14,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.config import DataConfig
 from jaxllm.data.manifest import Prepared, digest, open_prepared
 from jaxllm.data.packing import Plan
 from jaxllm.data.shards import TokenDocuments
 from jaxllm.data.tasks import Task, make_task
-from jaxllm.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt64
 
+from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path
 from jaxllm.base.locks import hold
 from jaxllm.data import manifest as manifests
@@ -31,7 +32,6 @@ from jaxllm.data.sources import Document, Source, open_source
 from jaxllm.data.text import is_utf8
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.data.train_tokenizer import train_sentencepiece
-from jaxllm.errors import DataError
 
 _BATCH_BYTES = 4 << 20  # tokenized at once
 _PART_BYTES = 128 << 20  # of text per TFDS split: one split's records must stay under 1 GB

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from jaxllm.errors import DataError
+from jaxllm.base.errors import DataError
 
 VERSION = "1.0.0"
 _CACHE_TOKENS = 32_000_000  # of recently read documents per process; 128 MB

@@ -16,10 +16,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.python_functions import python_functions
 from jaxllm.data.text import to_bytes
-from jaxllm.errors import DataError
 
 
 class Document(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from jaxllm.base.errors import DataError
 from jaxllm.data import corruption
 from jaxllm.data.config import CorruptionConfig, DataConfig
 from jaxllm.data.examples import IGNORED
@@ -27,7 +28,6 @@ from jaxllm.data.packing import (
 )
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.data.words import Words, words_of
-from jaxllm.errors import DataError
 
 Row = dict[str, np.ndarray]
 Counts = Int[np.ndarray, "documents *parts"]  # tokens of each document, or of each part of an example

@@ -4,9 +4,9 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import TokenizerConfig
 from jaxllm.data.tokenizers import SentencePieceTokenizer, Tokenizer
-from jaxllm.errors import DataError
 
 _CHUNK_CHARACTERS = 2048
 _BYTE_PIECES = 256

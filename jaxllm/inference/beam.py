@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, read_prompts, room_for
 from jaxllm.inference.sampling import SamplingParams

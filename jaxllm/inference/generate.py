@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference import beam
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, check_prompt, read_prompts, room_for

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import ConfigError, DataError
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.encode import embeddings, hidden_states
 from jaxllm.inference.generate import generate_tokens, stream_tokens

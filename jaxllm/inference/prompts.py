@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference.sampling import SamplingParams
 from jaxllm.models.attention import KVCache
 from jaxllm.models.build import init_cache

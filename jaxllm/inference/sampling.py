@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
-from jaxllm.errors import CheckpointError, ConfigError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import Family, Shape, Transform, Weight, shortest_period

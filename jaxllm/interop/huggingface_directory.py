@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import new_directory
 from jaxllm.data.tokenizers import as_huggingface
-from jaxllm.errors import ConfigError
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,

@@ -14,8 +14,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from jaxllm.base.errors import CheckpointError
 from jaxllm.base.files import new_directory
-from jaxllm.errors import CheckpointError
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,

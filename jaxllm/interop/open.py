@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
-from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop import peft
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.directory_files import read_json
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.tensors import LazyTensor, Tensors

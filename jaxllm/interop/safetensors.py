@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
 
 DTYPES = {

@@ -13,8 +13,8 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.tensors import LazyTensor, Tensors, cast, from_parts
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig

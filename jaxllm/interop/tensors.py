@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 
 Index = tuple[int, ...]
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal, get_args
 
+from jaxllm.base.errors import CheckpointError, ConfigError, DataError
 from jaxllm.base.files import local_path
-from jaxllm.errors import CheckpointError, ConfigError, DataError
 from jaxllm.interop.gguf import write_gguf
 from jaxllm.interop.huggingface_directory import as_checkpoint, write_huggingface
 from jaxllm.interop.model_directory import write_model_directory

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from jaxllm.base.chips import TARGETS
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 
 # op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that

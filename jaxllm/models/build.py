@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.stack import PerLayer, is_per_layer

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 # name -> (activation, gated)
 MLPS = {

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
 from jaxllm.data.tasks import Row, empty_row
-from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import Transformer
 

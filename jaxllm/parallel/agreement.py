@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.errors import ConfigError, UserError
+from jaxllm.base.errors import ConfigError, UserError
 
 PATIENCE_S = 3600.0  # for a host that is slow; one that is dead is noticed earlier, see `hosts`
 

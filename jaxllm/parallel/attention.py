@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import flash_attention
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.parallel.sharding import activation_context, partition_spec

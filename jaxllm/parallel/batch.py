@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 
 def local_rows(like: PyTree[jax.ShapeDtypeStruct]) -> tuple[int, ...]:

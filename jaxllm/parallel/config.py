@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")  # outermost (slowest links) first
 SLOW_AXES = ("data", "stage", "fsdp", "expert")  # the others speak several times a layer: not between TPU slices

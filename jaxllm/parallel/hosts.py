@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 
-from jaxllm.errors import ConfigError, UserError
+from jaxllm.base.errors import ConfigError, UserError
 from jaxllm.parallel.watch import AGAIN, Watch, when_coordination_fails
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

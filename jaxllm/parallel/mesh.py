@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxllm.base.chips import chip_of
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.parallel.config import AXES, SLOW_AXES, MeshConfig
 
 log = logging.getLogger("jaxllm")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from jaxllm.base.chips import CHIPS
-from jaxllm.errors import UserError
+from jaxllm.base.errors import UserError
 
 # Smallest topology of one host for each chip; a mesh of one chip takes its first device.
 TPU_HOSTS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7": "tpu7x:2x2x1"}

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxllm.base.errors import CheckpointError
 from jaxllm.base.files import write_atomically
-from jaxllm.errors import CheckpointError
 from jaxllm.parallel.agreement import first_does, from_first, gather, post, posted, to_first
 from jaxllm.storage import manifest as manifests
 from jaxllm.storage.config import CheckpointConfig

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

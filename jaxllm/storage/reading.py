@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.parallel.agreement import first_does, gather
 from jaxllm.storage import manifest as manifests
 from jaxllm.storage.leaves import describe, leaf_paths, nest, num_elements, unnest

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
-from jaxllm.errors import ConfigError
 from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
 from jaxllm.objectives.base import Objective

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 from typing import Any, Literal
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
-from jaxllm.errors import ConfigError
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.objectives.registry import AnyObjective

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.settings import to_mapping
 from jaxllm.data.heldout import HeldoutBatches, heldout_batches
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import TrainBatches, train_batches
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import DataError, UserError
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
 from jaxllm.models.build import check_model_on_mesh
 from jaxllm.objectives.heldout import describe, heldout_metrics

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.training.config import OptimizerConfig
 
 _EMBEDDING = re.compile(r"(^|/)embedding(/|$)")

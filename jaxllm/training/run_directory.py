@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.locks import hold
 from jaxllm.base.settings import from_mapping, to_mapping
-from jaxllm.errors import ConfigError
 from jaxllm.parallel.agreement import first_does, gather
 from jaxllm.training.config import RunConfig, moved
 from jaxllm.training.trackers import flatten

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import write_atomically
-from jaxllm.errors import ConfigError
 from jaxllm.training.config import LoggingConfig
 
 

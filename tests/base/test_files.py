@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import local_path, new_directory
-from jaxllm.errors import ConfigError
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b", "https://host/model", "hdfs://n:80/a"])

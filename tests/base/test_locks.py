@@ -15,8 +15,8 @@ import time
 
 import pytest
 
+from jaxllm.base.errors import UserError
 from jaxllm.base.locks import hold
-from jaxllm.errors import UserError
 
 HOLDER = """
   import os, subprocess, sys

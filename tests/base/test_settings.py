@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 import pytest
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.settings import Text, from_mapping, keys, to_mapping
-from jaxllm.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import pathlib
 import pytest
 from chat_templates import CHATML, END_OF_TURN, TEMPLATES
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.chat import render_chat
 from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet, load_tokenizer
-from jaxllm.errors import DataError
 
 USER = {"role": "user", "content": "  Wie hei\u00dft <du>? \u4f60\u597d \U0001f600\n"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, True, "<&>\u00e9"]}}}

@@ -9,11 +9,11 @@ import grain
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.pipeline import train_batches
 from jaxllm.data.prepare import prepare
-from jaxllm.errors import ConfigError, DataError
 
 PACKINGS = ("split", "first_fit", "best_fit", "none")
 NAMES = {"inputs", "targets", "positions", "segment_ids", "loss_weights"}

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.heldout import heldout_batches
 from jaxllm.data.manifest import open_prepared
-from jaxllm.errors import ConfigError, DataError
 
 
 def framed(config, name=""):

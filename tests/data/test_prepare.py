@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from oddities import ODDITIES
 
+from jaxllm.base.errors import DataError
 from jaxllm.data import prepare as prepare_module
 from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.data.manifest import open_prepared, read_manifest
 from jaxllm.data.prepare import prepare
 from jaxllm.data.sources import open_source
-from jaxllm.errors import DataError
 from jaxllm.prepare import prepare_and_report
 
 

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.sources import open_source, source_name, stdlib_sources
-from jaxllm.errors import DataError
 
 TEXTS = ["one", "zw\u00f6lf", "\u4e2d\u6587\n"]
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.config import CorruptionConfig, DataConfig, SourceConfig, TokenizerConfig
 from jaxllm.data.heldout import heldout_batches
 from jaxllm.data.manifest import open_prepared
@@ -14,7 +15,6 @@ from jaxllm.data.pipeline import train_batches
 from jaxllm.data.prepare import prepare
 from jaxllm.data.python_functions import python_functions
 from jaxllm.data.tasks import empty_row
-from jaxllm.errors import ConfigError, DataError
 
 V, SEQ = 340, 64  # of the tokenizer in conftest, and positions of a row
 MASK, SENTINEL = V, V + 20

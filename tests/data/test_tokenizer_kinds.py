@@ -9,8 +9,8 @@ import shutil
 import pytest
 import sentencepiece
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers import load_tokenizer
-from jaxllm.errors import DataError
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oddities import ODDITIES
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.config import TokenizerConfig
 from jaxllm.data.sources import open_source, stdlib_sources
 from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 from jaxllm.data.train_tokenizer import _chunks, _sample, train_sentencepiece
-from jaxllm.errors import DataError
 
 TEXT = [
   ("def f(x):\n    return x + 1\n\n\n" + "caf\u00e9 \u4e2d\u6587 na\u00efve 123 the quick brown fox\t\tjumps\r\n") * 20,

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.convert import parse_size
-from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.inference.model import Model
 from jaxllm.interop import safetensors
 from jaxllm.interop.open import open_model

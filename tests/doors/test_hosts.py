@@ -133,7 +133,7 @@ def test_a_fault_of_one_process_is_said_by_both(job, tmp_path):
 import os
 if os.environ["JAX_PROCESS_ID"] == "1":
   import jaxllm.data.manifest
-  from jaxllm.errors import DataError
+  from jaxllm.base.errors import DataError
   def open_prepared(config):
     raise DataError("this host has no disk")
   jaxllm.data.manifest.open_prepared = open_prepared

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference.model import Model
 from jaxllm.inference.sampling import SamplingParams
 

@@ -7,9 +7,9 @@ import pytest
 import tiny_models as tiny
 
 import jaxllm
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.cli import run_door
 from jaxllm.data.tokenizers import HuggingFaceTokenizer
-from jaxllm.errors import ConfigError, DataError
 from jaxllm.generate import main, reply
 from jaxllm.inference.generate import Delta
 from jaxllm.inference.model import Model

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference.model import Model
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig

@@ -9,7 +9,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.inference.generate import generate_tokens, stream_tokens
 from jaxllm.inference.sampling import SamplingParams
 from jaxllm.models.build import declare, stack_layers

@@ -12,7 +12,7 @@ import tiny_models as tiny
 from flax import nnx
 
 import jaxllm
-from jaxllm.errors import CheckpointError, ConfigError, DataError
+from jaxllm.base.errors import CheckpointError, ConfigError, DataError
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Model
 from jaxllm.inference.sampling import SamplingParams

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxllm.errors import CheckpointError, UserError
+from jaxllm.base.errors import CheckpointError, UserError
 from jaxllm.interop.gguf import read_gguf, write_gguf
 from jaxllm.interop.gguf.header import encode_header, read_header, read_headers
 

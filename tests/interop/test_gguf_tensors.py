@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.gguf import checkpoint as reading
 from jaxllm.interop.gguf import read_gguf, write_gguf, writer
 from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from gguf_models import TEXT
 
+from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
-from jaxllm.errors import CheckpointError, DataError
 from jaxllm.interop.gguf import GgufCheckpoint, read_gguf, write_gguf
 from jaxllm.interop.gguf.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, special_ids, tokenizer_metadata
 

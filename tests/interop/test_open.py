@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.open import open_model
 from jaxllm.interop.safetensors import write_safetensors
 from jaxllm.interop.stored import StoredModel, tensors_of

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.safetensors import DTYPES, read_safetensors, read_sharded, write_safetensors, write_sharded
 from jaxllm.interop.tensors import cast, from_parts, in_memory
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from jaxllm import load_model  # noqa: E402
-from jaxllm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from jaxllm.base.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from jaxllm.inference.model import Model  # noqa: E402
 from jaxllm.interop.open import open_model  # noqa: E402
 from jaxllm.interop.write import write_model  # noqa: E402

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import kernels as fa
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels.attention import reference as xla
 
 B, T, S, N, K, H = 2, 12, 19, 4, 2, 8

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, backends, flash_attention
 from jaxllm.kernels.attention import cudnn, cudnn_packed
 from jaxllm.kernels.attention.options import Options

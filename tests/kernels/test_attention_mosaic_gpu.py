@@ -13,7 +13,7 @@ from hopper_code import ATTENTION, MORE_ATTENTION, SEGMENTED, attention_shapes, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, flash_attention
 from jaxllm.kernels.attention.options import Options
 

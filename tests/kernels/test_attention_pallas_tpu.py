@@ -15,7 +15,7 @@ from emulators import needs_emulators, tpu_emulator
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, flash_attention
 from jaxllm.kernels.attention import Options, pallas_tpu, pallas_tpu_backward, pallas_tpu_blocks, pallas_tpu_call
 from jaxllm.kernels.attention.options import visible

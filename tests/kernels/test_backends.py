@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends, flash_attention
 
 UNMEASURED = "not measured on this chip"

@@ -10,7 +10,7 @@ import numpy as np
 import paged_oracle
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, cpu_ffi, flash_attention, paged_attention
 from jaxllm.kernels.attention import cpu
 

@@ -12,7 +12,7 @@ import pytest
 from emulators import gpu_emulator, needs_emulators
 from head_loss_oracle import Case, assert_all_logits_take, assert_little_memory, close
 
-from jaxllm.errors import UserError
+from jaxllm.base.errors import UserError
 from jaxllm.kernels import cross_entropy
 from jaxllm.kernels.head_loss.chunks import Options
 

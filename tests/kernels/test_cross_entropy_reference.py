@@ -10,7 +10,7 @@ from head_loss_oracle import Case, close, temporaries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cross_entropy, token_log_probs
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends, grouped_matmul
 from jaxllm.kernels.grouped import reference
 

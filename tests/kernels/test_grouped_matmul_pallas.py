@@ -14,7 +14,7 @@ from grouped_oracle import case, check, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import grouped_matmul
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

@@ -11,7 +11,7 @@ from emulators import gpu_emulator, needs_emulators
 from hopper_code import can_compile, check_machine_code
 from paged_oracle import check, make_call, model_shapes
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import KVPages, paged_attention, tuning
 
 SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])

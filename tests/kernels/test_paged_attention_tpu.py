@@ -10,7 +10,7 @@ import pytest
 from emulators import needs_emulators, tpu_emulator
 from paged_oracle import check, for_tpu, make_call, model_shapes
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import KVPages, paged_attention
 
 SLOPES, SINKS = jnp.array([0.5, 0.25, 0.1, 0.02]), jnp.array([0.3, -1.0, 2.0, 0.0])

@@ -10,7 +10,7 @@ import quantized_oracle as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import QuantizedWeight, cpu_ffi, dequantize, quantize, quantized_matmul
 from jaxllm.kernels.quantized.weights import FORMATS, from_codes, pack, unpack
 

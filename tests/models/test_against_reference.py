@@ -10,7 +10,7 @@ import oracle
 import pytest
 import reference
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.build import init_cache
 from jaxllm.models.config import ModelConfig
 

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import DECODERS, FAMILIES
 from jaxllm.interop.huggingface import (
   config_from_huggingface,

@@ -7,7 +7,7 @@ import oracle
 import pytest
 from flax import traverse_util
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.huggingface import from_huggingface, params_to_huggingface, to_huggingface
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.config import ModelConfig

@@ -12,7 +12,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.build import declare, init_cache, unstack_layers
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.models.moe import dropless, route, router_losses, with_capacity

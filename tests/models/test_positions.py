@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.models.positions import rope_frequencies
 

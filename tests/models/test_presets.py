@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import config_to_huggingface
 from jaxllm.models import presets, presets_moe

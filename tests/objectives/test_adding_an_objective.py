@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.base.settings import from_mapping, to_mapping
-from jaxllm.errors import ConfigError
 from jaxllm.models.config import ModelConfig
 from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.batch import put_batch

@@ -14,8 +14,8 @@ job.py WHAT: steps        for ever
 import sys
 import time
 
+from jaxllm.base.errors import DataError
 from jaxllm.cli import run_door
-from jaxllm.errors import DataError
 from jaxllm.parallel.hosts import join_hosts
 
 

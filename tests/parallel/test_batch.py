@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.parallel.batch import local_index, local_rows, put_batch, rows_on
 from jaxllm.parallel.config import AXES, AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.parallel import hosts
 
 JOB = Path(__file__).with_name("job.py")

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.build import check_model_on_mesh, declare, init_params
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig

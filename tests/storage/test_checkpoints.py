@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.storage.checkpoints import Checkpoints, steps_to_keep
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, restore_params
@@ -393,7 +393,7 @@ def finish(process, timeout=120):
 FULL_DISK = """
   import resource, sys, jax, jax.numpy as jnp
   from pathlib import Path
-  from jaxllm.errors import CheckpointError
+  from jaxllm.base.errors import CheckpointError
   from jaxllm.storage.checkpoints import Checkpoints
   from jaxllm.storage.config import CheckpointConfig
   directory, asynchronous = Path(sys.argv[1]), sys.argv[2] == "True"
@@ -545,7 +545,7 @@ PROCESSES = """
   directory, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
   from pathlib import Path
-  from jaxllm.errors import CheckpointError
+  from jaxllm.base.errors import CheckpointError
   from jaxllm.storage.checkpoints import Checkpoints
   from jaxllm.storage.config import CheckpointConfig
   mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,))

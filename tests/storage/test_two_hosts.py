@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
 
@@ -16,7 +16,7 @@ START = """
   from pathlib import Path
   import jax.numpy as jnp, numpy as np
   from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-  from jaxllm.errors import CheckpointError, ConfigError, UserError
+  from jaxllm.base.errors import CheckpointError, ConfigError, UserError
   from jaxllm.storage.checkpoints import Checkpoints
   from jaxllm.storage.config import CheckpointConfig
   directory = Path(sys.argv[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends
 from jaxllm.models.config import OPS, Compute, ComputeConfig, ModelConfig, MoEConfig
 from jaxllm.parallel.config import MeshConfig

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_model import toy_params
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.training.adafactor import statistic_spec
 from jaxllm.training.config import OptimizerConfig, ParamRule
 from jaxllm.training.muon import scale_by_muon

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.errors import ConfigError, UserError
+from jaxllm.base.errors import ConfigError, UserError
 from jaxllm.training.run_directory import check_same_run, hold_run_directory, open_run_directory
 
 CONFIG = {
@@ -121,7 +121,7 @@ def test_the_run_directory_is_made_and_held(tmp_path, monkeypatch):
 RUN = """
   import sys, time
   from pathlib import Path
-  from jaxllm.errors import ConfigError, UserError
+  from jaxllm.base.errors import ConfigError, UserError
   import jaxllm.training.run_directory as run_directory
   from jaxllm.training.run_directory import hold_run_directory, open_run_directory
   run_directory.SHARING_PATIENCE_S = 0.5

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.training.config import LoggingConfig
 from jaxllm.training.trackers import make_trackers
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from jaxllm.base.errors import DataError
 from jaxllm.data import chat
 from jaxllm.data.text import to_bytes
-from jaxllm.errors import DataError
 
 Ids = Int32[np.ndarray, " tokens"]
 SETTINGS_FILE = "tokenizer_config.json"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, named_templates
 from jaxllm.data.tokenizers.huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
-from jaxllm.errors import DataError
 
 _WORDPIECE_FILE, _BPE_FILE, _MERGES_FILE = "vocab.txt", "vocab.json", "merges.txt"
 _FILES = (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "spiece.model", _BPE_FILE, _WORDPIECE_FILE)  # the first counts

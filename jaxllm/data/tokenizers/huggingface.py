@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.text import to_bytes
 from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
-from jaxllm.errors import DataError
 
 HUGGINGFACE_FILE = "tokenizer.json"
 # Read only where tokenizer_config.json does not say.

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.base.errors import DataError
 from jaxllm.data.text import to_bytes
 from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
-from jaxllm.errors import DataError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces

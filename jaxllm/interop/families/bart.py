@@ -1,6 +1,6 @@
 """BART (arXiv 1910.13461): learned positions, norms after the sums, and a bias on the logits."""
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]

@@ -1,6 +1,6 @@
 """ModernBERT (arXiv 2412.13663): RoPE, GeGLU, and windows in two of three layers, in an encoder."""
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 
 LAYER = "model.layers.{layer}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
 

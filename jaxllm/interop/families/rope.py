@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 # ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.

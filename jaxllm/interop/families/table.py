@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.models.config import MLPS, ModelConfig
 
 Shape = tuple[int, ...]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.gguf.header import entry
 from jaxllm.interop.gguf.rope import llama3_factors, read_rope, write_rope
 from jaxllm.interop.huggingface import BUFFERS, config_from_huggingface, config_to_huggingface

@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxllm.errors import CheckpointError, DataError
 from jaxllm.interop.gguf.architectures import BY_NAME, read_config, read_tensors
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
 from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files

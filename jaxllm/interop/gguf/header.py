@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32

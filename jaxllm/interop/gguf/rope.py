@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.tensors import LazyTensor, in_memory
 
 _YARN = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import CheckpointError, DataError
 from jaxllm.interop.gguf.header import entry
 
 Files = dict[str, bytes]  # by name

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.errors import CheckpointError, ConfigError
 from jaxllm.interop.gguf.architectures import write_config, write_tensors
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
 from jaxllm.interop.gguf.tokenizer import tokenizer_metadata

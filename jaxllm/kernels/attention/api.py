@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends, cpu_ffi
 from jaxllm.kernels.attention import cudnn, decode, reference
 from jaxllm.kernels.attention.options import Options, Visibility

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, visible

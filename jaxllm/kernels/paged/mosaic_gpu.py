@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.integers import split, split_scale

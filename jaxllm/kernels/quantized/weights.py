@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.errors import ConfigError
+from jaxllm.base.errors import ConfigError
 
 Format = Literal["int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic"]
 FORMATS: tuple[str, ...] = get_args(Format)
