@@ -25,7 +25,7 @@ FEW_ROWS = 8  # up to so many it reads them where they lie, as many as its regis
 
 
 def matmul(
-  x: Float[Array, "*batch I"], w: Float[Array, "I O"], *, backend: Backend = "xla", turned: bool = False
+  x: Float[Array, "*batch I"], w: Float[Array, "I O"], *, backend: Backend = "xla", transposed: bool = False
 ) -> Float[Array, "*batch O"]:
   """x @ w, summed in float32 and returned in x's dtype; differentiable in both.
 
@@ -38,38 +38,38 @@ def matmul(
   weights once.
 
   Args:
-    turned: w is [O, I], an embedding table; only a few rows of x go to C++ then.
+    transposed: w is [O, I], an embedding table; only a few rows of x go to C++ then.
   """
   if jnp.promote_types(x.dtype, w.dtype) != w.dtype:
     w = w.astype(x.dtype)
   rows = x.size // max(1, x.shape[-1])
   few = 0 < rows <= FEW_ROWS and _use_ffi(x, w)
-  if backend == "cpu" and (few or rows >= PACKED_ROWS and not turned):
-    y = _matmul_cpu(x.reshape(-1, x.shape[-1]), w, turned)
+  if backend == "cpu" and (few or rows >= PACKED_ROWS and not transposed):
+    y = _matmul_cpu(x.reshape(-1, x.shape[-1]), w, transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-  return _dot(x, w, turned) if w.dtype == x.dtype else _matmul_xla(x, w, turned)
+  return _dot(x, w, transposed) if w.dtype == x.dtype else _matmul_xla(x, w, transposed)
 
 
-def _dot(x, w, turned):
-  # Turned is contracted as it lies: XLA:CPU would copy the transposed matrix.
-  return jnp.einsum("...i,oi->...o", x, w) if turned else jnp.matmul(x, w)
+def _dot(x, w, transposed):
+  # A transposed one is contracted as it lies: XLA:CPU would copy the transposed matrix.
+  return jnp.einsum("...i,oi->...o", x, w) if transposed else jnp.matmul(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_xla(x, w, turned):
-  return _dot(x, w.astype(x.dtype), turned)
+def _matmul_xla(x, w, transposed):
+  return _dot(x, w.astype(x.dtype), transposed)
 
 
-def _forward_xla(x, w, turned):
+def _forward_xla(x, w, transposed):
   # The product itself and not this rule once more, whose inside the policies of `jax.checkpoint` do not see.
-  return _dot(x, w.astype(x.dtype), turned), (x, w)
+  return _dot(x, w.astype(x.dtype), transposed), (x, w)
 
 
-def _backward_xla(turned, saved, dy):
+def _backward_xla(transposed, saved, dy):
   x, w = saved
-  dx = _dot(dy, w.astype(x.dtype), not turned)
+  dx = _dot(dy, w.astype(x.dtype), not transposed)
   tokens = tuple(range(x.ndim - 1))
-  a, b = (dy, x) if turned else (x, dy)
+  a, b = (dy, x) if transposed else (x, dy)
   return dx, lax.dot_general(a, b, ((tokens, tokens), ((), ())), preferred_element_type=w.dtype)
 
 
@@ -77,20 +77,20 @@ _matmul_xla.defvjp(_forward_xla, _backward_xla)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_cpu(x, w, turned):
-  return product(x, w, x.dtype, transpose_b=turned)
+def _matmul_cpu(x, w, transposed):
+  return product(x, w, x.dtype, transpose_b=transposed)
 
 
-def _forward(x, w, turned):
-  return _matmul_cpu(x, w, turned), (x, w)
+def _forward(x, w, transposed):
+  return _matmul_cpu(x, w, transposed), (x, w)
 
 
-def _backward(turned, saved, dy):
+def _backward(transposed, saved, dy):
   x, w = saved
   if not _use_ffi(x, w):  # keep the neighbours' elementwise operations out of the operand copies
     x, dy = lax.optimization_barrier((x, dy))
-  dx = product(dy, w, x.dtype, transpose_b=not turned)
-  dw = product(*((dy, x) if turned else (x, dy)), w.dtype, transpose_a=True)
+  dx = product(dy, w, x.dtype, transpose_b=not transposed)
+  dw = product(*((dy, x) if transposed else (x, dy)), w.dtype, transpose_a=True)
   if not _use_ffi(x, w):
     dx, dw = lax.optimization_barrier((dx, dw))
   return dx, dw

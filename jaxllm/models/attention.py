@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxllm.kernels import Visibility, backends
+from jaxllm.kernels import Visibility
 from jaxllm.models import positions as pos
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
@@ -78,14 +78,13 @@ class Attention(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.c = c
     self.kernel, self.target = compute.attention, compute.target
-    backend = backends.choose("matmul", compute.matmul, compute.target)
-    self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
+    self.elementwise = compute.backend("elementwise")
     D, H = c.embed_dim, c.head_dim
     N, K = c.num_heads, c.num_kv_heads
 
     def linear(inputs, outputs, axes, bias, residual=False):
       init = matrix_init(c, inputs, residual=residual)
-      return Linear(inputs, outputs, axes, init=init, bias=bias, backend=backend, rngs=rngs)
+      return Linear(inputs, outputs, axes, init=init, bias=bias, compute=compute, rngs=rngs)
 
     self.query = linear(D, N * H, ("embed", "heads"), c.attention_bias)
     self.key = linear(D, K * H, ("embed", "kv_heads"), c.attention_bias)

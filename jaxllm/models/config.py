@@ -338,6 +338,12 @@ class Compute:
       if getattr(self, op) == "auto":
         object.__setattr__(self, op, self.kernels)
 
+  def backend(self, op: str) -> str:
+    """What computes `op` where its operands do not matter; see `jaxllm.kernels.backends.choose`."""
+    from jaxllm.kernels.backends import choose  # imports jax, which reading a config does without
+
+    return choose(op, getattr(self, op), self.target)
+
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Compute):

@@ -5,7 +5,6 @@ import functools
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
@@ -21,8 +20,7 @@ class Head(nnx.Module):
     outputs, axis = (c.vocab_size, "vocab") if c.head == "lm" else (c.num_labels, None)
     init = matrix_init(c, D)
     self.activation = c.head_dense
-    backend = backends.choose("matmul", compute.matmul, compute.target)
-    dense = functools.partial(Linear, D, D, ("embed", None), init=init, bias=c.mlp_bias, backend=backend, rngs=rngs)
+    dense = functools.partial(Linear, D, D, ("embed", None), init=init, bias=c.mlp_bias, compute=compute, rngs=rngs)
     self.dense = None if c.head_dense is None else dense()
     self.norm = Norm(c, compute, rngs=rngs) if c.head_norm else None
     matrix = c.head in ("sequence", "token") or (c.head == "lm" and not c.tie_embeddings)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels.matmul import matmul
+from jaxllm.models.config import Compute
 from jaxllm.parallel.rows import add_rows
 from jaxllm.parallel.sharding import constrain
 
@@ -75,13 +76,13 @@ _rows.defvjp(_rows_forward, _rows_backward)
 class Linear(nnx.Module):
   """x @ weight [I, O] (+ bias [O])."""
 
-  def __init__(self, inputs, outputs, axes: LogicalAxes, *, init, bias=False, backend="xla", rngs):
+  def __init__(self, inputs, outputs, axes: LogicalAxes, *, init, bias=False, compute: Compute = Compute(), rngs):
     self.weight = parameter(rngs, (inputs, outputs), axes, init)
     self.bias = parameter(rngs, (outputs,), (axes[1],), nnx.initializers.zeros) if bias else None
-    self.backend = backend
+    self.compute = compute
 
   def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-    y = project(x, self.weight.get_value(), backend=self.backend)
+    y = project(x, self.weight.get_value(), backend=self.compute.backend("matmul"))
     if self.bias is None:
       return y
     # Added in float32, so that the sum over tokens in its gradient is in float32 too.

@@ -7,7 +7,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement, write_cache
 from jaxllm.models.config import Compute, ModelConfig
@@ -29,13 +28,12 @@ class LatentAttention(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.c, self.a = c, c.mla
     self.kernel, self.target = compute.attention, compute.target
-    backend = backends.choose("matmul", compute.matmul, compute.target)
-    self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
+    self.elementwise = compute.backend("elementwise")
     D, N, R, rank = c.embed_dim, c.num_heads, c.mla.kv_lora_rank, c.mla.q_lora_rank
 
     def linear(inputs, outputs, axes, bias=False, residual=False):
       init = matrix_init(c, inputs, residual=residual)
-      return Linear(inputs, outputs, axes, init=init, bias=bias, backend=backend, rngs=rngs)
+      return Linear(inputs, outputs, axes, init=init, bias=bias, compute=compute, rngs=rngs)
 
     if rank is not None:
       self.query_down = linear(D, rank, ("embed", None), c.attention_bias)

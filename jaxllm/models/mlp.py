@@ -7,7 +7,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends
 from jaxllm.kernels.elementwise import swiglu
 from jaxllm.models.config import MLPS, Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
@@ -30,12 +29,11 @@ class MLP(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, rngs):
     dim = dim or c.mlp_dim
     self.activation, gated = MLPS[c.mlp]
-    backend = backends.choose("matmul", compute.matmul, compute.target)
-    self.elementwise = backends.choose("elementwise", compute.elementwise, compute.target)
+    self.elementwise = compute.backend("elementwise")
 
     def linear(inputs, outputs, axes, residual=False):
       init = matrix_init(c, inputs, residual=residual)
-      return Linear(inputs, outputs, axes, init=init, bias=c.mlp_bias, backend=backend, rngs=rngs)
+      return Linear(inputs, outputs, axes, init=init, bias=c.mlp_bias, compute=compute, rngs=rngs)
 
     self.gate = linear(c.embed_dim, dim, ("embed", "mlp")) if gated else None
     self.up = linear(c.embed_dim, dim, ("embed", "mlp"))

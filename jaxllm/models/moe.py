@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.kernels import backends, grouped_matmul
+from jaxllm.kernels import grouped_matmul
 from jaxllm.kernels.matmul import matmul
 from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
@@ -34,13 +34,12 @@ class MoE(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.m = m = c.moe
-    self.grouped, self.target = compute.grouped_matmul, compute.target
+    self.compute = compute
     activation, gated = MLPS[c.mlp]
     self.activation = activation
-    backend = backends.choose("matmul", compute.matmul, compute.target)
     matrix = functools.partial(ExpertLinear, m.num_experts, rngs=rngs)
     D, F, inner = c.embed_dim, m.mlp_dim, matrix_init(c, c.embed_dim)
-    self.router = Linear(D, m.num_experts, ("embed", None), init=inner, backend=backend, rngs=rngs)
+    self.router = Linear(D, m.num_experts, ("embed", None), init=inner, compute=compute, rngs=rngs)
     if m.correction_bias:
       self.correction_bias = parameter(rngs, (m.num_experts,), (None,), nnx.initializers.zeros)
     self.gate = matrix(D, F, ("embed", "mlp"), init=inner) if gated else None
@@ -67,7 +66,7 @@ class MoE(nnx.Module):
     if drop and self.m.capacity_factor is not None:
       y, dropped = with_capacity(feed, x, weights, experts, real, matrices, self.m.capacity_factor)
     else:
-      multiply = functools.partial(grouped_matmul, backend=self.grouped, target=self.target)
+      multiply = functools.partial(grouped_matmul, backend=self.compute.grouped_matmul, target=self.compute.target)
       y = dropless(feed, x, weights, experts, matrices, multiply)
     if self.shared is not None:
       y = y + self.shared(x)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxllm.kernels import backends
 from jaxllm.kernels.elementwise import rms_norm
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.linear import parameter
@@ -16,7 +15,7 @@ class Norm(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, rngs):
     dim = dim or c.embed_dim
-    self.backend = backends.choose("elementwise", compute.elementwise, compute.target)
+    self.backend = compute.backend("elementwise")
     self.kind, self.eps, self.offset = c.norm, c.norm_eps, 1.0 if c.norm_unit_offset else 0.0
     init = nnx.initializers.zeros if c.norm_unit_offset else nnx.initializers.ones
     self.scale = parameter(rngs, (dim,), (None,), init)

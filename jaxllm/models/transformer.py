@@ -6,7 +6,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
 from jaxllm.kernels.matmul import matmul
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement
@@ -164,9 +163,9 @@ class Transformer(nnx.Module):
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """float32 logits over the vocabulary, of hidden states."""
     x = self.head_input(x)
-    backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
+    backend = self.compute.backend("matmul")
     if self.head.weight is None and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
-      logits = matmul(x, tokens, backend=backend, turned=True).astype(jnp.float32)
+      logits = matmul(x, tokens, backend=backend, transposed=True).astype(jnp.float32)
     else:
       logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
     if self.config.head_bias:
@@ -193,7 +192,7 @@ class Transformer(nnx.Module):
     if self.config.head not in ("sequence", "token"):
       raise ConfigError(f"a model with the head {self.config.head!r} (model.head) has no labels to choose from")
     x = self.pooled(x, segment_ids) if self.config.head == "sequence" else self.head.transform(x)
-    backend = backends.choose("matmul", self.compute.matmul, self.compute.target)
+    backend = self.compute.backend("matmul")
     logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
     return logits + self.head_bias() if self.config.head_bias else logits
 

@@ -68,12 +68,12 @@ def test_matmul(build, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows,I,O", [(1, 33, 5), (2, 64, 130), (5, 700, 96), (8, 300, 17)])
-def test_matmul_of_a_few_rows(build, rows, I, O, turned, dtype):
-  x, w = normal(0, 1, rows, I, dtype=dtype), normal(1, *((O, I) if turned else (I, O)), dtype=dtype)
-  run = lambda x, w: matmul_lib.matmul(x, w, backend="cpu", turned=turned)  # noqa: E731
-  check(run, lambda x, w: x @ (w.T if turned else w), (x, w), dtype)
+def test_matmul_of_a_few_rows(build, rows, I, O, transposed, dtype):
+  x, w = normal(0, 1, rows, I, dtype=dtype), normal(1, *((O, I) if transposed else (I, O)), dtype=dtype)
+  run = lambda x, w: matmul_lib.matmul(x, w, backend="cpu", transposed=transposed)  # noqa: E731
+  check(run, lambda x, w: x @ (w.T if transposed else w), (x, w), dtype)
   if dtype == jnp.bfloat16:  # master weights are rounded as they are read
     wide = normal(1, *w.shape)
     np.testing.assert_array_equal(run(x, wide), run(x, wide.astype(dtype)))

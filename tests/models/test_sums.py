@@ -58,17 +58,17 @@ def split(build, dtype):
   return graph, jax.tree.map(lambda p: p.astype(dtype), nnx.to_pure_dict(params))
 
 
-@pytest.mark.parametrize("backend, turned", [("xla", False), ("xla", True), ("cpu", False)])
+@pytest.mark.parametrize("backend, transposed", [("xla", False), ("xla", True), ("cpu", False)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_matrix(backend, turned, dtype):
+def test_matrix(backend, transposed, dtype):
   x, dy, w = positive(TOKENS, I, dtype=dtype), positive(TOKENS, O, dtype=dtype), positive(I, O, dtype=jnp.float32)
-  w = w.T if turned else w
-  y, back = jax.vjp(lambda x, w: matmul(x, w, backend=backend, turned=turned), x, w)
+  w = w.T if transposed else w
+  y, back = jax.vjp(lambda x, w: matmul(x, w, backend=backend, transposed=transposed), x, w)
   dx, dw = back(dy)
   want = exact(x).T @ exact(dy)
-  check(dw, want.T if turned else want, w)
+  check(dw, want.T if transposed else want, w)
   rounded = exact(w.astype(dtype))
-  rounded = rounded.T if turned else rounded
+  rounded = rounded.T if transposed else rounded
   assert (y.dtype, dx.dtype) == (dtype, dtype)
   np.testing.assert_allclose(exact(y), exact(x) @ rounded, rtol=2**-7)
   np.testing.assert_allclose(exact(dx), exact(dy) @ rounded.T, rtol=2**-7)
