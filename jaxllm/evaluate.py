@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {stored.config.max_seq_len}")
   model = read_weights(stored)
   heldout = HeldoutBatches(prepared, batch_size=args.batch_size, seq_len=seq_len)
-  metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": model.loss_sums(batch)}, heldout, heldout.bytes)
+  metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": model.loss_sums(batch)}, heldout)
 
   rows = {"this model": metrics["eval/bits_per_byte"]}
   if args.baselines:

@@ -50,7 +50,7 @@ def test_a_config_lowers(name, monkeypatch):
   training, compute = run.training, dataclasses.replace(run.compute, target=target)
   mesh = make_mesh(run.mesh, jax.devices()[:devices])
   program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, compute)
-  lowered = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,))
+  lowered = program.step.trace(*program.arguments).lower(lowering_platforms=(platform,))
   text = lowered.as_text()
   assert len(text) < 3_000_000  # layers are a loop, not copies
   tokens = f"tensor<{training.batch_size}x{training.seq_len}xi32>"

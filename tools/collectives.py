@@ -71,7 +71,7 @@ def compile_step(case: Case) -> tuple[str, jax.sharding.Mesh, dict]:
   mesh = make_mesh(run.mesh, list(devices.devices.flat))
   program = make_program(run.model, run.training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute)
   start = time.monotonic()
-  traced = program.step.trace(program.state, program.batch)
+  traced = program.step.trace(*program.arguments)
   compiled = traced.lower(lowering_platforms=("cuda" if chip in GPUS else "tpu",)).compile()
   facts = {
     "seconds": round(time.monotonic() - start),

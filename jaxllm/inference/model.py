@@ -21,6 +21,7 @@ from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.weights import cast
 from jaxllm.objectives.causal_lm import CausalLM
 
 Prompt = str | Sequence[int]
@@ -47,7 +48,7 @@ class Model:
   ):
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
     self.graph = declare(config, compute)[0]
-    self._weights = jax.tree.map(lambda w: w.astype(compute.dtype), unstack_layers(params))
+    self._weights = cast(unstack_layers(params), compute.dtype)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
       raise DataError(
         f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}; "

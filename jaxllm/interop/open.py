@@ -1,7 +1,11 @@
 """`open_model`: models in files, of every form, opened without reading their weights."""
 
 import dataclasses
+import functools
 from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
@@ -11,11 +15,15 @@ from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, open_huggingface, read_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
-from jaxllm.interop.stored import Form, StoredModel, check_shapes
-from jaxllm.interop.tensors import LazyTensor
+from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
+from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.weights import dense, is_quantizable, quantize_matrix
 from jaxllm.storage.reading import open_params
 
 CHECKPOINTS = "checkpoints"
+# Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
+START_FILE, START = "start.json", "start"
 
 
 def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int | None = None) -> StoredModel:
@@ -100,11 +108,57 @@ def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
   config = read_model_config(directory)
-  tensors = {name: LazyTensor(*array) for name, array in open_params(directory, step).items()}
+  tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
+  if (directory / START_FILE).is_file():
+    tensors = _with_start(config, directory, tensors)
   check_shapes(config, tensors, directory / CHECKPOINTS)
   tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
   return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups)
+
+
+def _with_start(config: ModelConfig, directory: Path, trained: Tensors) -> Tensors:
+  """All parameters of a run that trains some of them: those, adapters merged, on top of what it began with."""
+  record = read_json(directory / START_FILE)
+  if record["path"] == START:
+    base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
+  else:
+    base = dict(open_model(record["path"], adapter=record["adapter"], step=record["step"]).tensors)
+  tensors: dict[str, LazyTensor] = {}
+  for path in param_shapes(config):
+    if path in trained:
+      tensors[path] = trained[path]
+      continue
+    if f"{path}/base" in trained:  # the config trains what stands under the adapter too
+      tensors[path] = trained[f"{path}/base"]
+    elif path in base:
+      tensors[path] = _as_rounded(path, base[path], record["quantize"], record["group_size"])
+    if f"{path}/a" in trained:
+      change = (trained[f"{path}/a"], trained[f"{path}/b"], record["scales"][path])
+      tensors[path] = _with_change(tensors[path], *change)
+  return tensors
+
+
+def _as_rounded(path: str, tensor: LazyTensor, format: str | None, group_size: int | None) -> LazyTensor:
+  """A parameter as the run had it, which may have quantized it."""
+  if format is None or not is_quantizable(path):
+    return tensor
+
+  def layer(index):
+    return np.asarray(dense(quantize_matrix(path, jnp.asarray(tensor.part(index)), format, group_size), tensor.dtype))
+
+  return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
+
+
+def _with_change(tensor: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
+  """A stack of matrices plus the products of an adapter's, each when it is read."""
+  narrow = functools.cache(lambda: (a.read(), b.read()))
+
+  def layer(index):
+    change = np.matmul(*(x[index] for x in narrow())) * np.float32(scale)
+    return (tensor.part(index).astype(np.float32) + change).astype(tensor.dtype)
+
+  return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
 
 
 def _open_gguf(path: Path) -> StoredModel:

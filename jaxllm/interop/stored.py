@@ -18,7 +18,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.tensors import LazyTensor, Tensors, cast, from_parts
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.stack import PerLayer, is_per_layer
+from jaxllm.models.weights import PerLayer, dense, is_weight
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -95,10 +95,13 @@ class StoredModel:
     if mesh is not None:
       shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, rules), sep="/")
     placed: dict[str, Array | PerLayer] = {}
-    for path, names in traverse_util.flatten_dict(axes, sep="/").items():
-      place = functools.partial(_put_layers, per_layer=per_layer) if names[:1] == ("layers",) else _put
-      placed[path] = place(tensors[path], shardings.get(path, here))
+    for path in traverse_util.flatten_dict(shapes, sep="/"):
+      placed[path] = _put(path, tensors[path], shardings.get(path, here), per_layer)
     return traverse_util.unflatten_dict(placed, sep="/")
+
+  def array(self, path: str, sharding: Sharding) -> Array:
+    """One parameter on its devices, as it is stored. Raises CheckpointError when it turns out damaged."""
+    return _put(path, self.tensors[path], sharding, per_layer=False)  # type: ignore[return-value]
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -114,14 +117,15 @@ def tensors_of(params: Params) -> Tensors:
     params: in a tree like that of `init_params`, or with a `PerLayer` for a stack.
   """
 
-  def tensor(weight: Array | PerLayer) -> LazyTensor:
+  def tensor(weight: Any) -> LazyTensor:
     if not isinstance(weight, PerLayer):
-      return LazyTensor(weight.shape, weight.dtype, lambda: np.asarray(weight))
-    shape = (len(weight.arrays), *weight[0].shape)
-    return from_parts(shape, weight[0].dtype, 1, lambda index: np.asarray(weight[index[0]]))
+      return LazyTensor(weight.shape, jnp.dtype(weight.dtype), lambda: np.asarray(dense(weight, weight.dtype)))
+    layers = weight.layers
+    read = lambda index: np.asarray(dense(layers[index[0]], weight.dtype))  # noqa: E731
+    return from_parts(weight.shape, jnp.dtype(weight.dtype), 1, read)
 
-  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_per_layer)
-  return {"/".join(key.key for key in keys): tensor(leaf) for keys, leaf in leaves}
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight)
+  return {jax.tree_util.keystr(keys, simple=True, separator="/"): tensor(leaf) for keys, leaf in leaves}
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -140,11 +144,9 @@ def check_shapes(config: ModelConfig, tensors: Tensors, where: Path) -> None:
       )
 
 
-def _put(tensor: LazyTensor, sharding: Sharding) -> Array:
-  return _on_devices(tensor.read(), sharding)
-
-
-def _put_layers(tensor: LazyTensor, sharding: Sharding, per_layer: bool) -> Array | PerLayer:
+def _put(path: str, tensor: LazyTensor, sharding: Sharding, per_layer: bool) -> Array | PerLayer:
+  if "blocks" not in path.split("/"):
+    return _on_devices(tensor.read(), sharding)
   one = sharding
   if isinstance(sharding, NamedSharding):
     one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

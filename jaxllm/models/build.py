@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.stack import PerLayer, is_per_layer
 from jaxllm.models.transformer import Transformer
+from jaxllm.models.weights import PerLayer, is_per_layer, map_weights
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -93,22 +93,23 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float
 
 
 def unstack_layers(params: Params) -> Params:
-  """The same parameters with a `PerLayer` for every stacked array under "blocks": what decoding wants.
+  """The same parameters with a `PerLayer` for every stacked weight under "blocks": what decoding wants.
 
   Those that are `PerLayer` already stay as they are.
   """
 
   def layers(w):
     # Indexed and not iterated over, which would bring every layer to one device.
-    return w if is_per_layer(w) else PerLayer(tuple(w[i] for i in range(w.shape[0])))
+    layer = lambda i: jax.tree.map(lambda part: part[i], w)  # noqa: E731
+    return w if is_per_layer(w) else PerLayer(tuple(layer(i) for i in range(w.shape[0])))
 
-  return _map_blocks(lambda blocks: jax.tree.map(layers, blocks, is_leaf=is_per_layer), params)
+  return _map_blocks(lambda blocks: map_weights(layers, blocks), params)
 
 
 def stack_layers(params: Params) -> Params:
-  """The inverse of `unstack_layers`: plain arrays with a leading layer axis."""
-  whole = lambda w: jnp.stack(w.arrays)  # noqa: E731
-  return _map_blocks(lambda blocks: jax.tree.map(whole, blocks, is_leaf=is_per_layer), params)
+  """The inverse of `unstack_layers`: every weight with a leading layer axis. The layers must be of one kind."""
+  whole = lambda w: jax.tree.map(lambda *parts: jnp.stack(parts), *w.layers)  # noqa: E731
+  return _map_blocks(lambda blocks: map_weights(whole, blocks), params)
 
 
 def _map_blocks(change: Callable[[Params], Params], params: Params) -> Params:

@@ -298,7 +298,14 @@ class ModelConfig:
     return tuple(run for run in runs if run[0] < run[1])
 
 
-OPS = ("attention", "matmul", "elementwise", "cross_entropy", "grouped_matmul")  # whose backends `Compute` names
+OPS = (
+  "attention",
+  "matmul",
+  "elementwise",
+  "cross_entropy",
+  "grouped_matmul",
+  "quantized_matmul",
+)  # whose backends `Compute` names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +329,7 @@ class Compute:
   elementwise: str = "auto"
   cross_entropy: str = "auto"
   grouped_matmul: str = "auto"  # of the experts
+  quantized_matmul: str = "auto"
   unroll_layers: int | None = None  # layers per scan step; None: by target
 
   def __post_init__(self):

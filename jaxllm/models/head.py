@@ -23,8 +23,9 @@ class Head(nnx.Module):
     dense = functools.partial(Linear, D, D, ("embed", None), init=init, bias=c.mlp_bias, compute=compute, rngs=rngs)
     self.dense = None if c.head_dense is None else dense()
     self.norm = Norm(c, compute, rngs=rngs) if c.head_norm else None
+    self.axes = ("embed", axis)
     matrix = c.head in ("sequence", "token") or (c.head == "lm" and not c.tie_embeddings)
-    self.weight = parameter(rngs, (D, outputs), ("embed", axis), init) if matrix else None
+    self.weight = parameter(rngs, (D, outputs), self.axes, init) if matrix else None
     self.bias = parameter(rngs, (outputs,), (axis,), nnx.initializers.zeros) if c.head_bias else None
 
   def transform(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -11,8 +11,9 @@ from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement, write_cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
-from jaxllm.models.linear import Linear, dense
+from jaxllm.models.linear import Linear
 from jaxllm.models.norms import Norm
+from jaxllm.models.weights import dense
 from jaxllm.parallel.attention import attention
 from jaxllm.parallel.sharding import constrain
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.kernels import grouped_matmul
 from jaxllm.kernels.matmul import matmul
 from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
-from jaxllm.models.linear import Linear, dense, parameter
+from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.mlp import ACTIVATIONS, MLP
-from jaxllm.parallel.sharding import activation_context, constrain, partition_spec
+from jaxllm.models.weights import dense, grouped, part_axes
+from jaxllm.parallel.sharding import activation_context, constrain, partition_spec, ways
 
-Matrices = tuple[Array | None, Array, Array]  # gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]
+Matrices = tuple[Any, Any, Any]  # weights: gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]
 RouterLosses = dict[str, Float[Array, ""]]  # load_balance, z, dropped
 
 
@@ -57,17 +57,16 @@ class MoE(nnx.Module):
     """
     real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
     logits = self.router(x.astype(jnp.float32))
-    bias = self.correction_bias[...].astype(jnp.float32) if self.m.correction_bias else None
+    bias = dense(self.correction_bias.get_value(), jnp.float32) if self.m.correction_bias else None
     weights, experts, scores = route(self.m, logits, bias)
     layers = (self.gate, self.up, self.down)
-    matrices = tuple(None if layer is None else _wide(dense(layer.weight.get_value()), x.dtype) for layer in layers)
+    matrices = tuple(None if layer is None else layer.weight.get_value() for layer in layers)
     feed = functools.partial(_feed_forward, ACTIVATIONS[self.activation])
     dropped = jnp.zeros((), jnp.float32)
     if drop and self.m.capacity_factor is not None:
       y, dropped = with_capacity(feed, x, weights, experts, real, matrices, self.m.capacity_factor)
     else:
-      multiply = functools.partial(grouped_matmul, backend=self.compute.grouped_matmul, target=self.compute.target)
-      y = dropless(feed, x, weights, experts, matrices, multiply)
+      y = dropless(feed, x, weights, experts, matrices, self.compute)
     if self.shared is not None:
       y = y + self.shared(x)
     return y, router_losses(logits, scores, experts, real) | {"dropped": dropped}
@@ -115,11 +114,6 @@ def router_losses(
   return {"load_balance": E * (sent * share).sum(), "z": z}
 
 
-def _wide(matrices: Array, dtype) -> Array:
-  """Those narrower than `dtype` in it; wider ones the product rounds, and their gradient is summed as they are."""
-  return matrices.astype(jnp.promote_types(matrices.dtype, dtype))
-
-
 def _feed_forward(activation, multiply, x, matrices: Matrices):
   """The experts' gated or plain blocks; `multiply` takes rows to their experts' matrices, whose dimension 1 or 2 is
   `embed`."""
@@ -133,9 +127,9 @@ def _feed_forward(activation, multiply, x, matrices: Matrices):
 
 
 def dropless(
-  feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices, multiply: Callable = grouped_matmul
+  feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices, compute: Compute = Compute()
 ) -> Float[Array, "B T D"]:
-  """Every token through all its experts: rows sorted by expert, one grouped product (`multiply`) each.
+  """Every token through all its experts: rows sorted by expert, one grouped product for each matrix.
 
   On a mesh with an `expert` axis a device holds some of the experts. It gathers the tokens of the devices
   along that axis, adds up what its experts say of them, and hands back the sums. Matrices arrive as they are
@@ -143,11 +137,13 @@ def dropless(
   """
   context = activation_context()
   if context is None:
-    return _dropless(feed, x, weights, experts, matrices, multiply, 0)
+    return _dropless(feed, x, weights, experts, matrices, compute, 0)
   mesh, rules = context
   spec = functools.partial(partition_spec, rules=rules)
-  token, matrix = spec(("batch", "seq", None)), spec(("expert", "embed", "mlp"))
-  specs = (None if matrices[0] is None else matrix, matrix, spec(("expert", "mlp", "embed")))
+  token, count = spec(("batch", "seq", None)), functools.partial(ways, mesh=mesh, rules=rules)
+  inner, outer = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+  parts = tuple(None if w is None else part_axes(w, a, count) for w, a in zip(matrices, (inner, inner, outer)))
+  specs = jax.tree.map(lambda _, axes: spec(axes), matrices, parts)
   gathered = tuple(axis for axis in rules.expert if axis in rules.batch)
   summed = tuple(axis for axis in (*rules.expert, *rules.mlp) if axis not in gathered)
 
@@ -155,7 +151,7 @@ def dropless(
     first = jax.lax.axis_index(rules.expert) * matrices[1].shape[0] if rules.expert else 0
     if gathered:
       x, weights, experts = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, weights, experts))
-    y = _dropless(feed, x, weights, experts, matrices, multiply, first, rules.embed)
+    y = _dropless(feed, x, weights, experts, matrices, compute, first, rules.embed)
     if summed:
       y = jax.lax.psum(y, summed)
     return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
@@ -164,7 +160,7 @@ def dropless(
   return run(x, weights, experts, matrices)
 
 
-def _dropless(feed, x, weights, experts, matrices, multiply, first, split=()):
+def _dropless(feed, x, weights, experts, matrices, compute, first, split=()):
   """What the experts from `first` on, whose matrices these are, add to each token.
 
   split: the mesh axes over which the matrices' `embed` dimension is.
@@ -177,7 +173,7 @@ def _dropless(feed, x, weights, experts, matrices, multiply, first, split=()):
   sizes = jnp.bincount(own, length=E + 1)[:E]
 
   def product(rows, matrices, embed):
-    return multiply(rows, matrices, group_sizes=sizes, split=(split, embed) if split else None)
+    return grouped(rows, matrices, sizes, compute, (split, embed) if split else None)
 
   y = feed(product, rows[order // k], matrices)
   weight = weights.reshape(-1)[order].astype(y.dtype)
@@ -216,6 +212,8 @@ def with_capacity(
   buffers = constrain(buffers, "expert_batch", "expert", None, None)
 
   def product(a, w, embed):  # each expert's rows by its matrix
+    w = dense(w)
+    w = w.astype(jnp.promote_types(w.dtype, a.dtype))  # the product rounds a wider one, and its gradient is as wide
     if a.dtype == w.dtype:
       return jnp.einsum("BECI,EIO->BECO", a, w)
     return jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(a, w)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from jaxllm.kernels.elementwise import rms_norm
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.linear import parameter
+from jaxllm.models.weights import dense
 
 
 class Norm(nnx.Module):
@@ -24,11 +25,11 @@ class Norm(nnx.Module):
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     if self.kind == "rmsnorm":
-      return rms_norm(x, self.scale[...].astype(jnp.float32) + self.offset, eps=self.eps, backend=self.backend)
+      return rms_norm(x, dense(self.scale.get_value(), jnp.float32) + self.offset, eps=self.eps, backend=self.backend)
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-    y = y * (self.scale[...].astype(jnp.float32) + self.offset)
+    y = y * (dense(self.scale.get_value(), jnp.float32) + self.offset)
     if self.bias is not None:
-      y = y + self.bias[...].astype(jnp.float32)
+      y = y + dense(self.bias.get_value(), jnp.float32)
     return y.astype(x.dtype)

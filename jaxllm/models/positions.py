@@ -104,4 +104,4 @@ def relative_bias(
   far = np.minimum(exact + (steps * (buckets - exact)).astype(np.int32), buckets - 1)
   bucket_of = jnp.asarray(np.where(farthest < exact, farthest, far), jnp.int32)
   bucket = first + bucket_of[jnp.minimum(distance, c.relative_max_distance)]
-  return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+  return jnp.moveaxis(table[bucket], -1, 1)

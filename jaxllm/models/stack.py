@@ -1,6 +1,5 @@
 """The stack of layers: one block, declared once for every layer, run in a scan or one after the other."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,27 +16,12 @@ from jaxllm.models.mlp import MLP
 from jaxllm.models.moe import MoE, RouterLosses
 from jaxllm.models.norms import Norm
 from jaxllm.models.remat import remat
+from jaxllm.models.weights import is_per_layer
 from jaxllm.parallel.sharding import constrain
 
 # XLA:CPU is faster on straight code than in a loop; beyond this depth its compile time is not worth it.
 CPU_UNROLL = 8
 FEED_FORWARD = {"mlp": MLP, "moe": MoE}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerLayer:
-  """A parameter of all layers as one array a layer, in place of one array with a leading layer axis."""
-
-  arrays: tuple[Array, ...]
-
-  def __getitem__(self, layer: int) -> Array:
-    return self.arrays[layer]
-
-
-def is_per_layer(value) -> bool:
-  """Whether a parameter is kept layer by layer."""
-  return isinstance(value, PerLayer)
 
 
 class Block(nnx.Module):

@@ -1,21 +1,22 @@
 """The Transformer: embedding, a scanned stack of one block, head."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels.matmul import matmul
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import KVCache, Placement
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init
-from jaxllm.models.linear import parameter, project, rows
+from jaxllm.models.linear import parameter
 from jaxllm.models.moe import RouterLosses
 from jaxllm.models.norms import Norm
 from jaxllm.models.stack import run_blocks, stack_blocks
+from jaxllm.models.weights import dense, project, project_transposed, rows
 from jaxllm.parallel.sharding import constrain
 
 
@@ -47,9 +48,9 @@ class Embedding(nnx.Module):
       x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
     if self.token_types is not None:
       types = jnp.zeros_like(tokens) if token_types is None else token_types
-      x = x + rows(self.token_types[...], types, x.dtype)
+      x = x + rows(self.token_types.get_value(), types, x.dtype)
     if self.c.position == "learned":
-      x = x + rows(self.positions[...], positions + self.c.position_offset, x.dtype)
+      x = x + rows(self.positions.get_value(), positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
       x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
     return x if self.norm is None else self.norm(x)
@@ -138,7 +139,7 @@ class Transformer(nnx.Module):
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
     elif c.position == "relative":
       num_keys = tokens.shape[1] if cache is None else cache.key[0].shape[1]
-      bias = pos.relative_bias(c, self.relative_bias[...], slots, num_keys)
+      bias = pos.relative_bias(c, dense(self.relative_bias.get_value(), jnp.float32), slots, num_keys)
     place = Placement(rope, segment_ids, positions, bias, encoded, encoded_segment_ids)
     x = self.embedding(tokens, positions, token_types, vectors)
     x, cache, losses = run_blocks(self.blocks, c, self.compute, x, place, cache)
@@ -150,11 +151,10 @@ class Transformer(nnx.Module):
     x = self.head.transform(x)
     return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
-  def head_weight(self) -> Float[Array, "D V"]:
-    """The matrix from `head_input` to logits."""
-    if self.head.weight is None:
-      return self.embedding.tokens.get_value().T
-    return self.head.weight.get_value()
+  def head_weight(self) -> tuple[Any, bool]:
+    """The weight from `head_input` to logits, and whether it lies transposed: [V, D] and not [D, V]."""
+    own = self.head.weight
+    return (self.embedding.tokens.get_value(), True) if own is None else (own.get_value(), False)
 
   def head_bias(self) -> Float[Array, " V"] | None:
     """What is added to the logits, if anything."""
@@ -162,14 +162,7 @@ class Transformer(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """float32 logits over the vocabulary, of hidden states."""
-    x = self.head_input(x)
-    backend = self.compute.backend("matmul")
-    if self.head.weight is None and isinstance(tokens := self.embedding.tokens.get_value(), jax.Array):
-      logits = matmul(x, tokens, backend=backend, transposed=True).astype(jnp.float32)
-    else:
-      logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
-    if self.config.head_bias:
-      logits = logits + self.head_bias()
+    logits = self._multiplied(self.head_input(x))
     if self.config.logit_softcap is not None:
       logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
     return constrain(logits, "batch", "seq", "vocab")
@@ -192,8 +185,13 @@ class Transformer(nnx.Module):
     if self.config.head not in ("sequence", "token"):
       raise ConfigError(f"a model with the head {self.config.head!r} (model.head) has no labels to choose from")
     x = self.pooled(x, segment_ids) if self.config.head == "sequence" else self.head.transform(x)
-    backend = self.compute.backend("matmul")
-    logits = project(x, self.head_weight(), backend=backend).astype(jnp.float32)
+    return self._multiplied(x)
+
+  def _multiplied(self, x: Float[Array, "*B D"]) -> Float[Array, "*B outputs"]:
+    """float32 x times the head's matrix, and its bias."""
+    weight, transposed = self.head_weight()
+    product, axes = (project_transposed, ("vocab", "embed")) if transposed else (project, self.head.axes)
+    logits = product(x, weight, self.compute, axes).astype(jnp.float32)
     return logits + self.head_bias() if self.config.head_bias else logits
 
 

@@ -39,7 +39,9 @@ class Objective:
   name: ClassVar[str]  # objective.name
   architectures: ClassVar[tuple[str, ...]]  # the values of model.architecture that work
   heads_and_tasks: ClassVar[tuple[tuple[str, str], ...]]  # of model.head and data.task together
-  others: ClassVar[tuple[str, ...]] = ()  # models it needs besides "policy"; they are frozen
+  # Models it needs besides "policy", which are frozen. One with a field of its name is read from the path in it; with
+  # an empty path, or without a field, it is the policy as it began, which costs no memory under adapters.
+  others: ClassVar[tuple[str, ...]] = ()
   routers: ClassVar[bool] = False  # whether it adds the losses of routers, which a model with experts needs
   writes_text: ClassVar[bool] = False  # whether the model continues text: it is sampled from, and has bits per byte
 

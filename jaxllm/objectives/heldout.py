@@ -13,15 +13,14 @@ def heldout_metrics(
   objective: Objective,
   metric_sums: Callable[[Batch], Metrics],
   batches: Iterable[Batch],
-  text_bytes: float | None = None,
   prefix: str = "eval/",
 ) -> dict[str, float]:
   """The objective's `figures` over all batches, each name with `prefix` before it.
 
   Args:
     metric_sums: the metrics of a batch; sums over all hosts.
-    batches: everything that is held out, once.
-    text_bytes: of the text that the targets stand for.
+    batches: everything that is held out, once; its `bytes`, if it has any, are those of the text that the targets
+      stand for.
   """
   sums: list[Metrics] = []
   for batch in batches:
@@ -30,7 +29,7 @@ def heldout_metrics(
     # threads that the collectives of those before them need: hosts then wait for each other for ever.
     jax.block_until_ready(sums[-2:-1])
   totals = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
-  return {prefix + name: value for name, value in objective.figures(totals, text_bytes).items()}
+  return {prefix + name: value for name, value in objective.figures(totals, getattr(batches, "bytes", None)).items()}
 
 
 def describe(metrics: dict[str, Any], prefix: str = "eval/") -> str:

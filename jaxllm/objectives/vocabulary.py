@@ -3,6 +3,7 @@
 from jaxtyping import Array, Float
 
 from jaxllm.models.transformer import Transformer
+from jaxllm.models.weights import dense
 from jaxllm.objectives.base import Batch, Loss
 from jaxllm.parallel.head_loss import cross_entropy
 
@@ -14,18 +15,17 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
     z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).
   """
   hidden = model.head_input(hidden)
-  head, layout, compute = model.head_weight(), "dv", model.compute
-  if model.config.tie_embeddings:  # as it lies in memory
-    head, layout = head.T, "vd"
+  weight, transposed = model.head_weight()
+  compute = model.compute
   sums = cross_entropy(
     hidden,
-    head,
+    dense(weight),
     batch["targets"],
     batch["loss_weights"],
     bias=model.head_bias(),
     z_loss=z_loss,
     softcap=model.config.logit_softcap,
-    head_layout=layout,
+    head_layout="vd" if transposed else "dv",
     backend=compute.cross_entropy,
     target=compute.target,
   )

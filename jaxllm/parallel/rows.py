@@ -17,12 +17,12 @@ from jaxllm.parallel.sharding import activation_context, constrain, partition_sp
 
 
 def add_rows(
-  vectors: Float[Array, "B T D"], ids: Int[Array, "B T"], count: int, axis: str | None
+  vectors: Float[Array, "B T D"], ids: Int[Array, "B T"], count: int, axis: str | None, columns: str | None = "embed"
 ) -> Float[Array, "count D"]:
   """A table whose row i is the float32 sum of the vectors with id i; ids outside the table are left out.
 
   Args:
-    axis: the logical axis of the table's rows; that of its columns is "embed".
+    axis: the logical axis of the table's rows. columns: that of its columns.
   """
 
   def total(vectors, ids, first, count):
@@ -34,7 +34,7 @@ def add_rows(
     return total(vectors, ids, 0, count)
   mesh, rules = context
   ways = lambda axes: math.prod(mesh.shape[a] for a in axes)  # noqa: E731
-  of_tokens, exchanged = (*rules.batch, *rules.seq), rules.embed
+  of_tokens, exchanged = (*rules.batch, *rules.seq), getattr(rules, columns) if columns else ()
   of_rows = getattr(rules, axis) if axis else ()
   divides = not (ids.shape[0] % ways(rules.batch) or ids.shape[1] % ways(rules.seq))
   if not divides or not set(exchanged) <= set(of_tokens) or set(of_rows) & set(of_tokens):
@@ -52,6 +52,6 @@ def add_rows(
 
   tokens = partition_spec(("batch", "seq"), rules)
   run = jax.shard_map(
-    local, mesh=mesh, in_specs=(PartitionSpec(*tokens, None), tokens), out_specs=partition_spec((axis, "embed"), rules)
+    local, mesh=mesh, in_specs=(PartitionSpec(*tokens, None), tokens), out_specs=partition_spec((axis, columns), rules)
   )
   return run(vectors, ids)

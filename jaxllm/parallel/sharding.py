@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from typing import Any
 
 import jax
@@ -42,13 +43,10 @@ def partition_spec(axes: LogicalAxes, rules: AxisRules, name: str = "array") -> 
 def check_divisible(shape: tuple[int, ...], axes: LogicalAxes, mesh: Mesh, rules: AxisRules, name: str) -> None:
   """Raises ConfigError when a dimension does not divide evenly over its mesh axes."""
   for size, axis in zip(shape, axes, strict=True):
-    ways = 1
-    for mesh_axis in getattr(rules, axis) if axis else ():
-      ways *= mesh.shape[mesh_axis]
-    if size % ways:
+    if size % (count := ways(axis, mesh, rules)):
       raise ConfigError(
         f"{name}: its {axis} dimension of {size} does not divide over mesh.{'*'.join(getattr(rules, axis))} = "
-        f"{ways}; change the mesh or the model"
+        f"{count}; change the mesh or the model"
       )
 
 
@@ -56,12 +54,12 @@ def param_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: AxisRules) -> Any
   """A NamedSharding for every parameter, in a tree like `shapes`.
 
   Args:
-    shapes: nested dict of arrays or ShapeDtypeStructs.
-    axes: nested dict of the same shape, a LogicalAxes tuple for each parameter.
+    shapes: a tree of arrays or ShapeDtypeStructs.
+    axes: the same tree of LogicalAxes tuples.
   """
 
   def one(path, leaf, names):
-    name = "/".join(str(k.key) for k in path)
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = partition_spec(names, rules, name)
     check_divisible(leaf.shape, names, mesh, rules, name)
     return NamedSharding(mesh, spec)
@@ -108,3 +106,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
     return x
   mesh, rules = context
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, "activation")))
+
+
+def ways(axis: str | None, mesh: Mesh, rules: AxisRules) -> int:
+  """Over how many devices the mesh splits a logical axis."""
+  return math.prod(mesh.shape[mesh_axis] for mesh_axis in getattr(rules, axis)) if axis else 1

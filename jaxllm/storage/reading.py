@@ -62,11 +62,12 @@ def restore_params(
 
 
 def open_params(path: str | os.PathLike, step: int | None = None) -> dict[str, StoredArray]:
-  """The weights of a run's newest good step, or of `step`, by path; each is read when it is asked for.
+  """The weights in a directory of checkpoints, of its newest good step or of `step`, by path; each is read when it is
+  asked for.
 
   Raises CheckpointError like `Checkpoints.restore`.
   """
-  directory = Path(path).absolute() / "checkpoints"
+  directory = Path(path).absolute()
   step, manifest = good_step(directory, step, "params")
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   saved = {name: leaf for name, leaf in manifest.tree.items() if name.startswith("params/")}

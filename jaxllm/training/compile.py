@@ -1,58 +1,92 @@
 """The train step as a compiled program: what is sharded how, and what it costs before it runs."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
-from jaxllm.models.build import declare, init_params
+from jaxllm.models.build import Params, declare, init_params
 from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
+from jaxllm.models.weights import combine, map_weights, part_axes, partition, with_keys, without_adapters
 from jaxllm.objectives.base import Objective
 from jaxllm.objectives.causal_lm import CausalLM
-from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import target_of
 from jaxllm.parallel.sharding import (
   activation_sharding,
   batch_sharding,
   param_shardings,
   replicated,
+  ways,
 )
+from jaxllm.peft.base import Full, Peft
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
 from jaxllm.training.optimizer import make_optimizer, state_shardings
+from jaxllm.training.param_rules import plan_params
 from jaxllm.training.schedules import make_schedule
+from jaxllm.training.start import Loaded, Start
 from jaxllm.training.state import TrainState, init_state
 from jaxllm.training.step import make_train_step
+
+Frozen = dict[str, Any]  # model name -> its arrays that no step changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Everything static about a run's computation; nothing in it holds memory on a device."""
+  """Everything static about a run's computation; nothing in it holds memory on a device.
+
+  `frozen` has what no step changes: under "policy" the arrays of the model that are not trained, and each other model
+  of the objective whole. `loaded` has what a run begins with: parameters by path, of the policy those that are not to
+  be fresh, and of the other models that have files.
+  """
 
   model: ModelConfig
   compute: Compute
   mesh: Mesh
   graph: nnx.GraphDef
-  axes: Any  # logical axes of every parameter
+  params: Params  # of the policy, all of them: ShapeDtypeStructs with shardings
   state: TrainState  # ShapeDtypeStructs with shardings
-  batch: dict[str, jax.ShapeDtypeStruct]
-  init: Any  # jitted: key -> TrainState
-  step: Any  # jitted: (state, batch) -> (state, metrics)
-  evaluate: Any  # jitted: (params, batch) -> the objective's metrics as (sum, weight), "nll" in nats among them
+  frozen: Frozen  # the same
+  loaded: Loaded  # the same: what `init` wants
+  batch: Any
+  init: Any  # jitted: (key, loaded) -> (state, frozen)
+  init_frozen: Any  # jitted: (key, loaded) -> frozen, for a run that has its state already
+  step: Any  # jitted: (state, frozen, batch) -> (state, metrics)
+  evaluate: Any  # jitted: (trained, frozen, batch) -> the objective's metrics as (sum, weight)
+
+  @property
+  def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays [B, T] of token ids that a step reads."""
+    found = jax.tree_util.tree_leaves_with_path(self.batch)
+    named = [(jax.tree_util.keystr(path[-1:], simple=True), leaf) for path, leaf in found]
+    return tuple(leaf for wanted in ("inputs", "encoder_inputs") for name, leaf in named if name == wanted)
 
   @property
   def row_lengths(self) -> tuple[int, ...]:
     """Positions of a row; of an encoder-decoder the decoder's, then the encoder's."""
-    return tuple(self.batch[name].shape[1] for name in ("inputs", "encoder_inputs") if name in self.batch)
+    own = self.batch.get("chosen", self.batch)
+    return tuple(own[name].shape[1] for name in ("inputs", "encoder_inputs") if name in own)
 
   @property
   def tokens_per_step(self) -> int:
-    """Positions that a step reads, padding included; of an encoder-decoder on both sides."""
-    return self.batch["inputs"].shape[0] * sum(self.row_lengths)
+    """Positions that a step reads, padding included; of an encoder-decoder on both sides, of pairs in both rows."""
+    return sum(math.prod(leaf.shape) for leaf in self.inputs)
+
+  @property
+  def arguments(self) -> tuple[TrainState, Frozen, Any]:
+    """What `step` takes, as shapes."""
+    return self.state, self.frozen, self.batch
+
+  def policy(self, trained: Any, frozen: Frozen) -> Params:
+    """All parameters of the model that is trained."""
+    return combine(trained, frozen["policy"])
 
 
 def make_program(
@@ -64,6 +98,8 @@ def make_program(
   objective: Objective = CausalLM(),
   data: DataConfig = DataConfig(),
   compute_config: ComputeConfig = ComputeConfig(),
+  peft: Peft = Full(),
+  start: Start = Start(),
 ) -> Program:
   """Builds the jitted functions of a run; nothing is compiled or allocated yet.
 
@@ -72,61 +108,116 @@ def make_program(
   """
   compute = compute_config.on(target_of(mesh), mesh.size)
   rules = mesh_config.rules
-  graph, shapes, axes = declare(model, compute)
-  shardings = param_shardings(shapes, axes, mesh, rules)
-  optimizer = make_optimizer(optimizer_config, training.steps, shapes, shardings)
+  graph, stored_shapes, axes = declare(model, compute)
+  stored_shapes = start.with_stored_dtypes(stored_shapes)
+
+  def adapt(params, key):
+    return peft.adapt(start.quantize(params), key)
+
+  shapes = jax.eval_shape(adapt, stored_shapes, jax.random.key(0))
+  params = _placed(shapes, axes, mesh, rules)
+  plans = plan_params(optimizer_config, shapes, peft.trained(shapes, start.is_fresh))
+  is_trained = jax.tree.unflatten(jax.tree.structure(shapes), [plan.algorithm != "frozen" for plan in plans])
+  trained_shapes = partition(shapes, is_trained)[0]
+  shardings = partition(jax.tree.map(lambda leaf: leaf.sharding, params), is_trained)[0]
+  optimizer = make_optimizer(
+    optimizer_config, training.steps, trained_shapes, shardings, [p for p in plans if p.algorithm != "frozen"]
+  )
   schedule = make_schedule(optimizer_config, training.steps)
 
-  def loss_fn(params, batch, key):
-    return objective({"policy": nnx.merge(graph, params)}, batch, key)
+  # The objective's other models: from files, or the policy as it began.
+  others = {name: declare(config, compute) for name, config in start.others.items()}
+  as_begun = set(objective.others) - set(others)
+  shared = as_begun if peft.adapters_only else set()  # it is there still, under the adapters
+  copied = as_begun - shared
 
-  step = make_train_step(loss_fn, optimizer, schedule, training, compute, optimizer_config)
+  def init(key, loaded):
+    began = start.quantize(start.filled(init_params(model, key), loaded.get("policy", {})))
+    trained, frozen = partition(peft.adapt(began, key), is_trained)
+    trained = jax.tree.map(lambda w: w.astype(jnp.float32), trained)
+    models = {"policy": frozen} | {name: jax.tree.map(jnp.copy, began) for name in copied}
+    models |= {name: traverse_util.unflatten_dict(loaded[name], sep="/") for name in others}
+    return init_state(trained, optimizer, training, compute, optimizer_config), models
 
-  def train_step(state, batch):  # the name that dumps and profiles show
+  def models(trained, frozen, key=None):
+    params = combine(trained, frozen["policy"])
+    found = {"policy": nnx.merge(graph, params if key is None else with_keys(params, key))}
+    found |= {name: nnx.merge(graph, without_adapters(jax.lax.stop_gradient(params))) for name in shared}
+    found |= {name: nnx.merge(graph, frozen[name]) for name in copied}
+    return found | {name: nnx.merge(other[0], frozen[name]) for name, other in others.items()}
+
+  def train_step(state, frozen, batch):  # the name that dumps and profiles show
+    def loss_fn(trained, batch, key):
+      return objective(models(trained, frozen, key), batch, key)
+
+    step = make_train_step(loss_fn, optimizer, schedule, training, compute, optimizer_config)
     with activation_sharding(mesh, rules):
       return step(state, batch)
 
-  def init(key):
-    return init_state(init_params(model, key), optimizer, training, compute, optimizer_config)
-
-  def evaluate(params, batch):
+  def evaluate(trained, frozen, batch):
     with activation_sharding(mesh, rules):
-      return objective({"policy": nnx.merge(graph, params)}, batch).metrics
+      return objective(models(trained, frozen), batch).metrics
 
-  batch_ways = math.prod(mesh.shape[axis] for axis in rules.batch)
-  if training.batch_size // training.accumulation % batch_ways:
-    raise ConfigError(
-      f"training.batch_size {training.batch_size} in {training.accumulation} micro-batches does not divide over "
-      f"{' x '.join('mesh.' + axis for axis in rules.batch)} = {batch_ways} devices; change one of them"
-    )
+  # Rows of the batch
   row = objective.row(data, training.seq_len)
-  if training.seq_len % (seq_ways := math.prod(mesh.shape[axis] for axis in rules.seq)):
-    raise ConfigError(f"training.seq_len {training.seq_len} does not divide over mesh.context")
-  if len(row["positions"]) % seq_ways:
-    raise ConfigError(f"rows of {len(row['positions'])} targets (data.target_len) do not divide over mesh.context")
-  abstract = jax.eval_shape(init, jax.random.key(0))
-  specs = state_shardings(abstract, shapes, shardings)
+  _check_batch(row, training, mesh, rules)
+  batch = jax.tree.map(
+    lambda entry: jax.ShapeDtypeStruct(
+      (training.batch_size, *entry.shape), entry.dtype, sharding=batch_sharding(mesh, rules, 1 + entry.ndim)
+    ),
+    row,
+  )
+
+  # What lies where
+  began = _placed(jax.eval_shape(start.quantize, stored_shapes), axes, mesh, rules)
+  teachers = {name: _placed(start.teacher_shapes(name), other[2], mesh, rules) for name, other in others.items()}
+  is_frozen = not all(jax.tree.leaves(is_trained)) or bool(copied)
+  loaded = start.from_files(began, teachers, keep_fresh=is_frozen)
+  abstract, _ = jax.eval_shape(init, jax.random.key(0), loaded)
+  specs = state_shardings(abstract, trained_shapes, shardings)
   state = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, specs)
-  batch_shardings = {name: batch_sharding(mesh, rules, 1 + entry.ndim) for name, entry in row.items()}
-  batch = {
-    name: jax.ShapeDtypeStruct((training.batch_size, *entry.shape), entry.dtype, sharding=batch_shardings[name])
-    for name, entry in row.items()
-  }
+  frozen = {"policy": partition(params, is_trained)[1]}
+  frozen |= {name: began for name in copied} | teachers
+  sharding_of = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
   whole = replicated(mesh)
   return Program(
     model=model,
     compute=compute,
     mesh=mesh,
     graph=graph,
-    axes=axes,
+    params=params,
     state=state,
+    frozen=frozen,
+    loaded=loaded,
     batch=batch,
-    init=jax.jit(init, out_shardings=specs),
+    init=jax.jit(init, out_shardings=(specs, sharding_of(frozen))),
+    init_frozen=jax.jit(lambda key, loaded: init(key, loaded)[1], out_shardings=sharding_of(frozen)),
     step=jax.jit(
       train_step,
-      in_shardings=(specs, batch_shardings),
+      in_shardings=(specs, sharding_of(frozen), sharding_of(batch)),
       out_shardings=(specs, whole),
       donate_argnums=0,
     ),
-    evaluate=jax.jit(evaluate, in_shardings=(shardings, batch_shardings), out_shardings=whole),
+    evaluate=jax.jit(evaluate, in_shardings=(shardings, sharding_of(frozen), sharding_of(batch)), out_shardings=whole),
   )
+
+
+def _placed(shapes: Params, axes: Any, mesh: Mesh, rules: AxisRules) -> Params:
+  """Shapes with the shardings that their matrices' logical axes have."""
+  parts = map_weights(lambda w, names: part_axes(w, names, lambda axis: ways(axis, mesh, rules)), shapes, axes)
+  shardings = param_shardings(shapes, parts, mesh, rules)
+  return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def _check_batch(row: Any, training: TrainingConfig, mesh: Mesh, rules: AxisRules) -> None:
+  batch_ways, seq_ways = ways("batch", mesh, rules), ways("seq", mesh, rules)
+  if training.batch_size // training.accumulation % batch_ways:
+    raise ConfigError(
+      f"training.batch_size {training.batch_size} in {training.accumulation} micro-batches does not divide over "
+      f"{' x '.join('mesh.' + axis for axis in rules.batch)} = {batch_ways} devices; change one of them"
+    )
+  if training.seq_len % seq_ways:
+    raise ConfigError(f"training.seq_len {training.seq_len} does not divide over mesh.context")
+  for length in {leaf.shape[0] for leaf in jax.tree.leaves(row) if leaf.ndim}:
+    if length % seq_ways:
+      raise ConfigError(f"rows of {length} targets (data.target_len) do not divide over mesh.context")

@@ -10,6 +10,8 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
+from jaxllm.peft.base import Full
+from jaxllm.peft.registry import AnyPeft
 from jaxllm.storage.config import CheckpointConfig
 
 
@@ -109,10 +111,28 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelInitConfig:
+  """What the weights are before the first step; without a path they are fresh, drawn from training.seed."""
+
+  path: str = ""  # a model in any form that jaxllm.load_model reads; its config is the model group's default
+  adapter: str = ""  # of a PEFT LoRA adapter that is merged into it
+  step: int | None = None  # of a training run; None: the latest
+  quantize: Literal["int8", "int4", "nf4", "fp8"] | None = None  # the layers' matrices, which are frozen then
+  group_size: int | None = 64  # weights that share a scale; None: those of an output feature
+
+  def __post_init__(self):
+    for name in ("adapter", "step"):
+      if getattr(self, name) and not self.path:
+        raise ConfigError(f"model_init.{name} is set, but model_init.path is not: there is no model that it belongs to")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """Everything a job needs to know, one field per config group."""
 
   model: ModelConfig = ModelConfig()
+  model_init: ModelInitConfig = ModelInitConfig()
+  peft: AnyPeft = Full()
   data: DataConfig = DataConfig()
   objective: AnyObjective = CausalLM()
   compute: ComputeConfig = ComputeConfig()

@@ -13,18 +13,17 @@ import jax.numpy as jnp
 
 from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.settings import to_mapping
-from jaxllm.data.heldout import HeldoutBatches, heldout_batches
 from jaxllm.data.manifest import open_prepared
-from jaxllm.data.pipeline import TrainBatches, train_batches
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.kernels.cpu_ffi import keep_memory_resident
-from jaxllm.models.build import check_model_on_mesh
+from jaxllm.models.build import Params, check_model_on_mesh, init_params
 from jaxllm.objectives.heldout import describe, heldout_metrics
 from jaxllm.parallel import agreement
 from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.storage.checkpoints import Checkpoints
-from jaxllm.training.compile import Program, make_program
+from jaxllm.training.batches import Batches, MakeBatches, disk_batches
+from jaxllm.training.compile import Frozen, Program, make_program
 from jaxllm.training.config import RunConfig
 from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger
@@ -33,6 +32,7 @@ from jaxllm.training.progress import Progress, print_table
 from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
+from jaxllm.training.start import begun, keep_record, open_start, settled, start_record
 from jaxllm.training.startup import startup_table
 from jaxllm.training.state import TrainState
 from jaxllm.training.trackers import flatten, make_trackers
@@ -44,8 +44,11 @@ class TrainingStopped(UserError):
   """The run met a step that it must not take; the last good state is saved."""
 
 
-def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
+def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batches) -> dict[str, Any]:
   """Trains as `run` says in `workdir`, from its last checkpoint if it has one; all processes of a job call it.
+
+  Args:
+    make_batches: what the batches come from; by default the prepared data.
 
   Returns:
     The last value of every metric, "step", and "stopped": whether a signal ended the run early.
@@ -62,7 +65,12 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
   if mesh.devices.flat[0].platform == "cpu":
     keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
-  program = make_program(run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute)
+  with agreement.together():
+    init = settled(run.model_init)
+    start = open_start(run.model, init, run.objective)
+  program = make_program(
+    run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute, run.peft, start
+  )
 
   # From what: every host reads its own rows of one and the same data.
   with agreement.together():
@@ -73,19 +81,9 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
         f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
         f"{run.model.vocab_size}; raise it"
       )
-    shared = dict(
-      batch_size=training.batch_size,
-      seq_len=training.seq_len,
-      decoder_start_id=run.model.decoder_start_id,
-      rows=local_rows(program.batch),
-      prepared=prepared,
-    )
-    batches = train_batches(run.data, **shared, seed=training.seed)
-    heldout = None  # where nothing is held out there is nothing to evaluate
-    if prepared.total("heldout", "documents"):
-      heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)
+    batches = make_batches(program, run, prepared)
   # Of what is "auto" the run says what it came to, which a resumed one keeps.
-  settings["compute"]["dtype"] = program.compute.dtype
+  settings["compute"]["dtype"], settings["model_init"]["step"] = program.compute.dtype, init.step
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
   with contextlib.ExitStack() as stack:
@@ -98,16 +96,22 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
     checkpoints = enter(Checkpoints(directory / "checkpoints", run.checkpoint))
     profiler = enter(Profiler(run.profile, directory))
 
-    # Where it starts: the last good checkpoint, or fresh weights.
+    # Where it starts: the last good checkpoint, or fresh weights, or those of a model; what is frozen comes from there.
+    key = jax.random.key(training.seed)
+    if jax.tree.leaves(program.frozen):
+      agreement.first_does(lambda: keep_record(directory, start_record(start, program.params)))
+    loaded = begun(directory, start, program.loaded, lambda: init_params(run.model, key, mesh, run.mesh.rules))
     if checkpoints.latest_step() is None:
-      resumed, step, state = None, 0, program.init(jax.random.key(training.seed))
+      resumed, step = None, 0
+      state, frozen = program.init(key, loaded)
     else:
+      frozen = program.init_frozen(key, loaded)
       step, state, data_state = checkpoints.restore(program.state)
       batches.set_state(data_state)
       resumed = step
       logger.info("resuming from step %d", step)
     began = time.monotonic()
-    lowered = program.step.lower(program.state, program.batch)
+    lowered = program.step.lower(*program.arguments)
     if jax.process_count() > 1:
       text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
       agreement.check_same({"its digest": text}, "the compiled step (versions, environment variables)")
@@ -121,9 +125,8 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       settings=run,
       program=program,
       compiled=compiled,
-      rows=shared["rows"],
+      rows=local_rows(program.batch),
       batches=batches,
-      heldout=heldout,
       tokenizer=tokenizer,
       stop=stop,
       checkpoints=checkpoints,
@@ -131,6 +134,7 @@ def train(run: RunConfig, workdir: Path) -> dict[str, Any]:
       metrics=metrics,
       progress=enter(Progress(training.steps)),
       meter=enter(Meter(program)),
+      frozen=frozen,
       state=state,
       step=step,
       saved=resumed,
@@ -154,8 +158,7 @@ class Run:
   program: Program
   compiled: jax.stages.Compiled
   rows: tuple[int, ...]  # of each batch that this process reads
-  batches: TrainBatches
-  heldout: HeldoutBatches | None
+  batches: Batches
   tokenizer: Tokenizer
   stop: StopRequest
   checkpoints: Checkpoints
@@ -164,6 +167,7 @@ class Run:
   progress: Progress
   meter: Meter
 
+  frozen: Frozen
   state: TrainState
   step: int  # steps dispatched so far
   saved: int | None  # the step of the newest checkpoint
@@ -185,12 +189,14 @@ class Run:
       self.act()
       if self.stopped:
         break
-      batch = next(self.batches, None)
+      batch = self.batches.next(self.policy)
       if batch is None:
         logger.info("the data ended at step %d, after %g epochs", self.step, self.batches.epochs)
         break
       self.profiler.before_step()
-      self.state, device_metrics = self.compiled(self.state, put_batch(batch, self.program.batch, self.rows))
+      self.state, device_metrics = self.compiled(
+        self.state, self.frozen, put_batch(batch, self.program.batch, self.rows)
+      )
       self.meter.dispatched(device_metrics)
       self.profiler.after_step(device_metrics)
       self.step += 1
@@ -200,6 +206,10 @@ class Run:
         self.finish(*self.running)
       self.running = self.step, device_metrics
       self.ask()  # while the devices compute
+
+  def policy(self) -> Params:
+    """The parameters of the model that is trained, the frozen ones too."""
+    return self.program.policy(self.state.params, self.frozen)
 
   def ask(self) -> None:
     """Whether any process was told to stop: all hear the same answer, and no device waits for it."""
@@ -272,7 +282,7 @@ class Run:
 
   def evaluate(self) -> None:
     """Held-out loss, of the averaged weights too where there are any; once a step."""
-    if self.heldout is None or "eval/loss" in self.measured.get(self.step, {}):
+    if self.batches.heldout is None or "eval/loss" in self.measured.get(self.step, {}):
       return
     with contextlib.suppress(_StoppedMeanwhile):
       self._evaluate(self.state.params, "eval/")
@@ -284,9 +294,9 @@ class Run:
       self.ask()
       if self.stopped:
         raise _StoppedMeanwhile  # a resumed run makes up for it
-      return self.program.evaluate(params, put_batch(batch, self.program.batch, self.rows))
+      return self.program.evaluate(params, self.frozen, put_batch(batch, self.program.batch, self.rows))
 
-    values = heldout_metrics(self.settings.objective, metric_sums, self.heldout, self.heldout.bytes, prefix)
+    values = heldout_metrics(self.settings.objective, metric_sums, self.batches.heldout, prefix)
     self.measured.setdefault(self.step, {}).update(values)
     self.latest.update(values)
     self.metrics.log(self.step, values)
@@ -295,7 +305,7 @@ class Run:
   def sample(self) -> None:
     """Text that the model writes."""
     if self.settings.objective.writes_text and not self.metrics.has_text(self.step, "sample"):
-      text = sample_text(self.program, self.state.params, self.tokenizer, self.settings.training)
+      text = sample_text(self.program, self.policy(), self.tokenizer, self.settings.training)
       if text:
         self.metrics.log_text(self.step, "sample", text)
 

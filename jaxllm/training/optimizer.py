@@ -1,6 +1,7 @@
 """Optimizers: optax's transformations, dealt out to the parameters by their plans."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -19,18 +20,20 @@ def make_optimizer(
   total_steps: int,
   params_shapes: PyTree,
   shardings: PyTree[NamedSharding] | None = None,
+  plans: Sequence[ParamPlan] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """Builds the optimizer for parameters of these shapes (arrays or `jax.eval_shape`'s output).
+  """Builds the optimizer for trained parameters of these shapes (arrays or `jax.eval_shape`'s output).
 
   `update(grads, state, params, step=step)` returns updates to add to `params`. The learning rate is the
   schedule's at `step`, which goes on through skipped steps, while moments and their bias correction count
   the updates that were made. With `shardings`, a tree like the parameters, Muon moves the matrices between
-  devices itself; without them XLA gathers every matrix that is split.
+  devices itself; without them XLA gathers every matrix that is split. `plans` are those of the parameters, by default
+  what `plan_params` makes of them.
 
   Raises:
     ConfigError: see `plan_params`.
   """
-  plans = plan_params(config, params_shapes)
+  plans = plan_params(config, params_shapes) if plans is None else plans
   schedule = make_schedule(config, total_steps)
   # Muon's matrices follow the same curve up to their own peak.
   muon_schedule = make_schedule(dataclasses.replace(config, learning_rate=config.muon_learning_rate), total_steps)
@@ -45,16 +48,12 @@ def make_optimizer(
 
 def _label(plan: ParamPlan) -> str:
   """Parameters with the same label share a transformation."""
-  if plan.algorithm == "frozen":
-    return "frozen"
   return f"{plan.algorithm}, stacked along {plan.stack_axes} axes, lr x {plan.lr_scale:g}, decay {plan.weight_decay:g}"
 
 
 def _transform(
   config: OptimizerConfig, plan: ParamPlan, schedule: Schedule, shardings: PyTree[NamedSharding] | None
 ) -> optax.GradientTransformation:
-  if plan.algorithm == "frozen":
-    return optax.set_to_zero()
   if plan.algorithm == "adamw":  # Loshchilov and Hutter, arXiv 1711.05101
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
   elif plan.algorithm == "lion":  # Chen et al., arXiv 2302.06675

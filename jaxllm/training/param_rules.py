@@ -9,10 +9,10 @@ import re
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.models.weights import map_weights, trained_parts
 from jaxllm.training.config import OptimizerConfig
 
 _EMBEDDING = re.compile(r"(^|/)embedding(/|$)")
@@ -40,14 +40,14 @@ def param_paths(params: PyTree) -> list[str]:
   ]
 
 
-def plan_params(config: OptimizerConfig, params: PyTree) -> list[ParamPlan]:
-  """Returns one ParamPlan per leaf of `params` (arrays or ShapeDtypeStructs), in leaf order.
+def plan_params(config: OptimizerConfig, params: PyTree, trained: PyTree[bool] | None = None) -> list[ParamPlan]:
+  """Returns one ParamPlan per array of `params` (or ShapeDtypeStructs; of a weight one per part), in leaf order.
 
   Matrices decay; norm scales, biases, embeddings and other vectors do not. `config.rules` come first:
   a rule applies where its pattern is found in the path (`re.search`; anchor it with ^ and $ if needed) and
-  no earlier rule applied; its weight_decay of None keeps what the parameter would have had. Integer
-  leaves (quantized weights) and those with lr_scale 0 are frozen. Under muon, embeddings, heads, norms
-  and biases take adamw, as Jordan (2024) recommends.
+  no earlier rule applied; its weight_decay of None keeps what the parameter would have had. Arrays that are not
+  `trained` (by default quantized weights and what adapters stand beside) and those with lr_scale 0 are frozen. Under
+  muon, embeddings, heads, norms and biases take adamw, as Jordan (2024) recommends.
 
   Raises:
     ConfigError: a rule's pattern is no regular expression, applies to no parameter, or its lr_scale is
@@ -64,10 +64,11 @@ def plan_params(config: OptimizerConfig, params: PyTree) -> list[ParamPlan]:
 
   used = set()
   plans = []
-  for path, leaf in zip(param_paths(params), jax.tree.leaves(params), strict=True):
+  trained = map_weights(trained_parts, params) if trained is None else trained
+  for path, leaf, train in zip(param_paths(params), jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
     index = next((i for i, pattern in enumerate(patterns) if pattern.search(path)), None)
     used.add(index)
-    plans.append(_plan(config, None if index is None else config.rules[index], path, leaf))
+    plans.append(_plan(config, None if index is None else config.rules[index], path, leaf, train))
 
   for i, rule in enumerate(config.rules):
     if i not in used:
@@ -80,7 +81,7 @@ def plan_params(config: OptimizerConfig, params: PyTree) -> list[ParamPlan]:
   return plans
 
 
-def _plan(config, rule, path, leaf) -> ParamPlan:
+def _plan(config, rule, path, leaf, train) -> ParamPlan:
   stacked = "blocks" in path.split("/")
   vector_by_name = bool(_NORM_SCALE.search(path) or _BIAS.search(path))
   matrix = leaf.ndim - stacked >= 2 and not vector_by_name
@@ -94,7 +95,7 @@ def _plan(config, rule, path, leaf) -> ParamPlan:
   algorithm = config.name
   if algorithm == "muon" and (not matrix or _EMBEDDING.search(path) or _HEAD.search(path)):
     algorithm = "adamw"
-  if lr_scale == 0 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+  if lr_scale == 0 or not train:
     algorithm = "frozen"
   return ParamPlan(
     path=path,

@@ -1,23 +1,10 @@
-"""Mixed precision: parameters cast to the compute dtype, and dynamic loss scaling for float16."""
+"""Dynamic loss scaling, which float16 needs."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
-
-
-def cast_params(params: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
-  """Casts every floating leaf of `params` to `dtype`; integer leaves (quantized weights) stay.
-
-  Norm scales are cast too: norms compute in float32 inside, and one dtype for all leaves keeps the
-  gradients' communication in that dtype.
-  """
-
-  def cast(leaf):
-    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-  return jax.tree.map(cast, params)
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass

@@ -7,11 +7,11 @@ import jax
 from jaxllm.base.chips import CHIPS
 from jaxllm.data.manifest import Prepared
 from jaxllm.kernels import backends
+from jaxllm.models.weights import adapted_paths, num_parameters
 from jaxllm.parallel.mesh import target_of
 from jaxllm.training import flops
 from jaxllm.training.compile import Program
 from jaxllm.training.config import RunConfig
-from jaxllm.training.param_rules import plan_params
 
 
 def startup_table(
@@ -19,16 +19,15 @@ def startup_table(
 ) -> list[tuple[str, str]]:
   """(name, value) rows: parameters, mesh, memory per device, FLOPs, kernels, data."""
   training, compute = run.training, program.compute
-  shapes = jax.tree.leaves(program.state.params)
-  total = sum(math.prod(leaf.shape) for leaf in shapes)
-  plans = plan_params(run.optimizer, program.state.params)
-  trained = sum(math.prod(leaf.shape) for leaf, plan in zip(shapes, plans) if plan.algorithm != "frozen")
+  total, trained = num_parameters(program.params), num_parameters(program.state.params)
+  adapted = [path.removesuffix("/weight") for path in adapted_paths(program.params)]
   active = ""
   if program.model.moe is not None:
     active = f"; a token is multiplied by {flops.matmul_parameters(program.model):,}"
   axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
   state_bytes = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state)
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves((program.state, program.frozen))
   )
   memory = compiled.memory_analysis()
   per_token = flops.row_flops(program.model, *program.row_lengths)
@@ -37,6 +36,7 @@ def startup_table(
   train_tokens = prepared.total("train", "tokens")
   rows = [
     ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%}){active}"),
+    *([("adapters", f"{run.peft.name} on {', '.join(adapted)}")] if adapted else []),
     ("objective", f"{run.objective.name} of {run.data.task}"),
     ("mesh", f"{program.mesh.size} x {compute.target}" + (f": {axes}" if axes else "")),
     ("state per device", _size(state_bytes)),

@@ -58,7 +58,7 @@ class TrainState:
   """
 
   step: Int[Array, ""]
-  params: PyTree  # float32 master weights
+  params: PyTree  # float32 master weights of what is trained, None for what is not
   opt_state: PyTree
   ema: PyTree | None  # exponential moving average of params
   loss_scale: LossScale | None  # float16 only

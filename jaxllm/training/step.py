@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxllm.models.config import Compute
 from jaxllm.training.config import OptimizerConfig, TrainingConfig
-from jaxllm.training.param_rules import plan_params
-from jaxllm.training.precision import cast_params
 from jaxllm.training.schedules import Schedule
 from jaxllm.training.state import TrainState
 
@@ -32,10 +30,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with shardings and the state donated.
 
-  `loss_fn(params, batch, key)` returns float32 scalars: the sum of the losses, the sum of their weights,
-  and metrics as sums or (sum, weight) pairs. Every sum is divided once, by the weight of the whole global
-  batch, so that neither accumulation nor the number of devices changes the result; a batch without any
-  weight has a zero gradient. `batch` is a pytree of arrays [B, ...]; `params` come in
+  `loss_fn(params, batch, key)` returns float32 scalars: the sum of the losses, the sum of their weights, and metrics
+  as sums or (sum, weight) pairs. `params` are what is trained; what is frozen it knows by itself. Every sum is divided
+  once, by the weight of the whole global batch, so that neither accumulation nor the number of devices changes the
+  result; a batch without any weight has a zero gradient. `batch` is a pytree of arrays [B, ...]; `params` come in
   `compute.reduce_dtype`: as float32 master weights, which the model rounds where it uses them, so that their
   gradients are summed in float32, or in 16 bits, and then their gradients too. The key is derived from
   (training.seed, step, micro-batch).
@@ -55,23 +53,20 @@ def make_train_step(
   seed = training.seed
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    leaves, treedef = jax.tree.flatten(state.params)
-    plans = plan_params(optimizer_config, state.params)
-    trained = [plan.algorithm != "frozen" for plan in plans]
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     scale = state.loss_scale.scale if state.loss_scale is not None else None
 
-    grads, loss_sum, weight_sum, sums = gradients(leaves, treedef, trained, batch, key, scale)
+    grads, (loss_sum, weight_sum, sums) = gradients(state.params, batch, key, scale)
 
     # One scalar turns the sums into the clipped mean gradient, so the update reads each gradient once.
     factor = jnp.where(weight_sum == 0, 0, 1 / jnp.where(weight_sum == 0, 1, weight_sum))
     loss = loss_sum * factor
     if scale is not None:
       factor = factor * _static_loss_divisor(batch, training.accumulation) / scale
-    grad_norm = optax.global_norm([g for g in grads if g is not None]) * factor
+    grad_norm = optax.global_norm(grads) * factor
     if optimizer_config.clip_norm is not None:
       factor = factor * jnp.minimum(1, optimizer_config.clip_norm / jnp.maximum(grad_norm, 1e-30))
-    grads = [jnp.zeros_like(p) if g is None else g * factor for g, p in zip(grads, leaves)]
+    grads = jax.tree.map(lambda g: g * factor, grads)
 
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if scale is None:
@@ -84,29 +79,20 @@ def make_train_step(
     halted = state.halted | bad if training.on_bad_step == "stop" else state.halted
     applied = ~(bad | overflow | halted)
 
-    updates, opt_state = optimizer.update(
-      jax.tree.unflatten(treedef, grads), state.opt_state, state.params, step=state.step
-    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     # The choice between old and new is elementwise, so it joins the update's pass over memory.
     choose = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
-    params = [
-      choose((p + u).astype(p.dtype), p) if train else p
-      for p, u, train in zip(leaves, jax.tree.leaves(updates), trained, strict=True)
-    ]
+    params = jax.tree.map(lambda p, u: choose((p + u).astype(p.dtype), p), state.params, updates)
     ema, decay = state.ema, training.ema_decay
     if decay is not None:
-      averaged = [
-        choose(e + (1 - decay) * (p - e), e) if train else e
-        for e, p, train in zip(jax.tree.leaves(ema), params, trained, strict=True)
-      ]
-      ema = jax.tree.unflatten(treedef, averaged)
+      ema = jax.tree.map(lambda e, p: choose(e + (1 - decay) * (p - e), e), ema, params)
     loss_scale = state.loss_scale
     if loss_scale is not None:
       loss_scale = loss_scale.update(overflow & ~halted, applied, optimizer_config.loss_scale_growth_steps)
 
     new_state = TrainState(
       step=state.step + ~halted,
-      params=jax.tree.unflatten(treedef, params),
+      params=params,
       opt_state=jax.tree.map(choose, opt_state, state.opt_state),
       ema=ema,
       loss_scale=loss_scale,
@@ -118,7 +104,7 @@ def make_train_step(
       "loss": loss,
       "loss_weight": weight_sum,
       "grad_norm": grad_norm,
-      "param_norm": optax.global_norm([p for p, train in zip(params, trained) if train]),
+      "param_norm": optax.global_norm(params),
       "learning_rate": schedule(state.step),
       "skipped": new_state.skipped,
       "halted": halted,
@@ -150,18 +136,14 @@ def _static_loss_divisor(batch: Batch, accumulation: int) -> float:
 def _make_gradients(loss_fn, accumulation: int, reduce_dtype: str):
   """Returns a function that sums gradients, losses and weights over the micro-batches of one batch.
 
-  Gradients are those of the *sum* of the losses (float16: times loss scale / `_static_loss_divisor`),
-  one per leaf, None for frozen ones. Within a micro-batch, tokens and devices are added up in
-  `reduce_dtype`; micro-batches in float32.
+  Gradients are those of the *sum* of the losses (float16: times loss scale / `_static_loss_divisor`). Within a
+  micro-batch, tokens and devices are added up in `reduce_dtype`; micro-batches in float32.
   """
 
-  def gradients(leaves, treedef, trained, batch, key, scale):
-    if reduce_dtype != "float32":
-      leaves = cast_params(leaves, reduce_dtype)
+  def gradients(params, batch, key, scale):
+    params = jax.tree.map(lambda p: p.astype(reduce_dtype), params)
 
-    def objective(trained_leaves, micro_batch, micro_key):
-      fresh = iter(trained_leaves)
-      params = jax.tree.unflatten(treedef, [next(fresh) if t else p for t, p in zip(trained, leaves)])
+    def objective(params, micro_batch, micro_key):
       loss_sum, weight_sum, metrics = loss_fn(params, micro_batch, micro_key)
       scaled = loss_sum
       if scale is not None:
@@ -169,25 +151,21 @@ def _make_gradients(loss_fn, accumulation: int, reduce_dtype: str):
       return scaled, (loss_sum, weight_sum, metrics)
 
     differentiate = jax.grad(objective, has_aux=True)
-    trained_leaves = [p for t, p in zip(trained, leaves) if t]
+    wide = lambda grads: jax.tree.map(lambda g: g.astype(jnp.float32), grads)  # noqa: E731
 
     if accumulation == 1:
-      grads, sums = differentiate(trained_leaves, batch, jax.random.fold_in(key, 0))
-      grads = [g.astype(jnp.float32) for g in grads]
-    else:
+      grads, sums = differentiate(params, batch, jax.random.fold_in(key, 0))
+      return wide(grads), sums
 
-      def accumulate(total, inputs):
-        index, micro_batch = inputs
-        grads, sums = differentiate(trained_leaves, micro_batch, jax.random.fold_in(key, index))
-        return [t + g.astype(jnp.float32) for t, g in zip(total, grads)], sums
+    def accumulate(total, inputs):
+      index, micro_batch = inputs
+      grads, sums = differentiate(params, micro_batch, jax.random.fold_in(key, index))
+      return jax.tree.map(jnp.add, total, wide(grads)), sums
 
-      zeros = [jnp.zeros(p.shape, jnp.float32) for p in trained_leaves]
-      micro_batches = (jnp.arange(accumulation), split_batch(batch, accumulation))
-      grads, sums = jax.lax.scan(accumulate, zeros, micro_batches)
-      sums = jax.tree.map(lambda x: x.sum(0), sums)
-
-    grads = iter(grads)
-    return [next(grads) if t else None for t in trained], *sums
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    micro_batches = (jnp.arange(accumulation), split_batch(batch, accumulation))
+    grads, sums = jax.lax.scan(accumulate, zeros, micro_batches)
+    return grads, jax.tree.map(lambda x: x.sum(0), sums)
 
   return gradients
 

@@ -50,7 +50,7 @@ def measure(data, sizes, order):
   rows = local_rows(program.batch)
   prepared = open_prepared(data)
   settings = dict(batch_size=training.batch_size, seq_len=training.seq_len, prepared=prepared)
-  state = program.init(jax.random.key(0))
+  state, frozen = program.init(jax.random.key(0), {})
   losses = []
   batches = zip(train_batches(data, seed=0, rows=rows, **settings), train_batches(data, seed=0, **settings))
   for _, (batch, whole) in zip(range(training.steps), batches):
@@ -58,11 +58,11 @@ def measure(data, sizes, order):
     for name, array in arrays.items():
       for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole[name][shard.index])
-    state, metrics = program.step(state, arrays)
+    state, metrics = program.step(state, frozen, arrays)
     losses.append(float(metrics["loss"]))
   heldout = heldout_batches(data, rows=rows, max_batches=40, **settings)
-  evaluate = lambda batch: program.evaluate(state.params, put_batch(batch, program.batch, rows))  # noqa: E731
-  values = heldout_metrics(CausalLM(), evaluate, heldout, heldout.bytes)
+  evaluate = lambda batch: program.evaluate(state.params, frozen, put_batch(batch, program.batch, rows))  # noqa: E731
+  values = heldout_metrics(CausalLM(), evaluate, heldout)
   return losses, [values["eval/loss"], values["eval/bits_per_byte"]], rows
 
 

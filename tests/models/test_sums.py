@@ -13,9 +13,10 @@ from jaxllm.kernels import grouped_matmul
 from jaxllm.kernels.elementwise import rms_norm
 from jaxllm.kernels.matmul import matmul
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.linear import Linear, rows
+from jaxllm.models.linear import Linear
 from jaxllm.models.moe import with_capacity
 from jaxllm.models.norms import Norm
+from jaxllm.models.weights import rows
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.rows import add_rows

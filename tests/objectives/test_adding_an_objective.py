@@ -52,7 +52,7 @@ def test_rows_count_alike(row_mean, power, accumulation):
   training = TrainingConfig(steps=2, batch_size=4, seq_len=12, accumulation=accumulation)
   mesh = MeshConfig(data=1)
   program = make_program(MODEL, training, OptimizerConfig(), mesh, make_mesh(mesh), row_mean(power=power))
-  state, rows = program.init(jax.random.key(0)), batch()
+  (state, frozen), rows = program.init(jax.random.key(0), {}), batch()
   params = state.params
 
   @jax.jit
@@ -65,7 +65,7 @@ def test_rows_count_alike(row_mean, power, accumulation):
   losses, mask = np.asarray(negative_log_likelihood(params), np.float64), rows["loss_weights"]
   of_rows = (losses * mask).sum(1) / mask.sum(1)
   want = of_rows.mean() if power else (losses * mask).sum() / mask.sum()
-  metrics = program.step(state, put_batch(rows, program.batch))[1]
+  metrics = program.step(state, frozen, put_batch(rows, program.batch))[1]
   assert float(metrics["loss"]) == pytest.approx(want, rel=1e-5)
 
 

@@ -46,7 +46,7 @@ def collectives(sizes, devices=None, platform="cpu", model=MODEL, **compute):
   training = TrainingConfig(steps=10, batch_size=ROWS, accumulation=2, seq_len=model.max_seq_len)
   compute_config = ComputeConfig(unroll_layers=1, **compute)
   program = make_program(model, training, OptimizerConfig(), config, mesh, compute_config=compute_config)
-  lowered = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,))
+  lowered = program.step.trace(*program.arguments).lower(lowering_platforms=(platform,))
   quick = {"xla_backend_optimization_level": 0} if platform == "cpu" else None  # LLVM's part is not looked at
   return hlo.collectives(lowered.compile(compiler_options=quick).as_text(), mesh)
 

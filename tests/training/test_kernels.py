@@ -64,7 +64,7 @@ def test_a_step_with_experts_has_our_kernels_for_all_its_ops(platform, target, b
   compute = dataclasses.replace(COMPUTE, target=target, kernels="pallas")
   mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
   program = make_program(MODEL, TRAINING, OptimizerConfig(), MeshConfig(data=2), mesh, compute_config=compute)
-  text = program.step.trace(program.state, program.batch).lower(lowering_platforms=(platform,)).as_text()
+  text = program.step.trace(*program.arguments).lower(lowering_platforms=(platform,)).as_text()
   ops = ("packed_attention", "cross_entropy", "grouped_matmul")
   assert {op: tuple(backends.chosen(op, target)) for op in ops} == dict.fromkeys(ops, (backend,))
   # Attention forward, again for the backward pass, and backward; three grouped products each way; the loss.
@@ -106,7 +106,7 @@ def test_a_step_with_the_packed_layout_lowers(monkeypatch):
     compute = dataclasses.replace(COMPUTE, target="h100", attention="cudnn_packed", remat=remat)
     model = dataclasses.replace(MODEL, moe=None)
     program = make_program(model, TRAINING, OptimizerConfig(), mesh_config, mesh, compute_config=compute)
-    text = program.step.trace(program.state, program.batch).lower(lowering_platforms=("cuda",)).as_text()
+    text = program.step.trace(*program.arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__cudnn$fmhaSoftmax(") == forward and text.count("@__cudnn$fmhaSoftmaxBackward(") == 1
 
 

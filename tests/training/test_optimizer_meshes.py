@@ -183,7 +183,7 @@ def test_the_compiled_program_exchanges_every_stack_twice():
   training = TrainingConfig(steps=10, batch_size=8, seq_len=8)
   mesh = MeshConfig(data=1, fsdp=8)
   program = make_program(model, training, OptimizerConfig(name="muon"), mesh, make_mesh(mesh))
-  everywhere, in_loops = collectives(program.step.lower(program.state, program.batch).compile().as_text())
+  everywhere, in_loops = collectives(program.step.lower(*program.arguments).compile().as_text())
   stacks = 7  # query, key, value, output; gate, up, down
   lookup = 1  # whose gradient exchanges its tokens
   assert [kind for kind, _ in everywhere].count("all-to-all") == 2 * stacks + lookup

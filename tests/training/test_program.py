@@ -45,10 +45,10 @@ def batch(seed=0, uneven=True):
 
 def losses(steps=4, training=TRAINING, mesh=MeshConfig(data=1), model=MODEL, repeat=False, **compute):
   program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh), compute_config=ComputeConfig(**compute))
-  state = program.init(jax.random.key(0))
+  state, frozen = program.init(jax.random.key(0), {})
   history = []
   for i in range(steps):
-    state, metrics = program.step(state, put_batch(batch(0 if repeat else i), program.batch))
+    state, metrics = program.step(state, frozen, put_batch(batch(0 if repeat else i), program.batch))
     history.append(metrics["loss"])
   return np.array(jax.device_get(history))
 
@@ -106,10 +106,10 @@ def test_experts_train_and_are_reported():
   training = dataclasses.replace(TRAINING, accumulation=2)
   mesh = MeshConfig(data=2, expert=2)
   program = make_program(model, training, OPTIMIZER, mesh, make_mesh(mesh))
-  compiled = program.step.lower(program.state, program.batch).compile()
-  state, rows = program.init(jax.random.key(0)), put_batch(batch(), program.batch)
+  compiled = program.step.lower(*program.arguments).compile()
+  (state, frozen), rows = program.init(jax.random.key(0), {}), put_batch(batch(), program.batch)
   for _ in range(20):
-    state, metrics = compiled(state, rows)
+    state, metrics = compiled(state, frozen, rows)
   assert 1.5 < metrics["moe/load_balance"] < 4 and metrics["moe/z"] > 0 and metrics["moe/dropped"] == 0
   assert metrics["nll"] < 3.5
   data = DataConfig(tokenizer=TokenizerConfig(vocab_size=64))

@@ -35,7 +35,7 @@ def collectives(model, training, folder, **compute) -> dict[str, collections.Cou
   config = MeshConfig(**MESH)
   compute_config = ComputeConfig(unroll_layers=1, **compute)
   program = make_program(model, training, OPTIMIZER, config, make_mesh(config), compute_config=compute_config)
-  lowered = program.step.trace(program.state, program.batch).lower()
+  lowered = program.step.trace(*program.arguments).lower()
   assert "module @jit_train_step " in lowered.as_text()[:200]
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)

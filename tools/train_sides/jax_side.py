@@ -36,7 +36,7 @@ if "resident" not in off:
 print(json.dumps(f"jax {jax.__version__}"), flush=True)
 mesh = make_mesh(MeshConfig(data=1))
 program = make_program(model, training, optimizer, MeshConfig(data=1), mesh, compute_config=compute)
-state = program.init(jax.random.key(0))
+state, frozen = program.init(jax.random.key(0), {})
 weights = pathlib.Path(settings["weights"])
 if not weights.exists():
   flat = jax.tree_util.tree_leaves_with_path(state.params)
@@ -54,7 +54,7 @@ for line in sys.stdin:
     rows = tokens[done % len(tokens)]
     done += 1
     began = time.perf_counter()
-    state, metrics = program.step(state, {"inputs": rows[:, :-1], "targets": rows[:, 1:]} | constant)
+    state, metrics = program.step(state, frozen, {"inputs": rows[:, :-1], "targets": rows[:, 1:]} | constant)
     losses.append(float(metrics["loss"]))
     jax.block_until_ready(state)
     times.append(time.perf_counter() - began)

@@ -80,6 +80,16 @@ class QuantizedWeight:
     return (*self.values.shape[:-2], self.in_features, self.values.shape[-2])
 
   @property
+  def ndim(self) -> int:
+    """Of the weight it stands for."""
+    return self.values.ndim
+
+  @property
+  def dtype(self):
+    """In which it is multiplied out."""
+    return self.scales.dtype
+
+  @property
   def packed(self) -> bool:
     """Two codes in a byte."""
     return self.format in ("int4", "nf4")

@@ -1,0 +1,425 @@
+"""Weights are values: a parameter is a plain array, or a pytree that stands for a matrix and knows its arithmetic.
+
+This file is the only place that multiplies by one. A plain array [I, O] may be float32 (a master weight) beside 16-bit
+activations: each function rounds it where it uses it, and its gradient is summed over tokens in float32 and leaves in
+its own dtype. A `QuantizedWeight` is a constant. A `LoraWeight` adds a product of two narrow matrices to any weight.
+A `PerLayer` holds the weights of a stack's layers apart, which may be of different kinds.
+
+Stacks of layers and of experts put their axes before those of the matrix, in every part of a weight.
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.kernels import QuantizedWeight, dequantize, grouped_matmul, quantize, quantized_matmul
+from jaxllm.kernels.matmul import matmul
+from jaxllm.models.config import Compute
+from jaxllm.parallel.rows import add_rows
+from jaxllm.parallel.sharding import LogicalAxes, constrain
+
+Ways = Callable[[str], int]  # over how many devices the mesh splits a logical axis
+Split = tuple[tuple[str, ...], int] | None  # mesh axes, and which dimension of [E, I, O] lies over them
+
+
+class Weight:
+  """What is neither a plain array nor a `QuantizedWeight`: a registered dataclass with its own way of each product.
+
+  Its `shape` and `dtype` are those of the matrix that it stands for. To add a kind, derive from this class.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+
+  @property
+  def ndim(self) -> int:
+    """Of the matrix, with the axes before it."""
+    return len(self.shape)
+
+  def project(self, x: Array, compute: Compute, axes: LogicalAxes | None, transposed: bool) -> Array:
+    """See `project` and `project_transposed`."""
+    raise NotImplementedError
+
+  def rows(self, ids: Array, dtype: Any, axis: str | None) -> Array:
+    """See `rows`."""
+    return jnp.take(self.dense().astype(dtype), ids, axis=0)
+
+  def grouped(self, x: Array, group_sizes: Array, compute: Compute, split: Split) -> Array:
+    """See `grouped`."""
+    raise NotImplementedError
+
+  def dense(self) -> Array:
+    """See `dense`."""
+    raise NotImplementedError
+
+  def map_parts(self, function: Callable[[Any], Any]) -> "Weight":
+    """`function` applied to each weight and each plain array inside."""
+    raise NotImplementedError
+
+  def part_axes(self, axes: LogicalAxes, ways: Ways) -> Any:
+    """See `part_axes`."""
+    raise NotImplementedError
+
+  def trained(self) -> Any:
+    """See `trained_parts`."""
+    raise NotImplementedError
+
+
+def _register(*parts: str, settings: tuple[str, ...] = ()):
+  return functools.partial(jax.tree_util.register_dataclass, data_fields=parts, meta_fields=settings)
+
+
+@_register("base", "a", "b", "key", settings=("scale", "dropout"))
+@dataclasses.dataclass(frozen=True)
+class LoraWeight(Weight):
+  """base + scale a b, of which only a and b are trained (Hu et al., arXiv 2106.09685, equation 3).
+
+  base: any weight [*lead, I, O]. a [*lead, I, r], b [*lead, r, O]: float32 master weights.
+  scale: alpha / r in the paper. dropout: of what goes into a, while there is a key.
+  """
+
+  base: Any
+  a: Float[Array, "*lead I r"]
+  b: Float[Array, "*lead r O"]
+  key: Any = None  # [*lead] of random keys, put there by `with_keys`
+  scale: float = 1.0
+  dropout: float = 0.0
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.base.shape
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.base.dtype
+
+  def project(self, x, compute, axes, transposed):
+    first, second = (self.b, self.a) if transposed else (self.a, self.b)
+    y = (project_transposed if transposed else project)(x, self.base, compute, axes)
+    if self.key is not None and self.dropout:
+      kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+      x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+    multiply = functools.partial(matmul, backend=compute.backend("matmul"), transposed=transposed)
+    return y + self.scale * multiply(multiply(x, first), second)
+
+  def rows(self, ids, dtype, axis):
+    narrow = rows(self.a, ids, dtype, axis, None)
+    return rows(self.base, ids, dtype, axis) + self.scale * matmul(narrow, self.b)
+
+  def grouped(self, x, group_sizes, compute, split):
+    over = lambda dimension: split if split and split[1] == dimension else None  # noqa: E731
+    narrow = grouped(x, self.a, group_sizes, compute, over(1))
+    return grouped(x, self.base, group_sizes, compute, split) + self.scale * grouped(
+      narrow, self.b, group_sizes, compute, over(2)
+    )
+
+  def dense(self):
+    return dense(self.base) + self.scale * jnp.matmul(self.a, self.b)
+
+  def map_parts(self, function):
+    return dataclasses.replace(self, base=function(self.base), a=function(self.a), b=function(self.b))
+
+  def part_axes(self, axes, ways):
+    *lead, inputs, outputs = axes
+    return dataclasses.replace(
+      self,
+      base=part_axes(self.base, axes, ways),
+      a=(*lead, inputs, None),
+      b=(*lead, None, outputs),
+      key=None if self.key is None else tuple(lead),
+    )
+
+  def trained(self):
+    frozen = jax.tree.map(lambda _: False, self.base)
+    return dataclasses.replace(self, base=frozen, a=True, b=True, key=None if self.key is None else False)
+
+
+@_register("layers")
+@dataclasses.dataclass(frozen=True)
+class PerLayer(Weight):
+  """The weights of a stack's layers, one by one, in place of one weight with a leading layer axis."""
+
+  layers: tuple[Any, ...]
+
+  def __getitem__(self, layer: int) -> Any:
+    return self.layers[layer]
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return (len(self.layers), *self.layers[0].shape)
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.layers[0].dtype
+
+  def dense(self):
+    return jnp.stack([dense(layer) for layer in self.layers])
+
+  def map_parts(self, function):
+    return PerLayer(tuple(map(function, self.layers)))
+
+  def part_axes(self, axes, ways):
+    return PerLayer(tuple(part_axes(layer, axes[1:], ways) for layer in self.layers))
+
+  def trained(self):
+    return PerLayer(tuple(map(trained_parts, self.layers)))
+
+
+# The products
+
+
+def project(x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes | None = None) -> Float[Array, "*B O"]:
+  """x W for a weight W [I, O] with these logical axes, summed in float32, in x's dtype."""
+  if isinstance(w, Weight):
+    return w.project(x, compute, axes, False)
+  if isinstance(w, QuantizedWeight):
+    return quantized_matmul(x, w, backend=compute.quantized_matmul, target=compute.target)
+  return matmul(x, w, backend=compute.backend("matmul"))
+
+
+def project_transposed(
+  x: Float[Array, "*B O"], w: Any, compute: Compute, axes: LogicalAxes | None = None
+) -> Float[Array, "*B I"]:
+  """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding."""
+  if isinstance(w, Weight):
+    return w.project(x, compute, axes, True)
+  return matmul(x, _plain(w), backend=compute.backend("matmul"), transposed=True)
+
+
+def rows(
+  table: Any, ids: Int[Array, "B T"], dtype: Any, axis: str | None = None, columns: str | None = "embed"
+) -> Float[Array, "B T D"]:
+  """W[ids] of a table W [V, D], in `dtype`; rows past the table are NaN, in floating point.
+
+  A table of 16 bits too has its gradient summed in float32 and rounded once: of a token that stands in the batch
+  10,000 times, a sum in bfloat16 keeps a few hundred.
+
+  Args:
+    axis: the logical axis of the table's rows. columns: that of its columns.
+  """
+  if isinstance(table, Weight):
+    return table.rows(ids, dtype, axis)
+  if isinstance(table, QuantizedWeight):
+    return jnp.take(dequantize(table, dtype), ids, axis=0)
+  return _rows(table, ids, jnp.dtype(dtype), axis, columns)
+
+
+def grouped(
+  x: Float[Array, "M I"], w: Any, group_sizes: Int[Array, " E"], compute: Compute, split: Split = None
+) -> Float[Array, "M O"]:
+  """Each row of x times the matrix of its group, of weights [E, I, O]; see `jaxllm.kernels.grouped_matmul`.
+
+  Args:
+    split: inside shard_map, over which mesh axes dimension 1 or 2 of the plain matrices lies.
+  """
+  if isinstance(w, Weight):
+    return w.grouped(x, group_sizes, compute, split)
+  if isinstance(w, QuantizedWeight):
+    w = _gathered(w, split)
+    features = min(w.in_features, w.padded_features)  # of a device's part
+    w, split = dequantize(dataclasses.replace(w, in_features=features), x.dtype), None
+  if jnp.promote_types(w.dtype, x.dtype) != w.dtype:
+    w = w.astype(x.dtype)
+  return grouped_matmul(x, w, group_sizes, backend=compute.grouped_matmul, target=compute.target, split=split)
+
+
+def dense(w: Any, dtype: Any = None) -> Array:
+  """The matrix as a plain array, for products that no function of this file knows.
+
+  Args:
+    dtype: None: its own, which is float32 for what is quantized or summed.
+  """
+  w = w.dense() if isinstance(w, Weight) else _plain(w)
+  return w if dtype is None else w.astype(dtype)
+
+
+def _plain(w):
+  return dequantize(w) if isinstance(w, QuantizedWeight) else jnp.asarray(w)
+
+
+def _gathered(w: QuantizedWeight, split: Split) -> QuantizedWeight:
+  """A quantized stack of experts whole along the dimension that lies over a mesh axis: its codes travel."""
+  if split is None:
+    return w
+  axes, dimension = split
+  gather = functools.partial(lax.all_gather, axis_name=axes, tiled=True)
+  if dimension == 2:
+    values, others = gather(w.values, axis=w.values.ndim - 2), lambda a: gather(a, axis=a.ndim - 1)
+  elif w.padded_features >= w.in_features:  # a block or a group would have been cut: it is whole
+    return w
+  else:
+    values = gather(w.values, axis=w.values.ndim - 1)
+    others = lambda a: a if w.group_size is None else gather(a, axis=a.ndim - 2)  # noqa: E731
+  return dataclasses.replace(w, values=values, scales=others(w.scales), zeros=jax.tree.map(others, w.zeros))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _rows(table, ids, dtype, axis, columns):
+  # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so. Rounded
+  # where it is split, so that 16 bits travel.
+  rounded = constrain(table.astype(dtype), axis, columns)
+  return jnp.take(constrain(rounded, axis, None), ids, axis=0)
+
+
+def _rows_forward(table, ids, dtype, axis, columns):
+  return _rows(table, ids, dtype, axis, columns), (table, ids)
+
+
+def _rows_backward(dtype, axis, columns, saved, dy):
+  table, ids = saved
+  return add_rows(dy, ids, table.shape[0], axis, columns).astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+# Maps over trees of parameters
+
+
+def is_weight(value: Any) -> bool:
+  """Whether a value in a tree of parameters stands for a matrix in parts; such a one is a leaf of the tree."""
+  return isinstance(value, Weight | QuantizedWeight)
+
+
+def is_per_layer(value: Any) -> bool:
+  """Whether a parameter is kept layer by layer."""
+  return isinstance(value, PerLayer)
+
+
+def map_weights(function: Callable, params: PyTree, *rest: PyTree) -> PyTree:
+  """`jax.tree.map` with weights as leaves."""
+  return jax.tree.map(function, params, *rest, is_leaf=is_weight)
+
+
+def map_weights_with_path(function: Callable, params: PyTree, *rest: PyTree) -> PyTree:
+  """`map_weights` of a function whose first argument is the path, like "blocks/attention/query/weight"."""
+
+  def one(path, *leaves):
+    return function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves)
+
+  return jax.tree_util.tree_map_with_path(one, params, *rest, is_leaf=is_weight)
+
+
+def cast(params: PyTree, dtype: Any) -> PyTree:
+  """Plain floating arrays in `dtype`, those inside weights too; codes and their scales stay as they are."""
+
+  def one(w):
+    if isinstance(w, Weight):
+      return w.map_parts(one)
+    floating = not isinstance(w, QuantizedWeight) and jnp.issubdtype(w.dtype, jnp.floating)
+    return w.astype(dtype) if floating else w
+
+  return map_weights(one, params)
+
+
+def is_quantizable(path: str) -> bool:
+  """Whether a parameter is a matrix of the layers, not of a router: those that lose little in 8 or 4 bits."""
+  names = path.split("/")
+  return names[-1] == "weight" and "blocks" in names and names[-2] != "router"
+
+
+def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = None) -> Any:
+  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain.
+
+  Args:
+    format: None leaves it as it is.
+
+  Raises:
+    ConfigError: no such format, or groups that do not divide the matrix; the message names it.
+  """
+  if format is None or not is_quantizable(path) or is_weight(w):
+    return w
+  try:
+    return quantize(w, format, group_size)
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
+
+
+def part_axes(w: Any, axes: LogicalAxes, ways: Ways) -> Any:
+  """The logical axes of each part of a weight whose matrix has these, in the weight's own structure.
+
+  A quantized weight lies transposed, and a block or group of its codes is split whole or not at all: where the mesh
+  cannot do that its inputs are not split.
+  """
+  if isinstance(w, Weight):
+    return w.part_axes(axes, ways)
+  if not isinstance(w, QuantizedWeight):
+    return axes
+  *lead, inputs, outputs = axes
+  n = 1 if inputs is None else ways(inputs)
+  block, group = (256 if w.packed else 128), w.group_size or 1
+  whole = w.in_features % (n * block) or w.in_features // n % group
+  inputs = None if whole else inputs
+  scales = (*lead, None if w.group_size is None else inputs, outputs)
+  zeros = None if w.zeros is None else scales
+  return dataclasses.replace(w, values=(*lead, outputs, inputs), scales=scales, zeros=zeros)
+
+
+def trained_parts(w: Any) -> Any:
+  """Which parts of a weight are trained where it is: a tree of bools like it. Codes and their scales never are."""
+  if isinstance(w, Weight):
+    return w.trained()
+  return jax.tree.map(lambda part: not is_weight(w) and jnp.issubdtype(part.dtype, jnp.floating), w)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+  """A random key of one parameter's own, whichever others there are."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def with_keys(params: PyTree, key: jax.Array) -> PyTree:
+  """The parameters with a random key in every weight that drops a part of its input."""
+
+  def one(path, w):
+    if isinstance(w, PerLayer):
+      return PerLayer(tuple(one(f"{path}/{i}", layer) for i, layer in enumerate(w.layers)))
+    if not isinstance(w, LoraWeight) or not w.dropout:
+      return w
+    own = path_key(key, path)
+    return dataclasses.replace(w, key=jax.random.split(own, w.shape[:-2]) if w.ndim > 2 else own)
+
+  return map_weights_with_path(one, params)
+
+
+def partition(params: PyTree, trained: PyTree[bool]) -> tuple[PyTree, PyTree]:
+  """Two trees like `params`, the trained arrays and the others; where an array is in the other tree there is None."""
+  take = lambda wanted: jax.tree.map(lambda x, is_trained: x if is_trained == wanted else None, params, trained)  # noqa: E731
+  return take(True), take(False)
+
+
+def combine(trained: PyTree, frozen: PyTree) -> PyTree:
+  """The inverse of `partition`."""
+  return jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def num_parameters(params: PyTree) -> int:
+  """How many numbers the parameters stand for, adapters' too."""
+  leaves = jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+  return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def adapted_paths(params: PyTree) -> list[str]:
+  """The paths of the weights that have an adapter."""
+  found: list[str] = []
+  map_weights_with_path(lambda path, w: found.append(path) if isinstance(w, LoraWeight) else None, params)
+  return found
+
+
+def without_adapters(params: PyTree) -> PyTree:
+  """The parameters as they were before adapters: the same arrays, no copies."""
+
+  def one(w):
+    if isinstance(w, PerLayer):
+      return w.map_parts(one)
+    return one(w.base) if isinstance(w, LoraWeight) else w
+
+  return map_weights(one, params)

@@ -1,0 +1,6 @@
+"""Every way of fine-tuning; `peft.name` in a config chooses one, and its other keys are that one's fields."""
+
+from jaxllm.peft.base import Full
+from jaxllm.peft.lora import Lora
+
+AnyPeft = Full | Lora

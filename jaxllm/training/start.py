@@ -1,0 +1,233 @@
+"""Where a run's models come from before its first step: fresh weights, or files, after maps over them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.files import write_atomically
+from jaxllm.interop.open import START, START_FILE, open_model
+from jaxllm.interop.stored import StoredModel
+from jaxllm.interop.tensors import LazyTensor
+from jaxllm.models.build import Params, declare
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
+from jaxllm.objectives.base import Objective
+from jaxllm.parallel.agreement import first_does
+from jaxllm.storage.checkpoints import Checkpoints
+from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.reading import committed_steps, open_params
+from jaxllm.training.config import ModelInitConfig
+
+logger = logging.getLogger("jaxllm")
+POLICY = "policy"
+Loaded = dict[str, dict[str, Any]]  # model name -> path of a parameter -> its weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """The models in files that a run begins with; none of their weights is in memory.
+
+  policy: what is trained, None: fresh weights. teachers: the objective's other models that have files, by name.
+  """
+
+  config: ModelInitConfig = ModelInitConfig()
+  policy: StoredModel | None = None
+  teachers: Mapping[str, StoredModel] = dataclasses.field(default_factory=dict)
+
+  @property
+  def others(self) -> dict[str, ModelConfig]:
+    """What the other models are."""
+    return {name: stored.config for name, stored in self.teachers.items()}
+
+  def with_stored_dtypes(self, shapes: Params) -> Params:
+    """The shapes of the policy's parameters, in the dtypes in which files have them."""
+    tensors = {} if self.policy is None else self.policy.tensors
+
+    def one(path, leaf):
+      return jax.ShapeDtypeStruct(leaf.shape, tensors[path].dtype) if path in tensors else leaf
+
+    return map_weights_with_path(one, shapes)
+
+  def quantize(self, params: Params) -> Params:
+    """The policy's parameters with quantized weights where the config wants them."""
+    format, size = self.config.quantize, self.config.group_size
+    return map_weights_with_path(lambda path, w: quantize_matrix(path, w, format, size), params)
+
+  def filled(self, fresh: Params, loaded: Mapping[str, Any]) -> Params:
+    """Fresh parameters, in the place of those that were loaded these."""
+    return map_weights_with_path(lambda path, w: loaded.get(path, w), fresh)
+
+  def is_fresh(self, path: str) -> bool:
+    """Whether the files leave out a parameter of the policy: a new head, which is trained in any case."""
+    return self.policy is not None and path not in self.policy.tensors
+
+  def teacher_shapes(self, name: str) -> Params:
+    """The shapes of another model's parameters, in the dtypes in which files have them."""
+    stored = self.teachers[name]
+    one = lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, stored.tensors[path].dtype)  # noqa: E731
+    return map_weights_with_path(one, declare(stored.config)[1])
+
+  def from_files(self, began: Params, teachers: Mapping[str, Params], keep_fresh: bool) -> Loaded:
+    """What a run begins with and does not draw at each start: what is in files.
+
+    Args:
+      began: the policy's parameters before adapters. teachers: the other models'.
+      keep_fresh: fresh weights are kept in files too, because checkpoints will not have all of them.
+    """
+    own = _by_path(began)
+    if self.policy is not None:
+      own = {path: leaf for path, leaf in own.items() if path in self.policy.tensors}
+    elif not keep_fresh:
+      own = {}
+    return {POLICY: own} | {name: _by_path(params) for name, params in teachers.items()}
+
+  def load(self, wanted: Loaded) -> Loaded:
+    """The arrays of `wanted`, which is what `from_files` gives, on their devices."""
+    stored = {POLICY: self.policy, **self.teachers}
+    loaded: Loaded = {}
+    for name, leaves in wanted.items():
+      loaded[name] = {path: self._read(stored[name], path, leaf) for path, leaf in leaves.items()}
+    return loaded
+
+  def _read(self, stored: StoredModel, path: str, leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return stored.array(path, leaf.sharding)
+    shardings = jax.tree.map(lambda part: part.sharding, leaf)
+    codes = jax.tree.leaves(shardings)[0]  # which lie transposed
+    *lead, outputs, inputs = (*codes.spec, *[None] * (len(leaf.shape) - len(codes.spec)))
+    plain = stored.array(path, NamedSharding(codes.mesh, PartitionSpec(*lead, inputs, outputs)))
+    return _quantize(path, self.config, shardings)(plain)
+
+
+def open_start(model: ModelConfig, config: ModelInitConfig, objective: Objective) -> Start:
+  """Opens the models that a run begins with, and checks that the policy's fits `model`; all processes call it.
+
+  Raises:
+    CheckpointError: one is missing or damaged. ConfigError: it is another model than the config says.
+  """
+  policy = None
+  if config.path:
+    policy = open_model(config.path, adapter=config.adapter or None, step=config.step)
+    _check_fits(model, policy)
+  paths = {name: getattr(objective, name, "") for name in objective.others}
+  return Start(config, policy, {name: open_model(path) for name, path in paths.items() if path})
+
+
+def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
+  """That the files have every parameter but those of a new head."""
+  shapes = {path: leaf.shape for path, leaf in _by_path(declare(model)[1]).items()}
+  for path, shape in shapes.items():
+    found = stored.tensors[path].shape if path in stored.tensors else None
+    if found is None and not path.startswith("head/"):
+      raise ConfigError(f"model_init.path {stored.path} has no {path}, which the config's model has")
+    if found is not None and found != shape:
+      raise ConfigError(
+        f"model_init.path {stored.path} has {path} of shape {found}, but the config's model wants {shape}; leave the "
+        "sizes under model to it"
+      )
+  if fresh := [path for path in shapes if path not in stored.tensors]:
+    logger.info("fresh weights, which %s has not: %s", stored.path, ", ".join(fresh))
+  if unused := sorted(stored.tensors.keys() - shapes.keys()):
+    logger.info("weights of %s that this model does not use: %s", stored.path, ", ".join(unused))
+
+
+def start_record(start: Start, params: Params) -> dict[str, Any]:
+  """What start.json says of the weights that a run's checkpoints leave out.
+
+  Args:
+    params: all parameters of the policy, with adapters.
+  """
+  scales: dict[str, float] = {}
+
+  def note(path, w):
+    if isinstance(w, LoraWeight):
+      scales[path] = w.scale
+
+  map_weights_with_path(note, params)
+  record = {"scales": scales, "quantize": start.config.quantize, "group_size": start.config.group_size}
+  if start.policy is None:
+    return record | {"path": START}
+  path = Path(start.config.path).expanduser().absolute()
+  more = {"step": start.config.step, "adapter": start.config.adapter or None}
+  return record | {"path": str(path), "digest": fingerprint(path, start.config.step)} | more
+
+
+def keep_record(directory: Path, record: dict[str, Any]) -> None:
+  """Writes start.json, or checks that it says the same; the first process calls it.
+
+  Raises:
+    CheckpointError: the weights that the run began with are not what they were.
+  """
+  file = directory / START_FILE
+  if not file.exists():
+    write_atomically(file, json.dumps(record, indent=2) + "\n")
+    return
+  if (before := json.loads(file.read_text())) != json.loads(json.dumps(record)):
+    changed = next(key for key in record.keys() | before.keys() if before.get(key) != record.get(key))
+    raise CheckpointError(
+      f"{directory} began with {before.get('path')}, whose {changed} was {before.get(changed)!r} and is now "
+      f"{record.get(changed)!r}; put back what was there, or choose another --workdir"
+    )
+
+
+def fingerprint(path: Path, step: int | None = None) -> str:
+  """The SHA-256 of a model's weights in files, with their names.
+
+  Of a training run: of the manifest of its checkpoint, which has the digest of every file.
+  """
+  if path.is_file():
+    files = [path]
+  elif (path / "checkpoints").is_dir():
+    files = [path / "checkpoints" / str(step) / "manifest.json"]
+  else:
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json", ".bin"))
+  digest = hashlib.sha256()
+  for file in files:
+    digest.update(file.relative_to(path.parent).as_posix().encode())
+    with file.open("rb") as data:
+      digest.update(hashlib.file_digest(data, "sha256").digest())
+  return digest.hexdigest()
+
+
+def settled(config: ModelInitConfig) -> ModelInitConfig:
+  """The config with the step that "latest" means now, so that a resumed run begins with the same weights."""
+  if config.path and config.step is None and (Path(config.path).expanduser() / "checkpoints").is_dir():
+    steps = first_does(lambda: committed_steps(Path(config.path).expanduser() / "checkpoints"))
+    return dataclasses.replace(config, step=max(steps, default=None))
+  return config
+
+
+def begun(directory: Path, start: Start, program_loaded: Loaded, fresh: Callable[[], Params]) -> Loaded:
+  """The arrays that a run begins with, on their devices; all processes call it.
+
+  Args:
+    directory: the run's. A run that has no model to begin with and does not train all of it keeps its fresh weights
+      there, once.
+    program_loaded: what is wanted. fresh: draws the policy's parameters.
+  """
+  if start.policy is None and program_loaded[POLICY]:
+    with Checkpoints(directory / START, CheckpointConfig()) as checkpoints:
+      if checkpoints.latest_step() is None:
+        checkpoints.save(0, {"params": fresh()})
+    tensors = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
+    start = dataclasses.replace(start, policy=StoredModel(ModelConfig(), tensors))
+  return start.load(program_loaded)
+
+
+def _by_path(params: Params) -> dict[str, Any]:
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def _quantize(path: str, config: ModelInitConfig, shardings: Any):
+  quantize = functools.partial(quantize_matrix, path, format=config.quantize, group_size=config.group_size)
+  return jax.jit(quantize, out_shardings=shardings)
