@@ -17,7 +17,12 @@ from jaxllm.data.config import DataConfig
 def main(argv: Sequence[str]) -> int:
   """Parses the command line and prepares; see the module's text."""
   args, overrides = parse_config_args(config_parser("prepare", __doc__, workdir=False), argv)
-  return prepare_and_report(load_config(args.config, overrides).data)
+  run = load_config(args.config, overrides)
+  if run.model_init.path:
+    from jaxllm.training.start import with_tokenizer
+
+    run = with_tokenizer(run)
+  return prepare_and_report(run.data)
 
 
 def prepare_and_report(data: DataConfig) -> int:

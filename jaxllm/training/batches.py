@@ -49,8 +49,8 @@ class DiskBatches:
   """Prepared data, whatever the weights are."""
 
   def __init__(self, rows: TrainBatches, heldout: HeldoutBatches | None):
-    self._rows, self.heldout = rows, heldout
-    self.get_state, self.set_state, self.close = rows.get_state, rows.set_state, rows.close
+    self._rows = rows
+    self.heldout: Iterable[Batch] | None = heldout
 
   @property
   def epochs(self) -> float:
@@ -59,8 +59,17 @@ class DiskBatches:
   def next(self, policy: Callable[[], Params]) -> Batch | None:
     return next(self._rows, None)
 
+  def get_state(self) -> Any:
+    return self._rows.get_state()
 
-def disk_batches(program: Program, run: RunConfig, prepared: Prepared) -> DiskBatches:
+  def set_state(self, state: Any) -> None:
+    self._rows.set_state(state)
+
+  def close(self) -> None:
+    self._rows.close()
+
+
+def disk_batches(program: Program, run: RunConfig, prepared: Prepared) -> Batches:
   """The prepared data of a config, training rows and held-out ones.
 
   Raises:

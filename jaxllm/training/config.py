@@ -144,6 +144,11 @@ class RunConfig:
   profile: ProfileConfig = ProfileConfig()
 
   def __post_init__(self):
+    if not self.model_init.path:  # else the model is known when that is open
+      self.check()
+
+  def check(self) -> None:
+    """That the groups fit together. Raises ConfigError, naming a key."""
     model, training = self.model, self.training
     if training.seq_len > model.max_seq_len:
       raise ConfigError(

@@ -32,7 +32,7 @@ from jaxllm.training.progress import Progress, print_table
 from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
-from jaxllm.training.start import begun, keep_record, open_start, settled, start_record
+from jaxllm.training.start import begun, keep_record, open_start, start_record
 from jaxllm.training.startup import startup_table
 from jaxllm.training.state import TrainState
 from jaxllm.training.trackers import flatten, make_trackers
@@ -57,17 +57,16 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     ConfigError, DataError, CheckpointError: the run cannot start, or the disk is full.
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
+  agreement.check_same({**flatten(to_mapping(run)), "--workdir": str(workdir)}, "the config")
+  with agreement.together():
+    run, start = open_start(run, Path(workdir))
   training, settings = run.training, to_mapping(run)
-  agreement.check_same({**flatten(settings), "--workdir": str(workdir)}, "the config")
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
   if mesh.devices.flat[0].platform == "cpu":
     keep_memory_resident()
   check_model_on_mesh(run.model, mesh, run.mesh.rules)
-  with agreement.together():
-    init = settled(run.model_init)
-    start = open_start(run.model, init, run.objective)
   program = make_program(
     run.model, training, run.optimizer, run.mesh, mesh, run.objective, run.data, run.compute, run.peft, start
   )
@@ -83,7 +82,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       )
     batches = make_batches(program, run, prepared)
   # Of what is "auto" the run says what it came to, which a resumed one keeps.
-  settings["compute"]["dtype"], settings["model_init"]["step"] = program.compute.dtype, init.step
+  settings["compute"]["dtype"] = program.compute.dtype
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
 
   with contextlib.ExitStack() as stack:
@@ -105,7 +104,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       resumed, step = None, 0
       state, frozen = program.init(key, loaded)
     else:
-      frozen = program.init_frozen(key, loaded)
+      frozen = program.init_frozen(key, loaded) if jax.tree.leaves(program.frozen) else program.frozen
       step, state, data_state = checkpoints.restore(program.state)
       batches.set_state(data_state)
       resumed = step

@@ -15,18 +15,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import write_atomically
+from jaxllm.base.settings import from_mapping
+from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.open import START, START_FILE, open_model
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
-from jaxllm.objectives.base import Objective
 from jaxllm.parallel.agreement import first_does
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, open_params
-from jaxllm.training.config import ModelInitConfig
+from jaxllm.training.config import ModelInitConfig, RunConfig
 
 logger = logging.getLogger("jaxllm")
 POLICY = "policy"
@@ -109,18 +110,71 @@ class Start:
     return _quantize(path, self.config, shardings)(plain)
 
 
-def open_start(model: ModelConfig, config: ModelInitConfig, objective: Objective) -> Start:
-  """Opens the models that a run begins with, and checks that the policy's fits `model`; all processes call it.
+def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
+  """Opens the models that a run begins with; all processes call it.
+
+  Args:
+    directory: the run's, which may not be there yet. One whose checkpoints have all weights needs its policy's files
+      no more.
+
+  Returns:
+    The config with what the policy's files say of model, tokenizer and data, where it says nothing itself; and the
+    models.
 
   Raises:
     CheckpointError: one is missing or damaged. ConfigError: it is another model than the config says.
   """
-  policy = None
-  if config.path:
+  config, policy = run.model_init, None
+  before = _config_before(directory)
+  if config.path and before.get("model_init", {}).get("path") == config.path and config.step is None:
+    config = dataclasses.replace(config, step=before["model_init"]["step"])
+  if config.path and not (directory / START_FILE).exists() and committed_steps(directory / "checkpoints"):
+    groups = {name: from_mapping(type(getattr(run, name)), before[name]) for name in ("model", "data")}
+    run = dataclasses.replace(run, model_init=config, **groups)
+    run.check()
+  elif config.path:
+    config = _settled(config)
     policy = open_model(config.path, adapter=config.adapter or None, step=config.step)
-    _check_fits(model, policy)
-  paths = {name: getattr(objective, name, "") for name in objective.others}
-  return Start(config, policy, {name: open_model(path) for name, path in paths.items() if path})
+    data = run.data
+    if data == DataConfig() and "data" in policy.run:
+      data = from_mapping(DataConfig, policy.run["data"])
+    run = dataclasses.replace(run, model_init=config, model=_with_changes(policy.config, run.model), data=data)
+    run = with_tokenizer(run)
+    run.check()
+    _check_fits(run.model, policy)
+  paths = {name: getattr(run.objective, name, "") for name in run.objective.others}
+  return run, Start(config, policy, {name: open_model(path) for name, path in paths.items() if path})
+
+
+def with_tokenizer(run: RunConfig) -> RunConfig:
+  """The config with the tokenizer of the model that the run begins with, unless it names one.
+
+  Raises:
+    ConfigError: the model is one file, and its tokenizer in it.
+  """
+  path = Path(run.model_init.path).expanduser()
+  if not run.model_init.path or run.data.tokenizer != TokenizerConfig():
+    return run
+  if path.is_file():
+    raise ConfigError(f"set data.tokenizer.path: the tokenizer in {path} is not read from there for data")
+  tokenizer = path / "tokenizer" if (path / "checkpoints").is_dir() else path
+  data = dataclasses.replace(run.data, tokenizer=TokenizerConfig(path=str(tokenizer)))
+  return dataclasses.replace(run, data=data)
+
+
+def _config_before(directory: Path) -> dict[str, Any]:
+  """The config with which a run directory was begun; {}: it was not."""
+  try:
+    return json.loads((directory / "config.json").read_text())
+  except (OSError, ValueError):
+    return {}  # opening the directory will say what is wrong
+
+
+def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+  """What a model in files is, with the settings in which `wanted` differs from the defaults."""
+  names = [field.name for field in dataclasses.fields(ModelConfig)]
+  changed = {name: getattr(wanted, name) for name in names if getattr(wanted, name) != getattr(ModelConfig(), name)}
+  return dataclasses.replace(stored, **changed)
 
 
 def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
@@ -199,7 +253,7 @@ def fingerprint(path: Path, step: int | None = None) -> str:
   return digest.hexdigest()
 
 
-def settled(config: ModelInitConfig) -> ModelInitConfig:
+def _settled(config: ModelInitConfig) -> ModelInitConfig:
   """The config with the step that "latest" means now, so that a resumed run begins with the same weights."""
   if config.path and config.step is None and (Path(config.path).expanduser() / "checkpoints").is_dir():
     steps = first_does(lambda: committed_steps(Path(config.path).expanduser() / "checkpoints"))

@@ -19,7 +19,8 @@ def startup_table(
 ) -> list[tuple[str, str]]:
   """(name, value) rows: parameters, mesh, memory per device, FLOPs, kernels, data."""
   training, compute = run.training, program.compute
-  total, trained = num_parameters(program.params), num_parameters(program.state.params)
+  total = num_parameters(program.params)
+  trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
   adapted = [path.removesuffix("/weight") for path in adapted_paths(program.params)]
   active = ""
   if program.model.moe is not None:

@@ -52,9 +52,8 @@ def test_an_order_that_does_not_fit_a_word_is_refused():
 
 def test_heldout_metrics_weigh_batches_by_their_tokens():
   sums = {0: (np.float32(10.0), np.float32(5.0)), 1: (np.float32(2.0), np.float32(1.0))}
-  metrics = heldout_metrics(
-    CausalLM(), lambda batch: {"nll": sums[batch["id"]]}, [{"id": 0}, {"id": 1}], text_bytes=24, prefix="x/"
-  )
+  batches = type("Batches", (list,), {"bytes": 24})([{"id": 0}, {"id": 1}])
+  metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": sums[batch["id"]]}, batches, prefix="x/")
   assert metrics == {
     "x/loss": pytest.approx(2.0),
     "x/perplexity": pytest.approx(math.exp(2)),
