@@ -87,15 +87,13 @@ class Written:
     written = np.asarray(self.forward(policy(), tokens[:, :-1])).astype(np.int32)
     self.asked.append(written)
     self.count += 1
-    row = (
-      lambda targets: {  # noqa: E731
-        "inputs": tokens[:, :-1],
-        "targets": targets,
-        "positions": np.broadcast_to(np.arange(self.length, dtype=np.int32), targets.shape).copy(),
-        "segment_ids": np.ones_like(targets),
-        "loss_weights": np.ones(targets.shape, np.float32),
-      }
-    )
+    row = lambda targets: {
+      "inputs": tokens[:, :-1],
+      "targets": targets,
+      "positions": np.broadcast_to(np.arange(self.length, dtype=np.int32), targets.shape).copy(),
+      "segment_ids": np.ones_like(targets),
+      "loss_weights": np.ones(targets.shape, np.float32),
+    }
     batch = {"chosen": row(written), "rejected": row(tokens[:, 1:])} if self.pairs else row(written)
     return jax.tree.map(lambda array: array[list(self.rows)], batch)
 
