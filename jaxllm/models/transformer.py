@@ -167,6 +167,13 @@ class Transformer(nnx.Module):
       logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
     return constrain(logits, "batch", "seq", "vocab")
 
+  def mean_logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    """The mean over the vocabulary of `logits`, before a soft cap, without computing them: the head's mean column."""
+    weight, transposed = self.head_weight()
+    mean = dense(weight, jnp.float32).mean(0 if transposed else 1)
+    bias = self.head_bias().mean() if self.config.head_bias else 0
+    return self.head_input(x).astype(jnp.float32) @ mean + bias
+
   def pooled(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
     """What stands for each row's text: its first state, or the mean of those that are not padding, after the
     head's dense layer and norm."""
