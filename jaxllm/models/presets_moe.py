@@ -41,17 +41,16 @@ def deepseek_v2_lite() -> ModelConfig:
 def deepseek_v3() -> ModelConfig:
   """DeepSeek-V3: arXiv 2412.19437, section 4.2, and config.json of deepseek-ai/DeepSeek-V3 (without the layer
   that predicts one more token)."""
-  v2 = deepseek_v2_lite()
   return replace(
-    v2,
+    deepseek_v2_lite(),
     vocab_size=129280,
     embed_dim=7168,
     num_layers=61,
     num_heads=128,
     num_kv_heads=128,
     mlp_dim=18432,
-    rope_scaling=replace(v2.rope_scaling, mscale_all_dim=1.0),
-    mla=replace(v2.mla, q_lora_rank=1536),
+    rope_scaling=RopeScaling("yarn", 40.0, 4096, attention_factor=1.0, mscale_all_dim=1.0),
+    mla=MLAConfig(kv_lora_rank=512, q_lora_rank=1536, nope_head_dim=128, rope_head_dim=64, value_head_dim=128),
     moe=MoEConfig(
       num_experts=256,
       top_k=8,
