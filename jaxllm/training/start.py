@@ -149,15 +149,18 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
 def with_tokenizer(run: RunConfig) -> RunConfig:
   """The config with the tokenizer of the model that the run begins with, unless it names one.
 
-  Raises:
-    ConfigError: the model is one file, and its tokenizer in it.
+  One that is inside a file is written into a folder beside the prepared data, once.
   """
   path = Path(run.model_init.path).expanduser()
   if not run.model_init.path or run.data.tokenizer != TokenizerConfig():
     return run
-  if path.is_file():
-    raise ConfigError(f"set data.tokenizer.path: the tokenizer in {path} is not read from there for data")
   tokenizer = path / "tokenizer" if (path / "checkpoints").is_dir() else path
+  if path.is_file():
+    tokenizer = Path(run.data.dir) / f"tokenizer-of-{path.stem}"
+    inside = open_model(path).tokenizer
+    if inside is None:
+      raise ConfigError(f"{path} has no tokenizer; set data.tokenizer.path")
+    first_does(lambda: None if tokenizer.exists() else inside.save(tokenizer))
   data = dataclasses.replace(run.data, tokenizer=TokenizerConfig(path=str(tokenizer)))
   return dataclasses.replace(run, data=data)
 
