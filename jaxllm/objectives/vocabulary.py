@@ -14,9 +14,9 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
     z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).
   """
   hidden = model.head_input(hidden)
-  head, layout, compute = model.head_weight(), "dv", model.compute
-  if model.config.tie_embeddings:  # as it lies in memory
-    head, layout = head.T, "vd"
+  head, transposed, compute = model.head_weight(), model.config.tie_embeddings, model.compute
+  if transposed:  # as it lies in memory
+    head = head.T
   sums = cross_entropy(
     hidden,
     head,
@@ -25,7 +25,7 @@ def vocabulary_loss(model: Transformer, hidden: Float[Array, "B T D"], batch: Ba
     bias=model.head_bias(),
     z_loss=z_loss,
     softcap=model.config.logit_softcap,
-    head_layout=layout,
+    transposed=transposed,
     backend=compute.cross_entropy,
     target=compute.target,
   )

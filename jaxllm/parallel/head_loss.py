@@ -30,8 +30,8 @@ from jaxllm.kernels import CrossEntropy
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import activation_context, partition_spec
 
-# Logical axes of the head, by its layout
-_HEAD_AXES = {"dv": ("embed", "vocab"), "vd": ("vocab", "embed")}
+# Logical axes of the head, and of one that is transposed
+_HEAD_AXES = {False: ("embed", "vocab"), True: ("vocab", "embed")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +69,21 @@ def cross_entropy(
   weights: Float[Array, "B T"],
   *,
   bias: Float[Array, " V"] | None = None,
-  head_layout: str = "dv",
+  transposed: bool = False,
   **options: Any,
 ) -> CrossEntropy:
   """`kernels.cross_entropy`, by shards inside `activation_sharding`; differentiable in x, head and bias.
 
   Args:
     bias: added to the logits.
-    head_layout: "dv", or "vd" for an embedding table [V, D].
+    transposed: the head is [V, D], an embedding table.
     options: those of `kernels.cross_entropy`.
   """
   with jax.named_scope("head_loss"):
-    split = _split(x, head, head_layout, options)
+    split = _split(x, head, transposed, options)
     if split is None:
-      wide = _with_bias(x, head, bias, head_layout)
-      return kernels.cross_entropy(*wide, targets, weights, head_layout=head_layout, **options)
+      wide = _with_bias(x, head, bias, transposed)
+      return kernels.cross_entropy(*wide, targets, weights, transposed=transposed, **options)
     sums = _cross_entropy(split, _as_in_the_layers(split, x), (head, bias), targets, weights)
     return CrossEntropy(sums[0], *(lax.stop_gradient(total) for total in sums[1:]))
 
@@ -95,7 +95,7 @@ def token_log_probs(
   *,
   mask: Bool[Array, "B T"] | None = None,
   bias: Float[Array, " V"] | None = None,
-  head_layout: str = "dv",
+  transposed: bool = False,
   **options: Any,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """`kernels.token_log_probs`, by shards inside `activation_sharding`; differentiable in x, head and bias.
@@ -103,14 +103,14 @@ def token_log_probs(
   Args:
     mask: tokens to compute, by default all.
     bias: added to the logits.
-    head_layout: "dv", or "vd" for an embedding table [V, D].
+    transposed: the head is [V, D], an embedding table.
     options: those of `kernels.token_log_probs`.
   """
   with jax.named_scope("head_loss"):
-    split = _split(x, head, head_layout, options)
+    split = _split(x, head, transposed, options)
     if split is None:
-      wide = _with_bias(x, head, bias, head_layout)
-      return kernels.token_log_probs(*wide, targets, mask=mask, head_layout=head_layout, **options)
+      wide = _with_bias(x, head, bias, transposed)
+      return kernels.token_log_probs(*wide, targets, mask=mask, transposed=transposed, **options)
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     return _token_log_probs(split, _as_in_the_layers(split, x), (head, bias), targets, mask)
 
@@ -187,17 +187,17 @@ _token_log_probs.defvjp(_forward_tokens, _backward_tokens)
 # ---------------------------------------------------------------- what is split how
 
 
-def _split(x, head, head_layout, options) -> _Split | None:
+def _split(x, head, transposed, options) -> _Split | None:
   """None outside `activation_sharding` and on one device."""
   context = activation_context()
   if context is None:
     return None
   mesh, rules = context
-  spec = _dividing(partition_spec(_HEAD_AXES[head_layout], rules, "the head"), head.shape, mesh)
-  bias = PartitionSpec(spec[_HEAD_AXES[head_layout].index("vocab")])
+  spec = _dividing(partition_spec(_HEAD_AXES[transposed], rules, "the head"), head.shape, mesh)
+  bias = PartitionSpec(spec[_HEAD_AXES[transposed].index("vocab")])
   tokens = token_spec(x.shape[0], x.shape[1], mesh, rules)
   layers = _dividing(partition_spec(("batch", "seq", None), rules, "x"), x.shape, mesh)
-  return _Split(mesh, tokens, layers, spec, bias, (*sorted(options.items()), ("head_layout", head_layout)))
+  return _Split(mesh, tokens, layers, spec, bias, (*sorted(options.items()), ("transposed", transposed)))
 
 
 def token_spec(B: int, T: int, mesh: Mesh, rules: AxisRules) -> PartitionSpec:
@@ -261,19 +261,19 @@ def _arguments(split, x, matrix):
 # ---------------------------------------------------------------- on one device
 
 
-def _with_bias(x, head, bias, head_layout):
+def _with_bias(x, head, bias, transposed):
   """(x, head) with the bias as the head's weights of one more input, which is always 1."""
   if bias is None:
     return x, head
   x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-  axis = _HEAD_AXES[head_layout].index("embed")
+  axis = _HEAD_AXES[transposed].index("embed")
   return x, jnp.concatenate([head, jnp.expand_dims(bias, axis).astype(head.dtype)], axis=axis)
 
 
 def _whole(split, x, matrix):
   """(x, head) as the kernels take them, of the shards."""
   head, bias = (None if w is None else _gathered(w, spec, x.dtype) for w, spec in zip(matrix, (split.head, split.bias)))
-  return _with_bias(x, head, bias, dict(split.options)["head_layout"])
+  return _with_bias(x, head, bias, dict(split.options)["transposed"])
 
 
 def _gathered(w, spec, dtype):
@@ -296,7 +296,7 @@ def _gradients(split, x, matrix, dx, d_head):
   """(dx, gradients of the head's and the bias's shards): what the kernel gave, summed over the devices."""
   d_bias = None
   if matrix[1] is not None:
-    axis, D = _HEAD_AXES[dict(split.options)["head_layout"]].index("embed"), x.shape[-1]
+    axis, D = _HEAD_AXES[dict(split.options)["transposed"]].index("embed"), x.shape[-1]
     d_bias = _shard_of_sum(lax.index_in_dim(d_head, D, axis, keepdims=False), split.bias, split)
     dx, d_head = dx[..., :D], lax.slice_in_dim(d_head, 0, D, axis=axis)
   return dx, (_shard_of_sum(d_head, split.head, split), d_bias)

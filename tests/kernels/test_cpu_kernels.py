@@ -131,16 +131,16 @@ def test_attention(build, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout,z_loss,softcap", [("dv", 0.0, None), ("vd", 1e-3, None), ("vd", 1e-3, 8.0)])
+@pytest.mark.parametrize("transposed,z_loss,softcap", [(False, 0.0, None), (True, 1e-3, None), (True, 1e-3, 8.0)])
 @pytest.mark.parametrize("backend", ["xla", "cpu"])
-def test_cross_entropy(dtype, layout, z_loss, softcap, backend):
+def test_cross_entropy(dtype, transposed, z_loss, softcap, backend):
   B, T, D, V = 2, 300, 40, 515
-  x, head = normal(0, B, T, D, dtype=dtype), normal(1, *((V, D) if layout == "vd" else (D, V)), scale=0.3)
+  x, head = normal(0, B, T, D, dtype=dtype), normal(1, *((V, D) if transposed else (D, V)), scale=0.3)
   rng = np.random.default_rng(2)
   targets, weights = rng.integers(0, V, (B, T)), rng.integers(0, 3, (B, T)).astype(np.float32)
 
   def reference(x, head):
-    z = x @ (head.T if layout == "vd" else head)
+    z = x @ (head.T if transposed else head)
     z = softcap * jnp.tanh(z / softcap) if softcap else z
     lse = jax.nn.logsumexp(z, -1)
     at = jnp.take_along_axis(z, jnp.asarray(targets)[..., None], -1)[..., 0]
@@ -154,7 +154,7 @@ def test_cross_entropy(dtype, layout, z_loss, softcap, backend):
       jnp.asarray(weights),
       z_loss=z_loss,
       softcap=softcap,
-      head_layout=layout,
+      transposed=transposed,
       backend=backend,
       chunk=64,
     )

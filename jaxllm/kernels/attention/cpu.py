@@ -21,12 +21,25 @@ from jaxllm.kernels.attention.options import Options
 CACHE_BYTES = 4 << 20  # scores of one head group in the XLA form should fit the second-level caches
 
 
-def attention(
-  query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
+def refuses(call, query, key, value, options: Options) -> str | None:
+  """Why the call cannot be computed here, or None."""
+  if decode.computes(query, key, value, options):
+    return None
+  asked = options.asked - ({"query_offset"} if cpu_ffi.available() else set())
+  if unable := asked - {"causal", "window", "segment_ids"}:
+    return f"no {', '.join(sorted(unable))}"
+  whole = not options.visibility.causal and options.visibility.window is None
+  if query.shape[1] != key.shape[1] and not whole and options.query_offset is None:
+    return "queries and keys of one length only"
+  return None if value.shape[3] == query.shape[3] else "keys and values of one head dim only"
+
+
+def forward(
+  call, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"] | None]:
   """Causal order, window and segments; of a few queries and a cache most options, and the log-sum-exp."""
   if decode.computes(query, key, value, options):
-    return decode.attention(query, key, value, options)
+    return decode.forward(call, query, key, value, options)
   out = attention_cpu(
     query,
     key,

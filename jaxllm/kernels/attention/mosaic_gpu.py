@@ -28,8 +28,7 @@ from jaxtyping import Array, Float
 from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
-from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.backends import TARGETS
+from jaxllm.kernels.attention.options import Options, unfused
 
 LARGEST_GRID = 65535  # of every axis but the fastest
 
@@ -59,10 +58,10 @@ def _tiles(head_dim: int, key_arrays: int) -> Tiles:
   }[head_dim]
 
 
-def refuses(query, key, options: Options, target: str | None) -> str | None:
+def refuses(call, query, key, value, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  if target is not None and TARGETS[target] != "hopper":
-    return f"a kernel for H100 and H200, not {target}"
+  if reason := unfused(key, value, options):
+    return reason
   if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
     return f"bfloat16 or float16 throughout, not {query.dtype} and {key.dtype}"
   if query.shape[3] > 256:
@@ -74,15 +73,7 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
   return None
 
 
-def forward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+def forward(call, query, key, value, options: Options) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result, and the log-sum-exp of each row's scores in nats (sinks included; -inf where nothing is seen)."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -90,7 +81,7 @@ def forward(
   query, key, value = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in (query, key, value))
   width = query.shape[3]
   masks = (options.query_segments is not None) + (options.key_positions is not None)
-  tiles = tiles or tuning.tiles("attention_forward", target, _tiles(width, masks), head_dim=width, key_arrays=masks)
+  tiles = tuning.tiles("attention_forward", call.target, _tiles(width, masks), head_dim=width, key_arrays=masks)
   rows = tiles.block_q * tiles.warpgroups
   count = pl.cdiv(T, rows)
 

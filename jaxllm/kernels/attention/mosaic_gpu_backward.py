@@ -65,29 +65,15 @@ def _tiles(head_dim: int) -> Tiles:
 
 
 def backward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  lse: Float[Array, "B N T"],
-  d_out: Float[Array, "B T N H"],
-  delta: Float[Array, "B N T"],
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
+  call, query, key, value, options: Options, lse, d_out, delta
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-  """Gradients with respect to query, key and value, in their dtypes.
-
-  Args:
-    lse: as the forward pass returns it: of the scores, in nats, sinks included, -inf where nothing is seen.
-    delta: sum(out * d_out) of each row, less the gradient of lse.
-  """
+  """Of query, key and value, as `api` says."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   arrays = (query, key, value, d_out.astype(query.dtype))
   query, key, value, d_out = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in arrays)  # TMA's tiles: 8 x 64
   width = query.shape[3]
-  tiles = tiles or tuning.tiles("attention_backward", target, _tiles(width), head_dim=width)
+  tiles = tuning.tiles("attention_backward", call.target, _tiles(width), head_dim=width)
   query_rows, key_rows = ROWS * tiles.warpgroups, ROWS if tiles.split else ROWS * tiles.warpgroups
 
   # [B, N, 2, whole tiles]: lse in base 2, and what dp starts from. Rows that see nothing, or are not there, get an lse

@@ -22,11 +22,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.head_loss import chunks
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
+from jaxllm.kernels.head_loss.chunks import Part, Plan
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # tokens of a warpgroup: the height of a wgmma
@@ -46,7 +46,7 @@ class Tiles:
   exponentials: int = 1 << 27  # of a chunk of tokens: 256 MiB, and as much again for the gradient made of them
 
 
-def refuses(x: Array, head: Array, options: Options, target: str | None) -> str | None:
+def refuses(call, x: Array, head: Array) -> str | None:
   """Why this call cannot be computed here, or None."""
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 and float16 only, not {x.dtype}"
@@ -55,50 +55,22 @@ def refuses(x: Array, head: Array, options: Options, target: str | None) -> str 
   return None
 
 
-def statistics(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> Statistics:
-  """Of every token's logits."""
-  V = head.shape[0 if options.vd else 1]
-  tiles, x, head = _prepared(x, head, options, target, tiles)
-  rows = chunks.round_up(x.shape[0], 2 * ROWS)  # nothing large is kept: all tokens at once
-  return chunks.statistics(functools.partial(_part, options, tiles, V), x, head, targets, rows)
-
-
-def gradients(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and, in float32, of the head."""
-  V, D = head.shape if options.vd else head.shape[::-1]
-  tiles, wide_x, wide_head = _prepared(x, head, options, target, tiles)
-  rows = chunks.chunk_rows(
-    x.shape[0], V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128)
-  )
-  part = functools.partial(_part, options, tiles, V)
-  stats, dx, d_head = chunks.gradients(part, wide_x, wide_head, targets, coefficients, options, rows)
-  return stats, dx[:, :D], d_head[:V, :D] if options.vd else d_head[:D, :V]
-
-
-def _prepared(x, head, options, target, tiles):
-  """Tiles, and both operands in x's dtype with rows that TMA can address and a depth of whole steps."""
-  D = x.shape[1]
-  tiles = tiles or tuning.tiles("cross_entropy", target, Tiles(), D=D)
+def _plan(call, x, head, keep):
+  """Both operands in x's dtype, with rows that TMA can address and a depth of whole steps."""
+  options, (M, D), V = call.options, x.shape, call.options.words(head)
+  tiles = tuning.tiles("cross_entropy", call.target, Tiles(), D=D)
   deeper = chunks.round_up(D, DEPTH) - D
   # Arrays of which TMA copies swizzled tiles are whole numbers of the swizzle's tiles, [8, 64].
-  longer = -head.shape[0] % 8 if options.vd else -head.shape[1] % DEPTH
-  pads = ((0, longer), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
-  return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads)
+  longer = -head.shape[0] % 8 if options.transposed else -head.shape[1] % DEPTH
+  pads = ((0, longer), (0, deeper)) if options.transposed else ((0, deeper), (0, longer))
+  rows = chunks.round_up(M, 2 * ROWS)  # all tokens at once, where nothing large is kept
+  if keep:
+    rows = chunks.chunk_rows(M, V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128))
+  part = functools.partial(_part, options, tiles, V)
+  return Plan(part, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads), rows)
+
+
+forward, backward = chunks.by(_plan)
 
 
 def _swizzled(columns):
@@ -108,7 +80,7 @@ def _swizzled(columns):
 
 def _part(options, tiles, V, x, w, targets, keep):
   """The blocks of one chunk: statistics [words' blocks, C] and exponentials."""
-  C, vd, N = x.shape[0], options.vd, tiles.words
+  C, transposed, N = x.shape[0], options.transposed, tiles.words
   blocks = (C // (2 * ROWS), -(-V // N))
   count = 4 if options.sums else 3
   out = [jax.ShapeDtypeStruct((count, blocks[1], C), jnp.float32)]
@@ -124,7 +96,7 @@ def _part(options, tiles, V, x, w, targets, keep):
     thread_name="warpgroup",
     scratch_types=dict(
       x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled),
-      w_smem=plgpu.SMEM((tiles.stages, *((N, DEPTH) if vd else (DEPTH, N))), x.dtype, transforms=swizzled),
+      w_smem=plgpu.SMEM((tiles.stages, *((N, DEPTH) if transposed else (DEPTH, N))), x.dtype, transforms=swizzled),
       e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=_swizzled(STORE)) if keep else None,
       stats_smem=plgpu.SMEM((2, count, ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
@@ -142,7 +114,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
   """One multiprocessor: its share of the blocks, one after another, through one pipeline."""
   e_gmem = refs[0] if keep else None
   x_smem, w_smem, full, empty = (scratch[name] for name in ("x_smem", "w_smem", "full", "empty"))
-  vd, N, S = options.vd, tiles.words, tiles.stages
+  transposed, N, S = options.transposed, tiles.words, tiles.stages
   C, D = x_gmem.shape
   tall, wide, steps = C // (2 * ROWS), -(-V // N), D // DEPTH
   total, running = tall * wide, min(tiles.blocks, tall * wide)
@@ -175,7 +147,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
         words = pl.ds(column * N, N)
         tokens = pl.ds(row * 2 * ROWS, 2 * ROWS)
         plgpu.copy_gmem_to_smem(x_gmem.at[tokens, depth], x_smem.at[slot], full.at[slot])
-        part = w_gmem.at[words, depth] if vd else w_gmem.at[depth, words]
+        part = w_gmem.at[words, depth] if transposed else w_gmem.at[depth, words]
         plgpu.copy_gmem_to_smem(part, w_smem.at[slot], full.at[slot])
 
   @pl.when(warpgroup < 2)
@@ -192,7 +164,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
           slot = lax.rem(i * steps + k, jnp.int32(S))
           plgpu.barrier_wait(full.at[slot])
           w = w_smem.at[slot]
-          plgpu.wgmma(acc, x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w.T if vd else w)
+          plgpu.wgmma(acc, x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w.T if transposed else w)
           plgpu.wgmma_wait(1)  # the product before this one has read its operands
 
           @pl.when(k > 0)

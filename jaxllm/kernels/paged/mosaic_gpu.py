@@ -25,11 +25,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
-from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
@@ -77,11 +76,10 @@ def tile_shape(group: int, decoding: bool) -> TileShape:
   return TileShape(max(1, 2 * ROWS // group), 2 * ROWS)
 
 
-def refuses(query: Array, pages: KVPages, options: Options, target: str | None) -> str | None:
+def refuses(call, query: Array, pages: KVPages, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  del options
-  if target is not None and TARGETS[target] != "hopper":
-    return f"a kernel for H100 and H200, not {target}"
+  if pages.heads:
+    return "pages laid out for a TPU"
   if query.dtype not in (jnp.bfloat16, jnp.float16):
     return f"queries in bfloat16 or float16, not {query.dtype}"
   if pages.keys.dtype not in (query.dtype, jnp.int8):
@@ -104,22 +102,14 @@ def default_splits(tiles: int, num_kv_heads: int, rows: int, capacity: int) -> i
   return max(1, min(pl.cdiv(enough, tiles * num_kv_heads), capacity // 512))
 
 
-def attend(
-  queries: Float[Array, "M K R H"],
-  pages: KVPages,
-  page_table: Int[Array, "B max_pages"],
-  schedule: Schedule,
-  options: Options,
-  *,
-  target: str | None = None,
-  splits: int | None = None,
-  tiles: Tiles | None = None,
+def forward(
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
 ) -> tuple[Float[Array, "P M K rows H"], Float[Array, "P M K R"]]:
   """Results and log-sum-exp of every part of every tile; `rows` are the first ones, which hold tokens."""
   M, K, R, H = queries.shape
   quantized, shared = pages.key_scales is not None, R > ROWS
   facts = {"head_dim": H, "rows": R, "dtype": pages.keys.dtype.name}
-  tiles = tiles or tuning.tiles("paged_attention", target, _tiles(H, R, quantized), **facts)
+  tiles = tuning.tiles("paged_attention", call.target, _tiles(H, R, quantized), **facts)
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
@@ -127,7 +117,7 @@ def attend(
     raise ConfigError(f"paged_attention on Hopper takes up to {LARGEST_GRID} tiles at once, not {M}: give fewer tokens")
   if not shared and stages % warpgroups:
     raise ValueError(f"{warpgroups} warpgroups in turns take a multiple of {warpgroups} stages, not {stages}")
-  splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
+  splits = call.options or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
   parts = splits if shared else splits * warpgroups
   out_dtype = queries.dtype if parts == 1 else jnp.float32
   rows = min(R, pl.cdiv(schedule.tokens * options.group, 8) * 8) if not shared else R

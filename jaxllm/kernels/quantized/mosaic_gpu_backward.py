@@ -29,16 +29,14 @@ class BackwardTiles:
   steps: int = 4
 
 
-def backward(
-  dy: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: BackwardTiles | None = None
-) -> jax.Array:
-  """dy [M, F] W^T -> [M, D] in bfloat16; dynamic formats as their codes say, with dy unrounded."""
+def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """dy [M, F] W^T -> [M, D], rounded to bfloat16; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
-  t = tiles or BackwardTiles(tokens=64 if M <= 64 else 128)
+  t = BackwardTiles(tokens=64 if M <= 64 else 128)
   # Two steps at least: a slot is handed back one step after it was read.
   Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, max(pl.cdiv(F, FEATURES), 2) * FEATURES
   dx = _call(jnp.pad(dy, ((0, Mp - M), (0, Fp - F))), weight, t)
-  return dx[:M, : weight.in_features]
+  return dx[:M, : weight.in_features].astype(call.options.dtype)
 
 
 def _call(dy, weight, t):
