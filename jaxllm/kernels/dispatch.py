@@ -28,7 +28,7 @@ def _forward(call, *arrays):
 
 
 def _keep_arrays(call, *arrays):
-  return call.op.forward(call, *arrays), arrays
+  return run(call, *arrays), arrays
 
 
 def _backward(call, kept, d):
@@ -40,7 +40,8 @@ class Op:
   """What the backends of a function have in common around theirs; the defaults add nothing.
 
   forward: (call, *arrays) -> results.
-  kept: (call, *arrays) -> (results, what the backward pass needs).
+  kept: (call, *arrays) -> (results, what the backward pass needs); results by `run`, so that the forward pass too may be
+    differentiated once more.
   backward: (call, kept, gradients of the results) -> a gradient for each array, None for those that have none.
   once: a second derivative is an error.
   """

@@ -13,7 +13,7 @@ from jaxllm.kernels.attention.options import Options, Visibility
 
 def _kept(call, query, key, value, options):
   """By the backend's `forward(call, query, key, value, options)`: out, and the log-sum-exp or None."""
-  out, lse = call.module.forward(call, query, key, value, options)
+  out, lse = dispatch.run(call, query, key, value, options)
   return (out, lse), (query, key, value, options, out, lse)
 
 

@@ -88,8 +88,8 @@ def cross_entropy_gradients(
   Options and errors are those of `cross_entropy`.
   """
   call, *arrays = _weighted_call(x, head, targets, weights, **options)
-  sums, dx, d_head = _sums_and_gradients(call, *arrays)
-  return CrossEntropy(*sums, arrays[-1].sum()), dx.reshape(x.shape), d_head
+  (loss, z, correct), dx, d_head = _sums_and_gradients(call, *arrays)
+  return CrossEntropy(loss, z, correct, arrays[-1].sum()), dx.reshape(x.shape), d_head
 
 
 def token_log_probs(

@@ -32,7 +32,9 @@ def _backward(call, kept, d):
   return _product(call, d.astype(like.dtype), weight), None
 
 
-OP = dispatch.Op("quantized", _product, lambda call, x, weight: (_product(call, x, weight), (weight, x[:0])), _backward)
+OP = dispatch.Op(
+  "quantized", _product, lambda call, x, weight: (dispatch.run(call, x, weight), (weight, x[:0])), _backward
+)
 
 
 def quantized_matmul(
