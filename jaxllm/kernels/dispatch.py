@@ -40,8 +40,8 @@ class Op:
   """What the backends of a function have in common around theirs; the defaults add nothing.
 
   forward: (call, *arrays) -> results.
-  kept: (call, *arrays) -> (results, what the backward pass needs); results by `run`, so that the forward pass too may be
-    differentiated once more.
+  kept: (call, *arrays) -> (results, what the backward pass needs); results by `run`, so that this too may be
+    differentiated.
   backward: (call, kept, gradients of the results) -> a gradient for each array, None for those that have none.
   once: a second derivative is an error.
   """

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels import cpu_ffi, elementwise
+from jaxllm.kernels import Visibility, cpu_ffi, elementwise, flash_attention
 from jaxllm.kernels import head_loss as ce_lib
 from jaxllm.kernels import matmul as matmul_lib
-from jaxllm.kernels.attention import cpu as attention_lib
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -123,7 +122,7 @@ def test_attention(build, case, dtype):
     s[:, -7:] = 0
     seg = (jnp.asarray(s), jnp.asarray(s))
   check(
-    lambda *a: attention_lib.attention_cpu(*a, causal=causal, window=window, segment_ids=seg, scale=H**-0.5),
+    lambda *a: flash_attention(*a, visibility=Visibility(causal, window), segment_ids=seg, backend="cpu"),
     lambda *a: reference_attention(*a, causal, window, seg, H**-0.5),
     args,
     dtype,

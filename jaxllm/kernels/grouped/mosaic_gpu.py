@@ -25,10 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.grouped import varying
-
-ROWS = 64  # of a warpgroup; also the columns of a swizzled line of 128 bytes
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands of wgmma in shared memory
-WGMMA = plgpu.Layout.WGMMA
+from jaxllm.kernels.hopper import MULTIPROCESSORS, ROWS, TILED, WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Tiles:
   columns: int = 256
   stages: int = 4
   strip: int = 16
-  blocks: int = 132
+  blocks: int = MULTIPROCESSORS
 
 
 def _tiles(columns: int) -> Tiles:

@@ -27,9 +27,8 @@ from jaxtyping import Array
 from jaxllm.kernels import tuning
 from jaxllm.kernels.head_loss import chunks
 from jaxllm.kernels.head_loss.chunks import Part, Plan
+from jaxllm.kernels.hopper import LOG2E, MULTIPROCESSORS, ROW, ROWS, WGMMA, swizzled
 
-LOG2E = math.log2(math.e)
-ROWS = 64  # tokens of a warpgroup: the height of a wgmma
 DEPTH = 64  # of x and head in one step of the pipeline: a row of 128 bytes, the widest swizzle
 STORE = 32  # columns of one store of exponentials; 64 would leave no room for the fourth stage
 NONE = -1e30  # of columns past the vocabulary; finite, because infinity minus infinity is NaN
@@ -42,7 +41,7 @@ class Tiles:
   words: int = 256  # of the vocabulary in a block
   stages: int = 4  # of the pipeline
   group: int = 16  # blocks of tokens that share a pass over the head: their x should stay in the L2 cache
-  blocks: int = 132  # that run at once: the chip's multiprocessors
+  blocks: int = MULTIPROCESSORS  # that run at once: the chip's multiprocessors
   exponentials: int = 1 << 27  # of a chunk of tokens: 256 MiB, and as much again for the gradient made of them
 
 
@@ -73,11 +72,6 @@ def _plan(call, x, head, keep):
 forward, backward = chunks.by(_plan)
 
 
-def _swizzled(columns):
-  """The layout of 16-bit rows in shared memory that wgmma reads and TMA writes without bank conflicts."""
-  return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-
-
 def _part(options, tiles, V, x, w, targets, keep):
   """The blocks of one chunk: statistics [words' blocks, C] and exponentials."""
   C, transposed, N = x.shape[0], options.transposed, tiles.words
@@ -86,7 +80,6 @@ def _part(options, tiles, V, x, w, targets, keep):
   out = [jax.ShapeDtypeStruct((count, blocks[1], C), jnp.float32)]
   if keep:
     out.append(jax.ShapeDtypeStruct((C, chunks.round_up(V, DEPTH)), x.dtype))
-  swizzled = _swizzled(DEPTH)
   kernel = plgpu.kernel(
     functools.partial(_kernel, options, tiles, V, keep),
     out_type=out,
@@ -95,9 +88,11 @@ def _part(options, tiles, V, x, w, targets, keep):
     num_threads=3,
     thread_name="warpgroup",
     scratch_types=dict(
-      x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled),
-      w_smem=plgpu.SMEM((tiles.stages, *((N, DEPTH) if transposed else (DEPTH, N))), x.dtype, transforms=swizzled),
-      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=_swizzled(STORE)) if keep else None,
+      x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled(DEPTH)),
+      w_smem=plgpu.SMEM(
+        (tiles.stages, *((N, DEPTH) if transposed else (DEPTH, N))), x.dtype, transforms=swizzled(DEPTH)
+      ),
+      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=swizzled(STORE)) if keep else None,
       stats_smem=plgpu.SMEM((2, count, ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
       empty=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
@@ -206,8 +201,8 @@ def _reduce(options, V, z, first, targets):
     # By an exponential, because the hardware's tanh is good to 11 bits only; the root squared is a quick reciprocal.
     root = lax.rsqrt(1 + jnp.exp2(z * (2 * LOG2E / options.softcap)))
     z = lax.optimization_barrier(options.softcap - 2 * options.softcap * (root * root))
-  words = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)  # of this block: constants
-  target = plgpu.load(targets, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+  words = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WGMMA)  # of this block: constants
+  target = plgpu.load(targets, layout=ROW, optimized=False)
   at = jnp.where(words == across(target - first), z, 0.0).sum(1)
   # Words past V are zeros of the copy, so that they count nothing here; a mask as well would cost registers.
   sums = (z.sum(1),) if options.sums else ()

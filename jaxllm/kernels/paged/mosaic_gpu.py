@@ -29,19 +29,24 @@ from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
+from jaxllm.kernels.hopper import (
+  COLUMN,
+  LARGEST_GRID,
+  LOG2E,
+  MULTIPROCESSORS,
+  ROW,
+  ROWS,
+  SHARED_MEMORY,
+  WGMMA,
+  swizzled,
+)
 from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
-LOG2E = math.log2(math.e)
-WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
-ROWS = 64  # of one wgmma
 OUT_COLUMNS = 64  # results leave so many at a time
-SHARED_MEMORY = 232448  # bytes of a block
-MULTIPROCESSORS = 132  # of H100 and H200
-LARGEST_GRID = 65535  # of every axis but the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +136,10 @@ def forward(
   }
   copies = max(1, block // pages.page_size)  # of one step
   scratch = {
-    "query_smem": plgpu.SMEM((R // ROWS, ROWS, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
-    "key_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
-    "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
-    "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(out_dtype, OUT_COLUMNS)),
+    "query_smem": plgpu.SMEM((R // ROWS, ROWS, H), queries.dtype, transforms=_tiled(H, queries.dtype)),
+    "key_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(H, pages.keys.dtype)),
+    "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(H, pages.keys.dtype)),
+    "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(OUT_COLUMNS, out_dtype)),
     "lse_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
     "counting_smem": plgpu.SMEM((warpgroups, block), jnp.int32),
     "query_ready": plgpu.Barrier(num_barriers=warpgroups),
@@ -149,9 +154,9 @@ def forward(
     largest = largest.reshape(M, K, R)
     inputs |= {"query_largest": largest, "key_scales": pages.key_scales, "value_scales": pages.value_scales}
     scratch |= {
-      "query_smem": plgpu.SMEM((R // ROWS, 2 * ROWS, H), jnp.int8, transforms=_tiled(jnp.int8, H)),
+      "query_smem": plgpu.SMEM((R // ROWS, 2 * ROWS, H), jnp.int8, transforms=_tiled(H, jnp.int8)),
       "query_scale_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-      "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
+      "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(H, queries.dtype)),
       "key_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
       "value_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
     }
@@ -176,12 +181,8 @@ def forward(
   )(*inputs.values())
 
 
-def _tiled(dtype, columns):
-  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that.
-  int8 is read 64 columns at a time (`widen`)."""
-  size = jnp.dtype(dtype).itemsize
-  swizzle = 64 if size == 1 else next(width for width in (128, 64, 32) if columns * size % width == 0)
-  return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+def _tiled(columns, dtype):
+  return swizzled(columns, dtype, 64 if jnp.dtype(dtype).itemsize == 1 else None)  # int8 is read 64 columns at a time
 
 
 def _kernel(options, tiles, names, static, *refs, **scratch):

@@ -27,16 +27,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.kernels import tuning
+from jaxllm.kernels.hopper import COLUMN, MULTIPROCESSORS, ROW, WGMMA, swizzled
 from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.quantized import reference
 from jaxllm.kernels.quantized.mosaic_gpu_backward import backward
-from jaxllm.kernels.quantized.mosaic_gpu_tiles import ROW, WGMMA, load_codes, scale_rows, scaled
+from jaxllm.kernels.quantized.mosaic_gpu_tiles import load_codes, scale_rows, scaled
 from jaxllm.kernels.quantized.weights import HALF, QuantizedWeight
 
 __all__ = ["Tiles", "backward", "forward", "refuses"]
 
 WARPGROUPS = 2  # that compute
-MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _call(x, weight, x_scale, t, Fp, apart):
     return k if halves == 1 else (k // pieces * halves + half) * pieces + k % pieces
 
   groups = max(1, t.row_bytes // weight.group_size) if grouped else 1  # of a piece of D
-  w_transforms = _transforms(t.row_bytes, values.dtype)
-  x_transforms = _transforms(t.row_bytes, x.dtype)
+  w_transforms = swizzled(t.row_bytes, values.dtype)
+  x_transforms = swizzled(t.row_bytes, x.dtype)
   out_dtype = jnp.float32 if apart else jnp.bfloat16
 
   def kernel(values_gmem, x_gmem, *rest):
@@ -168,7 +168,7 @@ def _call(x, weight, x_scale, t, Fp, apart):
       if not grouped:
         y *= lax.broadcast_in_dim(per_feature(scale_gmem[0]), y.shape, [0])
       if x_scale is not None:
-        column = plgpu.load(scale_gmem[-1].at[pl.ds(m0, t.tokens)], layout=WGMMA.reduce(0), optimized=False)
+        column = plgpu.load(scale_gmem[-1].at[pl.ds(m0, t.tokens)], layout=COLUMN, optimized=False)
         if integers:
           column = split_scale(column)
         y *= lax.broadcast_in_dim(column, y.shape, [1])
@@ -283,9 +283,3 @@ def _integer_sums(sums, codes_smem, x_smem, scale_smem, mine, zero):
         part *= 1 / unit
       sums += part
   return sums
-
-
-def _transforms(columns, dtype):
-  bits = jnp.dtype(dtype).itemsize * 8
-  swizzle = plgpu.find_swizzle(columns * bits)
-  return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
