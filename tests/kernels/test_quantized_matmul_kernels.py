@@ -1,5 +1,6 @@
 """The kernels for accelerators: in their emulators against float64, and compiled ahead of time at real shapes."""
 
+import dataclasses
 import functools
 import importlib.util
 from unittest import mock
@@ -123,6 +124,32 @@ def test_tpu_several_tiles_in_float32(kind):
     dx = jax.jit(functools.partial(multiply, transposed=True))(dy, q)
   for got, want in ((y, oracle.product(x, q)), (dx, oracle.gradient(dy, q))):
     assert np.abs(np.asarray(got, np.float64) - want).max() <= 3e-6 * np.abs(want).max()
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=str)
+@pytest.mark.parametrize("emulator, backend", [(gpu_emulator, "mosaic_gpu"), (tpu_emulator, "pallas_tpu")])
+def test_sums_that_go_on_are_not_rounded(emulator, backend, kind):
+  """In float32, of 16-bit activations: the sum of two halves of the inputs is the whole."""
+  q, x = weight(512, 128, kind), normal(1, 9, 512)
+  run = jax.jit(functools.partial(quantized_matmul, backend=backend, dtype=jnp.float32))
+  with emulator():
+    parts = [np.asarray(run(x[:, i * 256 : (i + 1) * 256], half)) for i, half in enumerate(_halves(q))]
+  assert parts[0].dtype == np.float32
+  want = oracle.product(x, q)
+  assert np.abs(np.float64(parts[0]) + parts[1] - want).max() <= 4e-3 * np.abs(want).max()
+  # No number of 16 bits: else the low half of each would be zero.
+  assert (parts[0].view(np.uint32) & 0xFFFF != 0).mean() > 0.9
+
+
+def _halves(q):
+  groups = q.scales.shape[0]
+  for i in range(2):
+    codes = q.values.shape[1] // 2
+    of_groups = slice(None) if groups == 1 else slice(i * groups // 2, (i + 1) * groups // 2)
+    cut = {"scales": q.scales[of_groups], "zeros": None if q.zeros is None else q.zeros[of_groups]}
+    values = q.values[:, i * codes : (i + 1) * codes]
+    yield dataclasses.replace(q, values=values, in_features=q.in_features // 2, **cut)
 
 
 @needs_emulators
