@@ -171,7 +171,7 @@ def paged_attention(
 def quantized_specs(on: Shards, weight: QuantizedWeight, axes: tuple[str | None, ...]) -> QuantizedWeight:
   """A PartitionSpec in the place of each part of a weight [..., D, F] with these logical axes.
 
-  A dimension that its mesh axes cannot split, by `kernels.quantized.splits`, is whole.
+  A dimension that its mesh axes cannot split, by `kernels.quantized.weights.splits`, is whole.
   """
   ways = lambda axis: on.ways(getattr(on.rules, axis))  # noqa: E731
   found = part_axes(weight, axes, ways)

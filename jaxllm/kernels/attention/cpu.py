@@ -60,9 +60,8 @@ class _Attributes(NamedTuple):
   window: int  # 0: none
   scale: float
 
-  def call(self, name, out, *arrays):
-    window, scale = np.int64(self.window), np.float32(self.scale)
-    return cpu_ffi.call(name, out, *arrays, causal=self.causal, window=window, scale=scale)
+  def native(self):
+    return {"causal": self.causal, "window": np.int64(self.window), "scale": np.float32(self.scale)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -73,13 +72,14 @@ def _native(attributes, *arrays):
 def _kept(attributes, q, *others):
   B, T, N, _ = q.shape
   out = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
-  o, lse = attributes.call("cpu_attention", out, q, *others)
+  o, lse = cpu_ffi.call("cpu_attention", out, q, *others, **attributes.native())
   return o, (q, *others, o, lse)
 
 
 def _backward(attributes, kept, do):
   out = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept[:3])
-  return *attributes.call("cpu_attention_grad", out, *kept, do.astype(kept[0].dtype)), None, None, None
+  arrays = *kept, do.astype(kept[0].dtype)
+  return *cpu_ffi.call("cpu_attention_grad", out, *arrays, **attributes.native()), None, None, None
 
 
 _native.defvjp(_kept, _backward)

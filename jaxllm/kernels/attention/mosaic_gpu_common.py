@@ -238,7 +238,7 @@ def mask_row(options: Options, prefix, of_keys, of_queries) -> dict[str, Array]:
   return found if of_queries is None else found | {"query_segments": of_queries()}
 
 
-def along_columns(ref, shape) -> Array:
+def along_columns(ref, shape):
   """Shared memory's number for each column, over a block of this shape."""
   return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMN), shape, [1])
 
