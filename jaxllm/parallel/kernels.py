@@ -22,6 +22,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import KVPages, QuantizedWeight, flash_attention
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.quantized import part_axes
+from jaxllm.kernels.quantized.api import of_gradient
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import activation_context, partition_spec
 
@@ -249,10 +250,8 @@ def _quantized(call, x, weight):
 
 
 def _quantized_backward(call, weight, dy):
-  plain = weight.dynamic and call.transposed  # the rounding of activations is no part of a gradient
-  if plain:
-    weight = dataclasses.replace(weight, format=weight.format.removesuffix("_dynamic"))
-  call = dataclasses.replace(call, transposed=not call.transposed, backend="xla" if plain else call.backend)
+  backend, weight = of_gradient(call.backend, weight, call.transposed)
+  call = dataclasses.replace(call, transposed=not call.transposed, backend=backend)
   return _quantized(call, dy, weight), None
 
 

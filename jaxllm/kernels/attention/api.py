@@ -78,10 +78,7 @@ def flash_attention(
     bias: added to the scores (T5's relative positions).
     return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink
       included; -inf where a query sees nothing. Differentiable too.
-    backend: a name of `backends.BACKENDS["attention"]`, with segments of "packed_attention", or "auto": the first of
-      the row for `target` that can and may be taken (`backends.choose`). None: "auto" where a target is given, else
-      "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`; with segments the row is that of "packed_attention".
 
   Raises:
     ConfigError: the backend cannot compute what is asked.

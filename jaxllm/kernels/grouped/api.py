@@ -65,9 +65,7 @@ def grouped_matmul(
 
   Args:
     group_sizes: int32, not negative. What of them goes past M is cut off.
-    backend: a name of `backends.BACKENDS["grouped_matmul"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`.
     tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
     split: inside shard_map, (mesh axes, 1 or 2): over which axes the matrices are split along that dimension. They are
       gathered in x's dtype; their gradients are summed and split again in their own.

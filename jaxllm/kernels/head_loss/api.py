@@ -59,10 +59,8 @@ def cross_entropy(
     label_smoothing: share of the target's probability that is spread evenly over all V (Szegedy et al.,
       arXiv 1512.00567, section 7), in [0, 1).
     transposed: the head is [V, D], an embedding table.
-    backend: a name of `backends.BACKENDS["cross_entropy"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-      "cpu" takes the C++ kernel where there is one and no soft cap is asked for, else the same in XLA.
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`. "cpu" takes the C++ kernel where there is one and no soft cap is asked
+      for, else the same in XLA.
     chunk: tokens at once; by default as many as a fixed number of logits allows.
 
   Raises:

@@ -63,9 +63,7 @@ def paged_attention(
       -inf for tokens of no sequence.
     splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla"
       computes one part only and ignores it; on TPU more than one part helps only two cores of one device.
-    backend: a name of `backends.BACKENDS["paged_attention"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`.
 
   Raises:
     ConfigError: shapes that do not belong together, a backend that cannot compute what is asked, or a derivative.

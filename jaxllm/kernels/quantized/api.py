@@ -26,10 +26,16 @@ def _product(call, rows, weight):
 def _backward(call, kept, d):
   weight, like = kept
   options = Options(not call.options.transposed, like.dtype)
-  plain = weight.dynamic and call.options.transposed  # the rounding of activations is no part of a gradient
-  call = dataclasses.replace(call, backend="xla" if plain else call.backend, options=options)
-  weight = dataclasses.replace(weight, format=weight.format.removesuffix("_dynamic")) if plain else weight
+  backend, weight = of_gradient(call.backend, weight, call.options.transposed)
+  call = dataclasses.replace(call, backend=backend, options=options)
   return _product(call, d.astype(like.dtype), weight), None
+
+
+def of_gradient(backend: str | None, weight: QuantizedWeight, transposed: bool) -> tuple[str | None, QuantizedWeight]:
+  """What computes the gradient of a product: rounded activations are no part of it, and kernels for x W round them."""
+  if not (weight.dynamic and transposed):
+    return backend, weight
+  return "xla", dataclasses.replace(weight, format=weight.format.removesuffix("_dynamic"))
 
 
 OP = dispatch.Op(
@@ -59,9 +65,7 @@ def quantized_matmul(
     weight: of `quantize` or `from_codes`, without leading axes.
     transposed: x [..., F] times W^T, and activations are not rounded: an embedding table [V, D] as the head.
     dtype: of the result, for sums that go on; None: x's.
-    backend: a name of `backends.BACKENDS["quantized_matmul"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`.
 
   Raises:
     ConfigError: the shapes disagree, or the backend cannot compute this call.
