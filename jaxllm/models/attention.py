@@ -14,7 +14,7 @@ from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.norms import Norm
-from jaxllm.parallel.attention import attention
+from jaxllm.parallel.kernels import attention
 from jaxllm.parallel.sharding import constrain
 
 

@@ -14,7 +14,7 @@ from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear
 from jaxllm.models.norms import Norm
 from jaxllm.models.weights import dense
-from jaxllm.parallel.attention import attention
+from jaxllm.parallel.kernels import attention
 from jaxllm.parallel.sharding import constrain
 
 
