@@ -2,8 +2,8 @@
 
 This file is the only place that multiplies by one. A plain array [I, O] may be float32 (a master weight) beside 16-bit
 activations: each function rounds it where it uses it, and its gradient is summed over tokens in float32 and leaves in
-its own dtype. A `QuantizedWeight` is a constant. A `LoraWeight` adds a product of two narrow matrices to any weight.
-A `PerLayer` holds the weights of a stack's layers apart, which may be of different kinds.
+its own dtype. A `QuantizedWeight` is a constant. A `PerLayer` holds the weights of a stack's layers apart, which may be
+of different kinds. Adapters over any of them stand in `adapters.py`.
 
 Stacks of layers and of experts put their axes before those of the matrix, in every part of a weight.
 """
@@ -75,77 +75,26 @@ class Weight:
     """See `trained_parts`."""
     raise NotImplementedError
 
+  def with_key(self, path: str, key: jax.Array) -> "Weight":
+    """See `with_keys`; path: of this weight."""
+    return self
 
-def _register(*parts: str, settings: tuple[str, ...] = ()):
+  @property
+  def adapted(self) -> bool:
+    """Whether a trained part stands beside a frozen matrix."""
+    return False
+
+  def bare(self) -> Any:
+    """The weight as it was before adapters."""
+    return self
+
+
+def register(*parts: str, settings: tuple[str, ...] = ()) -> Callable[[type], type]:
+  """Makes a dataclass a pytree: its parts are arrays or weights, its settings static."""
   return functools.partial(jax.tree_util.register_dataclass, data_fields=parts, meta_fields=settings)
 
 
-@_register("base", "a", "b", "key", settings=("scale", "dropout"))
-@dataclasses.dataclass(frozen=True)
-class LoraWeight(Weight):
-  """base + scale a b, of which only a and b are trained (Hu et al., arXiv 2106.09685, equation 3).
-
-  base: any weight [*lead, I, O]. a [*lead, I, r], b [*lead, r, O]: float32 master weights.
-  scale: alpha / r in the paper. dropout: of what goes into a, while there is a key.
-  """
-
-  base: Any
-  a: Float[Array, "*lead I r"]
-  b: Float[Array, "*lead r O"]
-  key: Any = None  # [*lead] of random keys, put there by `with_keys`
-  scale: float = 1.0
-  dropout: float = 0.0
-
-  @property
-  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-    return self.base.shape
-
-  @property
-  def dtype(self):  # type: ignore[override]
-    return self.base.dtype
-
-  def project(self, x, compute, axes, transposed):
-    first, second = (self.b, self.a) if transposed else (self.a, self.b)
-    y = (project_transposed if transposed else project)(x, self.base, compute, axes)
-    if self.key is not None and self.dropout:
-      kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
-      x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-    multiply = functools.partial(matmul, backend=compute.backend("matmul"), transposed=transposed)
-    return y + self.scale * multiply(multiply(x, first), second)
-
-  def rows(self, ids, dtype, axis):
-    narrow = rows(self.a, ids, dtype, axis, None)
-    return rows(self.base, ids, dtype, axis) + self.scale * matmul(narrow, self.b)
-
-  def grouped(self, x, group_sizes, compute, split):
-    over = lambda dimension: split if split and split[1] == dimension else None  # noqa: E731
-    narrow = grouped(x, self.a, group_sizes, compute, over(1))
-    return grouped(x, self.base, group_sizes, compute, split) + self.scale * grouped(
-      narrow, self.b, group_sizes, compute, over(2)
-    )
-
-  def dense(self):
-    return dense(self.base) + self.scale * jnp.matmul(self.a, self.b)
-
-  def map_parts(self, function):
-    return dataclasses.replace(self, base=function(self.base), a=function(self.a), b=function(self.b))
-
-  def part_axes(self, axes, ways):
-    *lead, inputs, outputs = axes
-    return dataclasses.replace(
-      self,
-      base=part_axes(self.base, axes, ways),
-      a=(*lead, inputs, None),
-      b=(*lead, None, outputs),
-      key=None if self.key is None else tuple(lead),
-    )
-
-  def trained(self):
-    frozen = jax.tree.map(lambda _: False, self.base)
-    return dataclasses.replace(self, base=frozen, a=True, b=True, key=None if self.key is None else False)
-
-
-@_register("layers")
+@register("layers")
 @dataclasses.dataclass(frozen=True)
 class PerLayer(Weight):
   """The weights of a stack's layers, one by one, in place of one weight with a leading layer axis."""
@@ -174,6 +123,16 @@ class PerLayer(Weight):
 
   def trained(self):
     return PerLayer(tuple(map(trained_parts, self.layers)))
+
+  def with_key(self, path, key):
+    return PerLayer(tuple(_with_key(f"{path}/{i}", layer, key) for i, layer in enumerate(self.layers)))
+
+  @property
+  def adapted(self):
+    return any(map(is_adapted, self.layers))
+
+  def bare(self):
+    return self.map_parts(_bare)
 
 
 # The products
@@ -377,15 +336,11 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 def with_keys(params: PyTree, key: jax.Array) -> PyTree:
   """The parameters with a random key in every weight that drops a part of its input."""
 
-  def one(path, w):
-    if isinstance(w, PerLayer):
-      return PerLayer(tuple(one(f"{path}/{i}", layer) for i, layer in enumerate(w.layers)))
-    if not isinstance(w, LoraWeight) or not w.dropout:
-      return w
-    own = path_key(key, path)
-    return dataclasses.replace(w, key=jax.random.split(own, w.shape[:-2]) if w.ndim > 2 else own)
+  return map_weights_with_path(lambda path, w: _with_key(path, w, key), params)
 
-  return map_weights_with_path(one, params)
+
+def _with_key(path, w, key):
+  return w.with_key(path, key) if isinstance(w, Weight) else w
 
 
 def partition(params: PyTree, trained: PyTree[bool]) -> tuple[PyTree, PyTree]:
@@ -405,19 +360,22 @@ def num_parameters(params: PyTree) -> int:
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
+def is_adapted(w: Any) -> bool:
+  """Whether a weight has an adapter."""
+  return isinstance(w, Weight) and w.adapted
+
+
 def adapted_paths(params: PyTree) -> list[str]:
   """The paths of the weights that have an adapter."""
   found: list[str] = []
-  map_weights_with_path(lambda path, w: found.append(path) if isinstance(w, LoraWeight) else None, params)
+  map_weights_with_path(lambda path, w: found.append(path) if is_adapted(w) else None, params)
   return found
 
 
 def without_adapters(params: PyTree) -> PyTree:
   """The parameters as they were before adapters: the same arrays, no copies."""
+  return map_weights(_bare, params)
 
-  def one(w):
-    if isinstance(w, PerLayer):
-      return w.map_parts(one)
-    return one(w.base) if isinstance(w, LoraWeight) else w
 
-  return map_weights(one, params)
+def _bare(w):
+  return w.bare() if isinstance(w, Weight) else w

@@ -22,7 +22,8 @@ from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
+from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.weights import map_weights_with_path, quantize_matrix
 from jaxllm.parallel.agreement import first_does
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig

@@ -13,7 +13,8 @@ from jaxllm.kernels import dequantize, quantize
 from jaxllm.models import weights
 from jaxllm.models.build import declare, init_params, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
-from jaxllm.models.weights import LoraWeight, PerLayer
+from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.weights import PerLayer
 
 COMPUTE = Compute(matmul="xla")
 C = ModelConfig(vocab_size=64, embed_dim=128, num_layers=3, num_heads=2, mlp_dim=128, max_seq_len=32)

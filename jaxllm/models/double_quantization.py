@@ -1,0 +1,120 @@
+"""Double quantization: the scales of a quantized weight in 8 bits too (QLoRA, arXiv 2305.14314, section 3)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from jaxllm.kernels import QuantizedWeight, dequantize
+from jaxllm.kernels.quantized import weights as quantized
+from jaxllm.models.weights import Weight, grouped, part_axes, project, project_transposed, register, rows
+
+BLOCK = 256  # scales that share a scale
+
+
+@functools.cache
+def dynamic_map() -> Float[np.ndarray, " 256"]:
+  """The 256 numbers of the signed dynamic 8-bit type, ascending (Dettmers et al., arXiv 2110.02861, section 2.1).
+
+  For each power of ten down to 1e-6 there are the middles of equal parts between a tenth of it and itself: 64 of
+  either sign for 1, half as many for each smaller one; and 0 and 1.
+  """
+  numbers = [np.float32(0), np.float32(1)]
+  for i in range(7):
+    count, low = 2**i, np.float64(np.float32(0.1))
+    step = np.float64(np.float32((np.float32(1) - np.float32(0.1)) / np.float32(count)))
+    at = np.arange(count + 1)
+    # From both ends, with one rounding a number, which is how PyTorch divides a range
+    edges = np.where(at < (count + 1) // 2, low + step * at, 1 - step * (count - at)).astype(np.float32)
+    middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - 6))
+    numbers += [*middles, *-middles]
+  return np.sort(np.asarray(numbers, np.float32))
+
+
+@register("weight", "blocks", "offset")
+@dataclasses.dataclass(frozen=True)
+class DoubleQuantizedWeight(Weight):
+  """A quantized weight whose scale is map[code] * block + offset.
+
+  The order of scales is that of bitsandbytes: those of an output's groups follow each other, then the next output's.
+
+  weight: its scales [*lead, G, F] are the codes. blocks: [*lead, ceil(G F / 256)]. offset: [*lead].
+  """
+
+  weight: QuantizedWeight
+  blocks: Float[Array, "*lead n"]
+  offset: Float[Array, " *lead"]
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.weight.shape
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.blocks.dtype
+
+  def single(self) -> QuantizedWeight:
+    """The weight with its scales multiplied out."""
+    codes = self.weight.scales
+    numbers = jnp.asarray(dynamic_map())[codes]
+    G, F = codes.shape[-2:]
+    used = _groups(self.weight)
+    block = (jnp.arange(F) * used + jnp.minimum(jnp.arange(G), used - 1)[:, None]) // BLOCK
+    scales = numbers * self.blocks[..., block] + self.offset[..., None, None]
+    return dataclasses.replace(self.weight, scales=jnp.where(jnp.arange(G)[:, None] < used, scales, 0))
+
+  def project(self, x, compute, axes, transposed):
+    return (project_transposed if transposed else project)(x, self.single(), compute, axes)
+
+  def rows(self, ids, dtype, axis):
+    return rows(self.single(), ids, dtype, axis)
+
+  def grouped(self, x, group_sizes, compute, split):
+    return grouped(x, self.single(), group_sizes, compute, split)
+
+  def dense(self):
+    return dequantize(self.single())
+
+  def map_parts(self, function):
+    return self  # codes and scales stay as they are
+
+  def part_axes(self, axes, ways):
+    lead = tuple(axes[:-2])
+    return DoubleQuantizedWeight(part_axes(self.weight, axes, ways), (*lead, None), lead)
+
+  def trained(self):
+    return jax.tree.map(lambda _: False, self)
+
+
+def double_quantize(w: QuantizedWeight) -> DoubleQuantizedWeight:
+  """The weight with its scales in 8 bits: blocks of 256 of them, less the mean of all."""
+  used = _groups(w)
+  scales = jnp.swapaxes(w.scales[..., :used, :].astype(jnp.float32), -1, -2)
+  *lead, F, _ = scales.shape
+  flat = scales.reshape(*lead, F * used)
+  offset = flat.mean(-1)
+  padded = jnp.pad(flat - offset[..., None], [(0, 0)] * len(lead) + [(0, -F * used % BLOCK)])
+  parts = padded.reshape(*lead, -1, BLOCK)
+  blocks = jnp.abs(parts).max(-1)
+  numbers = dynamic_map()
+  middles = jnp.asarray((numbers[:-1] + numbers[1:]) / 2)
+  scaled = parts / jnp.where(blocks == 0, 1, blocks)[..., None]
+  codes = jnp.searchsorted(middles, scaled).astype(jnp.uint8).reshape(*lead, -1)[..., : F * used]
+  codes = jnp.swapaxes(codes.reshape(*lead, F, used), -1, -2)
+  extra = [(0, 0)] * len(lead) + [(0, w.scales.shape[-2] - used), (0, 0)]
+  return DoubleQuantizedWeight(dataclasses.replace(w, scales=jnp.pad(codes, extra)), blocks, offset)
+
+
+def _groups(w: QuantizedWeight) -> int:
+  """How many rows of scales are no padding; a device's part of a weight is never padded."""
+  features = min(w.in_features, w.padded_features)
+  return 1 if w.group_size is None else -(-features // w.group_size)
+
+
+def is_double_quantized(w: Any) -> bool:
+  """Whether a weight's scales are quantized."""
+  return isinstance(w, DoubleQuantizedWeight)
