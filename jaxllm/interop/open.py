@@ -18,7 +18,8 @@ from jaxllm.interop.model_directory import open_model_directory, read_model_conf
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.weights import dense, is_quantizable, quantize_matrix
+from jaxllm.models.quantization import quantize_matrix
+from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
 
 CHECKPOINTS = "checkpoints"

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import QuantizedWeight, dequantize, grouped_matmul, quantize
+from jaxllm.kernels import QuantizedWeight, dequantize, grouped_matmul
 from jaxllm.kernels.matmul import matmul
 from jaxllm.kernels.quantized import weights as quantized
 from jaxllm.models.config import Compute
@@ -289,23 +288,6 @@ def is_quantizable(path: str) -> bool:
   """Whether a parameter is a matrix of the layers, not of a router: those that lose little in 8 or 4 bits."""
   names = path.split("/")
   return names[-1] == "weight" and "blocks" in names and names[-2] != "router"
-
-
-def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = None) -> Any:
-  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain.
-
-  Args:
-    format: None leaves it as it is.
-
-  Raises:
-    ConfigError: no such format, or groups that do not divide the matrix; the message names it.
-  """
-  if format is None or not is_quantizable(path) or is_weight(w):
-    return w
-  try:
-    return quantize(w, format, group_size)
-  except ConfigError as error:
-    raise ConfigError(f"{path}: {error}") from None
 
 
 def part_axes(w: Any, axes: LogicalAxes, ways: Ways) -> Any:

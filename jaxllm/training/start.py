@@ -23,7 +23,8 @@ from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.adapters import LoraWeight
-from jaxllm.models.weights import map_weights_with_path, quantize_matrix
+from jaxllm.models.quantization import quantize_matrix
+from jaxllm.models.weights import map_weights_with_path
 from jaxllm.parallel.agreement import first_does
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig

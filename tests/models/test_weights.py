@@ -1,5 +1,6 @@
 """Weights are values: every kind equals its dense matrix, in every product, in every way of running the layers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,8 @@ from jaxllm.kernels import dequantize, quantize
 from jaxllm.models import weights
 from jaxllm.models.build import declare, init_params, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
-from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.adapters import DoraWeight, LoraWeight, column_lengths
+from jaxllm.models.quantization import DoubleQuantizedWeight, double_quantize
 from jaxllm.models.weights import PerLayer
 
 COMPUTE = Compute(matmul="xla")
@@ -30,12 +32,33 @@ def lora(base, seed=0, scale=0.5, rank=4):
   return LoraWeight(base, normal(seed, *lead, I, rank), normal(seed + 1, *lead, rank, O), scale=scale)
 
 
+def dora(base, seed=0):
+  inner = lora(base, seed)
+  magnitude = column_lengths(base) * (1 + 0.3 * normal(seed + 2, *base.shape[:-2], 1, base.shape[-1])[..., 0, :])
+  return DoraWeight(inner.base, inner.a, inner.b, scale=inner.scale, magnitude=magnitude)
+
+
+def by_matrix(base, seed=0):
+  """A LoRA whose factor, and whose rank, differ by layer."""
+  inner = lora(base, seed)
+  lead = base.shape[:-2]
+  factors = 1 + jnp.arange(np.prod(lead, dtype=int), dtype=jnp.float32).reshape(lead)
+  rank = jnp.arange(4) < 1 + jnp.minimum(factors, 3)[..., None]
+  a, b = inner.a * rank[..., None, :], inner.b * rank[..., :, None]
+  return dataclasses.replace(inner, a=a, b=b, scales=factors)
+
+
 KINDS = {
   "plain": lambda w: w,
   "int8": lambda w: quantize(w, "int8"),
   "int4": lambda w: quantize(w, "int4", 32, asymmetric=True),
   "nf4": lambda w: quantize(w, "nf4", 64),
+  "nf4 twice": lambda w: double_quantize(quantize(w, "nf4", 64)),
   "lora": lora,
+  "lora by matrix": by_matrix,
+  "dora": dora,
+  "dora over nf4": lambda w: dora(quantize(w, "nf4", 64)),
+  "lora over nf4 twice": lambda w: lora(double_quantize(quantize(w, "nf4", 64))),
   "lora over nf4": lambda w: lora(quantize(w, "nf4", 64)),
   "lora over lora": lambda w: lora(lora(w), 7),
 }
@@ -46,7 +69,13 @@ def exact(w):
   if isinstance(w, PerLayer):
     return np.stack([exact(layer) for layer in w.layers])
   if isinstance(w, LoraWeight):
-    return exact(w.base) + w.scale * np.asarray(w.a, np.float64) @ np.asarray(w.b, np.float64)
+    factor = w.scale * (1.0 if w.scales is None else np.asarray(w.scales)[..., None, None])
+    total = exact(w.base) + factor * (np.asarray(w.a, np.float64) @ np.asarray(w.b, np.float64))
+    if isinstance(w, DoraWeight):
+      total *= np.asarray(w.magnitude)[..., None, :] / np.linalg.norm(total, axis=-2, keepdims=True)
+    return total
+  if isinstance(w, DoubleQuantizedWeight):
+    w = w.single()
   return np.asarray(dequantize(w) if hasattr(w, "scales") else w, np.float64)
 
 
@@ -81,9 +110,14 @@ def test_gradients(kind):
   matrix = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
   if kind == "plain":
     np.testing.assert_allclose(dw, matrix, atol=1e-4)
-  elif kind.startswith("lora"):
-    np.testing.assert_allclose(dw.a, w.scale * matrix @ np.asarray(w.b).T, atol=1e-4)
-    np.testing.assert_allclose(dw.b, w.scale * np.asarray(w.a).T @ matrix, atol=1e-4)
+  elif isinstance(w, LoraWeight):
+    if isinstance(w, DoraWeight):  # through the direction, whose length is a constant, and through the magnitude
+      length = exact(w) / np.asarray(w.magnitude)
+      np.testing.assert_allclose(dw.magnitude, (matrix * length).sum(0), atol=1e-4)
+      matrix = matrix * np.asarray(w.factor(), np.float64)
+    matrix = matrix * (w.scale if w.scales is None else w.scale * np.asarray(w.scales))
+    np.testing.assert_allclose(dw.a, matrix @ np.asarray(w.b).T, atol=1e-4)
+    np.testing.assert_allclose(dw.b, np.asarray(w.a).T @ matrix, atol=1e-4)
   else:
     assert not jax.tree.leaves(dw)
 

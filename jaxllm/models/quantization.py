@@ -1,4 +1,5 @@
-"""Double quantization: the scales of a quantized weight in 8 bits too (QLoRA, arXiv 2305.14314, section 3)."""
+"""Quantized parameters: which they are, and double quantization, their scales in 8 bits too (QLoRA, arXiv 2305.14314,
+section 3)."""
 
 import dataclasses
 import functools
@@ -7,13 +8,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jax import lax
+from jaxtyping import Array, Float
 
-from jaxllm.kernels import QuantizedWeight, dequantize
-from jaxllm.kernels.quantized import weights as quantized
-from jaxllm.models.weights import Weight, grouped, part_axes, project, project_transposed, register, rows
+from jaxllm.base.errors import ConfigError
+from jaxllm.kernels import QuantizedWeight, dequantize, quantize
+from jaxllm.models.weights import (
+  Weight,
+  grouped,
+  is_quantizable,
+  is_weight,
+  part_axes,
+  project,
+  project_transposed,
+  register,
+  rows,
+)
 
 BLOCK = 256  # scales that share a scale
+
+
+def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = None, double: bool = False) -> Any:
+  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain.
+
+  Args:
+    format: None leaves it as it is. double: its scales are quantized too.
+
+  Raises:
+    ConfigError: no such format, or groups that do not divide the matrix; the message names it.
+  """
+  if format is None or not is_quantizable(path) or is_weight(w):
+    return w
+  try:
+    found = quantize(w, format, group_size)
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
+  return double_quantize(found) if double else found
 
 
 @functools.cache
@@ -74,7 +104,10 @@ class DoubleQuantizedWeight(Weight):
     return rows(self.single(), ids, dtype, axis)
 
   def grouped(self, x, group_sizes, compute, split):
-    return grouped(x, self.single(), group_sizes, compute, split)
+    w = self.single()
+    if split is not None:
+      w = dataclasses.replace(w, scales=_own_scales(w, split))
+    return grouped(x, w, group_sizes, compute, split)
 
   def dense(self):
     return dequantize(self.single())
@@ -83,8 +116,10 @@ class DoubleQuantizedWeight(Weight):
     return self  # codes and scales stay as they are
 
   def part_axes(self, axes, ways):
+    # The codes of scales are whole on every device: a block of them has those of several outputs
     lead = tuple(axes[:-2])
-    return DoubleQuantizedWeight(part_axes(self.weight, axes, ways), (*lead, None), lead)
+    weight = dataclasses.replace(part_axes(self.weight, axes, ways), scales=(*lead, None, None))
+    return DoubleQuantizedWeight(weight, (*lead, None), lead)
 
   def trained(self):
     return jax.tree.map(lambda _: False, self)
@@ -109,12 +144,19 @@ def double_quantize(w: QuantizedWeight) -> DoubleQuantizedWeight:
   return DoubleQuantizedWeight(dataclasses.replace(w, scales=jnp.pad(codes, extra)), blocks, offset)
 
 
+def _own_scales(w: QuantizedWeight, split: Any) -> Array:
+  """Inside shard_map, where scales are whole and codes may be split: the scales of the codes at hand."""
+  axes, dimension = split
+  if dimension == 2:
+    axis, size = w.scales.ndim - 1, w.values.shape[-2]
+  elif w.group_size is None or w.padded_features >= w.in_features:
+    return w.scales
+  else:
+    axis, size = w.scales.ndim - 2, w.padded_features // w.group_size
+  return lax.dynamic_slice_in_dim(w.scales, lax.axis_index(axes) * size, size, axis)
+
+
 def _groups(w: QuantizedWeight) -> int:
-  """How many rows of scales are no padding; a device's part of a weight is never padded."""
-  features = min(w.in_features, w.padded_features)
-  return 1 if w.group_size is None else -(-features // w.group_size)
+  """How many rows of scales are no padding."""
+  return 1 if w.group_size is None else w.in_features // w.group_size
 
-
-def is_double_quantized(w: Any) -> bool:
-  """Whether a weight's scales are quantized."""
-  return isinstance(w, DoubleQuantizedWeight)
