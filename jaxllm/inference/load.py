@@ -19,21 +19,23 @@ def load_model(
   step: int | None = None,
   dtype: str | None = None,
   mesh: Mesh | None = None,
+  merge: bool = False,
 ) -> Model:
   """Loads a model: a model directory, a training run's directory (its latest checkpoint, or that of `step`),
-  a Hugging Face directory, a PEFT LoRA adapter's directory, or a .gguf file.
+  a Hugging Face directory, a PEFT LoRA or DoRA adapter's directory, or a .gguf file.
 
   Args:
-    adapter: a PEFT LoRA adapter's directory, merged into the model at `path`.
+    adapter: a PEFT adapter's directory, for the model at `path`.
     dtype: of weights and computation, "float32", "bfloat16" or "float16"; None: as the weights are stored.
     mesh: places the parameters over its devices; None: the default device.
+    merge: adapters are merged into the weights; else they are kept apart, as weights that a tree of parameters holds.
 
   Raises:
     CheckpointError: no such path, not a model, or damaged. ConfigError: an impossible `dtype` or `step`.
     DataError: the tokenizer is damaged, or has more tokens than the model.
   """
   check_dtype(dtype)  # before checksums are made of many gigabytes
-  return read_weights(open_model(path, adapter=adapter, step=step), dtype=dtype, mesh=mesh)
+  return read_weights(open_model(path, adapter=adapter, step=step, merge=merge), dtype=dtype, mesh=mesh)
 
 
 def read_weights(stored: StoredModel, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -178,6 +178,32 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     read = functools.partial(_read_tensor, weight.transform, c, ours, index, wanted)
     tensors[name] = LazyTensor(wanted, np.result_type(*(p.dtype for p in ours)), read)
   return hf, tensors
+
+
+class Place(NamedTuple):
+  """Where a checkpoint's tensor stands in our parameters: in those of `weight`, at an index of their leading axes."""
+
+  weight: Weight
+  index: Index
+  shape: Shape  # of their tensor
+
+
+def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[dict[str, Place], dict[str, str]]:
+  """Every tensor that a checkpoint of a model holds, by name; and these names as they stand there.
+
+  Args:
+    names: of tensors, with or without the family's prefix; those that stand for no tensor come back as they are.
+
+  Raises:
+    ConfigError: no such family, or it has no tensor for some parameter.
+  """
+  table = family_of({"model_type": family})
+  shapes = param_shapes(config)
+  renamed = {name: _renamed(name, table) for name in names}
+  entries = _table(table, config, {n for name in renamed.values() for n in (name, table.prefix + name)})
+  found = {name: Place(weight, index, shape) for weight, name, index, shape in _expected(table, entries, config, shapes)}
+  full = {name: table.prefix + own if table.prefix + own in found else own for name, own in renamed.items()}
+  return found, full
 
 
 def _renamed(name: str, family: Family) -> str:

@@ -17,7 +17,7 @@ from jaxllm.interop.directory_files import (
   write_json,
 )
 from jaxllm.interop.families import FAMILIES
-from jaxllm.interop.huggingface import from_huggingface, to_huggingface
+from jaxllm.interop.huggingface import config_to_huggingface, from_huggingface, to_huggingface
 from jaxllm.interop.safetensors import read_sharded, write_sharded
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
@@ -80,6 +80,19 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
       tokenizer.save(new)
     write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
+
+
+def families_of(config: ModelConfig) -> tuple[str, ...]:
+  """The families that can express a model, those first that most programs read."""
+
+  def can(name: str) -> bool:
+    try:
+      config_to_huggingface(config, name)
+    except ConfigError:
+      return False
+    return True
+
+  return tuple(filter(can, dict.fromkeys((*FIRST, *FAMILIES))))
 
 
 def as_checkpoint(config: ModelConfig, params: Tensors, family: str | None = None) -> tuple[dict[str, Any], Tensors]:

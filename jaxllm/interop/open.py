@@ -13,8 +13,10 @@ from jaxllm.interop import peft
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
-from jaxllm.interop.huggingface_directory import as_checkpoint, open_huggingface, read_huggingface
+from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
+from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
+from jaxllm.interop.peft_config import base_of, is_adapter
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
@@ -27,14 +29,18 @@ CHECKPOINTS = "checkpoints"
 START_FILE, START = "start.json", "start"
 
 
-def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int | None = None) -> StoredModel:
+def open_model(
+  path: str | Path, *, adapter: str | Path | None = None, step: int | None = None, merge: bool = True
+) -> StoredModel:
   """Opens a model directory, a training run's (its latest checkpoint, or that of `step`), a Hugging Face
-  model's, a PEFT LoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
+  model's, a PEFT LoRA or DoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
 
   Names, shapes and types of all weights are checked; so are the checksums of a model directory.
 
   Args:
-    adapter: a PEFT LoRA adapter's directory, merged into the model at `path`.
+    adapter: a PEFT adapter's directory, for the model at `path`.
+    merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart` (of a run's own adapters
+      that does not hold, they are always merged).
 
   Raises:
     CheckpointError: no such path, not a model, or damaged. ConfigError: a URL, a model that cannot be expressed,
@@ -47,14 +53,15 @@ def open_model(path: str | Path, *, adapter: str | Path | None = None, step: int
   if form == "run":
     model = _open_run(path, step)
   elif form == "adapter":
-    model = dataclasses.replace(_with_adapter(open_model(peft.base_of(path)), path), path=path, form="adapter")
+    base = open_model(base_of(path), merge=merge)
+    model = dataclasses.replace(_with_adapter(base, path, merge), path=path, form="adapter")
   elif form == "hf":
     model = open_huggingface(path)
   elif form == "gguf":
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, local_path(adapter))
+  return model if adapter is None else _with_adapter(model, local_path(adapter), merge)
 
 
 def form_of(path: Path) -> Form:
@@ -71,13 +78,13 @@ def form_of(path: Path) -> Form:
   is_huggingface = has_config and "model_type" in read_json(path / CONFIG_FILE)
   if (path / CHECKPOINTS).is_dir() and not is_huggingface:
     return "run"
-  if peft.is_adapter(path):
+  if is_adapter(path):
     return "adapter"
   if has_config:
     return "hf" if is_huggingface else "jaxllm"
   raise CheckpointError(
     f"{path} is not a model but {_described(path)}: a model, Hugging Face or training run's directory has a "
-    f"{CONFIG_FILE}, an adapter's a {peft.CONFIG_FILE}, and a file ends in .gguf"
+    f"{CONFIG_FILE}, an adapter's a {ADAPTER_FILE}, and a file ends in .gguf"
   )
 
 
@@ -89,22 +96,31 @@ def _described(path: Path) -> str:
   return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
 
 
-def _with_adapter(base: StoredModel, directory: Path) -> StoredModel:
-  """The model with an adapter merged into it; what `base` was trained on says nothing of that, so it goes."""
-  if base.form == "hf" and not base.adapters:
-    hf, tensors = read_huggingface(base.path)  # under the names that the adapter was trained with
-  else:
-    hf, tensors = as_checkpoint(base.config, base.tensors)
-  settings, merged = peft.merge_adapter(directory, tensors)
-  config, params = from_huggingface(hf, merged)
-  return dataclasses.replace(
+def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
+  """The model with an adapter; what `base` was trained on says nothing of that, so it goes."""
+  families = _families(base)
+  if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
+    base = base.untied()
+    families = _families(base)
+  if not families:
+    as_checkpoint(base.config, base.tensors)  # says why
+  adapter = peft.open_adapter(directory, base.config, base.tensors, families)
+  model = dataclasses.replace(
     base,
-    config=config,
-    tensors=params,
+    tensors=dict(base.tensors) | adapter.full,
     tokenizer=read_tokenizer(directory) or base.tokenizer,
     run={},
-    adapters=(*base.adapters, settings),
+    adapters=(*base.adapters, adapter.settings),
+    apart=(*base.apart, adapter),
   )
+  return model.merged() if merge else model
+
+
+def _families(model: StoredModel) -> tuple[str, ...]:
+  """By whose names an adapter of the model may go: its own family's, or of all that can express it."""
+  if model.form == "hf":
+    return (read_json(model.path / CONFIG_FILE)["model_type"],)
+  return families_of(model.config)
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:

@@ -1,108 +1,239 @@
-"""PEFT's LoRA adapters, merged into the weights that they were trained on."""
+"""PEFT's LoRA and DoRA adapters, read: their modules as our parameters."""
 
-import functools
-import math
-import re
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.directory_files import read_json
+from jaxllm.base.errors import CheckpointError
+from jaxllm.interop.adapter import Change, StoredAdapter
+from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.huggingface import Place, places
+from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, read_settings, short
 from jaxllm.interop.safetensors import read_safetensors
-from jaxllm.interop.tensors import LazyTensor, Tensors
+from jaxllm.interop.stored import param_shapes
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
+from jaxllm.models.config import ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
-_PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-
-
-def is_adapter(directory: Path) -> bool:
-  return (directory / CONFIG_FILE).is_file()
-
-
-def base_of(directory: Path) -> Path:
-  """The model that an adapter belongs to; a relative path counts from here, or from the adapter.
-
-  Raises:
-    CheckpointError: adapter_config.json is damaged or names no path on this machine.
-  """
-  name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
-  if isinstance(name, str) and name:
-    for path in (Path(name).expanduser(), directory / name):
-      if path.exists() and path.resolve() != directory.resolve():
-        return path
-  raise CheckpointError(
-    f"the adapter in {directory} belongs to {name!r}, which is no path to another model here; set "
-    f"base_model_name_or_path in its {CONFIG_FILE} to where that model is"
-  )
+WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+# The endings of a module's factors A [r, inputs] and B [outputs, r], and of DoRA's magnitude [outputs]
+LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+MAGNITUDE = ".lora_magnitude_vector"
 
 
-def merge_adapter(directory: Path, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
-  """adapter_config.json, and a checkpoint's tensors with the adapter's products added, each when it is read (Hu
-  et al., arXiv 2106.09685).
+def read_weights(directory: Path) -> dict[str, LazyTensor]:
+  """The tensors of an adapter without PEFT's prefix, none of them read.
 
   Raises:
-    ConfigError: it is not a plain LoRA.
-    CheckpointError: there is no adapter, or its weights are missing, damaged, or do not fit the checkpoint.
+    CheckpointError: they are missing, damaged, or in a pickle.
   """
-  if not is_adapter(directory):
-    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}")
-  config = read_json(directory / CONFIG_FILE)
-  kind = config.get("peft_type")
-  if kind != "LORA":
-    raise ConfigError(f"the adapter in {directory} is of the kind {kind!r}; only LORA can be merged into a model")
-  for setting in ("use_dora", "layer_replication", "alora_invocation_tokens", "lora_bias", "use_bdlora"):
-    if config.get(setting):
-      raise ConfigError(f"the adapter in {directory} has {setting} = {config[setting]!r}, which cannot be merged here")
   if not (directory / WEIGHTS_FILE).is_file():
     pickle = f"only {PICKLE}, a pickle, which is never opened here" if (directory / PICKLE).is_file() else "no weights"
     raise CheckpointError(f"{directory} has {pickle}; save the adapter again as {WEIGHTS_FILE}")
-  adapter = {name.removeprefix(_PREFIX): t for name, t in read_safetensors(directory / WEIGHTS_FILE).items()}
-  merged = dict(tensors)
-  for name, tensor in adapter.items():
-    first = next((ending for ending in _PAIRS if name.endswith(ending)), None)
-    if first is None:
-      if any(name.endswith(second) for second in _PAIRS.values()):
-        continue
-      target = name.replace(".base_layer.", ".")
-      _check(target in tensors and tensors[target].shape == tensor.shape, directory, name)
-      merged[target] = tensor  # trained in full: modules_to_save, biases
-      continue
-    module = name.removesuffix(first)
-    second, target = module + _PAIRS[first], f"{module}.weight"
-    _check(second in adapter and target in tensors, directory, name)
-    embedded = first == ".lora_embedding_A"  # V x D, as the product of B [D, r] and A [r, V] transposed
-    transposed = embedded or bool(config.get("fan_in_fan_out"))
-    down, up, base = tensor, adapter[second], tensors[target]
-    _check(len(down.shape) == len(up.shape) == 2 and up.shape[1] == down.shape[0], directory, name)
-    shape = (up.shape[0], down.shape[1])
-    _check(base.shape == (shape[::-1] if transposed else shape), directory, name)
-    scale = _scale(config, module, down.shape[0])
-    read = functools.partial(_add, base, down, up, scale, transposed)
-    merged[target] = LazyTensor(base.shape, base.dtype, read)
-  return config, merged
+  return {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(directory / WEIGHTS_FILE).items()}
 
 
-def _add(base: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float, transposed: bool) -> np.ndarray:
-  change = up.read().astype(np.float32) @ down.read().astype(np.float32)
-  change *= np.float32(scale)
-  change += (base.read().T if transposed else base.read()).astype(np.float32)
-  return (change.T if transposed else change).astype(base.dtype)
+def _split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], Tensors]:
+  """The factors of each module, by their endings, and the tensors of modules that are saved whole."""
+  modules: dict[str, dict[str, LazyTensor]] = {}
+  full = {}
+  for name, tensor in tensors.items():
+    name = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
+    ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
+    if ending:
+      modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
+    else:
+      full[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+  return modules, full
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-  """What a module's product is multiplied by; `alpha_pattern` maps ends or patterns of names to their alpha."""
-  alpha = config.get("lora_alpha", 8)
-  for pattern, value in (config.get("alpha_pattern") or {}).items():
-    if re.match(rf"(.*\.)?({pattern})$", module):
-      alpha = value
+def changes_tied_table(directory: Path, family: str) -> bool:
+  """Whether an adapter changes the embedding or the head alone, of a model that has one matrix for both."""
+  config, settings = read_settings(directory)
+  if settings.tied:
+    return False
+  modules, full = _split(read_weights(directory))
+  names = {*modules, *(name.removesuffix(".weight") for name in full)}
+  own = FAMILIES[family]
+  table = next(weight.theirs for weight in own.weights if weight.ours == ("embedding/tokens",))
+  tied = {table.removesuffix(".weight"), own.head.removesuffix(".weight")}
+  return any(own.prefix + name in tied or name in tied for name in names)
+
+
+def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, families: Sequence[str]) -> StoredAdapter:
+  """The adapter in a directory, for a model with these parameters.
+
+  Args:
+    families: by whose names of modules it may have been trained; the first that knows all of them is taken.
+
+  Raises:
+    ConfigError: see `read_settings`. CheckpointError: its weights are missing, damaged, or are not those that its
+      config and the model call for; the message lists them.
+  """
+  raw, settings = read_settings(directory)
+  modules, full = _split(read_weights(directory))
+  if not modules and not full:
+    raise CheckpointError(f"{directory / WEIGHTS_FILE} is empty")
+  if settings.tied and config.tie_embeddings:  # the head's copies of what changes the embedding
+    head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
+    modules = {name: parts for name, parts in modules.items() if name not in head}
+    full = {name: tensor for name, tensor in full.items() if name.removesuffix(".weight") not in head}
+  wanted = [*(f"{name}.weight" for name in modules), *full]
+  fewest: list[str] | None = None
+  for family in families:
+    known, names = places(config, family, wanted)
+    unknown = [name for name in wanted if names[name] not in known]
+    if not unknown:
       break
-  return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    fewest = min(fewest or unknown, unknown, key=len)
+  else:
+    listed = ", ".join(name.removesuffix(".weight") for name in (fewest or wanted)[:8])
+    raise CheckpointError(
+      f"the adapter in {directory} does not fit its base model, which has no {listed}"
+      + (f" and {len(fewest) - 8} more" if fewest and len(fewest) > 8 else "")
+    )
+  ours = {names[f"{name}.weight"].removesuffix(".weight"): parts for name, parts in modules.items()}
+  _check_targets(directory, settings, ours, known, {names[name] for name in full})
+  shapes = param_shapes(config)
+  pieces: dict[str, dict[Index, _Piece]] = {}
+  for module, parts in ours.items():
+    place = known[f"{module}.weight"]
+    for path, piece in _pieces(directory, config, settings, shapes, module, parts, place):
+      pieces.setdefault(path, {})[place.index] = piece
+  changes = {path: _stacked(shapes[path], found, settings.dropout) for path, found in pieces.items()}
+  replaced: dict[str, dict[Index, LazyTensor]] = {}
+  for name, tensor in full.items():
+    place = known[names[name]]
+    if tensor.shape != place.shape:
+      raise CheckpointError(
+        f"the adapter in {directory} does not fit its base model: {name} has shape {tensor.shape}, there it is "
+        f"{place.shape}"
+      )
+    parts = [shapes[path][len(place.index) :] for path in place.weight.ours]
+    for i, path in enumerate(place.weight.ours):
+      read = lambda t=tensor, w=place.weight, parts=parts, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
+      replaced.setdefault(path, {})[place.index] = LazyTensor(parts[i], tensor.dtype, read)
+  return StoredAdapter(raw, changes, {p: _replaced(tensors[p], found) for p, found in replaced.items()}, directory)
 
 
-def _check(fits: bool, directory: Path, name: str) -> None:
-  if not fits:
-    raise CheckpointError(f"the adapter in {directory} does not fit its base model: {name} changes no weight of it")
+def _check_targets(
+  directory: Path,
+  settings: Settings,
+  modules: Mapping[str, Mapping[str, LazyTensor]],
+  known: Mapping[str, Place],
+  full: Collection[str],
+) -> None:
+  """That the weights are those of the modules that the config names, all of them and no others."""
+  if isinstance(settings.targets, str) and settings.targets.lower() == "all-linear":
+    return
+  matrices = {name.removesuffix(".weight"): place for name, place in known.items() if name.endswith(".weight")}
+  tables = tuple(place for place in matrices.values() if place.weight.ours[0].startswith("embedding/"))
+  extra = [m for m in modules if settings.targets is not None and not settings.means(m) and matrices[m] not in tables]
+  if extra:
+    raise CheckpointError(
+      f"the adapter in {directory} has weights of {', '.join(extra[:8])}, which its target_modules do not name"
+    )
+  of_layers = [m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]]
+  missing = [m for m in of_layers if settings.means(m) and m not in modules]
+  saved = [name for name in known if name.endswith(".weight") and ends(settings.saved, name.removesuffix(".weight"))]
+  missing += [name for name in saved if name not in full]
+  if missing:
+    raise CheckpointError(
+      f"the adapter in {directory} lacks the weights of {', '.join(missing[:8])}, which its {CONFIG_FILE} names"
+    )
+  for target in settings.targets if isinstance(settings.targets, tuple) else ():
+    if not any(ends((target,), module) for module in modules):
+      raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
+
+
+# Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """The change of one matrix of a stack."""
+
+  a: Callable[[], np.ndarray]  # [I, r]
+  b: Callable[[], np.ndarray]  # [r, O]
+  magnitude: Callable[[], np.ndarray] | None  # [O]
+  rank: int
+  scale: float
+
+
+def inputs_first(config: ModelConfig, place: Place, outputs: Sequence[int]) -> bool:
+  """Whether their tensor of a matrix is [inputs, outputs], as ours are."""
+  blanks = [np.broadcast_to(np.int8(0), (1, count)) for count in outputs]
+  return place.weight.transform.write(config, blanks).shape[0] == 1
+
+
+def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterator[tuple[str, _Piece]]:
+  """(parameter, its change) of a module: of a fused one, several, each with all of A and its own columns of B."""
+
+  def check(fits: bool, problem: str) -> None:
+    if not fits:
+      raise CheckpointError(f"the adapter in {directory} does not fit its base model: {module} {problem}")
+
+  first, second = EMBEDDING if EMBEDDING[0] in parts else LINEAR
+  check(first in parts and second in parts, f"lacks {first if first not in parts else second}")
+  check((MAGNITUDE in parts) == settings.dora, f"{'lacks' if settings.dora else 'has'} a magnitude")
+  A, B = parts[first], parts[second]
+  ours = [shapes[path][len(place.index) :] for path in place.weight.ours]
+  check(all(len(shape) == 2 for shape in ours), "is no matrix")
+  table = place.weight.ours[0].startswith("embedding/")
+  check(table == (first == EMBEDDING[0]), f"has {first}, which {'is not' if table else 'is'} an embedding's")
+  inputs, outputs = ours[0][0], [shape[1] for shape in ours]
+  rank = settings.rank_of(module)
+  for name, tensor, shape in ((first, A, (rank, inputs)), (second, B, (sum(outputs), rank))):
+    check(tensor.shape == shape, f"has {name[1:]} of shape {tensor.shape}, but {shape} are called for")
+  lying = inputs_first(config, place, outputs)
+
+  def columns(tensor: LazyTensor, i: int) -> np.ndarray:
+    x = tensor.read()
+    rows = [shape if x.ndim == 1 else (rank, shape) for shape in outputs]
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return place.weight.transform.read(config, x.T if x.ndim > 1 and lying else x, rows)[i]
+
+  magnitude = parts.get(MAGNITUDE)
+  if magnitude is not None:
+    wanted = (sum(outputs),)
+    check(magnitude.shape in (wanted, (1, *wanted)), f"has a magnitude of shape {magnitude.shape}, not {wanted}")
+    flat = magnitude.read
+    magnitude = LazyTensor(wanted, magnitude.dtype, lambda: flat().reshape(-1))
+  for i, path in enumerate(place.weight.ours):
+    lengths = None if magnitude is None else (lambda i=i, m=magnitude: columns(m, i))
+    yield (
+      path,
+      _Piece(lambda: A.read().T, lambda i=i: columns(B, i), lengths, rank, settings.scale(module, rank)),
+    )
+
+
+def _stacked(shape: tuple[int, ...], pieces: Mapping[Index, _Piece], dropout: float) -> Change:
+  """The changes of a stack's matrices as one, with zeros where there is none and past smaller ranks."""
+  *lead, inputs, outputs = shape
+  rank = max(piece.rank for piece in pieces.values())
+  scales, where = np.ones(lead), np.zeros(lead, bool)
+  for index, piece in pieces.items():
+    scales[index], where[index] = piece.scale, True
+
+  def tensor(name: str, of_matrix: tuple[int, ...]) -> LazyTensor:
+    def part(index: Index) -> np.ndarray:
+      whole = np.zeros(of_matrix, np.float32)
+      if index in pieces:
+        own = getattr(pieces[index], name)()
+        whole[tuple(slice(size) for size in own.shape)] = own
+      return whole
+
+    return from_parts((*lead, *of_matrix), np.dtype(np.float32), len(lead), part)
+
+  magnitude = tensor("magnitude", (outputs,)) if next(iter(pieces.values())).magnitude else None
+  return Change(tensor("a", (inputs, rank)), tensor("b", (rank, outputs)), scales, where, magnitude, dropout)
+
+
+def _replaced(tensor: LazyTensor, pieces: Mapping[Index, LazyTensor]) -> LazyTensor:
+  """A parameter with some parts of its stack replaced."""
+  axes = len(next(iter(pieces)))
+  dtype = np.result_type(tensor.dtype, *(piece.dtype for piece in pieces.values()))
+  part = lambda index: (pieces[index].read() if index in pieces else tensor.part(index)).astype(dtype)  # noqa: E731
+  return from_parts(tensor.shape, dtype, axes, part)

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.interop.adapter import StoredAdapter, place
 from jaxllm.interop.tensors import LazyTensor, Tensors, cast, from_parts
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
@@ -36,7 +37,8 @@ class StoredModel:
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
     path: where it was opened, None: it comes from memory. form: as what.
     run: of a training run the groups of its config.json: run["data"]["dir"], run["objective"]["name"], …
-    adapters: the adapter_config.json of each adapter that is merged into `tensors`, in their order.
+    adapters: the adapter_config.json of each adapter on it, in their order.
+    apart: those of them that are not merged into `tensors`.
   """
 
   config: ModelConfig
@@ -47,6 +49,7 @@ class StoredModel:
   form: Form | None = None
   run: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   adapters: tuple[dict[str, Any], ...] = ()
+  apart: tuple[StoredAdapter, ...] = ()
 
   @property
   def chat_template(self) -> str | None:
@@ -67,6 +70,20 @@ class StoredModel:
     check_dtype(dtype)
     return self if dtype is None else dataclasses.replace(self, tensors=cast(self.tensors, jnp.dtype(dtype)))
 
+  def merged(self) -> "StoredModel":
+    """The same model with its adapters merged into its tensors, each when it is read."""
+    tensors = self.tensors
+    for adapter in self.apart:
+      tensors = adapter.merged(tensors)
+    return dataclasses.replace(self, tensors=tensors, apart=())
+
+  def untied(self) -> "StoredModel":
+    """The same model with a head of its own, where it was the embedding."""
+    config = dataclasses.replace(self.config, tie_embeddings=False)
+    table = self.tensors["embedding/tokens"]
+    head = LazyTensor(table.shape[::-1], table.dtype, lambda: table.read().T)
+    return dataclasses.replace(self, config=config, tensors=dict(self.tensors) | {"head/weight": head})
+
   def params(
     self,
     dtype: str | None = None,
@@ -77,7 +94,8 @@ class StoredModel:
   ) -> Params:
     """The weights on their devices, in a tree like that of `init_params`.
 
-    Beside them no more than a layer of one parameter is held in memory, of a run's no more than one parameter.
+    Adapters that are apart stand in it as weights, in float32. Beside all these no more than a layer of one parameter
+    is held in memory, of a run's no more than one parameter.
 
     Args:
       dtype: of all of them, "float32", "bfloat16" or "float16"; None: of each as it is stored.
@@ -94,9 +112,13 @@ class StoredModel:
     shardings: Mapping[str, Sharding] = {}
     if mesh is not None:
       shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, rules), sep="/")
-    placed: dict[str, Array | PerLayer] = {}
+    placed: dict[str, Any] = {}
     for path in traverse_util.flatten_dict(shapes, sep="/"):
       placed[path] = _put(path, tensors[path], shardings.get(path, here), per_layer)
+    logical = traverse_util.flatten_dict(axes, sep="/")
+    for adapter in self.apart:
+      for path, change in adapter.changes.items():
+        placed[path] = place(change, placed[path], logical[path], mesh, rules)
     return traverse_util.unflatten_dict(placed, sep="/")
 
   def array(self, path: str, sharding: Sharding) -> Array:

@@ -24,7 +24,7 @@ def write_model(
   family: str | None = None,
   max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-  """Writes a model directory, a Hugging Face model's ("hf") or a GGUF file, a tensor at a time.
+  """Writes a model directory, a Hugging Face model's ("hf") or a GGUF file, a tensor at a time, adapters merged.
 
   It appears under its name when it is complete.
 
@@ -47,7 +47,7 @@ def write_model(
     raise ConfigError("a model directory has no family; choose the format hf or gguf, or leave family out")
   if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.vocab_size:
     raise DataError("the tokenizer has more tokens than the model; it belongs to another model")
-  model = model.cast(dtype)
+  model = model.merged().cast(dtype)
   if format == "jaxllm":
     write_model_directory(path, model, max_shard_bytes)
   elif format == "hf":

@@ -188,7 +188,7 @@ def lora(tmp_path):
   "change, message",
   [
     ({"peft_type": "IA3"}, "'IA3'; only LORA"),
-    ({"use_dora": True}, "use_dora = True"),
+    ({"use_dora": True}, "q_proj lacks a magnitude"),
     ({"base_model_name_or_path": "someone/model"}, "'someone/model', which is no path"),
     ({"base_model_name_or_path": None}, "belongs to None"),
   ],
