@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
-from jaxllm.models.adapters import DoraWeight, LoraWeight
+from jaxllm.models.lora import DoraWeight, LoraWeight
 from jaxllm.models.weights import PerLayer, part_axes
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import LogicalAxes, partition_spec, ways

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.lora import LoraWeight
 from jaxllm.peft.base import ALL_LINEAR, Peft, check_targets, matches
 
 

@@ -22,7 +22,7 @@ from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.lora import LoraWeight
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import map_weights_with_path
 from jaxllm.parallel.agreement import first_does

@@ -14,7 +14,7 @@ from jaxllm.kernels import dequantize, quantize
 from jaxllm.models import weights
 from jaxllm.models.build import declare, init_params, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
-from jaxllm.models.adapters import DoraWeight, LoraWeight, column_lengths
+from jaxllm.models.lora import DoraWeight, LoraWeight, column_lengths
 from jaxllm.models.quantization import DoubleQuantizedWeight, double_quantize
 from jaxllm.models.weights import PerLayer
 

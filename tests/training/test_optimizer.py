@@ -14,7 +14,7 @@ from toy_model import toy_params
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import quantize
-from jaxllm.models.adapters import LoraWeight
+from jaxllm.models.lora import LoraWeight
 from jaxllm.training.adafactor import statistic_spec
 from jaxllm.training.config import OptimizerConfig, ParamRule
 from jaxllm.training.muon import scale_by_muon
