@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
-from jaxllm.models.build import init_cache  # noqa: E402
+from jaxllm.models.caches import init_cache  # noqa: E402
 
 B, T, V = 2, 24, 97
 TOLERANCE = 1e-4

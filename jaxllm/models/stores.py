@@ -1,0 +1,148 @@
+"""How one layer's keys and values are kept by a `KVCache`: contiguous or in pages.
+
+`attend(rows, ...)` writes a call's tokens after those that each row has and attends to all. `rows` is the cache: its
+`length`, `count` and `tables` say where rows stand (`jaxllm.models.caches`).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.kernels import KVPages, Visibility, paged_attention, write_pages
+from jaxllm.parallel.attention import attention
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("sinks", "alibi_slopes", "bias"),
+  meta_fields=("visibility", "scale", "softcap", "backend", "target"),
+)
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+  """What a layer asks of attention, whatever the cache; see `jaxllm.kernels.flash_attention`."""
+
+  scale: float | None
+  backend: str
+  target: str
+  visibility: Visibility = Visibility()
+  softcap: float | None = None
+  sinks: Float[Array, " N"] | None = None
+  alibi_slopes: Float[Array, " N"] | None = None
+  bias: Float[Array, "#B N T S"] | None = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("rank",))
+@dataclasses.dataclass(frozen=True)
+class Contiguous:
+  """Slot s of row b holds the token at position s. With a rank there is no value: it is the key's first part."""
+
+  key: Float[Array, "B S K H"]
+  value: Float[Array, "B S K H"] | None
+  rank: int | None = None
+
+  def attend(self, rows, query, key, value, options):
+    def write(buffer, new):
+      put = lambda row, tokens, start: jax.lax.dynamic_update_slice_in_dim(row, tokens, start, axis=0)  # noqa: E731
+      return jax.vmap(put)(buffer, new.astype(buffer.dtype), rows.length)
+
+    keys = write(self.key, key)
+    values = None if self.value is None else write(self.value, value)
+    store = dataclasses.replace(self, key=keys, value=values)
+    keys = keys.astype(query.dtype)
+    values = keys[..., : self.rank] if values is None else values.astype(query.dtype)
+    return attention(query, keys, values, query_offset=rows.length, **vars(options)), store
+
+  def num_keys(self, rows):
+    return self.key.shape[1]
+
+  def rows(self, take):
+    return take(self)
+
+  def grow(self, length):
+    room = [(0, 0), (0, length - self.key.shape[1]), (0, 0), (0, 0)]
+    return jax.tree.map(lambda x: jnp.pad(x, room), self)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("pages",), meta_fields=("table", "rank"))
+@dataclasses.dataclass(frozen=True)
+class Paged:
+  """Pages, of which `rows.tables[table]` names each row's (`jaxllm.kernels.paged`); with a rank, of latents alone."""
+
+  pages: KVPages
+  table: str
+  rank: int | None = None
+
+  @classmethod
+  def latent(cls, pages: KVPages, table: str, rank: int) -> "Paged":
+    """Of pages whose values are the keys' first part."""
+    return cls(dataclasses.replace(pages, values=None, value_scales=None), table, rank)
+
+  def attend(self, rows, query, key, value, options):
+    if not options.visibility.causal:
+      raise ConfigError("pages are for causal attention")
+    table, (B, T) = rows.tables[self.table], query.shape[:2]
+    order, starts, lengths = _back_to_back(rows, B, T)
+    flat = lambda x: _reorder(x.reshape(B * T, *x.shape[2:]), order)  # noqa: E731
+    pages = write_pages(self._both(), flat(key), flat(value), table, lengths, starts)
+    store = Paged(pages, self.table) if self.rank is None else Paged.latent(pages, self.table, self.rank)
+    if options.bias is not None or options.visibility.sink_tokens:
+      # The paged kernels have neither.
+      if len(rows.length) != B:
+        raise ConfigError("relative positions and sink tokens read pages row by row: give tokens [rows, T]")
+      out = attention(query, *store._gather(table, lengths, query.dtype), query_offset=rows.length, **vars(options))
+      return out, store
+    asked = {
+      name: getattr(options, name) for name in ("scale", "softcap", "sinks", "alibi_slopes", "backend", "target")
+    }
+    out = paged_attention(flat(query), store._both(), table, lengths, starts, **asked)
+    back = None if order is None else jnp.argsort(order)
+    return _reorder(out, back).reshape(B, T, *out.shape[1:])[..., : self.rank], store
+
+  def num_keys(self, rows):
+    return rows.tables[self.table].shape[1] * self.pages.page_size
+
+  def rows(self, take):
+    return self
+
+  def grow(self, length):
+    return self
+
+  def _both(self) -> KVPages:
+    p = self.pages
+    return p if self.rank is None else dataclasses.replace(p, values=p.keys, value_scales=p.key_scales)
+
+  def _gather(self, table, lengths, dtype):
+    """Keys and values [B, S, K, H] of all rows, zeros where no token is written."""
+    pages, ids = self._both(), jnp.clip(table, 0, self.pages.keys.shape[0] - 1)
+
+    def read(array, scales):
+      x = jnp.moveaxis(pages.split(array[ids]), 2, 3)  # [B, pages, page_size, K, H]
+      x = x.astype(dtype) if scales is None else x.astype(dtype) * jnp.moveaxis(scales[ids], 2, 3)[..., None]
+      x = x.reshape(len(table), -1, *x.shape[3:]).astype(dtype)
+      return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None], x, 0)
+
+    return read(pages.keys, pages.key_scales), read(pages.values, pages.value_scales)[..., : self.rank]
+
+
+def _back_to_back(rows, B: int, T: int):
+  """Of a call's B * T tokens: in which order those of each row stand back to back, padding last (None: as they are),
+  where each row begins (None: a token a row), and the tokens of each row with the new ones."""
+  count = jnp.full_like(rows.length, T) if rows.count is None else rows.count
+  if T == 1 and len(count) == B:
+    return None, None, jnp.where(count > 0, rows.length + 1, 0)
+  starts = jnp.concatenate([jnp.zeros(1, count.dtype), jnp.cumsum(count)])
+  order = None
+  if rows.count is not None and len(count) == B:
+    order = jnp.argsort((jnp.arange(T) >= count[:, None]).reshape(-1), stable=True)
+  return order, starts, rows.length + count
+
+
+def _reorder(x, order):
+  return x if order is None else x[order]
+
+
+Store = Contiguous | Paged
