@@ -67,8 +67,8 @@ class Cache(Protocol):
     """Attends to an encoder's states, of which `keys_values` makes the layer's keys and values."""
     ...
 
-  def advance(self, count: int) -> Self:
-    """The cache after a call of `count` tokens a row."""
+  def advance(self, count: int) -> "KVCache | None":
+    """The cache after a call of `count` tokens a row, None if it keeps nothing."""
     ...
 
 
@@ -103,7 +103,7 @@ class NoCache:
     return _across(query, *keys_values(self.encoded), self.segment_ids, self.encoded_segment_ids, options), self
 
   def advance(self, count):
-    return self
+    return None
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +224,7 @@ def init_paged_cache(
     target: the chip that the pages are laid out for.
   """
   heads, dim, rank = _kept(config)
-  kinds = _kinds(config)
+  kinds = ["local" if kind == "local" else "global" for kind in config.layer_kinds]
   numbers = {kind: pages if isinstance(pages, int) else pages[kind] for kind in kinds}
 
   def store(kind):
@@ -235,7 +235,8 @@ def init_paged_cache(
     return Paged(empty, kind, rank) if rank is None else Paged.latent(empty, kind, rank)
 
   tables = {kind: jnp.full((batch, -(-length // page_size)), n, jnp.int32) for kind, n in numbers.items()}
-  return KVCache(tuple(map(store, kinds)), jnp.zeros((batch,), jnp.int32), tables=tables)
+  layers = tuple(store(kinds[i % len(kinds)]) for i in range(config.num_layers))
+  return KVCache(layers, jnp.zeros((batch,), jnp.int32), tables=tables)
 
 
 def _kept(config: ModelConfig) -> tuple[int, int, int | None]:
@@ -243,12 +244,6 @@ def _kept(config: ModelConfig) -> tuple[int, int, int | None]:
   if config.mla is None:
     return config.num_kv_heads, config.head_dim, None
   return 1, config.mla.kv_lora_rank + config.mla.rope_head_dim, config.mla.kv_lora_rank
-
-
-def _kinds(config: ModelConfig) -> list[str]:
-  """Of each layer: "local" if it has a window, else "global"."""
-  kinds = config.layer_kinds
-  return ["local" if kinds[i % len(kinds)] == "local" else "global" for i in range(config.num_layers)]
 
 
 def _across(query, key, value, query_segments, key_segments, options):

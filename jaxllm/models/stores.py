@@ -95,9 +95,8 @@ class Paged:
         raise ConfigError("relative positions and sink tokens read pages row by row: give tokens [rows, T]")
       out = attention(query, *store._gather(table, lengths, query.dtype), query_offset=rows.length, **vars(options))
       return out, store
-    asked = {
-      name: getattr(options, name) for name in ("scale", "softcap", "sinks", "alibi_slopes", "backend", "target")
-    }
+    asked = vars(options) | {"window": options.visibility.window}
+    asked = {name: asked[name] for name in asked.keys() - {"visibility", "bias"}}
     out = paged_attention(flat(query), store._both(), table, lengths, starts, **asked)
     back = None if order is None else jnp.argsort(order)
     return _reorder(out, back).reshape(B, T, *out.shape[1:])[..., : self.rank], store

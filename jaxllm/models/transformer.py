@@ -115,7 +115,7 @@ class Transformer(nnx.Module):
     encoded: Float[Array, "B S D"] | None = None,
     encoded_segment_ids: Int[Array, "B S"] | None = None,
     vectors: Float[Array, "V D"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], Cache | None, RouterLosses | None]:
+  ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
     """The last layer's normalised output [B, T, D], before the head, the advanced cache, and the losses of the
     routers (`jaxllm.models.moe.router_losses`): the mean over the layers with experts, None if there are none.
 
@@ -144,8 +144,7 @@ class Transformer(nnx.Module):
       bias = pos.relative_bias(c, self.relative_bias[...], slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)
     x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias), held)
-    x = x if self.final_norm is None else self.final_norm(x)
-    return x, held.advance(tokens.shape[1]) if held.keeps else None, losses
+    return x if self.final_norm is None else self.final_norm(x), held.advance(tokens.shape[1]), losses
 
   def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """What the head's matrix multiplies: hidden states after the head's dense layer, norm and scale."""
