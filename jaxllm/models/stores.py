@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import KVPages, Visibility, paged_attention, write_pages
 from jaxllm.parallel.attention import attention
+from jaxllm.parallel.sharding import activation_context
 
 
 @functools.partial(
@@ -45,12 +46,8 @@ class Contiguous:
   rank: int | None = None
 
   def attend(self, rows, query, key, value, options):
-    def write(buffer, new):
-      put = lambda row, tokens, start: jax.lax.dynamic_update_slice_in_dim(row, tokens, start, axis=0)  # noqa: E731
-      return jax.vmap(put)(buffer, new.astype(buffer.dtype), rows.length)
-
-    keys = write(self.key, key)
-    values = None if self.value is None else write(self.value, value)
+    keys = _write(self.key, key, rows.length)
+    values = None if self.value is None else _write(self.value, value, rows.length)
     store = dataclasses.replace(self, key=keys, value=values)
     keys = keys.astype(query.dtype)
     values = keys[..., : self.rank] if values is None else values.astype(query.dtype)
@@ -125,6 +122,24 @@ class Paged:
       return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None], x, 0)
 
     return read(pages.keys, pages.key_scales), read(pages.values, pages.value_scales)[..., : self.rank]
+
+
+def _write(buffer, new, start):
+  """buffer[b, start[b] :][:T] = new[b]."""
+
+  def scatter(buffer, new, start):
+    put = lambda row, tokens, start: jax.lax.dynamic_update_slice_in_dim(row, tokens, start, axis=0)  # noqa: E731
+    return jax.vmap(put)(buffer, new, start)
+
+  def loop(buffer, new, start):
+    put = lambda b, buffer: jax.lax.dynamic_update_slice(buffer, new[b][None], (b, start[b], 0, 0))  # noqa: E731
+    return jax.lax.fori_loop(0, len(new), put, buffer)
+
+  new = new.astype(buffer.dtype)
+  if buffer.dtype.itemsize != 2 or activation_context() is not None:
+    return scatter(buffer, new, start)
+  # XLA for CPU scatters small floats by way of float32: two copies of the whole layer.
+  return jax.lax.platform_dependent(buffer, new, start, cpu=loop, default=scatter)
 
 
 def _back_to_back(rows, B: int, T: int):
