@@ -8,7 +8,7 @@ of each layer a store (`jaxllm.models.stores`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,55 +21,37 @@ from jaxllm.models.stores import AttentionOptions, Contiguous, Paged, Store
 from jaxllm.parallel.attention import attention
 from jaxllm.parallel.sharding import constrain
 
-KeysAndValues = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
-
-
-class LatentForms(NamedTuple):
-  """The two ways to compute latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
-
-  expand: Callable[[], tuple[Array, Array, Array]]  # queries, keys and values of every head
-  absorb: Callable[[], tuple[Array, Array]]  # queries [B, T, N, R + r] and what is kept of a token [B, T, 1, R + r]
-  finish: Callable[[Array], Array]  # from what `absorb` attends to [B, T, N, R] to values [B, T, N, H]
-
 
 class Cache(Protocol):
   """What a model and its layers ask of a cache."""
 
   @property
-  def keeps(self) -> bool:
-    """Whether tokens outlive the call. If not, a loop may run over stacked layers: nothing of a layer is kept."""
-    ...
+  def keeps(self) -> bool: ...  # whether tokens outlive the call; if not, a loop may run over stacked layers
 
   @property
-  def segment_ids(self) -> Int[Array, "B T"] | None:
-    """Of this call's tokens; 0 is padding, None: all are real."""
-    ...
+  def segment_ids(self) -> Int[Array, "B T"] | None: ...  # of this call's tokens; 0 is padding, None: all are real
 
-  def positions(self, shape: tuple[int, int]) -> Int[Array, "#B T"]:
-    """Where the tokens of a call stand among the keys."""
-    ...
+  def positions(self, shape: tuple[int, int]) -> Int[Array, "#B T"]: ...  # of a call's tokens among the keys
 
-  def num_keys(self, count: int) -> int:
-    """How many keys, from position 0 on, a relative bias is for, in a call of `count` tokens a row."""
-    ...
+  def num_keys(self, count: int) -> int: ...  # from position 0 on, for a relative bias; count: tokens of a row
 
   def attend(self, layer: int, query, key, value, options: AttentionOptions) -> tuple[Array, Self]:
     """softmax(q k^T) v [B, T, N, H] over this call's tokens and those before, and the cache with them."""
     ...
 
-  def attend_latent(self, layer: int, forms: LatentForms, options: AttentionOptions) -> tuple[Array, Self]:
-    """`attend` in the form that suits the cache."""
-    ...
-
-  def attend_encoded(
-    self, layer: int, query, keys_values: Callable[[Array], KeysAndValues], options: AttentionOptions
+  def attend_latent(
+    self, layer: int, expand: Callable, absorb: Callable, finish: Callable, options: AttentionOptions
   ) -> tuple[Array, Self]:
-    """Attends to an encoder's states, of which `keys_values` makes the layer's keys and values."""
+    """`attend` in the form that suits the cache: to `expand()`, queries, keys and values of every head; or to
+    `absorb()`, queries [B, T, N, R + r] and what is kept of a token [B, T, 1, R + r], with `finish` of the result's
+    first R dimensions."""
     ...
 
-  def advance(self, count: int) -> "KVCache | None":
-    """The cache after a call of `count` tokens a row, None if it keeps nothing."""
+  def attend_encoded(self, layer: int, query, keys_values: Callable, options: AttentionOptions) -> tuple[Array, Self]:
+    """Attends to an encoder's states, of which `keys_values(states)` makes the layer's keys and values."""
     ...
+
+  def advance(self, count: int) -> "KVCache | None": ...  # after a call of `count` tokens a row; None: keeps nothing
 
 
 @jax.tree_util.register_dataclass
@@ -94,8 +76,8 @@ class NoCache:
     places = dict(segment_ids=segments, key_positions=self.key_positions)
     return attention(query, key, value, **places, **vars(options)), self
 
-  def attend_latent(self, layer, forms, options):
-    return self.attend(layer, *forms.expand(), options)
+  def attend_latent(self, layer, expand, absorb, finish, options):
+    return self.attend(layer, *expand(), options)
 
   def attend_encoded(self, layer, query, keys_values, options):
     if self.encoded is None:
@@ -113,7 +95,7 @@ class Encoded:
 
   states: Float[Array, "B S D"] | None
   segment_ids: Int[Array, "B S"] | None
-  layers: tuple[KeysAndValues, ...] = ()
+  layers: tuple[tuple[Array, Array], ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -155,10 +137,10 @@ class KVCache:
     out, store = self.layers[layer].attend(self, query, key, value, options)
     return out, dataclasses.replace(self, layers=(*self.layers[:layer], store, *self.layers[layer + 1 :]))
 
-  def attend_latent(self, layer, forms, options):
-    query, latent = forms.absorb()
+  def attend_latent(self, layer, expand, absorb, finish, options):
+    query, latent = absorb()
     out, cache = self.attend(layer, query, latent, latent, options)
-    return forms.finish(out), cache
+    return finish(out), cache
 
   def attend_encoded(self, layer, query, keys_values, options):
     if self.encoded is None:
@@ -188,13 +170,15 @@ class KVCache:
 
   def rows(self, indices: Int[Array, " R"]) -> "KVCache":
     """These rows, in this order. Rows of pages share them: before two may write to one page, copy it."""
-    take = lambda tree: jax.tree.map(lambda x: x[indices], tree)  # noqa: E731
-    rest = {name: take(getattr(self, name)) for name in ("length", "count", "tables", "encoded")}
-    return dataclasses.replace(self, layers=tuple(store.rows(take) for store in self.layers), **rest)
+    shared = self.layers if self.tables else ()
+    own = dataclasses.replace(self, layers=() if self.tables else self.layers)
+    own = jax.tree.map(lambda x: x[indices], own)
+    return dataclasses.replace(own, layers=shared or own.layers)
 
   def grow(self, length: int) -> "KVCache":
-    """Room for `length` tokens a row; pages grow by their table alone."""
-    return dataclasses.replace(self, layers=tuple(store.grow(length) for store in self.layers))
+    """A contiguous cache with room for `length` tokens a row."""
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])  # noqa: E731
+    return dataclasses.replace(self, layers=jax.tree.map(pad, self.layers))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:
@@ -202,8 +186,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float
   heads, dim, rank = _kept(config)
   axes = "batch", None, "kv_heads" if rank is None else None, None
   empty = lambda: constrain(jnp.zeros((batch, length, heads, dim), dtype), *axes)  # noqa: E731
-  stores = (Contiguous(empty(), empty() if rank is None else None, rank) for _ in range(config.num_layers))
-  return KVCache(tuple(stores), jnp.zeros((batch,), jnp.int32))
+  layers = (Contiguous(empty(), empty() if rank is None else None, rank) for _ in range(config.num_layers))
+  return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
 def init_paged_cache(
@@ -225,18 +209,17 @@ def init_paged_cache(
   """
   heads, dim, rank = _kept(config)
   kinds = ["local" if kind == "local" else "global" for kind in config.layer_kinds]
-  numbers = {kind: pages if isinstance(pages, int) else pages[kind] for kind in kinds}
+  counts = {kind: pages if isinstance(pages, int) else pages[kind] for kind in kinds}
 
-  def store(kind):
-    empty = KVPages.zeros(numbers[kind], page_size, heads, dim, dtype, target=target)
+  def layer(kind):
+    empty = KVPages.zeros(counts[kind], page_size, heads, dim, dtype, target=target)
     if empty.heads is None and rank is None:
-      split = {name: constrain(getattr(empty, name), None, "kv_heads", None, None) for name in ("keys", "values")}
-      empty = dataclasses.replace(empty, **split)
-    return Paged(empty, kind, rank) if rank is None else Paged.latent(empty, kind, rank)
+      empty = jax.tree.map(lambda x: constrain(x, None, "kv_heads", *(None,) * (x.ndim - 2)), empty)
+    return Paged.of(empty, kind, rank)
 
-  tables = {kind: jnp.full((batch, -(-length // page_size)), n, jnp.int32) for kind, n in numbers.items()}
-  layers = tuple(store(kinds[i % len(kinds)]) for i in range(config.num_layers))
-  return KVCache(layers, jnp.zeros((batch,), jnp.int32), tables=tables)
+  tables = {kind: jnp.full((batch, -(-length // page_size)), n, jnp.int32) for kind, n in counts.items()}
+  layers = (layer(kinds[i % len(kinds)]) for i in range(config.num_layers))
+  return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32), tables=tables)
 
 
 def _kept(config: ModelConfig) -> tuple[int, int, int | None]:
@@ -248,11 +231,7 @@ def _kept(config: ModelConfig) -> tuple[int, int, int | None]:
 
 def _across(query, key, value, query_segments, key_segments, options):
   """Attention to the encoder's keys: no order, each query those of its segment."""
-  segments = None
-  if query_segments is not None or key_segments is not None:
-    ones = lambda y: jnp.ones(y.shape[:2], jnp.int32)  # noqa: E731
-    segments = (
-      ones(query) if query_segments is None else query_segments,
-      ones(key) if key_segments is None else key_segments,
-    )
+  ones = lambda ids, y: jnp.ones(y.shape[:2], jnp.int32) if ids is None else ids  # noqa: E731
+  none = query_segments is None and key_segments is None
+  segments = None if none else (ones(query_segments, query), ones(key_segments, key))
   return attention(query, key.astype(query.dtype), value.astype(query.dtype), segment_ids=segments, **vars(options))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import Placement
-from jaxllm.models.caches import Cache, LatentForms
+from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, dense
@@ -81,7 +81,7 @@ class LatentAttention(nnx.Module):
       return jnp.einsum("BTNR,RNH->BTNH", out, matrix(self.value))
 
     options = AttentionOptions(scale=softmax_scale(self.c), backend=self.kernel, target=self.target)
-    out, cache = cache.attend_latent(layer, LatentForms(expand, absorb, finish), options)
+    out, cache = cache.attend_latent(layer, expand, absorb, finish, options)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache
 

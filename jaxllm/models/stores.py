@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +57,6 @@ class Contiguous:
   def num_keys(self, rows):
     return self.key.shape[1]
 
-  def rows(self, take):
-    return take(self)
-
-  def grow(self, length):
-    room = [(0, 0), (0, length - self.key.shape[1]), (0, 0), (0, 0)]
-    return jax.tree.map(lambda x: jnp.pad(x, room), self)
-
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("pages",), meta_fields=("table", "rank"))
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +68,17 @@ class Paged:
   rank: int | None = None
 
   @classmethod
-  def latent(cls, pages: KVPages, table: str, rank: int) -> "Paged":
-    """Of pages whose values are the keys' first part."""
-    return cls(dataclasses.replace(pages, values=None, value_scales=None), table, rank)
+  def of(cls, pages: KVPages, table: str, rank: int | None) -> "Paged":
+    """Of pages with both; of latents, values are the keys' first part."""
+    return cls(pages if rank is None else dataclasses.replace(pages, values=None, value_scales=None), table, rank)
 
   def attend(self, rows, query, key, value, options):
-    if not options.visibility.causal:
-      raise ConfigError("pages are for causal attention")
     table, (B, T) = rows.tables[self.table], query.shape[:2]
-    order, starts, lengths = _back_to_back(rows, B, T)
-    flat = lambda x: _reorder(x.reshape(B * T, *x.shape[2:]), order)  # noqa: E731
+    order, back, starts, lengths = _back_to_back(rows, B, T)
+    flat = lambda x: x.reshape(B * T, *x.shape[2:])[order]  # noqa: E731
     pages = write_pages(self._both(), flat(key), flat(value), table, lengths, starts)
-    store = Paged(pages, self.table) if self.rank is None else Paged.latent(pages, self.table, self.rank)
-    if options.bias is not None or options.visibility.sink_tokens:
-      # The paged kernels have neither.
+    store = Paged.of(pages, self.table, self.rank)
+    if options.bias is not None or options.visibility.sink_tokens:  # the paged kernels have neither
       if len(rows.length) != B:
         raise ConfigError("relative positions and sink tokens read pages row by row: give tokens [rows, T]")
       out = attention(query, *store._gather(table, lengths, query.dtype), query_offset=rows.length, **vars(options))
@@ -95,17 +86,10 @@ class Paged:
     asked = vars(options) | {"window": options.visibility.window}
     asked = {name: asked[name] for name in asked.keys() - {"visibility", "bias"}}
     out = paged_attention(flat(query), store._both(), table, lengths, starts, **asked)
-    back = None if order is None else jnp.argsort(order)
-    return _reorder(out, back).reshape(B, T, *out.shape[1:])[..., : self.rank], store
+    return out[back].reshape(B, T, *out.shape[1:])[..., : self.rank], store
 
   def num_keys(self, rows):
     return rows.tables[self.table].shape[1] * self.pages.page_size
-
-  def rows(self, take):
-    return self
-
-  def grow(self, length):
-    return self
 
   def _both(self) -> KVPages:
     p = self.pages
@@ -143,20 +127,17 @@ def _write(buffer, new, start):
 
 
 def _back_to_back(rows, B: int, T: int):
-  """Of a call's B * T tokens: in which order those of each row stand back to back, padding last (None: as they are),
-  where each row begins (None: a token a row), and the tokens of each row with the new ones."""
+  """A call's B * T tokens as `paged_attention` takes them: their order, padding last, and the way back; where each row
+  begins among them (None: a token a row); and the tokens of each row, new ones included."""
   count = jnp.full_like(rows.length, T) if rows.count is None else rows.count
   if T == 1 and len(count) == B:
-    return None, None, jnp.where(count > 0, rows.length + 1, 0)
-  starts = jnp.concatenate([jnp.zeros(1, count.dtype), jnp.cumsum(count)])
-  order = None
+    return ..., ..., None, jnp.where(count > 0, rows.length + 1, 0)
+  order: Any = ...
+  back: Any = ...
   if rows.count is not None and len(count) == B:
     order = jnp.argsort((jnp.arange(T) >= count[:, None]).reshape(-1), stable=True)
-  return order, starts, rows.length + count
-
-
-def _reorder(x, order):
-  return x if order is None else x[order]
+    back = jnp.argsort(order)
+  return order, back, jnp.concatenate([jnp.zeros(1, count.dtype), jnp.cumsum(count)]), rows.length + count
 
 
 Store = Contiguous | Paged
