@@ -51,8 +51,8 @@ class Contiguous:
     values = None if self.value is None else _write(self.value, value, rows.length)
     store = dataclasses.replace(self, key=keys, value=values)
     keys = keys.astype(query.dtype)
-    values = keys[..., : self.rank] if values is None else values.astype(query.dtype)
-    return attention(query, keys, values, query_offset=rows.length, **vars(options)), store
+    values = keys if values is None else values.astype(query.dtype)  # whole, as the kernels take them
+    return attention(query, keys, values, query_offset=rows.length, **vars(options))[..., : self.rank], store
 
   def num_keys(self, rows):
     return self.key.shape[1]
@@ -82,7 +82,7 @@ class Paged:
       if len(rows.length) != B:
         raise ConfigError("relative positions and sink tokens read pages row by row: give tokens [rows, T]")
       out = attention(query, *store._gather(table, lengths, query.dtype), query_offset=rows.length, **vars(options))
-      return out, store
+      return out[..., : self.rank], store
     asked = vars(options) | {"window": options.visibility.window}
     asked = {name: asked[name] for name in asked.keys() - {"visibility", "bias"}}
     out = paged_attention(flat(query), store._both(), table, lengths, starts, **asked)
@@ -105,7 +105,7 @@ class Paged:
       x = x.reshape(len(table), -1, *x.shape[3:]).astype(dtype)
       return jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None], x, 0)
 
-    return read(pages.keys, pages.key_scales), read(pages.values, pages.value_scales)[..., : self.rank]
+    return read(pages.keys, pages.key_scales), read(pages.values, pages.value_scales)
 
 
 def _write(buffer, new, start):
