@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.kernels import Visibility
 from jaxllm.models import positions as pos
+from jaxllm.models.adapters import Prefix
 from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
@@ -50,6 +51,7 @@ class Attention(nnx.Module):
       full = c.qk_norm == "full"
       self.query_norm = Norm(c, compute, N * H if full else H, rngs=rngs)
       self.key_norm = Norm(c, compute, K * H if full else H, rngs=rngs)
+    self.prefix = Prefix(c, rngs=rngs) if c.adapter is not None and c.adapter.prefix_len else None
     if c.attention_sinks:
       self.sinks = parameter(rngs, (N,), ("heads",), nnx.initializers.zeros)
 
@@ -80,10 +82,13 @@ class Attention(nnx.Module):
       sinks=self.sinks[...] if c.attention_sinks else None,
       alibi_slopes=jnp.asarray(pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
       bias=place.bias,
+      return_lse=self.prefix is not None,
       backend=self.kernel,
       target=self.target,
     )
     out, cache = cache.attend(layer, query, key, value, options)
+    if self.prefix is not None:
+      out = self.prefix.join(query, *out, scale=options.scale, softcap=options.softcap)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache
 

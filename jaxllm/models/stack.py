@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
+from jaxllm.models.adapters import Bottleneck
 from jaxllm.models.attention import Attention, CrossAttention, Placement
 from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
@@ -38,6 +39,9 @@ class Block(nnx.Module):
     if feed_forward is not None:
       setattr(self, feed_forward, FEED_FORWARD[feed_forward](c, compute, rngs=rngs))
     self.cross_attention = CrossAttention(c, compute, rngs=rngs) if c.architecture == "encoder_decoder" else None
+    if c.adapter is not None and c.adapter.bottleneck_dim:
+      self.attention_adapter, self.mlp_adapter = (Bottleneck(c, compute, rngs=rngs) for _ in range(2))
+    self.adapted = c.adapter is not None and c.adapter.bottleneck_dim > 0
     parts = ("attention", "mlp") if self.cross_attention is None else ("attention", "cross_attention", "mlp")
     for part in parts:
       if c.norm_placement in ("pre", "sandwich"):
@@ -64,16 +68,21 @@ class Block(nnx.Module):
         return self.mlp(x), None
       return self.moe(x, cache.segment_ids, drop=not cache.keeps)
 
+    def adapt(h, part):
+      return getattr(self, f"{part}_adapter")(h) if self.adapted else h
+
     h, cache = self.attention(x if first else normed(x, "attention"), place, kind, layer, cache)
+    h = adapt(h, "attention")
     if self.parallel:
       y, losses = feed(normed(x, "mlp"))
+      y = adapt(y, "mlp")
       return constrain(x + h + y, "batch", "seq", None), cache, losses
     x = add(x, h, "attention")
     if self.cross_attention is not None:
       h, cache = self.cross_attention(normed(x, "cross_attention"), layer, cache)
       x = add(x, h, "cross_attention")
     h, losses = feed(normed(x, "mlp"))
-    return constrain(add(x, h, "mlp"), "batch", "seq", None), cache, losses
+    return constrain(add(x, adapt(h, "mlp"), "mlp"), "batch", "seq", None), cache, losses
 
 
 def stack_blocks(c: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> Block:

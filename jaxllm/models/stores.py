@@ -21,7 +21,7 @@ from jaxllm.parallel.sharding import activation_context
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("sinks", "alibi_slopes", "bias"),
-  meta_fields=("visibility", "scale", "softcap", "backend", "target"),
+  meta_fields=("visibility", "scale", "softcap", "backend", "target", "return_lse"),
 )
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
@@ -35,6 +35,7 @@ class AttentionOptions:
   sinks: Float[Array, " N"] | None = None
   alibi_slopes: Float[Array, " N"] | None = None
   bias: Float[Array, "#B N T S"] | None = None
+  return_lse: bool = False  # `attend` gives the log-sum-exp [B, N, T] of the scores beside the result
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=("rank",))
@@ -52,7 +53,8 @@ class Contiguous:
     store = dataclasses.replace(self, key=keys, value=values)
     keys = keys.astype(query.dtype)
     values = keys if values is None else values.astype(query.dtype)  # whole, as the kernels take them
-    return attention(query, keys, values, query_offset=rows.length, **vars(options))[..., : self.rank], store
+    out = attention(query, keys, values, query_offset=rows.length, **vars(options))
+    return out if options.return_lse else out[..., : self.rank], store
 
   def num_keys(self, rows):
     return self.key.shape[1]
@@ -73,6 +75,8 @@ class Paged:
     return cls(pages if rank is None else dataclasses.replace(pages, values=None, value_scales=None), table, rank)
 
   def attend(self, rows, query, key, value, options):
+    if options.return_lse:
+      raise ConfigError("virtual tokens (model.adapter.prefix_len) do not go with a paged cache")
     table, (B, T) = rows.tables[self.table], query.shape[:2]
     order, back, starts, lengths = _back_to_back(rows, B, T)
     flat = lambda x: x.reshape(B * T, *x.shape[2:])[order]  # noqa: E731

@@ -20,6 +20,7 @@ from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.open import START, START_FILE, open_model
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
+from jaxllm.models.adapters import is_place
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
@@ -181,11 +182,11 @@ def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
 
 def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
-  """That the files have every parameter but those of a new head."""
+  """That the files have every parameter but those of a new head and of adapters' places."""
   shapes = {path: leaf.shape for path, leaf in _by_path(declare(model)[1]).items()}
   for path, shape in shapes.items():
     found = stored.tensors[path].shape if path in stored.tensors else None
-    if found is None and not path.startswith("head/"):
+    if found is None and not path.startswith("head/") and not is_place(path):
       raise ConfigError(f"model_init.path {stored.path} has no {path}, which the config's model has")
     if found is not None and found != shape:
       raise ConfigError(
