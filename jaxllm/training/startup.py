@@ -31,7 +31,7 @@ def startup_table(
     for leaf in jax.tree.leaves((program.state, program.frozen))
   )
   memory = compiled.memory_analysis()
-  per_token = flops.row_flops(program.model, *program.row_lengths)
+  per_token = flops.row_flops(program.model, *program.row_lengths, train_weights=program.trains_weights)
   chip = CHIPS[target_of(program.mesh)]
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
