@@ -61,21 +61,35 @@ def leave(error: BaseException, code: int, line: str | None = None) -> None:
     hosts.leave(error, code, line)
 
 
-def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:
-  """The parser of a door that takes a config file; parse with `parse_config_args`."""
+def door_parser(door: str, doc: str, epilog: str = "") -> argparse.ArgumentParser:
+  """The parser of a door."""
   parser = argparse.ArgumentParser(
     prog=f"python -m jaxllm.{door}",
     description=doc,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog="Any key of the config can be set: --config.training.steps=100 --config.optimizer.learning_rate=1e-3",
+    epilog=epilog,
     allow_abbrev=False,
   )
+  parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
+  return parser
+
+
+def add_model(parser: argparse.ArgumentParser, flag: str = "--model", **options: Any) -> None:
+  """Lets a door read a model of any form."""
+  parser.add_argument(flag, required=True, metavar="PATH", help=MODEL_FORMS, **options)
+  parser.add_argument("--adapter", type=local_path, metavar="DIR", help="a PEFT LoRA adapter to merge into it")
+  parser.add_argument("--step", type=int, metavar="N", help="of a run: this checkpoint (default: the latest)")
+
+
+def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:
+  """The parser of a door that takes a config file; parse with `parse_config_args`."""
+  epilog = "Any key of the config can be set: --config.training.steps=100 --config.optimizer.learning_rate=1e-3"
+  parser = door_parser(door, doc, epilog)
   parser.add_argument("--config", required=True, metavar="FILE", help="a config file, like configs/quickstart.py")
   if workdir:
     parser.add_argument(
       "--workdir", type=local_path, metavar="DIR", help="the run directory (default: runs/<config name>)"
     )
-  parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
   return parser
 
 

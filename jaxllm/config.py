@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxllm.base import settings
 from jaxllm.base.errors import ConfigError
-from jaxllm.training.config import RunConfig, moved, moved_key
+from jaxllm.training.config import MOVED, RunConfig
 
 
 def default_config() -> ConfigDict:
@@ -46,7 +46,13 @@ def resolve(config: Mapping[str, Any]) -> RunConfig:
   Raises:
     ConfigError: an unknown key, a wrong type or an impossible combination, named in one line.
   """
-  return settings.from_mapping(RunConfig, moved(_plain(config)))
+  tree = _plain(config)
+  for old, new in MOVED.items():
+    group, key = old.split(".")
+    values = settings.parse(tree.get(group))
+    if isinstance(values, Mapping) and key in values:
+      raise ConfigError(f"config key {old} is called {new} now")
+  return settings.from_mapping(RunConfig, tree)
 
 
 def load_config_file(path: str) -> types.ModuleType:
@@ -82,9 +88,9 @@ def load_config(path: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConf
     raise ConfigError(f"{path}: get_config() fails: {type(error).__name__}: {error}") from error
   if not isinstance(config, Mapping | ConfigDict):
     raise ConfigError(f"{path}: get_config() returns a {type(config).__name__}, not a ConfigDict")
-  tree = moved(_plain(config))
+  tree = _plain(config)
   for key, value in overrides:
-    _override(tree, moved_key(key), value)
+    _override(tree, key, value)
   return resolve(tree)
 
 

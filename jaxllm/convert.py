@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import local_path
-from jaxllm.cli import MODEL_FORMS, run_door
+from jaxllm.cli import MODEL_FORMS, add_model, door_parser, run_door
 
 EXAMPLES = """
 examples:
@@ -24,25 +24,15 @@ Weights are read and written a tensor at a time. What is written appears under i
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
   """The command line's settings."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxllm.convert",
-    description="Converts a model directory, a training run, a Hugging Face directory, a PEFT LoRA adapter or a "
-    ".gguf file.",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog=EXAMPLES,
-    allow_abbrev=False,
-  )
+  parser = door_parser("convert", f"Converts {MODEL_FORMS} into another form.", EXAMPLES)
+  add_model(parser, "--from", dest="source")
   add = parser.add_argument
-  add("--from", required=True, dest="source", metavar="PATH", help=MODEL_FORMS)
-  add("--adapter", type=local_path, metavar="DIR", help="a PEFT LoRA adapter to merge into it")
   add("--to", required=True, type=local_path, metavar="PATH", help="a new or empty directory, or a new .gguf file")
   add("--format", required=True, choices=("jaxllm", "hf", "gguf"), help="the form to write")
   add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are)")
   add("--quantize", metavar="TYPE", help="the type of a gguf file's matrices: q8_0, q4_0, q4_1, …")
   add("--family", metavar="NAME", help="the Hugging Face model_type to write (default: the first that fits)")
   add("--max-shard-size", default="5GB", metavar="SIZE", help="of one safetensors file (default: 5GB)")
-  add("--step", type=int, metavar="N", help="the run's checkpoint to read (default: the latest)")
-  add("--debug", action="store_true", help="show a traceback where an error is reported")
   return parser.parse_args(argv)
 
 

@@ -4,7 +4,6 @@ python -m jaxllm.evaluate --model=runs/quickstart --baselines
 python -m jaxllm.evaluate --model=PATH --data=data/quickstart
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.base.files import local_path
-from jaxllm.cli import MODEL_FORMS, run_door
+from jaxllm.cli import add_model, door_parser, run_door
 
 if TYPE_CHECKING:
   from jaxllm.data.manifest import Prepared
@@ -21,15 +20,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
   """Parses the command line and prints the table; see the module's text."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxllm.evaluate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  parser.add_argument("--model", required=True, metavar="PATH", help=MODEL_FORMS)
-  parser.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA adapter to merge into it")
-  parser.add_argument("--step", type=int, help="of a run: this checkpoint, not the latest")
+  parser = door_parser("evaluate", __doc__)
+  add_model(parser)
   parser.add_argument(
     "--data", type=local_path, metavar="DIR", help="prepared data (default: what the run was trained on)"
   )
@@ -37,7 +29,6 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--seq-len", type=int, help="tokens of context (default: the training's, or the model's)")
   parser.add_argument("--baselines", action="store_true", help="also gzip, xz and a byte n-gram model")
   parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-  parser.add_argument("--debug", action="store_true", help="show a traceback where an error is reported")
   args = parser.parse_args(argv)
 
   from jaxllm.data.heldout import HeldoutBatches

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.base.errors import ConfigError, UserError
-from jaxllm.cli import MODEL_FORMS, run_door
+from jaxllm.cli import add_model, door_parser, run_door
 
 if TYPE_CHECKING:
   from jaxllm.inference.model import Message, Model, Prompt
@@ -35,26 +36,15 @@ generation_config.json.
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
   """The command line's settings."""
-  parser = argparse.ArgumentParser(
-    prog="python -m jaxllm.generate",
-    description="Continues prompts with a model, or chats with it; without a prompt it asks for one after the other.",
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog=EXAMPLES,
-    allow_abbrev=False,
-  )
+  what = "Continues prompts with a model, or chats with it; without a prompt it asks for one after the other."
+  parser = door_parser("generate", what, EXAMPLES)
+  add_model(parser)
   add = parser.add_argument
-  add(
-    "--model",
-    required=True,
-    metavar="PATH",
-    help=MODEL_FORMS,
-  )
-  add("--step", type=int, metavar="N", help="the run's checkpoint to load (default: the latest)")
   add("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated; - reads stdin")
   add("--prompt-file", action="append", metavar="FILE", help="a file to continue; may be repeated")
   add("--system", metavar="TEXT", help="what a chat model is told before the chat")
   add("--raw", action="store_true", help="continue the text of prompts also with a chat model")
-  add("--num-samples", type=int, default=1, metavar="N", help="completions of each prompt (default: 1)")
+  add("--num-samples", type=int, default=1, dest="n", metavar="N", help="completions of each prompt (default: 1)")
   add(
     "--max-tokens",
     type=int,
@@ -69,11 +59,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--length-penalty", type=float, metavar="A", help="beam search: over 0 favours long texts (default: 1)")
   add("--early-stopping", action="store_true", default=None, help="beam search: end at the first K whole texts")
   add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-  add("--ignore-eos", action="store_true", help="write on past the end-of-text token")
+  add("--ignore-eos", action="store_true", default=None, help="write on past the end-of-text token")
   add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one)")
   add("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the weights are stored)")
   add("--echo", action="store_true", help="print each prompt before its completion")
-  add("--debug", action="store_true", help="show a traceback where an error is reported")
   return parser.parse_args(argv)
 
 
@@ -84,29 +73,17 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.inference.load import load_model
   from jaxllm.inference.sampling import SamplingParams
 
-  settings = dict(
-    n=args.num_samples,
-    max_tokens=args.max_tokens,
-    temperature=args.temperature,
-    top_k=args.top_k,
-    top_p=args.top_p,
-    min_p=args.min_p,
-    num_beams=args.num_beams,
-    length_penalty=args.length_penalty,
-    early_stopping=args.early_stopping,
-    stop=args.stop,
-    seed=args.seed,
-  )
-  settings = {name: value for name, value in settings.items() if value is not None}
+  names = {field.name for field in dataclasses.fields(SamplingParams)}
+  settings = {name: value for name, value in vars(args).items() if name in names and value is not None}
   SamplingParams(**settings)  # a wrong setting is told before the model loads
-  model = load_model(args.model, step=args.step, dtype=args.dtype)
+  model = load_model(args.model, adapter=args.adapter, step=args.step, dtype=args.dtype)
   chats = not args.raw and model.tokenizer is not None and bool(model.tokenizer.chat_templates)
   if args.system is not None and not chats:
     raise ConfigError("--system is for a chat: the model has no chat template, or --raw turns it off")
   opening = [] if args.system is None else [{"role": "system", "content": args.system}]
   if "max_new_tokens" not in model.generation:
     settings.setdefault("max_tokens", REPLY_TOKENS if chats else MAX_TOKENS)
-  sampling = model.sampling(ignore_eos=args.ignore_eos, **settings)
+  sampling = model.sampling(**settings)
   if not prompts:
     return interact(model, sampling, args.echo, opening if chats else None)
   asked: list[Prompt] = list(prompts)

@@ -62,8 +62,6 @@ def test_a_plain_config_dict_takes_defaults_for_what_it_leaves_out():
     ("training.sample_prompts", "def ", lambda r: r.training.sample_prompts, ("def ",)),
     ("data.sources", "[{'path': 'a.txt', 'weight': 2}]", lambda r: r.data.sources[0].weight, 2.0),
     ("objective.z_loss", "1", lambda r: r.objective.z_loss, 1.0),
-    ("training.z_loss", "1e-3", lambda r: r.objective.z_loss, 1e-3),  # where it stood earlier
-    ("training.dtype", "bfloat16", lambda r: r.compute.dtype, "bfloat16"),
     ("training.batch_size", "4", lambda r: r.model.head_dim, 8),  # sizes that are derived stay derived
   ],
 )
@@ -161,8 +159,19 @@ def test_a_sweep_that_is_missing_is_said(write):
     sweep_points(write(JOB))
 
 
-def test_of_an_old_and_a_new_name_the_command_line_wins(write):
-  path = write(JOB.replace("  return c", '  c.training.dtype = "bfloat16"\n  return c'))
-  assert load_config(path).compute.dtype == "bfloat16"
-  assert load_config(path, [("compute.dtype", "float16")]).compute.dtype == "float16"
-  assert load_config(path, [("training.dtype", "float16")]).compute.dtype == "float16"
+OLD_NAMES = {"training.dtype": "compute.dtype", "training.remat_names": "compute.remat_names"} | {
+  "training.z_loss": "objective.z_loss"
+}
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_an_old_name_is_an_error_that_names_the_new_one(write, old):
+  says = f"^config key {old} is called {OLD_NAMES[old]} now$"
+  in_file = write(JOB.replace("  return c", f"  c.{old} = None\n  return c"))
+  with pytest.raises(ConfigError, match=says):
+    load_config(in_file)
+  with pytest.raises(ConfigError, match=says):
+    load_config(in_file, [(OLD_NAMES[old], "1")])
+  for key, value in (old, "1"), ("training", repr({old.split(".")[1]: 1})):
+    with pytest.raises(ConfigError, match=says):
+      load_config(write(JOB), [(key, value)])

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 
@@ -28,15 +29,28 @@ def local_path(path: str | os.PathLike) -> Path:
   return Path(text).expanduser()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-  """Replaces the file or leaves the old one: writes beside it, flushes to the disk, then renames."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+  """A file to fill, which takes the place of `path` on leaving the context without an error, else goes.
+
+  It is written beside `path`, flushed to the disk, then renamed.
+  """
   temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
-    file.write(content.encode() if isinstance(content, str) else content)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  try:
+    with temporary.open("wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
   _flush(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+  """Replaces the file or leaves the old one."""
+  with new_file(path) as file:
+    file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

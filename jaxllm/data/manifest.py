@@ -101,7 +101,7 @@ class Prepared:
       for i in range(len(documents))
     )
 
-  def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, "documents *parts"]:
+  def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, " documents *parts"]:
     """Tokens of each document, or of each part of an example, in the shards' order."""
     return np.load(counts_path(self.root, source.name, split))
 

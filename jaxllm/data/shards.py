@@ -84,7 +84,7 @@ class TokenDocuments:
     count: int,
     start_id: int | None = None,
     eos_id: int | None = None,
-    counts: Int[np.ndarray, "documents *parts"] | None = None,
+    counts: Int[np.ndarray, " documents *parts"] | None = None,
   ):
     self._directory, self._splits, self._count = directory, splits, count
     self._start_id, self._eos_id, self._counts = start_id, eos_id, counts

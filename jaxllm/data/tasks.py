@@ -30,7 +30,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.data.words import Words, words_of
 
 Row = dict[str, np.ndarray]
-Counts = Int[np.ndarray, "documents *parts"]  # tokens of each document, or of each part of an example
+Counts = Int[np.ndarray, " documents *parts"]  # tokens of each document, or of each part of an example
 Ids = Int[np.ndarray, " tokens"]
 
 

@@ -12,15 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.rope import canonical_rope
-from jaxllm.interop.families.table import Family, Shape, Transform, Weight, shortest_period
-from jaxllm.interop.stored import param_shapes, tensors_of
-from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts, in_memory
-from jaxllm.models.build import Params
+from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
+from jaxllm.interop.stored import param_shapes
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig, MoEConfig
 
 # Buffers that old checkpoints hold and that follow from the config.
@@ -62,7 +60,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   """
   family = family_of(config)
   config = config.get(family.text_config, config)
-  hf = _Keys(dict(family.defaults) | dict(config))
+  hf = _Keys(DEFAULTS | dict(family.defaults) | dict(config))
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}")
@@ -180,20 +178,6 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     read = functools.partial(_read_tensor, weight.transform, c, ours, index, wanted)
     tensors[name] = LazyTensor(wanted, np.result_type(*(p.dtype for p in ours)), read)
   return hf, tensors
-
-
-def params_from_huggingface(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[ModelConfig, Params]:
-  """`from_huggingface` of arrays: the config, and a nested dict of arrays."""
-  c, params = from_huggingface(config, in_memory(tensors))
-  return c, traverse_util.unflatten_dict({path: tensor.read() for path, tensor in params.items()}, sep="/")
-
-
-def params_to_huggingface(
-  config: ModelConfig, family: str, params: Params
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """`to_huggingface` of a nested dict of arrays: the content of config.json, and arrays by name."""
-  hf, tensors = to_huggingface(config, family, tensors_of(params))
-  return hf, {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def _renamed(name: str, family: Family) -> str:

@@ -14,8 +14,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from jaxllm.base.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import new_directory
+from jaxllm.base.settings import from_mapping
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
@@ -26,7 +27,7 @@ from jaxllm.interop.directory_files import (
 )
 from jaxllm.interop.safetensors import read_sharded, write_sharded
 from jaxllm.interop.stored import StoredModel, check_shapes
-from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from jaxllm.models.config import ModelConfig
 
 PARAMS, CHECKSUMS = "params", "params.sha256.json"
 VERSION = 2
@@ -36,23 +37,16 @@ def read_model_config(directory: Path) -> ModelConfig:
   """The ModelConfig under "model" in a directory's config.json (a run's has more groups beside it).
 
   Raises:
-    CheckpointError: the file is missing or holds no such config. ConfigError: an impossible model.
+    CheckpointError: the file is missing or holds no such config, or that of an impossible model.
   """
   file = directory / CONFIG_FILE
   fields = read_json(file).get("model")
   if not isinstance(fields, dict):
     raise CheckpointError(f'{file} has no "model" group, so {directory} is not a jaxllm model')
-  known = {field.name for field in dataclasses.fields(ModelConfig)}
-  if unknown := sorted(fields.keys() - known):
-    raise CheckpointError(f"{file}: model.{unknown[0]} is unknown to this version of jaxllm")
-  fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
   try:
-    for name, kind in {"rope_scaling": RopeScaling, "moe": MoEConfig, "mla": MLAConfig}.items():
-      if fields.get(name) is not None:
-        fields[name] = kind(**fields[name])
-    return ModelConfig(**fields)
-  except TypeError as error:
-    raise CheckpointError(f"{file}: a field of model has a wrong type ({error})") from error
+    return from_mapping(ModelConfig, fields, "model")
+  except ConfigError as error:
+    raise CheckpointError(f"{file}: {error}; it may be of another version of jaxllm") from error
 
 
 def write_model_directory(directory: Path, model: StoredModel, max_shard_bytes: int) -> None:
@@ -75,8 +69,8 @@ def open_model_directory(directory: Path) -> StoredModel:
   """The model in a model directory, its files checked against their checksums.
 
   Raises:
-    CheckpointError: parameters are missing, damaged, or another model's. ConfigError: an impossible model.
-    DataError: the tokenizer is damaged.
+    CheckpointError: the config or parameters are missing, damaged, or another model's. DataError: the tokenizer is
+      damaged.
   """
   config = read_model_config(directory)
   path = directory / PARAMS

@@ -36,7 +36,7 @@ def _like(a):
 
 
 def rms_norm(
-  x: Float[Array, "*batch D"], w: Float[Array, "D"], *, eps: float, backend: Backend = "xla"
+  x: Float[Array, "*batch D"], w: Float[Array, " D"], *, eps: float, backend: Backend = "xla"
 ) -> Float[Array, "*batch D"]:
   """x / sqrt(mean(x^2) + eps) * w over the last axis, in float32, returned in x's dtype (Zhang & Sennrich 2019)."""
   if not _native(backend, x, w):

@@ -1,7 +1,6 @@
 """Settings of a training run: steps, optimizer, logging, profiling."""
 
 import dataclasses
-import logging
 from typing import Any, Literal
 
 from jaxllm.base.errors import ConfigError
@@ -171,26 +170,19 @@ class RunConfig:
         )
 
 
-# Keys that stood in another group in earlier versions
+# Keys that stood in another group in earlier versions. A config may not use them any more; saved runs have them.
 MOVED = {"training.z_loss": "objective.z_loss"} | {
   f"training.{field.name}": f"compute.{field.name}" for field in dataclasses.fields(ComputeConfig)
 }
 
 
-def moved_key(key: str) -> str:
-  """The dotted key under today's name, which is said if it is another."""
-  if key in MOVED:
-    logging.getLogger("jaxllm").info("the config key %s is %s now", key, MOVED[key])
-  return MOVED.get(key, key)
-
-
 def moved(tree: Any) -> Any:
-  """Nested dicts of a config with the keys of earlier versions at their places of today."""
+  """The nested dicts of a saved run's config with the keys of earlier versions at their places of today."""
   for old, new in MOVED.items():
-    (group, key), now = old.split("."), new.split(".")[0]
+    (group, key), (now, name) = old.split("."), new.split(".")
     if isinstance(tree, dict) and isinstance(tree.get(group), dict) and key in tree[group]:
       into = tree.setdefault(now, {})
       if not isinstance(into, dict):
         raise ConfigError(f"config {now} is {into!r}; it should be a group of keys")
-      into[moved_key(old).split(".")[1]] = tree[group].pop(key)
+      into[name] = tree[group].pop(key)
   return tree

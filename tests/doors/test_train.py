@@ -90,11 +90,23 @@ def test_a_run_of_an_earlier_version_goes_on(door, job, trained, tmp_path):
   saved["training"]["z_loss"] = saved["objective"].pop("z_loss")
   del saved["compute"], saved["training"]["sample_tokens"]
   (run / "config.json").write_text(json.dumps(saved))
+  texts = [door("generate", f"--model={d}", "--prompt=a", "--seed=1", "--max-tokens=4")[:2] for d in (run, trained)]
+  assert texts[0] == texts[1] and texts[0][0] == 0
   flags = [f"--config={job}", f"--workdir={run}", "--config.training.sample_tokens=8"]
   code, _, err = door("train", *flags, "--config.training.steps=7")
   assert code == 0, err
   code, _, err = door("train", *flags, "--config.training.steps=8", "--config.compute.dtype=bfloat16")
   assert code == 2 and "compute.dtype was 'float32' and is now 'bfloat16'" in err
+
+
+def test_an_old_name_is_one_line_and_nothing_is_trained(door, job, tmp_path):
+  line = "error: config key training.dtype is called compute.dtype now\n"
+  flags = [f"--config={job}", f"--workdir={tmp_path / 'run'}"]
+  assert door("train", *flags, "--config.training.dtype=bfloat16") == (2, "", line)
+  text = job.read_text().replace('{"optimizer.learning_rate": ', '{"training.dtype": "bfloat16", "optimizer.b1": ')
+  (tmp_path / "swept.py").write_text(text)
+  assert door("train", f"--config={tmp_path / 'swept.py'}", flags[1], "--sweep") == (2, "", line)
+  assert not (tmp_path / "run").exists()
 
 
 def test_what_auto_came_to_is_kept(door, job, tmp_path, monkeypatch):

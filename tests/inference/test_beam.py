@@ -12,7 +12,7 @@ from jaxllm.inference.sampling import SamplingParams
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from jaxllm.interop.huggingface import params_from_huggingface  # noqa: E402
+from checkpoint_arrays import params_from_huggingface  # noqa: E402
 
 V, NEW = 40, 9
 T5 = dict(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2)

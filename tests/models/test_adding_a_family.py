@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
+
 from jaxllm.interop import families  # noqa: E402
-from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_family.md"
 TABLES = Path(families.__file__).parent

@@ -13,12 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
 from flax import nnx  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jaxllm.inference.model import Model  # noqa: E402
 from jaxllm.interop.families import DECODERS  # noqa: E402
-from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
 from jaxllm.models.build import declare  # noqa: E402
 
 B, T, V, NEW = 2, 20, 97, 10

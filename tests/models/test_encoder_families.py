@@ -12,7 +12,8 @@ from flax import nnx
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
+from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
+
 from jaxllm.models.build import declare  # noqa: E402
 
 B, T, S, V = 2, 11, 17, 97

@@ -6,15 +6,11 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from checkpoint_arrays import params_from_huggingface, params_to_huggingface
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import DECODERS, FAMILIES
-from jaxllm.interop.huggingface import (
-  config_from_huggingface,
-  config_to_huggingface,
-  params_from_huggingface,
-  params_to_huggingface,
-)
+from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface
 from jaxllm.models.config import ModelConfig, MoEConfig, RopeScaling
 
 SMALL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32)

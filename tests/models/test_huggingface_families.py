@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from jaxllm.interop.huggingface import params_from_huggingface, params_to_huggingface  # noqa: E402
+from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
+
 from jaxllm.models.build import init_cache  # noqa: E402
 
 B, T, V = 2, 24, 97

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import oracle
 import pytest
+from checkpoint_arrays import params_to_huggingface
 from flax import traverse_util
 
 from jaxllm.base.errors import CheckpointError
-from jaxllm.interop.huggingface import from_huggingface, params_to_huggingface, to_huggingface
+from jaxllm.interop.huggingface import from_huggingface, to_huggingface
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.config import ModelConfig
 

@@ -62,7 +62,7 @@ def batch_of(name):
 def test_loss(name):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  from jaxllm.interop.huggingface import params_from_huggingface
+  from checkpoint_arrays import params_from_huggingface
 
   stem, settings = CASES[name]
   cls = getattr(transformers, stem)

@@ -24,6 +24,7 @@ Ids = Int32[np.ndarray, " tokens"]
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+NOTHING = re.compile("((?!))")
 NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8 decode to these surrogates (PEP 383)
 
 
@@ -47,14 +48,36 @@ class Tokenizer(abc.ABC):
   cls_id: int | None
   sep_id: int | None
   _byte_ids: dict[int, int]  # single-byte pieces, where the vocabulary has them
+  _byte_runs: re.Pattern  # what of a text goes through them
 
   def encode(self, text: str | bytes) -> Ids:
     """Ids of a document; adds no special tokens and reads none in the text (they are plain characters)."""
     return self.encode_batch([text])[0]
 
-  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str | bytes]) -> list[Ids]:
     """`encode` of each text, on all cores."""
+    texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
+    plain = [not self._byte_runs.search(text) for text in texts]
+    encoded = iter(self._encode_plain([text for text, ok in zip(texts, plain) if ok]))
+    return [np.array(next(encoded) if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
+
+  def _encode_runs(self, text: str) -> list[int]:
+    """Ids of a text that has runs of bytes."""
+    ids = []
+    for index, run in enumerate(self._byte_runs.split(text)):
+      if index % 2:
+        ids += self._encode_bytes(run)
+      elif run:
+        ids += self._encode_run(run, follows=index > 0)
+    return ids
+
+  @abc.abstractmethod
+  def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+    """Ids of documents without runs of bytes."""
+
+  @abc.abstractmethod
+  def _encode_run(self, text: str, follows: bool) -> list[int]:
+    """Ids of a part of a document; `follows`: it stands behind a run of bytes."""
 
   @abc.abstractmethod
   def encode_pair(self, first: str, second: str | None = None, *, add_special: bool = True) -> tuple[Ids, Ids]:
@@ -164,13 +187,16 @@ class Tokenizer(abc.ABC):
     return next((int(i) for i in rest if i in self.special_ids), None)
 
   @abc.abstractmethod
+  def files(self) -> dict[str, bytes]:
+    """What `load_tokenizer` reads, by file name."""
+
   def save(self, directory: str | os.PathLike) -> None:
     """Writes the files that `load_tokenizer(directory)` reads."""
-
-  def _save_settings(self, directory: Path, settings: dict[str, Any]) -> None:
-    (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # an older one would overrule these settings
-    text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (directory / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TEMPLATE_FILE).unlink(missing_ok=True)  # an older one would overrule the settings
+    for name, data in self.files().items():
+      (directory / name).write_bytes(data)
 
   def _set_special(self, tokens: dict[str, str], ids: dict[str, int]) -> None:
     """Fills `special_tokens` and bos_id and so on."""
@@ -190,6 +216,11 @@ class Tokenizer(abc.ABC):
 def token_text(token: str | dict[str, Any] | None) -> str | None:
   """A token of tokenizer_config.json, which spells it as a string or as an object with its `content`."""
   return token["content"] if isinstance(token, dict) else token
+
+
+def settings_file(settings: dict[str, Any]) -> dict[str, bytes]:
+  """tokenizer_config.json by its name."""
+  return {SETTINGS_FILE: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def named_templates(settings: dict[str, Any]) -> dict[str, str]:

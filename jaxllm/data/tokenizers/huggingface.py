@@ -6,14 +6,12 @@ Round trips are exact for byte-level vocabularies that do not normalize.
 import functools
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxllm.base.errors import DataError
-from jaxllm.data.text import to_bytes
-from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
+from jaxllm.data.tokenizers.base import NOT_UTF8, NOTHING, ROLES, Tokenizer, settings_file, token_text
 
 HUGGINGFACE_FILE = "tokenizer.json"
 # Read only where tokenizer_config.json does not say.
@@ -69,6 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
     elif parsed["model"].get("byte_fallback"):
       pieces = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
       self._byte_ids = {byte: i for byte, i in pieces.items() if i is not None}
+    self._byte_runs = NOT_UTF8 if self._byte_ids else NOTHING
 
   def _build(self):
     """The `tokenizers` object, with the tokens of the settings in it; it reads special tokens in text."""
@@ -120,26 +119,17 @@ class HuggingFaceTokenizer(Tokenizer):
   def __reduce__(self):
     return HuggingFaceTokenizer, (self._definition, self.settings)
 
-  def encode_batch(self, texts):
-    texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
-    plain = [not (self._byte_ids and NOT_UTF8.search(text)) for text in texts]
-    # A vocabulary without byte pieces can only know such bytes as U+FFFD.
-    valid = [NOT_UTF8.sub("\ufffd", t) for t, ok in zip(texts, plain) if ok]
-    encoded = iter(self._plain.encode_batch_fast(valid, add_special_tokens=False))
-    return [np.array(next(encoded).ids if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
+  def _encode_plain(self, texts):
+    # A vocabulary without byte pieces can only know bytes that are not UTF-8 as U+FFFD.
+    valid = [NOT_UTF8.sub("\ufffd", text) for text in texts]
+    return [encoded.ids for encoded in self._plain.encode_batch_fast(valid, add_special_tokens=False)]
+
+  def _encode_run(self, text, follows):
+    return self._plain.encode(text, add_special_tokens=False).ids
 
   def encode_pair(self, first, second=None, *, add_special=True):
     encoded = self._tokenizer.encode(first, second, add_special_tokens=add_special)
     return np.array(encoded.ids, np.int32), np.array(encoded.type_ids, np.int32)
-
-  def _encode_runs(self, text: str) -> list[int]:
-    ids = []
-    for index, run in enumerate(NOT_UTF8.split(text)):
-      if index % 2:
-        ids += self._encode_bytes(run)
-      elif run:
-        ids += self._plain.encode(run, add_special_tokens=False).ids
-    return ids
 
   def decode_bytes(self, ids):
     if self._piece_bytes is None:
@@ -161,14 +151,10 @@ class HuggingFaceTokenizer(Tokenizer):
     tokens = (self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size))
     return [special.get(i, text(token).encode()) for i, token in enumerate(tokens)]
 
-  def save(self, directory):
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / HUGGINGFACE_FILE).write_text(self._definition, encoding="utf-8")
+  def files(self):
     # The class by which transformers loads any tokenizer.json.
-    self._save_settings(
-      directory, {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens, **self.settings}
-    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens, **self.settings}
+    return {HUGGINGFACE_FILE: self._definition.encode()} | settings_file(settings)
 
 
 def _mentions(node: Any, type_name: str) -> bool:

@@ -5,14 +5,12 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxllm.base.errors import DataError
-from jaxllm.data.text import to_bytes
-from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, token_text
+from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, settings_file, token_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
@@ -96,11 +94,11 @@ class SentencePieceTokenizer(Tokenizer):
     spec.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
-  def encode_batch(self, texts):
-    texts = [to_bytes(text).decode("utf-8", "surrogateescape") for text in texts]
-    plain = [not self._byte_runs.search(text) for text in texts]
-    encoded = iter(self._processor.encode([t for t, ok in zip(texts, plain) if ok], num_threads=os.cpu_count()))
-    return [np.array(next(encoded) if ok else self._encode_runs(t), np.int32) for t, ok in zip(texts, plain)]
+  def _encode_plain(self, texts):
+    return self._processor.encode(texts, num_threads=os.cpu_count())
+
+  def _encode_run(self, text, follows):
+    return (self._continuation if follows else self._processor).encode(text)
 
   def encode_pair(self, first, second=None, *, add_special=True):
     # T5's rule where there is no BOS; else Llama's.
@@ -129,16 +127,6 @@ class SentencePieceTokenizer(Tokenizer):
     longest_first = sorted(self._ids, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-  def _encode_runs(self, text: str) -> list[int]:
-    ids, processor = [], self._processor
-    for index, run in enumerate(self._byte_runs.split(text)):
-      if index % 2:
-        ids += self._encode_bytes(run)
-      elif run:
-        ids += processor.encode(run)
-      processor = self._continuation
-    return ids
-
   def decode_bytes(self, ids):
     data = b"".join([self._piece_bytes[i] for i in ids])
     return data.removeprefix(b" ") if self._dummy_prefix else data
@@ -146,11 +134,8 @@ class SentencePieceTokenizer(Tokenizer):
   def pieces(self):
     return self._piece_bytes
 
-  def save(self, directory):
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / SENTENCEPIECE_FILE).write_bytes(self.model)
-    self._save_settings(directory, self.settings)
+  def files(self):
+    return {SENTENCEPIECE_FILE: self.model} | settings_file(self.settings)
 
 
 def _added_tokens(settings: dict[str, Any], pieces: int) -> dict[int, dict[str, Any]]:

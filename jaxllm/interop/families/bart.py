@@ -2,13 +2,13 @@
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
+from jaxllm.interop.families.bert import POST_NORM
 
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
 
 
 def _attention(ours, theirs):
-  names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
-  return tuple(w for name, proj in names.items() for w in t.linear(f"{ours}/{name}", f"{theirs}.{proj}"))
+  return t.linears(ours, theirs, query="q_proj", key="k_proj", value="v_proj", output="out_proj")
 
 
 def _stack(prefix, side):
@@ -20,8 +20,7 @@ def _stack(prefix, side):
     *t.norm(f"{prefix}blocks/attention_post_norm", f"{layer}.self_attn_layer_norm"),
     *_attention(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn"),
     *t.norm(f"{prefix}blocks/cross_attention_post_norm", f"{layer}.encoder_attn_layer_norm"),
-    *t.linear(f"{prefix}blocks/mlp/up", f"{layer}.fc1"),
-    *t.linear(f"{prefix}blocks/mlp/down", f"{layer}.fc2"),
+    *t.linears(f"{prefix}blocks/mlp", layer, up="fc1", down="fc2"),
     *t.norm(f"{prefix}blocks/mlp_post_norm", f"{layer}.final_layer_norm"),
   )
 
@@ -71,20 +70,7 @@ BART = t.Family(
     t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
     t.Weight(("head/bias",), "final_logits_bias", ROW),
   ),
-  fields={
-    "architecture": "encoder_decoder",
-    "position": "learned",
-    "position_offset": 2,
-    "norm": "layernorm",
-    "norm_placement": "post",
-    "embedding_norm": True,
-    "final_norm": False,
-    "attention_bias": True,
-    "attention_out_bias": True,
-    "mlp_bias": True,
-    "head_bias": True,
-    "init": "normal",
-  },
+  fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
   defaults={
     "decoder_start_token_id": 2,
     "tie_word_embeddings": True,

@@ -4,16 +4,13 @@ import dataclasses
 
 from jaxllm.interop.families import table as t
 
-KEYS = {
-  "vocab_size": "vocab_size",
-  "embed_dim": "hidden_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "mlp_dim": "intermediate_size",
-  "max_seq_len": "max_position_embeddings",
-  "num_token_types": "type_vocab_size",
-  "norm_eps": "layer_norm_eps",
-  "init_std": "initializer_range",
+# A Transformer as it was in 2018: learned positions, norms after the sums
+POST_NORM = t.BIASED | {
+  "position": "learned",
+  "norm_placement": "post",
+  "embedding_norm": True,
+  "final_norm": False,
+  "init": "normal",
 }
 
 
@@ -32,9 +29,7 @@ def _weights(root):
     t.embedding("embedding/positions", f"{root}.embeddings.position_embeddings"),
     t.embedding("embedding/token_types", f"{root}.embeddings.token_type_embeddings"),
     *t.norm("embedding/norm", f"{root}.embeddings.LayerNorm"),
-    *t.linear("blocks/attention/query", f"{layer}.attention.self.query"),
-    *t.linear("blocks/attention/key", f"{layer}.attention.self.key"),
-    *t.linear("blocks/attention/value", f"{layer}.attention.self.value"),
+    *t.linears("blocks/attention", f"{layer}.attention.self", query="query", key="key", value="value"),
     *t.linear("blocks/attention/output", f"{layer}.attention.output.dense"),
     *t.norm("blocks/attention_post_norm", f"{layer}.attention.output.LayerNorm"),
     *t.linear("blocks/mlp/up", f"{layer}.intermediate.dense"),
@@ -99,27 +94,10 @@ def _write_roberta(c):
 BERT: t.Family = t.Family(
   "bert",
   "BertForMaskedLM",
-  KEYS,
+  t.KEYS | {"num_token_types": "type_vocab_size", "norm_eps": "layer_norm_eps"},
   _weights("bert"),
-  fields={
-    "architecture": "encoder",
-    "position": "learned",
-    "norm": "layernorm",
-    "norm_placement": "post",
-    "embedding_norm": True,
-    "final_norm": False,
-    "attention_bias": True,
-    "attention_out_bias": True,
-    "mlp_bias": True,
-    "init": "normal",
-  },
-  defaults={
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "initializer_range": 0.02,
-    "hidden_act": "gelu",
-    "id2label": (0, 1),
-  },
+  fields=POST_NORM | {"architecture": "encoder"},
+  defaults={"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
   requires={
     "is_decoder": False,
     "add_cross_attention": False,

@@ -41,7 +41,6 @@ def _join_heads(c, weights):
 QUERY = _rotated(lambda c: c.head_dim)
 LATENT = _rotated(lambda c: c.mla.kv_lora_rank + c.mla.rope_head_dim)
 ATTENTION = f"{llama.LAYER}.self_attn"
-SHARED = f"{llama.LAYER}.mlp.shared_experts"
 WEIGHTS = (
   *(w for w in llama.WEIGHTS if not w.ours[0].startswith("blocks/attention/")),
   *t.linear("blocks/attention/query", f"{ATTENTION}.q_proj", QUERY),
@@ -59,9 +58,9 @@ WEIGHTS = (
   ROUTER,
   t.Weight(("blocks/moe/correction_bias",), f"{llama.LAYER}.mlp.gate.e_score_correction_bias"),
   *SEPARATE,
-  *t.linear("blocks/moe/shared/gate", f"{SHARED}.gate_proj"),
-  *t.linear("blocks/moe/shared/up", f"{SHARED}.up_proj"),
-  *t.linear("blocks/moe/shared/down", f"{SHARED}.down_proj"),
+  *t.linears(
+    "blocks/moe/shared", f"{llama.LAYER}.mlp.shared_experts", gate="gate_proj", up="up_proj", down="down_proj"
+  ),
 )
 MLA_KEYS = {
   "kv_lora_rank": "kv_lora_rank",
@@ -81,15 +80,11 @@ MOE_KEYS = {
 
 
 def _read(hf, **moe):
-  moe = {ours: hf[theirs] for ours, theirs in MOE_KEYS.items()} | moe
-  moe["shared_mlp_dim"] = hf["n_shared_experts"] * hf["moe_intermediate_size"]
-  bias = hf["attention_bias"]
+  shared = hf["n_shared_experts"] * hf["moe_intermediate_size"]
   return read_rope(hf) | {
-    "attention_bias": bias,
-    "attention_out_bias": bias,
     "mlp": t.mlp_name(hf["hidden_act"], gated=True),
-    "mla": MLAConfig(**{ours: hf[theirs] for ours, theirs in MLA_KEYS.items()}),
-    "moe": MoEConfig(**moe),
+    "mla": t.read_part(MLAConfig, hf, MLA_KEYS),
+    "moe": t.read_part(MoEConfig, hf, MOE_KEYS, shared_mlp_dim=shared, **moe),
   }
 
 
@@ -106,10 +101,9 @@ def _read_v3(hf):
 
 
 def _write(c):
-  hf = write_rope(c) | {"attention_bias": c.attention_bias, "hidden_act": t.activation_name(c.mlp)}
-  hf |= {theirs: getattr(c.mla, ours) for ours, theirs in MLA_KEYS.items()}
-  hf |= {theirs: getattr(c.moe, ours) for ours, theirs in MOE_KEYS.items()}
+  hf = write_rope(c) | t.write_part(c.mla, MLA_KEYS) | t.write_part(c.moe, MOE_KEYS)
   return hf | {
+    "hidden_act": t.activation_name(c.mlp),
     "num_key_value_heads": c.num_heads,
     "n_shared_experts": c.moe.shared_mlp_dim // c.moe.mlp_dim,
     "n_group": c.moe.num_groups,
@@ -121,7 +115,7 @@ def _write(c):
 DEEPSEEK_V2 = t.Family(
   "deepseek_v2",
   "DeepseekV2ForCausalLM",
-  {ours: theirs for ours, theirs in llama.KEYS.items() if ours not in ("num_kv_heads", "head_dim")},
+  {ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours not in ("num_kv_heads", "head_dim")},
   WEIGHTS + llama.PRE_NORMS,
   defaults=llama.DEFAULTS
   | {"topk_method": "greedy", "n_group": None, "topk_group": None, "norm_topk_prob": False, "q_lora_rank": None},

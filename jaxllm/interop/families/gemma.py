@@ -8,26 +8,20 @@ from jaxllm.interop.families.rope import read_rope, write_rope
 
 
 def _read(hf):
-  bias, every = hf["attention_bias"], hf["sliding_window_pattern"]  # every so many layers one is global
+  every = hf["sliding_window_pattern"]  # every so many layers one is global
   types = hf.get("layer_types") or [
     "sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])
   ]
-  pattern = t.pattern_from_types(types)
-  window = hf["sliding_window"] if "local" in pattern else None
-  return read_rope(hf) | {
-    "attention_bias": bias,
-    "attention_out_bias": bias,
+  fields = read_rope(hf) | t.read_windows(types, hf["sliding_window"])
+  return fields | {
     "mlp": t.mlp_name(hf["hidden_activation"], gated=True),
     "query_scale": hf["query_pre_attn_scalar"] ** -0.5,
     "embedding_scale": hf["hidden_size"] ** 0.5,
-    "sliding_window": window,
-    "layer_pattern": pattern if len(pattern) > 1 else (),
   }
 
 
 def _write(c):
   return write_rope(c) | {
-    "attention_bias": c.attention_bias,
     "hidden_activation": t.activation_name(c.mlp),
     "query_pre_attn_scalar": c.head_dim if c.query_scale is None else round(c.query_scale**-2),
     "sliding_window": c.sliding_window or c.max_seq_len,
@@ -60,7 +54,7 @@ GEMMA = dataclasses.replace(
 GEMMA2 = t.Family(
   "gemma2",
   "Gemma2ForCausalLM",
-  llama.KEYS | {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
+  llama.LLAMA.keys | {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
   (
     *llama.WEIGHTS,
     *t.norm("blocks/attention_norm", f"{llama.LAYER}.input_layernorm"),

@@ -10,9 +10,6 @@ def _read(hf):
   rope = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]} | hf
   return read_rope(rope) | {
     "mlp": t.mlp_name(hf["hidden_act"], gated=False),
-    "parallel_residual": hf["use_parallel_residual"],
-    "attention_bias": hf["attention_bias"],
-    "attention_out_bias": hf["attention_bias"],
   }
 
 
@@ -23,37 +20,26 @@ def _write(c):
     "rotary_emb_base": c.rope_theta,
     "rotary_pct": c.rope_fraction,
     "hidden_act": t.activation_name(c.mlp),
-    "use_parallel_residual": c.parallel_residual,
-    "attention_bias": c.attention_bias,
   }
 
 
 GPT_NEOX = t.Family(
   "gpt_neox",
   "GPTNeoXForCausalLM",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
+  t.KEYS
+  | t.BIASES
+  | {
     "norm_eps": "layer_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
+    "parallel_residual": "use_parallel_residual",
   },
   (
     t.embedding("embedding/tokens", "gpt_neox.embed_in"),
     *t.norm("blocks/attention_norm", f"{LAYER}.input_layernorm"),
-    *t.linear(
-      ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value"),
-      f"{LAYER}.attention.query_key_value",
-      t.BY_HEAD,
-    ),
+    *t.linear(t.QKV, f"{LAYER}.attention.query_key_value", t.BY_HEAD),
     *t.linear("blocks/attention/output", f"{LAYER}.attention.dense"),
     *t.norm("blocks/mlp_norm", f"{LAYER}.post_attention_layernorm"),
-    *t.linear("blocks/mlp/up", f"{LAYER}.mlp.dense_h_to_4h"),
-    *t.linear("blocks/mlp/down", f"{LAYER}.mlp.dense_4h_to_h"),
+    *t.linears("blocks/mlp", f"{LAYER}.mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
     *t.norm("final_norm", "gpt_neox.final_layer_norm"),
     *t.linear("head", "embed_out"),
   ),
@@ -62,7 +48,6 @@ GPT_NEOX = t.Family(
     "layer_norm_eps": 1e-5,
     "hidden_act": "gelu",
     "tie_word_embeddings": False,
-    "initializer_range": 0.02,
     "use_parallel_residual": True,
     "attention_bias": True,
     "rotary_emb_base": 10000.0,

@@ -19,7 +19,7 @@ def _read(hf):
     raise ConfigError("config.json has a classifier_bias other than its mlp_bias, which model.mlp_bias cannot express")
   every = hf["global_attn_every_n_layers"]
   types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
-  pattern = t.pattern_from_types(hf.get("layer_types") or types)
+  windows = t.read_windows(hf.get("layer_types") or types, hf["local_attention"] // 2 + 1)
   rope = hf.get("rope_parameters") or {}
   theta = {
     kind: rope.get(kind, {}).get("rope_theta", hf[f"{scope}_rope_theta"])
@@ -27,15 +27,10 @@ def _read(hf):
   }
   if any(settings.get("rope_type", "default") != "default" for settings in rope.values()):
     raise ConfigError("config.json has RoPE scaling, which a modernbert here cannot have")
-  if "local" in pattern:
-    fields |= {
-      "sliding_window": hf["local_attention"] // 2 + 1,
-      "layer_pattern": pattern if len(pattern) > 1 else (),
-      "rope_local_theta": theta["sliding_attention"],
-    }
+  if windows:
+    fields |= windows | {"rope_local_theta": theta["sliding_attention"]}
   return fields | {
     "rope_theta": theta["full_attention"],
-    "attention_out_bias": hf["attention_bias"],
     "mlp": t.mlp_name(hf["hidden_activation"], gated=True),
     "head_dense": None if head == "none" else t.mlp_name(hf["classifier_activation"], gated=False),
     "head_norm": head != "none",
@@ -61,28 +56,15 @@ def _write(c):
 MODERNBERT = t.Family(
   "modernbert",
   "ModernBertForMaskedLM",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "norm_eps",
-    "norm_bias": "norm_bias",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-  },
+  t.KEYS
+  | t.BIASES
+  | {"norm_eps": "norm_eps", "norm_bias": "norm_bias", "mlp_bias": "mlp_bias", "tie_embeddings": "tie_word_embeddings"},
   (
     t.embedding("embedding/tokens", "model.embeddings.tok_embeddings"),
     *t.norm("embedding/norm", "model.embeddings.norm"),
     t.Weight(("blocks/attention_norm/scale",), f"{LAYER}.attn_norm.weight", first_layer=1),
     t.Weight(("blocks/attention_norm/bias",), f"{LAYER}.attn_norm.bias", first_layer=1),
-    *t.linear(
-      ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value"), f"{LAYER}.attn.Wqkv", t.ROWS
-    ),
+    *t.linear(t.QKV, f"{LAYER}.attn.Wqkv", t.ROWS),
     *t.linear("blocks/attention/output", f"{LAYER}.attn.Wo"),
     *t.norm("blocks/mlp_norm", f"{LAYER}.mlp_norm"),
     *t.linear(("blocks/mlp/gate", "blocks/mlp/up"), f"{LAYER}.mlp.Wi", t.ROWS),
@@ -102,7 +84,6 @@ MODERNBERT = t.Family(
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
-    "initializer_range": 0.02,
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
     "classifier_bias": False,
@@ -112,7 +93,6 @@ MODERNBERT = t.Family(
     "global_attn_every_n_layers": 3,
     "global_rope_theta": 160000.0,
     "local_rope_theta": 10000.0,
-    "id2label": (0, 1),
   },
   read=_read,
   write=_write,

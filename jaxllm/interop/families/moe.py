@@ -21,49 +21,40 @@ STACKED = (
 ROUTER = t.Weight(("blocks/moe/router/weight",), f"{llama.LAYER}.mlp.gate.weight", t.TRANSPOSED)
 
 
+MIXTRAL_KEYS = {
+  "num_experts": "num_local_experts",
+  "top_k": "num_experts_per_tok",
+  "load_balance_weight": "router_aux_loss_coef",
+}
+QWEN_KEYS = {
+  "num_experts": "num_experts",
+  "top_k": "num_experts_per_tok",
+  "mlp_dim": "moe_intermediate_size",
+  "normalize": "norm_topk_prob",
+  "every": "decoder_sparse_step",
+  "load_balance_weight": "router_aux_loss_coef",
+}
+
+
 def _read_mixtral(hf):
-  moe = MoEConfig(
-    num_experts=hf["num_local_experts"],
-    top_k=hf["num_experts_per_tok"],
-    load_balance_weight=hf["router_aux_loss_coef"],
-  )
-  return llama.read_mistral(hf) | {"moe": moe}
+  return llama.read_mistral(hf) | {"moe": t.read_part(MoEConfig, hf, MIXTRAL_KEYS)}
 
 
 def _write_mixtral(c):
-  return llama.write_mistral(c) | {
-    "num_local_experts": c.moe.num_experts,
-    "num_experts_per_tok": c.moe.top_k,
-    "router_aux_loss_coef": c.moe.load_balance_weight,
-  }
+  return llama.write_mistral(c) | t.write_part(c.moe, MIXTRAL_KEYS)
 
 
 def _read_qwen(hf):
   dense = list(hf["mlp_only_layers"] or [])
   if dense != list(range(len(dense))):
     raise ConfigError(f"config.json has mlp_only_layers = {dense}; only the first layers can be without experts here")
-  moe = MoEConfig(
-    num_experts=hf.get("num_local_experts") or hf["num_experts"],
-    top_k=hf["num_experts_per_tok"],
-    mlp_dim=hf["moe_intermediate_size"],
-    normalize=hf["norm_topk_prob"],
-    first_dense_layers=len(dense),
-    every=hf["decoder_sparse_step"],
-    load_balance_weight=hf["router_aux_loss_coef"],
-  )
-  return llama.QWEN3.read(hf) | {"moe": moe}
+  keys = QWEN_KEYS | ({"num_experts": "num_local_experts"} if hf.get("num_local_experts") else {})
+  return llama.QWEN3.read(hf) | {"moe": t.read_part(MoEConfig, hf, keys, first_dense_layers=len(dense))}
 
 
 def _write_qwen(c):
-  return llama.QWEN3.write(c) | {
-    "num_experts": c.moe.num_experts,
-    "num_experts_per_tok": c.moe.top_k,
-    "moe_intermediate_size": c.moe.mlp_dim,
-    "norm_topk_prob": c.moe.normalize,
-    "mlp_only_layers": list(range(c.moe.first_dense_layers)),
-    "decoder_sparse_step": c.moe.every,
-    "router_aux_loss_coef": c.moe.load_balance_weight,
-  }
+  first = {"mlp_only_layers": list(range(c.moe.first_dense_layers))}
+  return llama.QWEN3.write(c) | t.write_part(c.moe, QWEN_KEYS) | first
 
 
 MIXTRAL = dataclasses.replace(

@@ -6,8 +6,6 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
 
-FUSED = ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value")
-
 
 def _read(hf):
   fields = llama.read_mistral(hf)
@@ -24,7 +22,7 @@ PHI3 = dataclasses.replace(
   | {"rope_fraction": "partial_rotary_factor"},
   weights=(
     t.embedding("embedding/tokens", "model.embed_tokens"),
-    *t.linear(FUSED, f"{llama.LAYER}.self_attn.qkv_proj", t.ROWS),
+    *t.linear(t.QKV, f"{llama.LAYER}.self_attn.qkv_proj", t.ROWS),
     *t.linear("blocks/attention/output", f"{llama.LAYER}.self_attn.o_proj"),
     *t.linear(("blocks/mlp/gate", "blocks/mlp/up"), f"{llama.LAYER}.mlp.gate_up_proj", t.ROWS),
     *t.linear("blocks/mlp/down", f"{llama.LAYER}.mlp.down_proj"),

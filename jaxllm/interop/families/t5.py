@@ -8,25 +8,14 @@ RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 def _attention(ours, theirs):
-  return tuple(
-    weight
-    for name in ("query", "key", "value", "output")
-    for weight in t.linear(f"{ours}/{name}", f"{theirs}.{name[0]}")
-  )
+  return t.linears(ours, theirs, query="q", key="k", value="v", output="o")
 
 
 def _mlp(c):
   """The matrix before the product goes by another name where there is a gate."""
-  up = "wi_1" if MLPS[c.mlp][1] else "wi"
-  stacks = (("", f"{DECODER}.2"), ("encoder/", f"{ENCODER}.1"))
-  return tuple(
-    weight
-    for prefix, theirs in stacks
-    for weight in (
-      *t.linear(f"{prefix}blocks/mlp/gate", f"{theirs}.DenseReluDense.wi_0"),
-      *t.linear(f"{prefix}blocks/mlp/up", f"{theirs}.DenseReluDense.{up}"),
-    )
-  )
+  names = {"gate": "wi_0", "up": "wi_1" if MLPS[c.mlp][1] else "wi"}
+  decoder = t.linears("blocks/mlp", f"{DECODER}.2.DenseReluDense", **names)
+  return decoder + t.linears("encoder/blocks/mlp", f"{ENCODER}.1.DenseReluDense", **names)
 
 
 def _read(hf):

@@ -14,6 +14,22 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.models.config import MLPS, ModelConfig
 
 Shape = tuple[int, ...]
+# ModelConfig field -> key, as most families spell them
+KEYS = {
+  "vocab_size": "vocab_size",
+  "embed_dim": "hidden_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "max_seq_len": "max_position_embeddings",
+  "init_std": "initializer_range",
+}
+BIASES = {"attention_out_bias": "attention_bias", "attention_bias": "attention_bias"}  # one key says both
+# Of absent keys, where a family's own defaults do not say otherwise
+DEFAULTS = {"initializer_range": 0.02, "id2label": (0, 1)}
+# LayerNorm, and biases everywhere
+BIASED = {"norm": "layernorm", "attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
+QKV = ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +97,11 @@ def linear(ours: str | tuple[str, ...], theirs: str, transform: Transform = TRAN
   )
 
 
+def linears(ours: str, theirs: str, **names: str) -> tuple[Weight, ...]:
+  """Several projections of one part of the block: our name of each, and theirs."""
+  return sum((linear(f"{ours}/{name}", f"{theirs}.{their}") for name, their in names.items()), ())
+
+
 def norm(ours: str, theirs: str) -> tuple[Weight, ...]:
   """The scale and the bias of a norm."""
   return Weight((f"{ours}/scale",), f"{theirs}.weight"), Weight((f"{ours}/bias",), f"{theirs}.bias")
@@ -123,6 +144,16 @@ class Family:
   more_weights: Callable[[ModelConfig], tuple[Weight, ...]] = lambda c: ()  # that hang on the config
   # Patterns of tensors that a checkpoint may hold and the model has no use for; "{num_layers}" is known.
   ignored: tuple[str, ...] = ()
+
+
+def read_part(cls: type, hf: Mapping[str, Any], keys: Mapping[str, str], **more: Any) -> Any:
+  """A part of a ModelConfig (experts, latent attention) by the keys that mean its fields."""
+  return cls(**{ours: hf[theirs] for ours, theirs in keys.items()}, **more)
+
+
+def write_part(part: Any, keys: Mapping[str, str]) -> dict[str, Any]:
+  """The inverse of `read_part`."""
+  return {theirs: getattr(part, ours) for ours, theirs in keys.items()}
 
 
 def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[str, Any]:
@@ -172,8 +203,15 @@ def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:
   for kind in layer_types:
     if kind not in kinds:
       raise ConfigError(f"config.json has a layer of type {kind!r}; those known are {', '.join(kinds)}")
-  layers = tuple(kinds[kind] for kind in layer_types)
-  return shortest_period(layers)
+  return shortest_period(tuple(kinds[kind] for kind in layer_types))
+
+
+def read_windows(layer_types: list[str], window: int) -> dict[str, Any]:
+  """`sliding_window` and `layer_pattern` of these layers; nothing where none of them is local."""
+  pattern = pattern_from_types(layer_types)
+  if "local" not in pattern:
+    return {}
+  return {"sliding_window": window, "layer_pattern": pattern if len(pattern) > 1 else ()}
 
 
 def shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ story is refused. Sources: llama.cpp's conversion/*.py (what is written) and src
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,51 +16,44 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.gguf.header import entry
 from jaxllm.interop.gguf.rope import llama3_factors, read_rope, write_rope
 from jaxllm.interop.huggingface import BUFFERS, config_from_huggingface, config_to_huggingface
 from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
 
-# Metadata behind "<architecture>." -> config.json
-KEYS = {
-  "context_length": "max_position_embeddings",
-  "embedding_length": "hidden_size",
-  "block_count": "num_hidden_layers",
-  "feed_forward_length": "intermediate_size",
-  "attention.head_count": "num_attention_heads",
-  "attention.head_count_kv": "num_key_value_heads",
+# Metadata behind "<architecture>." -> the ModelConfig field that it says
+FIELDS = {
+  "context_length": "max_seq_len",
+  "embedding_length": "embed_dim",
+  "block_count": "num_layers",
+  "feed_forward_length": "mlp_dim",
+  "attention.head_count": "num_heads",
+  "attention.head_count_kv": "num_kv_heads",
   "attention.key_length": "head_dim",
   "attention.value_length": "head_dim",
-  "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+  "attention.layer_norm_rms_epsilon": "norm_eps",
 }
-# Tensor names without ".weight" or ".bias": Hugging Face -> GGUF; "{}" is the layer.
-LAYER = "model.layers.{}"
-NAMES = {
-  "model.embed_tokens": "token_embd",
-  "model.norm": "output_norm",
-  "lm_head": "output",
-  f"{LAYER}.self_attn.q_proj": "blk.{}.attn_q",
-  f"{LAYER}.self_attn.k_proj": "blk.{}.attn_k",
-  f"{LAYER}.self_attn.v_proj": "blk.{}.attn_v",
-  f"{LAYER}.self_attn.o_proj": "blk.{}.attn_output",
-  f"{LAYER}.mlp.gate_proj": "blk.{}.ffn_gate",
-  f"{LAYER}.mlp.up_proj": "blk.{}.ffn_up",
-  f"{LAYER}.mlp.down_proj": "blk.{}.ffn_down",
-}
-PRE_NORMS = {
-  f"{LAYER}.input_layernorm": "blk.{}.attn_norm",
-  f"{LAYER}.post_attention_layernorm": "blk.{}.ffn_norm",
-}
-HEAD_NORMS = {f"{LAYER}.self_attn.q_norm": "blk.{}.attn_q_norm", f"{LAYER}.self_attn.k_norm": "blk.{}.attn_k_norm"}
-SANDWICH_NORMS = {
-  f"{LAYER}.input_layernorm": "blk.{}.attn_norm",
-  f"{LAYER}.post_attention_layernorm": "blk.{}.post_attention_norm",
-  f"{LAYER}.pre_feedforward_layernorm": "blk.{}.ffn_norm",
-  f"{LAYER}.post_feedforward_layernorm": "blk.{}.post_ffw_norm",
-}
-OUTPUT_NORMS = {
-  f"{LAYER}.post_attention_layernorm": "blk.{}.post_attention_norm",
-  f"{LAYER}.post_feedforward_layernorm": "blk.{}.post_ffw_norm",
+# Our parameters -> tensor names without ".weight" or ".bias"; "{}" is the layer.
+TENSORS = {
+  "embedding/tokens": "token_embd",
+  "embedding/positions": "position_embd",
+  "final_norm": "output_norm",
+  "head": "output",
+  "blocks/attention/query": "blk.{}.attn_q",
+  "blocks/attention/key": "blk.{}.attn_k",
+  "blocks/attention/value": "blk.{}.attn_v",
+  "blocks/attention": "blk.{}.attn_qkv",  # all three in one
+  "blocks/attention/output": "blk.{}.attn_output",
+  "blocks/attention/query_norm": "blk.{}.attn_q_norm",
+  "blocks/attention/key_norm": "blk.{}.attn_k_norm",
+  "blocks/attention_norm": "blk.{}.attn_norm",
+  "blocks/attention_post_norm": "blk.{}.post_attention_norm",
+  "blocks/mlp/gate": "blk.{}.ffn_gate",
+  "blocks/mlp/up": "blk.{}.ffn_up",
+  "blocks/mlp/down": "blk.{}.ffn_down",
+  "blocks/mlp_norm": "blk.{}.ffn_norm",
+  "blocks/mlp_post_norm": "blk.{}.post_ffw_norm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -68,14 +62,28 @@ ROPE_FACTORS = "rope_freqs.weight"
 class Architecture:
   name: str  # general.architecture
   model_type: str  # of the Hugging Face family
-  names: Mapping[str, str]
-  keys: Mapping[str, str] = dataclasses.field(default_factory=lambda: KEYS)
   optional: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further keys, absent where unset
   interleaved: bool = False  # query and key rows are permuted for llama.cpp's rotation of neighbouring pairs
   norm_offset: bool = False  # norm scales are 1 + the checkpoint's
   transposed: str = "(?!)"  # stems whose matrix Hugging Face keeps [inputs, outputs]
   only: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of config.json of which it knows one value
   read: Callable[["Metadata"], dict[str, Any]] = lambda m: {}  # what only the architecture implies
+
+  @functools.cached_property
+  def keys(self) -> dict[str, str]:
+    """Metadata -> config.json."""
+    theirs, layernorm = FAMILIES[self.model_type].keys, FAMILIES[self.model_type].fields.get("norm") == "layernorm"
+    named = {key.replace("rms_", "") if layernorm else key: field for key, field in FIELDS.items()}
+    return {key: theirs[field] for key, field in named.items() if field in theirs}
+
+  @functools.cached_property
+  def names(self) -> dict[str, str]:
+    """Tensor names without ".weight" or ".bias": Hugging Face -> GGUF; "{}" is the layer."""
+    names = {}
+    for weight in FAMILIES[self.model_type].weights:
+      path = re.sub("/(weight|bias|scale)$", "", weight.ours[0]) if len(weight.ours) == 1 else "blocks/attention"
+      names[weight.theirs.rpartition(".")[0].format(layer="{}")] = TENSORS[path]
+    return names
 
 
 class Metadata:
@@ -131,21 +139,19 @@ def _gemma(period: int, window: int, largest: int) -> Callable[[Metadata], dict[
   return read
 
 
-LLAMA = Architecture("llama", "llama", NAMES | PRE_NORMS, interleaved=True)
 _GEMMA_KEYS = {"attention.sliding_window": "sliding_window", "final_logit_softcapping": "final_logit_softcapping"}
 _UNBIASED = {"attention_bias": False}
 _ARCHITECTURES = (
-  LLAMA,
-  dataclasses.replace(LLAMA, model_type="mistral"),
-  dataclasses.replace(LLAMA, name="smollm3", model_type="smollm3"),
-  Architecture("qwen2", "qwen2", NAMES | PRE_NORMS),
-  Architecture("qwen3", "qwen3", NAMES | PRE_NORMS | HEAD_NORMS, only=_UNBIASED),
-  Architecture("olmo2", "olmo2", NAMES | OUTPUT_NORMS | HEAD_NORMS, only=_UNBIASED | {"tie_word_embeddings": False}),
-  Architecture("gemma", "gemma", NAMES | PRE_NORMS, norm_offset=True, only=_UNBIASED | {"tie_word_embeddings": True}),
+  Architecture("llama", "llama", interleaved=True),
+  Architecture("llama", "mistral", interleaved=True),
+  Architecture("smollm3", "smollm3", interleaved=True),
+  Architecture("qwen2", "qwen2"),
+  Architecture("qwen3", "qwen3", only=_UNBIASED),
+  Architecture("olmo2", "olmo2", only=_UNBIASED | {"tie_word_embeddings": False}),
+  Architecture("gemma", "gemma", norm_offset=True, only=_UNBIASED | {"tie_word_embeddings": True}),
   Architecture(
     "gemma2",
     "gemma2",
-    NAMES | SANDWICH_NORMS,
     optional=_GEMMA_KEYS | {"attn_logit_softcapping": "attn_logit_softcapping"},
     norm_offset=True,
     only=_UNBIASED | {"tie_word_embeddings": True},
@@ -154,37 +160,12 @@ _ARCHITECTURES = (
   Architecture(
     "gemma3",
     "gemma3_text",
-    NAMES | SANDWICH_NORMS | HEAD_NORMS,
     optional=_GEMMA_KEYS,
     norm_offset=True,
     only=_UNBIASED,
     read=lambda m: _gemma(6, 0, 62)(m) | {"rope_local_base_freq": m.number("rope.freq_base_swa", 10000.0)},
   ),
-  Architecture(
-    "gpt2",
-    "gpt2",
-    {
-      "transformer.wte": "token_embd",
-      "transformer.wpe": "position_embd",
-      "transformer.ln_f": "output_norm",
-      "lm_head": "output",
-      "transformer.h.{}.ln_1": "blk.{}.attn_norm",
-      "transformer.h.{}.attn.c_attn": "blk.{}.attn_qkv",
-      "transformer.h.{}.attn.c_proj": "blk.{}.attn_output",
-      "transformer.h.{}.ln_2": "blk.{}.ffn_norm",
-      "transformer.h.{}.mlp.c_fc": "blk.{}.ffn_up",
-      "transformer.h.{}.mlp.c_proj": "blk.{}.ffn_down",
-    },
-    keys={
-      "context_length": "n_positions",
-      "embedding_length": "n_embd",
-      "block_count": "n_layer",
-      "feed_forward_length": "n_inner",
-      "attention.head_count": "n_head",
-      "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    },
-    transposed=r"c_(attn|proj|fc)$",
-  ),
+  Architecture("gpt2", "gpt2", transposed=r"c_(attn|proj|fc)$"),
 )
 BY_NAME = {a.name: a for a in reversed(_ARCHITECTURES)}  # of two the first: a Mistral file reads as Llama
 BY_MODEL_TYPE = {a.model_type: a for a in _ARCHITECTURES}

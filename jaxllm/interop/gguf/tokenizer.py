@@ -9,15 +9,14 @@ llama.cpp knows three kinds that matter here (src/llama-vocab.cpp):
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.data.tokenizers.base import settings_file
 from jaxllm.interop.gguf.header import entry
 
 Files = dict[str, bytes]  # by name
@@ -115,7 +114,7 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
   if template := entry(entries, "tokenizer.chat_template", str):
     settings["chat_template"] = template
-  files = {"tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2).encode()}
+  files = settings_file(settings)
   if kind == "gpt2":
     return files | {"tokenizer.json": _bpe_file(entries, tokens, types, ids)}
   return files | {"tokenizer.model": _sentencepiece_file(entries, tokens, types, ids)}
@@ -214,9 +213,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   Raises:
     DataError: llama.cpp has no tokenizer like this one.
   """
-  with tempfile.TemporaryDirectory() as directory:
-    tokenizer.save(directory)
-    files = {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+  files = tokenizer.files()
   if "tokenizer.json" in files:
     entries = _bpe_metadata(json.loads(files["tokenizer.json"]), vocab_size)
   else:

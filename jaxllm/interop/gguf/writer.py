@@ -1,14 +1,13 @@
 """Writes a Hugging Face checkpoint as a GGUF file for llama.cpp and Ollama."""
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.files import new_file
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf.architectures import write_config, write_tensors
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
@@ -64,10 +63,13 @@ def write_gguf(
   for name, tensor in tensors.items():
     infos.append((name, kinds[name], tensor.shape, offset))
     offset = aligned(offset + nbytes_of(kinds[name], tensor.shape), ALIGNMENT)
-  with _replacing(Path(path).expanduser()) as file:
-    file.write(encode_header(metadata, infos))
-    for name, tensor in tensors.items():
-      _write_tensor(file, name, tensor, kinds[name])
+  try:
+    with new_file(Path(path).expanduser()) as file:
+      file.write(encode_header(metadata, infos))
+      for name, tensor in tensors.items():
+        _write_tensor(file, name, tensor, kinds[name])
+  except OSError as error:
+    raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _check_complete(tensors: Tensors, layers: int) -> None:
@@ -107,19 +109,3 @@ def _write_tensor(file: BinaryIO, name: str, tensor: LazyTensor, kind: str) -> N
       raise CheckpointError(f"the tensor {name} has values beyond float16; write bf16 or f32")
     file.write(data.tobytes())
   file.write(bytes(-file.tell() % ALIGNMENT))
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-  """A file that takes the place of `path` once it is whole, and leaves nothing otherwise."""
-  temporary = path.with_name(path.name + ".incomplete")
-  try:
-    with temporary.open("wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
-  except OSError as error:
-    raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
-  finally:
-    temporary.unlink(missing_ok=True)
