@@ -81,6 +81,10 @@ class SentencePieceTokenizer(Tokenizer):
     control = {spec.pieces[i].piece for i, type in enumerate(types) if type == Type.CONTROL} | set(tokens.values())
     self._ids = {text: ids[text] for text in control | {t["content"] for t in self.added_tokens.values()}}
 
+  @functools.cached_property
+  def _spelled(self) -> dict[int, str]:
+    return {i: token for token, i in self._ids.items()}
+
   def __reduce__(self):
     return SentencePieceTokenizer, (self.model, self.settings)
 
@@ -126,6 +130,30 @@ class SentencePieceTokenizer(Tokenizer):
   def _tokens_in_text(self) -> re.Pattern:
     longest_first = sorted(self._ids, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+  def encode_chats(self, texts):
+    return [self._encode_with_positions(text) for text in texts]
+
+  def _encode_with_positions(self, text: str):
+    ids = self._encode_parsing(text)
+    characters = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])
+    data, at, positions = text.encode(), 0, []
+    for i in ids:
+      piece = self._spelled[i].encode() if i in self._spelled else self._piece_bytes[i]
+      begin = at
+      if data.startswith(piece, at):
+        at += len(piece)
+      elif data.startswith(piece.removeprefix(b" "), at):  # the dummy prefix
+        at += len(piece) - 1
+      else:
+        raise DataError(f"the tokenizer changes the text before it reads it, near {data[at : at + 20].decode(errors='replace')!r}")
+      positions.append((characters[begin] if begin < len(data) else len(text), characters[at - 1] + 1 if at else 0))
+    if at != len(data):
+      raise DataError(f"the tokenizer leaves out parts of the text, near {data[at : at + 20].decode(errors='replace')!r}")
+    return np.array(ids, np.int32), np.array(positions, np.int32).reshape(-1, 2)
+
+  def token_text(self, id):
+    return self._spelled.get(int(id)) or self._processor.id_to_piece(int(id)).replace(_SPACE, " ")
 
   def decode_bytes(self, ids):
     data = b"".join([self._piece_bytes[i] for i in ids])
