@@ -1,8 +1,8 @@
 """Mappings become typed dataclasses: config files, command lines and the JSON of strangers, by their declared types.
 
 A field's annotation says what it takes: bool, int, float, str, `Literal[...]`, another dataclass, `tuple[T, ...]`,
-`dict[str, T]`, `T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the mapping's "name"
-chooses among them, and its other keys are that class's fields.
+`dict[str, T]`, `T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the
+mapping's "name" chooses among them, and its other keys are that class's fields.
 """
 
 import ast

@@ -8,6 +8,7 @@ template sees.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ class Preference:
   tools: tuple[dict[str, Any], ...] = ()
 
   @property
-  def sides(self) -> tuple[Conversation, Conversation]:
+  def sides(self) -> tuple[Conversation, ...]:
+    """The chosen and the rejected conversation."""
     return tuple(Conversation(self.prompt + s, self.tools, len(self.prompt)) for s in (self.chosen, self.rejected))
 
 
@@ -143,15 +145,15 @@ def preference_of(row: Any, format: str = "auto", columns: Mapping[str, str] | N
   chosen, rejected = _column(row, "chosen"), _column(row, "rejected")
   names = ("messages", "conversations", "instruction", "prompt")
   prompt = row.get("prompt") if format in ("auto", "prompt_completion") else None
-  if isinstance(chosen, str) and isinstance(rejected, str) and (isinstance(prompt, str) or not any(map(row.get, names))):
-    before, sides = prompt, (chosen, rejected)
-    if before is None:  # what they share, up to the beginning of a word
-      shared = os.path.commonprefix(sides)
-      before = shared[: len(shared.rstrip())] if shared != shared.rstrip() else shared[: _last_word(shared)]
-      sides = tuple(side.removeprefix(before) for side in sides)
-    if not all(sides) or sides[0] == sides[1]:
-      raise DataError("chosen and rejected are the same" if sides[0] == sides[1] else "chosen or rejected has no text")
-    return Preference((Message(TEXT, before),) if before else (), *((Message(TEXT, side),) for side in sides))
+  if chosen == rejected:
+    raise DataError("chosen and rejected are the same")
+  texts = isinstance(chosen, str) and isinstance(rejected, str)
+  if texts and (isinstance(prompt, str) or not any(map(row.get, names))):
+    shared = _shared_words(chosen, rejected) if prompt is None else ""
+    sides = [(Message(TEXT, side.removeprefix(shared)),) for side in (chosen, rejected)]
+    if not (chosen and rejected):
+      raise DataError("chosen or rejected has no text")
+    return Preference((Message(TEXT, prompt or shared),) if prompt or shared else (), *sides)
   first, second = (_turns(side, "assistant", keys) for side in (chosen, rejected))
   before = ()
   if any(row.get(name) for name in names) and not (isinstance(prompt, str) and first[0].role != "assistant"):
@@ -162,16 +164,17 @@ def preference_of(row: Any, format: str = "auto", columns: Mapping[str, str] | N
   if first == second:
     raise DataError("chosen and rejected are the same")
   ours, theirs = first[:-1], second[:-1]
-  shared = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-  before, first, second = before + first[:shared], first[shared:], second[shared:]
+  same = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+  before, first, second = before + first[:same], first[same:], second[same:]
   for side in (first, second):
     _check_order(before + side)
   return Preference(before, first, second, _tools(row))
 
 
-def _last_word(text: str) -> int:
-  """Where its last word begins, with the spaces before it."""
-  return len(text[: len(text) - len(text.split()[-1])].rstrip()) if text.split() else 0
+def _shared_words(first: str, second: str) -> str:
+  """The words with which both begin, without spaces behind them."""
+  shared = os.path.commonprefix([first, second])
+  return (shared if shared[-1:].isspace() else re.sub(r"\S*$", "", shared)).rstrip()
 
 
 def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -182,7 +185,7 @@ def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict
   missing = [theirs for name, theirs in columns.items() if name not in keys and theirs not in row]
   if missing:
     raise DataError(f"no column {missing[0]!r}, which the source's `columns` names; it has: {', '.join(row)}")
-  row = {name: value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for name, value in row.items()}
+  row = {name: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for name, v in row.items()}
   return row | {name: row[theirs] for name, theirs in columns.items() if name not in keys}, keys
 
 
@@ -288,8 +291,8 @@ def _message(number: int, item: Mapping[str, Any], keys: Mapping[str, str]) -> M
   if not isinstance(content or "", str) or not (content or calls or role in ("tool", "system")):
     raise DataError(f"message {number} ({role}) has no text")
   reasoning, weight = first(*_REASONING) or "", first(*_WEIGHTS)
-  if weight is not None and not (isinstance(weight, int | float) and weight >= 0 and (role == "assistant" or not weight)):
-    raise DataError(f"message {number} ({role}) has the weight {weight!r}; weights are numbers from 0, of an assistant")
+  if not isinstance(weight or 0, int | float) or (weight or 0) < 0 or (weight and role != "assistant"):
+    raise DataError(f"message {number} ({role}) has the weight {weight!r}; weights are an assistant's, and from 0 on")
   return Message(
     role,
     content or "",

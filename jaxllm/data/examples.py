@@ -31,7 +31,8 @@ FIELDS = {
 }
 CHAT = ("chat", "preference")
 # How many parts an example has, and how many of them, the first ones, are tokens.
-PARTS = {"pairs": (2, 2), "classification": (3, 3), "token_classification": (3, 3), "chat": (4, 3), "preference": (6, 4)}
+PARTS = {"pairs": (2, 2), **dict.fromkeys(("classification", "token_classification"), (3, 3))}
+PARTS |= {"chat": (4, 3), "preference": (6, 4)}
 IGNORED = -100  # the label of a token that is not to be predicted, as in transformers
 Ids = Int[np.ndarray, " tokens"]
 
@@ -66,8 +67,7 @@ def content_of(task: str) -> Callable[[Any, SourceConfig], bytes] | None:
 def texts_of(document: Document, task: str) -> Iterator[bytes]:
   """What a tokenizer is trained on."""
   if task in CHAT:
-    value = from_json(document.data)
-    sides = (value,) if isinstance(value, Conversation) else value.sides
+    sides = _conversations(document)
     yield from (to_bytes(message.content) for side in sides for message in side.messages if message.content)
     return
   if task not in FIELDS:
@@ -96,14 +96,14 @@ def make_encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Sequence
 
 def _encode_chats(masker: Masker, documents: Sequence[Document]) -> list[list[Ids]]:
   parts = []
-  for ids, weights in _examples(masker, documents, [[from_json(document.data)] for document in documents]):
+  for ids, weights in _examples(masker, documents):
     trained = np.flatnonzero(weights)
     parts.append([*np.split(ids, [trained[0], trained[-1] + 1]), packed(weights)])
   return parts
 
 
 def _encode_preferences(masker: Masker, documents: Sequence[Document]) -> list[list[Ids]]:
-  examples = iter(_examples(masker, documents, [from_json(document.data).sides for document in documents]))
+  examples = iter(_examples(masker, documents))
   parts = []
   for document, chosen, rejected in zip(documents, examples, examples):
     first = min(np.flatnonzero(side.weights)[0] for side in (chosen, rejected))
@@ -126,8 +126,14 @@ def _encode_preferences(masker: Masker, documents: Sequence[Document]) -> list[l
   return parts
 
 
-def _examples(masker: Masker, documents: Sequence[Document], groups: list[Sequence[Conversation]]) -> list[Example]:
-  """The conversations of all groups as examples; an error names the document of its group."""
+def _conversations(document: Document) -> Sequence[Conversation]:
+  value = from_json(document.data)
+  return (value,) if isinstance(value, Conversation) else value.sides
+
+
+def _examples(masker: Masker, documents: Sequence[Document]) -> list[Example]:
+  """All conversations of the documents as examples; an error names its document."""
+  groups = [_conversations(document) for document in documents]
   try:
     return masker([conversation for group in groups for conversation in group])
   except DataError:

@@ -47,11 +47,7 @@ class _Rendered(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Masker:
-  """Conversations as token ids with weights.
-
-  Raises:
-    DataError: the tokenizer has no chat template, and a conversation is more than plain text.
-  """
+  """Conversations as token ids with weights."""
 
   tokenizer: Tokenizer
   config: ChatConfig = ChatConfig()
@@ -112,15 +108,23 @@ class Masker:
           weights[number] = 0.0
     return weights
 
+  def _template(self, conversation: Conversation) -> str:
+    if not self.tokenizer.chat_templates:
+      raise DataError(
+        "the tokenizer has no chat template: set data.chat.template to a Jinja file, or begin with a chat model "
+        "(model_init.path, data.tokenizer.path)"
+      )
+    return self.tokenizer.chat_template(tools=bool(conversation.tools))
+
   def _text(self, conversation: Conversation, **options: Any) -> str:
-    template = self.tokenizer.chat_template(tools=bool(conversation.tools))
+    template = self._template(conversation)
     variables = self.tokenizer.special_tokens | self.config.variables | options
     messages = [message.for_template() for message in conversation.messages]
     return render_chat(template, messages, tools=list(conversation.tools) or None, **variables)
 
   def _spans(self, conversation: Conversation, text: str, wanted: list[int]) -> dict[int, tuple[int, int]]:
     """Where in the text the wanted messages stand."""
-    if marks_generation(self.tokenizer.chat_template(tools=bool(conversation.tools))):
+    if marks_generation(self._template(conversation)):
       marked, ends = _take_marks(self._text(conversation, mark_generation=True))
       numbers = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
       if marked != text or len(ends) != 2 * len(numbers):
@@ -188,14 +192,16 @@ class Masker:
 
   # Which tokens
 
-  def _example(self, conversation: Conversation, rendered: _Rendered, encoded: tuple[np.ndarray, np.ndarray]) -> Example:
+  def _example(
+    self, conversation: Conversation, rendered: _Rendered, encoded: tuple[np.ndarray, np.ndarray]
+  ) -> Example:
     ids, positions = encoded
     is_text = conversation.messages[0].role == TEXT
     weights = np.full(len(ids), float(self.config.train_on == "all"), np.float32)
     for turn in rendered.turns:
       first, last = self._tokens(positions, turn.start, turn.end)
       if not is_text:
-        last = self._behind_stop(ids, positions, rendered.text, first, last)
+        last = self._behind_stop(ids, positions, rendered.text, first, last, self._template(conversation))
       weights[first:last] = turn.weight
       weights[first : self._tokens(positions, turn.start, turn.silent)[1]] = 0
     if is_text:
@@ -219,10 +225,14 @@ class Masker:
         )
     return int(first), int(last)
 
-  def _behind_stop(self, ids: np.ndarray, positions: np.ndarray, text: str, first: int, last: int) -> int:
+  def _behind_stop(
+    self, ids: np.ndarray, positions: np.ndarray, text: str, first: int, last: int, template: str
+  ) -> int:
     """Where a turn ends: behind the token that stops generation, which may stand just outside of its characters."""
     special = first + np.flatnonzero(np.isin(ids[first:last], self._special))
-    stop = int(special[-1]) if len(special) and not text[positions[special[-1], 1] : positions[last - 1, 1]].strip() else -1
+    stop = int(special[-1]) if len(special) else -1
+    if stop >= 0 and text[positions[stop, 1] : positions[last - 1, 1]].strip():
+      stop = -1
     if (stop < 0 or ids[stop] not in self._stops) and last < len(ids) and ids[last] in self._stops:
       stop = last
     if stop < 0:
@@ -232,8 +242,8 @@ class Masker:
       )
     if np.isin(ids[first:stop], self._stops).any():
       raise DataError(f"a reply has {self.tokenizer.token_text(ids[stop])!r}, which ends it, in its text")
-    marked = marks_generation(self.tokenizer.chat_template())  # which says itself how far a turn goes
-    return max(last, stop + 1) if marked else stop + 1
+    # A template with marks says itself how far a turn goes.
+    return max(last, stop + 1) if marks_generation(template) else stop + 1
 
   def _check_bos(self, ids: np.ndarray) -> None:
     bos = self.tokenizer.bos_id

@@ -129,10 +129,7 @@ def _read_template(path: str) -> str:
 
 
 def _with_template(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
-  """The tokenizer with the chat template that the config names, which a model trained on this data keeps.
-
-  Raises DataError where conversations need one and there is none.
-  """
+  """The tokenizer with the chat template that the config names, which a model trained on this data keeps."""
   if config.task in CHAT and config.chat.template:
     tokenizer.settings["chat_template"] = _read_template(config.chat.template)
   return tokenizer

@@ -135,22 +135,21 @@ class SentencePieceTokenizer(Tokenizer):
     return [self._encode_with_positions(text) for text in texts]
 
   def _encode_with_positions(self, text: str):
-    ids = self._encode_parsing(text)
-    characters = np.repeat(np.arange(len(text)), [len(char.encode()) for char in text])
-    data, at, positions = text.encode(), 0, []
+    """Pieces laid along the text, which they spell but for the dummy prefix, or something normalizes it."""
+    ids, data = self._encode_parsing(text), text.encode()
+    characters = np.append(np.repeat(np.arange(len(text)), [len(char.encode()) for char in text]), len(text))
+    edges = [0]
     for i in ids:
       piece = self._spelled[i].encode() if i in self._spelled else self._piece_bytes[i]
-      begin = at
-      if data.startswith(piece, at):
-        at += len(piece)
-      elif data.startswith(piece.removeprefix(b" "), at):  # the dummy prefix
-        at += len(piece) - 1
-      else:
-        raise DataError(f"the tokenizer changes the text before it reads it, near {data[at : at + 20].decode(errors='replace')!r}")
-      positions.append((characters[begin] if begin < len(data) else len(text), characters[at - 1] + 1 if at else 0))
-    if at != len(data):
-      raise DataError(f"the tokenizer leaves out parts of the text, near {data[at : at + 20].decode(errors='replace')!r}")
-    return np.array(ids, np.int32), np.array(positions, np.int32).reshape(-1, 2)
+      piece = piece if data.startswith(piece, edges[-1]) else piece.removeprefix(b" ")
+      edges.append(edges[-1] + len(piece) if data.startswith(piece, edges[-1]) else len(data) + 1)
+      if edges[-1] > len(data):
+        break
+    if edges[-1] != len(data):
+      near = data[edges[-2] if len(edges) > 1 else 0 :][:20].decode(errors="replace")
+      raise DataError(f"the tokenizer changes text before it reads it, so that tokens have no places in it: {near!r}")
+    begins, ends = characters[edges[:-1]], characters[np.maximum(edges[1:], 1) - 1] + 1
+    return np.array(ids, np.int32), np.stack([begins, np.maximum(begins, ends)], axis=1).astype(np.int32)
 
   def token_text(self, id):
     return self._spelled.get(int(id)) or self._processor.id_to_piece(int(id)).replace(_SPACE, " ")
