@@ -155,17 +155,16 @@ def preference_of(row: Any, format: str = "auto", columns: Mapping[str, str] | N
       raise DataError("chosen or rejected has no text")
     return Preference((Message(TEXT, prompt or shared),) if prompt or shared else (), *sides)
   first, second = (_turns(side, "assistant", keys) for side in (chosen, rejected))
-  before = ()
+  before: tuple[Message, ...] = ()
   if any(row.get(name) for name in names) and not (isinstance(prompt, str) and first[0].role != "assistant"):
     found = _format(row, format, names)
     before = _turns(prompt, "user", keys) if found == "prompt_completion" else _prompt(row, found, keys)
-    before = _with_system(row, before)
     first, second = (s[len(before) :] if s[: len(before)] == before else s for s in (first, second))
   if first == second:
     raise DataError("chosen and rejected are the same")
   ours, theirs = first[:-1], second[:-1]
   same = next((n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-  before, first, second = before + first[:same], first[same:], second[same:]
+  before, first, second = _with_system(row, before + first[:same]), first[same:], second[same:]
   for side in (first, second):
     _check_order(before + side)
   return Preference(before, first, second, _tools(row))
