@@ -127,7 +127,9 @@ class Masker:
     if marks_generation(self._template(conversation)):
       marked, ends = _take_marks(self._text(conversation, mark_generation=True))
       numbers = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
-      if marked != text or len(ends) != 2 * len(numbers):
+      if marked != text:
+        raise DataError("the chat template rewrites what stands in its {% generation %} blocks")
+      if len(ends) != 2 * len(numbers):
         raise DataError(
           f"the chat template has {len(ends) // 2} {{% generation %}} blocks for {len(numbers)} replies; each reply "
           "needs one of its own"
@@ -153,9 +155,11 @@ class Masker:
     for n, message in enumerate(conversation.messages):
       where = text[slice(*spans[n])] if n in spans else text
       parts = [] if message.role == "tool" else re.split("</?think>", message.content)
-      parts += [call["function"]["name"] for call in message.tool_calls]
-      if n in spans:
-        parts.append(message.reasoning)
+      if message.role == "assistant":
+        # What was only read may be without its reasoning, as where the model has answered.
+        trained = n in spans or self.config.train_on == "all"
+        parts = [*parts, message.reasoning] if trained else parts[-1:]
+        parts += [call["function"]["name"] for call in message.tool_calls]
       lost = next((part for part in parts if part.strip() not in where), None)
       if lost is not None:
         what = "the reasoning" if lost == message.reasoning else "parts"
@@ -172,6 +176,8 @@ class Masker:
     """Where in the text the answer begins, of messages with reasoning: a mark shows it, which the text has not."""
     messages, numbers = list(conversation.messages), []
     for n, message in enumerate(messages):
+      if message.role != "assistant":
+        continue
       thought = _THOUGHT.match(message.content)
       at = thought.end() if thought else len(message.content) - len(message.content.lstrip())
       if message.content and (thought or message.reasoning):

@@ -1,5 +1,9 @@
 """Every format of instruction data becomes one value, or one line that says what is wrong with the row."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 from jaxllm.base.errors import ConfigError, DataError
@@ -248,3 +252,14 @@ def test_bad_pairs_are_one_line(name):
 def test_text_that_is_no_utf8():
   with pytest.raises(DataError, match="neither UTF-8 text nor JSON"):
     to_json(conversation_of({"text": "caf\udce9"}))
+
+
+def test_the_examples_of_the_documentation():
+  page = (Path(__file__).parents[2] / "docs" / "instruction_data.md").read_text(encoding="utf-8")
+  rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)]
+  chats = [conversation_of(row) for row in rows if "chosen" not in row]
+  pairs = [preference_of(row) for row in rows if "chosen" in row]
+  assert len(chats) == 6 and len(pairs) == 4
+  assert [len(chat.messages) for chat in chats] == [2, 2, 4, 2, 2, 1]
+  assert [pair.chosen[0].content for pair in pairs] == ["4", "4", "4", " blue."]
+  assert len({pair.prompt for pair in pairs}) == 2

@@ -272,7 +272,9 @@ def test_what_cannot_be_trained_is_one_line(chat_tokenizer, name):
 
 def test_what_each_refusal_says_to_do_helps(shown, chat_tokenizer):
   assert shown(QWEN3, [*THINKING, *TURNS], reasoning="drop").count("[[") == 3
-  assert shown(QWEN3_WITHOUT, TURNS, train_on="last").count("[[") == 1
+  inside = {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\n4"}
+  for chat in (TURNS, [*THINKING, *TURNS], [THINKING[0], inside, *TURNS]):
+    assert shown(QWEN3_WITHOUT, chat, train_on="last").count("[[") == 1
   assert shown(CHATML, THINKING, reasoning="drop").count("[[") == 1
   tokenizer = chat_tokenizer(ZEPHYR, begins=True)
   assert Masker(tokenizer, ChatConfig(require_bos=False))([conversation_of({"messages": TURNS})])
