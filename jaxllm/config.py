@@ -25,14 +25,14 @@ def default_config() -> ConfigDict:
 
 def to_config_dict(config: Any) -> ConfigDict:
   """A dataclass of settings, such as a model preset, as a ConfigDict."""
-  tag = {settings.TAG: config.name} if settings.is_tagged(type(config)) else {}
+  tag = settings.tag_and_name(type(config))
   return _config_dict(tag | {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, to_config_dict)
 
 
 def _defaults(cls: type) -> ConfigDict:
   # The fields' defaults and not a default instance's values: sizes that an instance derives stay open.
-  if settings.is_tagged(cls):
-    return ConfigDict({settings.TAG: cls.name}, type_safe=False)  # type: ignore[attr-defined]
+  if tag := settings.tag_and_name(cls):
+    return ConfigDict(tag, type_safe=False)
   values = {
     f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     for f in dataclasses.fields(cls)

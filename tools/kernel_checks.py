@@ -250,20 +250,21 @@ def _paged():
 # ---------------------------------------------------------------- head loss
 
 
-def loss(name, B, T, D, V, *, vd=False, head_dtype=None, quick=False, **options):
+def loss(name, B, T, D, V, *, transposed=False, head_dtype=None, quick=False, **options):
   """Sums and both gradients; x of tokens without weight is NaN."""
 
   def draw(seed):
-    case = head_loss_oracle.Case.draw(B, T, D, V, dtype=jnp.bfloat16, head_dtype=head_dtype, vd=vd, seed=seed)
+    case = head_loss_oracle.Case.draw(
+      B, T, D, V, dtype=jnp.bfloat16, head_dtype=head_dtype, transposed=transposed, seed=seed
+    )
     x = jnp.where(case.weights[..., None] == 0, jnp.nan, case.x)
     return (x, case.turned(case.head), case.targets.astype(np.int32), case.weights), case
 
   def function(backend, target):
     def run(x, head, targets, weights):
       def scaled(x, head):
-        layout = "vd" if vd else "dv"
         sums = kernels.cross_entropy(
-          x, head, targets, weights, head_layout=layout, backend=backend, target=target, **options
+          x, head, targets, weights, transposed=transposed, backend=backend, target=target, **options
         )
         return 0.5 * sums.loss_sum, sums
 
@@ -302,7 +303,7 @@ def _head_loss():
   return [
     loss("plain", 2, 300, 512, 5000, quick=True),
     loss("z-loss, softcap, odd sizes", 2, 150, 321, 3001, z_loss=1e-2, softcap=3.0),
-    loss("table, smoothing", 1, 333, 256, 2000, vd=True, label_smoothing=0.1, chunk=128),
+    loss("table, smoothing", 1, 333, 256, 2000, transposed=True, label_smoothing=0.1, chunk=128),
     loss("float32 head", 1, 200, 256, 1000, head_dtype=jnp.float32),
     log_probs(1, 200, 256, 3000),
   ]

@@ -2,7 +2,7 @@
 
 A field's annotation says what it takes: bool, int, float, str, `Literal[...]`, another dataclass, `tuple[T, ...]`,
 `dict[str, T]`, `T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the
-mapping's "name" chooses among them, and its other keys are that class's fields.
+mapping's "name" chooses among them, and its other keys are that class's fields. ("kind" can stand for "name".)
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jaxllm.base.errors import ConfigError
 
-TAG = "name"
+TAGS = ("name", "kind")  # a group uses one of them
 
 
 class Text(str):
@@ -113,21 +113,22 @@ def _tagged(classes: list[Any], values: Any, path: str) -> Any:
   """An instance of that one of `classes` whose name the mapping gives; by default the first."""
   if isinstance(values, tuple(classes)):
     return values
+  tag = tag_of(classes[0])
   if not isinstance(values, Mapping):
-    raise ConfigError(f"config {path} is {values!r}; it should be a group of keys with a {TAG}")
-  by_name = {cls.name: cls for cls in classes}
-  name = str(values.get(TAG, classes[0].name))
+    raise ConfigError(f"config {path} is {values!r}; it should be a group of keys with a {tag}")
+  by_name = {getattr(cls, tag): cls for cls in classes}
+  name = str(values.get(tag, next(iter(by_name))))
   if name not in by_name:
     near = difflib.get_close_matches(name, by_name, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"config key {path}.{TAG} is {name!r}; choose one of {', '.join(map(repr, by_name))}{hint}")
-  cls, rest = by_name[name], {key: value for key, value in values.items() if key != TAG}
+    raise ConfigError(f"config key {path}.{tag} is {name!r}; choose one of {', '.join(map(repr, by_name))}{hint}")
+  cls, rest = by_name[name], {key: value for key, value in values.items() if key != tag}
   for key in rest:
     if key not in field_types(cls):
-      owners = [other.name for other in classes if key in field_types(other)]
+      owners = [owner for owner, other in by_name.items() if key in field_types(other)]
       if owners:
         owner = " or ".join(map(repr, owners))
-        raise ConfigError(f"config key {path}.{key} belongs to {path}.{TAG} {owner}, not to {name!r}")
+        raise ConfigError(f"config key {path}.{key} belongs to {path}.{tag} {owner}, not to {name!r}")
   return from_mapping(cls, rest, path)
 
 
@@ -146,13 +147,19 @@ def parse(value: Any) -> Any:
 def to_mapping(settings: Any) -> dict[str, Any]:
   """The inverse of `from_mapping`: nested dicts of JSON values, each tagged group with its name."""
   values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-  tag = {TAG: settings.name} if is_tagged(type(settings)) else {}
-  return tag | {key: _plain(value) for key, value in values.items()}
+  return tag_and_name(type(settings)) | {key: _plain(value) for key, value in values.items()}
 
 
-def is_tagged(cls: type) -> bool:
-  """Whether a dataclass is one of a tagged group: its name is the class's and no field."""
-  return isinstance(getattr(cls, TAG, None), str) and TAG not in field_types(cls)
+def tag_of(cls: type) -> str:
+  """The key that chooses among the classes of a tagged group, "" for a class of none: its value is the class's and no
+  field's."""
+  return next((tag for tag in TAGS if isinstance(getattr(cls, tag, None), str) and tag not in field_types(cls)), "")
+
+
+def tag_and_name(cls: type) -> dict[str, str]:
+  """{tag: the class's value of it}; {} for a class of no tagged group."""
+  tag = tag_of(cls)
+  return {tag: getattr(cls, tag)} if tag else {}
 
 
 def _plain(value: Any) -> Any:
@@ -165,8 +172,8 @@ def _plain(value: Any) -> Any:
 
 def keys(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """Every (dotted key, value) of a dataclass of settings."""
-  if is_tagged(type(settings)):
-    yield f"{prefix}{TAG}", settings.name
+  for tag, name in tag_and_name(type(settings)).items():
+    yield f"{prefix}{tag}", name
   for field in dataclasses.fields(settings):
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):

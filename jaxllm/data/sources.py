@@ -249,9 +249,11 @@ def _read_json(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   """The objects of a list, each by the line on which it begins."""
   with open(path, "rb") as file:
     text = file.read().decode("utf-8", "surrogateescape")
+  if not text.lstrip().startswith("["):
+    raise DataError(f"{path}:1: not a JSON list of objects; one object a line is kind 'jsonl'")
   decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-  at, line, row = text.find("[") + 1, 1, 0
-  line += text.count("\n", 0, at)
+  at, row = text.index("[") + 1, 0
+  line = 1 + text.count("\n", 0, at)
   while True:
     begin = at + len(between.match(text, at)[0])  # type: ignore[index]  # it matches nothing too
     line += text.count("\n", at, begin)

@@ -9,50 +9,21 @@ from jaxllm.base.chips import TARGETS
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 
+# Of an op with a C++ kernel, and of one with our kernels for accelerators besides.
+_CPU = {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_OURS = _CPU | {"hopper": ("mosaic_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}
 # op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that
-# can compute the call and may be taken (`choose`). On CPUs everything here is measured.
-BACKENDS = {
-  "attention": {
-    "cpu": ("cpu", "xla"),
-    "hopper": ("cudnn", "mosaic_gpu", "cudnn_packed", "xla"),
-    "gpu": ("cudnn", "xla"),
-    "tpu": ("pallas_tpu", "xla"),
-  },
+# can compute the call and may be taken (`choose`). On CPUs everything here is measured. What a backend is: `dispatch`.
+BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
+  "attention": _OURS | {"hopper": ("cudnn", "mosaic_gpu", "cudnn_packed", "xla"), "gpu": ("cudnn", "xla")},
   # attention within segments, for which cuDNN's plain form reads a mask
-  "packed_attention": {
-    "cpu": ("cpu", "xla"),
-    "hopper": ("cudnn_packed", "mosaic_gpu", "cudnn", "xla"),
-    "gpu": ("cudnn", "xla"),
-    "tpu": ("pallas_tpu", "xla"),
-  },
-  # token_log_probs too
-  "cross_entropy": {
-    "cpu": ("cpu", "xla"),
-    "hopper": ("mosaic_gpu", "xla"),
-    "gpu": ("xla",),
-    "tpu": ("pallas_tpu", "xla"),
-  },
-  "grouped_matmul": {
-    "cpu": ("xla",),
-    "hopper": ("mosaic_gpu", "xla"),
-    "gpu": ("xla",),
-    "tpu": ("pallas_tpu", "xla"),
-  },
-  "quantized_matmul": {
-    "cpu": ("cpu", "xla"),
-    "hopper": ("mosaic_gpu", "xla"),
-    "gpu": ("xla",),
-    "tpu": ("pallas_tpu", "xla"),
-  },
-  "paged_attention": {
-    "cpu": ("cpu", "xla"),
-    "hopper": ("mosaic_gpu", "xla"),
-    "gpu": ("xla",),
-    "tpu": ("pallas_tpu", "xla"),
-  },
-  "matmul": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
-  # RMSNorm, SwiGLU, RoPE
-  "elementwise": {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+  "packed_attention": _OURS | {"hopper": ("cudnn_packed", "mosaic_gpu", "cudnn", "xla"), "gpu": ("cudnn", "xla")},
+  "cross_entropy": _OURS,  # token_log_probs too
+  "grouped_matmul": _OURS | {"cpu": ("xla",)},
+  "quantized_matmul": _OURS,
+  "paged_attention": _OURS,
+  "matmul": _CPU,
+  "elementwise": _CPU,  # RMSNorm, SwiGLU, RoPE
 }
 
 PALLAS = ("mosaic_gpu", "pallas_tpu")  # what kernels="pallas" asks for

@@ -16,9 +16,11 @@ from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.mlp import ACTIVATIONS, MLP
 from jaxllm.models.weights import dense, grouped, part_axes
-from jaxllm.parallel.sharding import activation_context, constrain, partition_spec, ways
+from jaxllm.parallel.kernels import by_experts
+from jaxllm.parallel.sharding import constrain, ways_here
 
 Matrices = tuple[Any, Any, Any]  # weights: gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]
+MATRIX_AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
 RouterLosses = dict[str, Float[Array, ""]]  # load_balance, z, dropped
 
 
@@ -129,38 +131,12 @@ def _feed_forward(activation, multiply, x, matrices: Matrices):
 def dropless(
   feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices, compute: Compute = Compute()
 ) -> Float[Array, "B T D"]:
-  """Every token through all its experts: rows sorted by expert, one grouped product for each matrix.
-
-  On a mesh with an `expert` axis a device holds some of the experts. It gathers the tokens of the devices
-  along that axis, adds up what its experts say of them, and hands back the sums. Matrices arrive as they are
-  stored; the product gathers them, rounded.
-  """
-  context = activation_context()
-  if context is None:
-    return _dropless(feed, x, weights, experts, matrices, compute, 0)
-  mesh, rules = context
-  spec = functools.partial(partition_spec, rules=rules)
-  token, count = spec(("batch", "seq", None)), functools.partial(ways, mesh=mesh, rules=rules)
-  inner, outer = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-  parts = tuple(None if w is None else part_axes(w, a, count) for w, a in zip(matrices, (inner, inner, outer)))
-  specs = jax.tree.map(lambda _, axes: spec(axes), matrices, parts)
-  gathered = tuple(axis for axis in rules.expert if axis in rules.batch)
-  summed = tuple(axis for axis in (*rules.expert, *rules.mlp) if axis not in gathered)
-
-  def local(x, weights, experts, matrices):
-    first = jax.lax.axis_index(rules.expert) * matrices[1].shape[0] if rules.expert else 0
-    if gathered:
-      x, weights, experts = (jax.lax.all_gather(a, gathered, tiled=True) for a in (x, weights, experts))
-    y = _dropless(feed, x, weights, experts, matrices, compute, first, rules.embed)
-    if summed:
-      y = jax.lax.psum(y, summed)
-    return jax.lax.psum_scatter(y, gathered, tiled=True) if gathered else y
-
-  run = jax.shard_map(local, mesh=mesh, in_specs=(token, token, token, specs), out_specs=token)
-  return run(x, weights, experts, matrices)
+  """Every token through all its experts: rows sorted by expert, one grouped product for each matrix."""
+  axes = tuple(w if w is None else part_axes(w, names, ways_here) for w, names in zip(matrices, MATRIX_AXES))
+  return by_experts(functools.partial(_dropless, feed, compute), x, weights, experts, matrices, axes)
 
 
-def _dropless(feed, x, weights, experts, matrices, compute, first, split=()):
+def _dropless(feed, compute, x, weights, experts, matrices, first, split):
   """What the experts from `first` on, whose matrices these are, add to each token.
 
   split: the mesh axes over which the matrices' `embed` dimension is.

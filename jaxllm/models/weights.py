@@ -21,9 +21,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import QuantizedWeight, dequantize, grouped_matmul, quantize, quantized_matmul
+from jaxllm.kernels import QuantizedWeight, dequantize, grouped_matmul, quantize
 from jaxllm.kernels.matmul import matmul
+from jaxllm.kernels.quantized import weights as quantized
 from jaxllm.models.config import Compute
+from jaxllm.parallel.kernels import quantized_matmul
 from jaxllm.parallel.rows import add_rows
 from jaxllm.parallel.sharding import LogicalAxes, constrain
 
@@ -182,7 +184,7 @@ def project(x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes
   if isinstance(w, Weight):
     return w.project(x, compute, axes, False)
   if isinstance(w, QuantizedWeight):
-    return quantized_matmul(x, w, backend=compute.quantized_matmul, target=compute.target)
+    return quantized_matmul(x, w, axes or (None, None), backend=compute.quantized_matmul, target=compute.target)
   return matmul(x, w, backend=compute.backend("matmul"))
 
 
@@ -192,7 +194,10 @@ def project_transposed(
   """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding."""
   if isinstance(w, Weight):
     return w.project(x, compute, axes, True)
-  return matmul(x, _plain(w), backend=compute.backend("matmul"), transposed=True)
+  if isinstance(w, QuantizedWeight):
+    options = {"backend": compute.quantized_matmul, "target": compute.target}
+    return quantized_matmul(x, w, axes or (None, None), transposed=True, **options)
+  return matmul(x, w, backend=compute.backend("matmul"), transposed=True)
 
 
 def rows(
@@ -209,7 +214,7 @@ def rows(
   if isinstance(table, Weight):
     return table.rows(ids, dtype, axis)
   if isinstance(table, QuantizedWeight):
-    return jnp.take(dequantize(table, dtype), ids, axis=0)
+    return quantized.rows(table, ids, dtype)
   return _rows(table, ids, jnp.dtype(dtype), axis, columns)
 
 
@@ -354,14 +359,7 @@ def part_axes(w: Any, axes: LogicalAxes, ways: Ways) -> Any:
     return w.part_axes(axes, ways)
   if not isinstance(w, QuantizedWeight):
     return axes
-  *lead, inputs, outputs = axes
-  n = 1 if inputs is None else ways(inputs)
-  block, group = (256 if w.packed else 128), w.group_size or 1
-  whole = w.in_features % (n * block) or w.in_features // n % group
-  inputs = None if whole else inputs
-  scales = (*lead, None if w.group_size is None else inputs, outputs)
-  zeros = None if w.zeros is None else scales
-  return dataclasses.replace(w, values=(*lead, outputs, inputs), scales=scales, zeros=zeros)
+  return dataclasses.replace(w, **quantized.part_axes(w, axes, ways))
 
 
 def trained_parts(w: Any) -> Any:

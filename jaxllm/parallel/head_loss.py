@@ -28,17 +28,17 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm import kernels
 from jaxllm.kernels import CrossEntropy
 from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import activation_context, partition_spec
+from jaxllm.parallel.kernels import Shards, gathered, names, shards
 
-# Logical axes of the head, by its layout
-_HEAD_AXES = {"dv": ("embed", "vocab"), "vd": ("vocab", "embed")}
+# Logical axes of the head, and of one that is transposed
+_HEAD_AXES = {False: ("embed", "vocab"), True: ("vocab", "embed")}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
   """How one call is laid over the mesh, and its options; what is fixed when it is traced."""
 
-  mesh: Mesh
+  on: Shards
   tokens: PartitionSpec  # of [B, T]
   layers: PartitionSpec  # of x as the layers leave it
   head: PartitionSpec
@@ -48,18 +48,11 @@ class _Split:
   @property
   def axes(self) -> tuple[str, ...]:
     """The mesh axes that split tokens."""
-    return sum((_names(entry) for entry in self.tokens), ())
+    return sum((names(entry) for entry in self.tokens), ())
 
   @property
   def hidden(self) -> PartitionSpec:
     return PartitionSpec(*self.tokens, None)
-
-  def run(self, function, out_specs, *arguments):
-    """`function` on every device, of the arguments' shards; an argument comes with its spec."""
-    # Kernels do not say what varies, so nothing can check it.
-    shards = functools.partial(jax.shard_map, mesh=self.mesh, check_vma=False)
-    arrays, specs = zip(*arguments)
-    return shards(function, in_specs=specs, out_specs=out_specs)(*arrays)
 
 
 def cross_entropy(
@@ -69,21 +62,21 @@ def cross_entropy(
   weights: Float[Array, "B T"],
   *,
   bias: Float[Array, " V"] | None = None,
-  head_layout: str = "dv",
+  transposed: bool = False,
   **options: Any,
 ) -> CrossEntropy:
   """`kernels.cross_entropy`, by shards inside `activation_sharding`; differentiable in x, head and bias.
 
   Args:
     bias: added to the logits.
-    head_layout: "dv", or "vd" for an embedding table [V, D].
+    transposed: the head is [V, D], an embedding table.
     options: those of `kernels.cross_entropy`.
   """
   with jax.named_scope("head_loss"):
-    split = _split(x, head, head_layout, options)
+    split = _split(x, head, transposed, options)
     if split is None:
-      wide = _with_bias(x, head, bias, head_layout)
-      return kernels.cross_entropy(*wide, targets, weights, head_layout=head_layout, **options)
+      wide = _with_bias(x, head, bias, transposed)
+      return kernels.cross_entropy(*wide, targets, weights, transposed=transposed, **options)
     sums = _cross_entropy(split, _as_in_the_layers(split, x), (head, bias), targets, weights)
     return CrossEntropy(sums[0], *(lax.stop_gradient(total) for total in sums[1:]))
 
@@ -95,7 +88,7 @@ def token_log_probs(
   *,
   mask: Bool[Array, "B T"] | None = None,
   bias: Float[Array, " V"] | None = None,
-  head_layout: str = "dv",
+  transposed: bool = False,
   **options: Any,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """`kernels.token_log_probs`, by shards inside `activation_sharding`; differentiable in x, head and bias.
@@ -103,14 +96,14 @@ def token_log_probs(
   Args:
     mask: tokens to compute, by default all.
     bias: added to the logits.
-    head_layout: "dv", or "vd" for an embedding table [V, D].
+    transposed: the head is [V, D], an embedding table.
     options: those of `kernels.token_log_probs`.
   """
   with jax.named_scope("head_loss"):
-    split = _split(x, head, head_layout, options)
+    split = _split(x, head, transposed, options)
     if split is None:
-      wide = _with_bias(x, head, bias, head_layout)
-      return kernels.token_log_probs(*wide, targets, mask=mask, head_layout=head_layout, **options)
+      wide = _with_bias(x, head, bias, transposed)
+      return kernels.token_log_probs(*wide, targets, mask=mask, transposed=transposed, **options)
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     return _token_log_probs(split, _as_in_the_layers(split, x), (head, bias), targets, mask)
 
@@ -124,7 +117,7 @@ def _cross_entropy(split, x, matrix, targets, weights):
     wide = _whole(split, x, matrix)
     return _total(split, kernels.cross_entropy(*wide, targets, weights, **dict(split.options)))
 
-  return split.run(
+  return split.on.run(
     local, PartitionSpec(), *_arguments(split, x, matrix), (targets, split.tokens), (weights, split.tokens)
   )
 
@@ -137,7 +130,7 @@ def _forward(split, x, matrix, targets, weights):
 
   out_specs = PartitionSpec(), split.hidden, _matrix_specs(split, matrix)
   arguments = *_arguments(split, x, matrix), (targets, split.tokens), (weights, split.tokens)
-  sums, dx, d_matrix = split.run(local, out_specs, *arguments)
+  sums, dx, d_matrix = split.on.run(local, out_specs, *arguments)
   return sums, (dx, d_matrix, jax.tree.map(lambda w: jnp.zeros((), w.dtype), matrix))
 
 
@@ -159,7 +152,7 @@ def _token_log_probs(split, x, matrix, targets, mask):
     return kernels.token_log_probs(*_whole(split, x, matrix), targets, mask=mask, **dict(split.options))
 
   arguments = *_arguments(split, x, matrix), (targets, split.tokens), (mask, split.tokens)
-  return split.run(local, (split.tokens, split.tokens), *arguments)
+  return split.on.run(local, (split.tokens, split.tokens), *arguments)
 
 
 def _forward_tokens(split, x, matrix, targets, mask):
@@ -177,7 +170,7 @@ def _backward_tokens(split, saved, cotangents):
 
   by_token = ((a, split.tokens) for a in (targets, mask, *cotangents))
   out_specs = split.hidden, _matrix_specs(split, matrix)
-  dx, d_matrix = split.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
+  dx, d_matrix = split.on.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
   return dx, _rounded(d_matrix, matrix), None, None
 
 
@@ -187,17 +180,16 @@ _token_log_probs.defvjp(_forward_tokens, _backward_tokens)
 # ---------------------------------------------------------------- what is split how
 
 
-def _split(x, head, head_layout, options) -> _Split | None:
+def _split(x, head, transposed, options) -> _Split | None:
   """None outside `activation_sharding` and on one device."""
-  context = activation_context()
-  if context is None:
+  if (on := shards()) is None:
     return None
-  mesh, rules = context
-  spec = _dividing(partition_spec(_HEAD_AXES[head_layout], rules, "the head"), head.shape, mesh)
-  bias = PartitionSpec(spec[_HEAD_AXES[head_layout].index("vocab")])
-  tokens = token_spec(x.shape[0], x.shape[1], mesh, rules)
-  layers = _dividing(partition_spec(("batch", "seq", None), rules, "x"), x.shape, mesh)
-  return _Split(mesh, tokens, layers, spec, bias, (*sorted(options.items()), ("head_layout", head_layout)))
+  axes = _HEAD_AXES[transposed]
+  spec = on.spec(head.shape, *axes)
+  layers = on.spec(x.shape, "batch", "seq", None)
+  tokens = token_spec(x.shape[0], x.shape[1], on.mesh, on.rules)
+  bias = PartitionSpec(spec[axes.index("vocab")])
+  return _Split(on, tokens, layers, spec, bias, (*sorted(options.items()), ("transposed", transposed)))
 
 
 def token_spec(B: int, T: int, mesh: Mesh, rules: AxisRules) -> PartitionSpec:
@@ -229,24 +221,10 @@ def _say_repeated(B, T, axes):
   )
 
 
-def _names(entry) -> tuple[str, ...]:
-  """The mesh axes in one entry of a PartitionSpec."""
-  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _dividing(spec, shape, mesh) -> PartitionSpec:
-  """The spec without axes of one device, and without those of dimensions that they do not divide."""
-  entries = []
-  for entry, size in zip(spec, shape, strict=True):
-    axes = tuple(axis for axis in _names(entry) if mesh.shape[axis] > 1)
-    entries.append(axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None)
-  return PartitionSpec(*entries)
-
-
 def _as_in_the_layers(split, x):
   """x where the layers leave it, and its gradient where they take it: else the compiler carries the split of positions
   over the model's axes back into the layers."""
-  return lax.with_sharding_constraint(x, NamedSharding(split.mesh, split.layers))
+  return lax.with_sharding_constraint(x, NamedSharding(split.on.mesh, split.layers))
 
 
 def _matrix_specs(split, matrix):
@@ -261,29 +239,24 @@ def _arguments(split, x, matrix):
 # ---------------------------------------------------------------- on one device
 
 
-def _with_bias(x, head, bias, head_layout):
+def _with_bias(x, head, bias, transposed):
   """(x, head) with the bias as the head's weights of one more input, which is always 1."""
   if bias is None:
     return x, head
   x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-  axis = _HEAD_AXES[head_layout].index("embed")
+  axis = _HEAD_AXES[transposed].index("embed")
   return x, jnp.concatenate([head, jnp.expand_dims(bias, axis).astype(head.dtype)], axis=axis)
 
 
 def _whole(split, x, matrix):
-  """(x, head) as the kernels take them, of the shards."""
-  head, bias = (None if w is None else _gathered(w, spec, x.dtype) for w, spec in zip(matrix, (split.head, split.bias)))
-  return _with_bias(x, head, bias, dict(split.options)["head_layout"])
+  """(x, head) as the kernels take them, of the shards; weights are gathered in x's dtype where that is narrower."""
 
+  def whole(w, spec):
+    narrow = x.dtype.itemsize < w.dtype.itemsize
+    return gathered(w.astype(x.dtype) if narrow else w, spec)
 
-def _gathered(w, spec, dtype):
-  """The whole of a weight of which this device has a shard; in `dtype` where that is narrower."""
-  if jnp.dtype(dtype).itemsize < w.dtype.itemsize:
-    w = w.astype(dtype)
-  for dimension, entry in enumerate(spec):
-    if axes := _names(entry):
-      w = lax.all_gather(w, axes, axis=dimension, tiled=True)
-  return w
+  head, bias = (None if w is None else whole(w, spec) for w, spec in zip(matrix, (split.head, split.bias)))
+  return _with_bias(x, head, bias, dict(split.options)["transposed"])
 
 
 def _total(split, sums):
@@ -296,7 +269,7 @@ def _gradients(split, x, matrix, dx, d_head):
   """(dx, gradients of the head's and the bias's shards): what the kernel gave, summed over the devices."""
   d_bias = None
   if matrix[1] is not None:
-    axis, D = _HEAD_AXES[dict(split.options)["head_layout"]].index("embed"), x.shape[-1]
+    axis, D = _HEAD_AXES[dict(split.options)["transposed"]].index("embed"), x.shape[-1]
     d_bias = _shard_of_sum(lax.index_in_dim(d_head, D, axis, keepdims=False), split.bias, split)
     dx, d_head = dx[..., :D], lax.slice_in_dim(d_head, 0, D, axis=axis)
   return dx, (_shard_of_sum(d_head, split.head, split), d_bias)
@@ -305,13 +278,13 @@ def _gradients(split, x, matrix, dx, d_head):
 def _shard_of_sum(g, spec, split):
   """This device's shard, by `spec`, of the sum over the devices that have different tokens."""
   for dimension, entry in enumerate(spec):
-    for axis in _names(entry):
+    for axis in names(entry):
       if axis in split.axes:
         g = lax.psum_scatter(g, axis, scatter_dimension=dimension, tiled=True)
       else:  # its devices have the same tokens
-        size = g.shape[dimension] // split.mesh.shape[axis]
+        size = g.shape[dimension] // split.on.mesh.shape[axis]
         g = lax.dynamic_slice_in_dim(g, lax.axis_index(axis) * size, size, dimension)
-  rest = tuple(axis for axis in split.axes if not any(axis in _names(entry) for entry in spec))
+  rest = tuple(axis for axis in split.axes if not any(axis in names(entry) for entry in spec))
   return lax.psum(g, rest) if rest else g
 
 

@@ -108,6 +108,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, rules, "activation")))
 
 
+def ways_here(axis: str | None) -> int:
+  """`ways` of the surrounding `activation_sharding`; 1 outside it."""
+  context = activation_context()
+  return 1 if context is None else ways(axis, *context)
+
+
 def ways(axis: str | None, mesh: Mesh, rules: AxisRules) -> int:
   """Over how many devices the mesh splits a logical axis."""
   return math.prod(mesh.shape[mesh_axis] for mesh_axis in getattr(rules, axis)) if axis else 1

@@ -17,7 +17,7 @@ ALL_LINEAR = "all-linear"
 class Peft:
   """The base of all ways. A subclass is a frozen dataclass in a file of its own and an entry of `registry.AnyPeft`."""
 
-  name: ClassVar[str]  # peft.name
+  kind: ClassVar[str]  # peft.kind
   adapters_only: ClassVar[bool] = True  # whether nothing but what it adds is trained
 
   def wraps(self, module: str) -> bool:
@@ -54,7 +54,7 @@ class Peft:
 class Full(Peft):
   """No adapters: all that is not quantized is trained."""
 
-  name: ClassVar[str] = "full"
+  kind: ClassVar[str] = "full"
   adapters_only: ClassVar[bool] = False
 
   def wraps(self, module: str) -> bool:

@@ -15,7 +15,7 @@ from jaxllm.peft.base import ALL_LINEAR, Peft, check_targets, matches
 class Lora(Peft):
   """W + alpha / rank A B beside every matrix of `targets`. A begins as in PEFT: uniform within 1 / sqrt(inputs)."""
 
-  name: ClassVar[str] = "lora"
+  kind: ClassVar[str] = "lora"
 
   rank: int = 8
   alpha: float = 16.0

@@ -1,4 +1,4 @@
-"""Every way of fine-tuning; `peft.name` in a config chooses one, and its other keys are that one's fields."""
+"""Every way of fine-tuning; `peft.kind` in a config chooses one, and its other keys are that one's fields."""
 
 from jaxllm.peft.base import Full
 from jaxllm.peft.lora import Lora

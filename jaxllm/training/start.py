@@ -20,6 +20,7 @@ from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.open import START, START_FILE, open_model
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
+from jaxllm.models.adapters import is_place
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
@@ -149,15 +150,18 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
 def with_tokenizer(run: RunConfig) -> RunConfig:
   """The config with the tokenizer of the model that the run begins with, unless it names one.
 
-  Raises:
-    ConfigError: the model is one file, and its tokenizer in it.
+  One that is inside a file is written into a folder beside the prepared data, once.
   """
   path = Path(run.model_init.path).expanduser()
   if not run.model_init.path or run.data.tokenizer != TokenizerConfig():
     return run
-  if path.is_file():
-    raise ConfigError(f"set data.tokenizer.path: the tokenizer in {path} is not read from there for data")
   tokenizer = path / "tokenizer" if (path / "checkpoints").is_dir() else path
+  if path.is_file():
+    tokenizer = Path(run.data.dir) / f"tokenizer-of-{path.stem}"
+    inside = open_model(path).tokenizer
+    if inside is None:
+      raise ConfigError(f"{path} has no tokenizer; set data.tokenizer.path")
+    first_does(lambda: None if tokenizer.exists() else inside.save(tokenizer))
   data = dataclasses.replace(run.data, tokenizer=TokenizerConfig(path=str(tokenizer)))
   return dataclasses.replace(run, data=data)
 
@@ -178,11 +182,11 @@ def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
 
 def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
-  """That the files have every parameter but those of a new head."""
+  """That the files have every parameter but those of a new head and of adapters' places."""
   shapes = {path: leaf.shape for path, leaf in _by_path(declare(model)[1]).items()}
   for path, shape in shapes.items():
     found = stored.tensors[path].shape if path in stored.tensors else None
-    if found is None and not path.startswith("head/"):
+    if found is None and not path.startswith("head/") and not is_place(path):
       raise ConfigError(f"model_init.path {stored.path} has no {path}, which the config's model has")
     if found is not None and found != shape:
       raise ConfigError(

@@ -38,7 +38,7 @@ def startup_table(
   train_tokens = prepared.total("train", "tokens")
   rows = [
     ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%}){active}"),
-    *([("adapters", f"{run.peft.name} on {', '.join(adapted)}")] if adapted else []),
+    *([("adapters", f"{run.peft.kind} on {', '.join(adapted)}")] if adapted else []),
     ("objective", f"{run.objective.name} of {run.data.task}"),
     ("mesh", f"{program.mesh.size} x {compute.target}" + (f": {axes}" if axes else "")),
     ("state per device", _size(state_bytes)),

@@ -82,18 +82,17 @@ class Written:
     return float(self.count)
 
   def next(self, policy):
+    def row(targets):
+      positions = np.broadcast_to(np.arange(self.length, dtype=np.int32), targets.shape).copy()
+      weights = np.ones(targets.shape, np.float32)
+      arrays = {"inputs": tokens[:, :-1], "targets": targets, "positions": positions}
+      return arrays | {"segment_ids": np.ones_like(targets), "loss_weights": weights}
+
     rng = np.random.default_rng(self.count)
     tokens = rng.integers(0, self.vocab, (self.size, self.length + 1)).astype(np.int32)
     written = np.asarray(self.forward(policy(), tokens[:, :-1])).astype(np.int32)
     self.asked.append(written)
     self.count += 1
-    row = lambda targets: {
-      "inputs": tokens[:, :-1],
-      "targets": targets,
-      "positions": np.broadcast_to(np.arange(self.length, dtype=np.int32), targets.shape).copy(),
-      "segment_ids": np.ones_like(targets),
-      "loss_weights": np.ones(targets.shape, np.float32),
-    }
     batch = {"chosen": row(written), "rejected": row(tokens[:, 1:])} if self.pairs else row(written)
     return jax.tree.map(lambda array: array[list(self.rows)], batch)
 
@@ -107,7 +106,7 @@ class Written:
     pass
 
 
-LORA = {"peft.name": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
+LORA = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05, "optimizer.schedule": "constant"}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "training.batch_size": 8}
 
 

@@ -15,7 +15,7 @@ from jaxllm.interop.open import open_model
 from jaxllm.kernels import dequantize, quantize
 from jaxllm.training.loop import train
 
-LORA = {"peft.name": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05}
+LORA = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05}
 TOKENS = np.arange(16, dtype=np.int32)[None] + 20
 
 
@@ -137,9 +137,9 @@ def test_a_run_that_trains_all_goes_on_without_its_base(job, base, tmp_path):
   "keys, message",
   [
     ({"model.embed_dim": 64}, r"has blocks/attention/key/weight of shape \(2, 32, 32\)"),
-    ({"peft.name": "lora", "peft.targets": ("qery",)}, "'qery' matches no module; there are blocks/attention/key"),
-    ({"peft.name": "lora", "peft.rank": 0}, "peft.rank is 0"),
-    ({"peft.rank": 4}, "peft.rank belongs to peft.name 'lora'"),
+    ({"peft.kind": "lora", "peft.targets": ("qery",)}, "'qery' matches no module; there are blocks/attention/key"),
+    ({"peft.kind": "lora", "peft.rank": 0}, "peft.rank is 0"),
+    ({"peft.rank": 4}, "peft.rank belongs to peft.kind 'lora'"),
     ({"model_init.quantize": "nf4", "model_init.group_size": 48}, r"blocks/\S+: groups of 48 do not divide"),
     ({"model_init.quantize": "nf5"}, "model_init.quantize is 'nf5'"),
     ({"model_init.path": "nowhere"}, "no such path"),

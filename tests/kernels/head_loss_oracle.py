@@ -17,27 +17,23 @@ class Case:
   head: jax.Array
   targets: np.ndarray
   weights: np.ndarray
-  vd: bool
+  transposed: bool
 
   @classmethod
-  def draw(cls, B, T, D, V, *, dtype=jnp.float32, head_dtype=None, vd=False, seed=0):
+  def draw(cls, B, T, D, V, *, dtype=jnp.float32, head_dtype=None, transposed=False, seed=0):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((B, T, D)), dtype)
     head = jnp.asarray(rng.standard_normal((D, V)) * 2 * D**-0.5, head_dtype or dtype)
     targets = rng.integers(0, V, (B, T))
     targets[0, -1], targets[0, 0] = V - 1, 0
-    return cls(x, head, targets, rng.integers(0, 3, (B, T)).astype(np.float32), vd)
-
-  @property
-  def layout(self):
-    return dict(head_layout="vd" if self.vd else "dv")
+    return cls(x, head, targets, rng.integers(0, 3, (B, T)).astype(np.float32), transposed)
 
   def turned(self, head):
-    return head.T if self.vd else head
+    return head.T if self.transposed else head
 
   def loss(self, x, head, **options):
     targets, weights = jnp.asarray(self.targets), jnp.asarray(self.weights)
-    return cross_entropy(x, head, targets, weights, **self.layout, **options)
+    return cross_entropy(x, head, targets, weights, transposed=self.transposed, **options)
 
   def sums_and_gradients(self, scale=0.5, **options):
     """(loss_sum, z_loss_sum, correct_sum, weight_sum), and of `scale` times the loss: d_x, d_head [D, V]."""
@@ -53,7 +49,7 @@ class Case:
 
   def log_probs_and_gradients(self, d_logp, d_lse, **options):
     """(logp, lse, d_x, d_head [D, V])."""
-    run = lambda x, h: token_log_probs(x, h, jnp.asarray(self.targets), **self.layout, **options)  # noqa: E731
+    run = lambda x, h: token_log_probs(x, h, jnp.asarray(self.targets), transposed=self.transposed, **options)  # noqa: E731
     (logp, lse), pull = jax.vjp(jax.jit(run), self.x, self.turned(self.head))
     dx, d_head = jax.jit(pull)((jnp.asarray(d_logp, jnp.float32), jnp.asarray(d_lse, jnp.float32)))
     return logp, lse, dx, self.turned(d_head)

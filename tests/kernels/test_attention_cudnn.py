@@ -175,7 +175,7 @@ def test_a_gradient_of_the_mask_counts(monkeypatch):
   options = Options(Visibility(), 1.0, query_segments=q, key_segments=q)
   for version, large in (((0, 10, 2), True), ((0, 11, 2), False)):
     monkeypatch.setattr(jax, "__version_info__", version)
-    assert bool(cudnn.large_mask(q, q, options)) == large
+    assert bool(cudnn.quadratic(None, q, q, q, options)) == large
 
 
 # ---------------------------------------------------------------- the packed layout
@@ -208,7 +208,7 @@ def test_packed(causal, rows, monkeypatch):
 @can_pack
 def test_the_plain_form_is_for_what_the_layout_cannot_hold_only(monkeypatch):
   cudnn_stand_in.compute_packed(monkeypatch)
-  monkeypatch.setattr(cudnn_packed.reference, "attention", lambda q, k, v, *_: (jnp.full_like(q, 7), None))
+  monkeypatch.setattr(cudnn_packed.reference, "forward", lambda call, q, k, v, *_: (jnp.full_like(q, 7), None))
   q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in drawn(1))
   for name, row in (ROWS | OTHER_ROWS).items():
     segments = jnp.asarray([row])

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, flash_attention
+from jaxllm.kernels.attention.api import OP
 from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.dispatch import Call
 
 pytestmark = needs_emulators
 SMALL = dict(block_kv=64, stages=2)  # blocks as small as wgmma and its swizzle allow
@@ -232,7 +234,7 @@ def compiled(B, T, N, K, H, visibility=Visibility(), softcap=None, arrays=()):
   def run(q, k, v, arrays):
     from jaxllm.kernels.attention import mosaic_gpu
 
-    return mosaic_gpu.forward(q, k, v, Options(visibility, H**-0.5, softcap, **arrays), "h100")
+    return mosaic_gpu.forward(Call(OP, "mosaic_gpu", "h100"), q, k, v, Options(visibility, H**-0.5, softcap, **arrays))
 
   return check_machine_code(run, (q, k, k, arrays))
 

@@ -1,5 +1,7 @@
 """Hopper's attention backward: in the emulator against float64, and as machine code for an H100."""
 
+import dataclasses
+
 import attention_oracle
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ from hopper_code import ATTENTION, MORE_ATTENTION, SEGMENTED, attention_shapes, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.kernels import Visibility, flash_attention
+from jaxllm.kernels import Visibility, flash_attention, tuning
+from jaxllm.kernels.attention.api import OP
 from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.dispatch import Call
 
 pytestmark = needs_emulators
 
@@ -44,9 +48,9 @@ def run(q, k, v, d_out, options, lse, delta, tiles):
 
   @jax.jit
   def call(q, k, v, d_out, options, lse, delta):
-    return mosaic_gpu_backward.backward(q, k, v, options, lse, d_out, delta, "h100", tiles=tiles)
+    return mosaic_gpu_backward.backward(Call(OP, "mosaic_gpu", "h100"), q, k, v, options, lse, d_out, delta)
 
-  with gpu_emulator(150):
+  with tuning.trying("attention_backward", dataclasses.asdict(tiles)), gpu_emulator(150):
     return jax.block_until_ready(call(q, k, v, d_out, options, jnp.float32(lse), jnp.float32(delta)))
 
 
@@ -197,7 +201,7 @@ def compiled(B, T, N, K, H, visibility=Visibility(), softcap=None, arrays=()):
     from jaxllm.kernels.attention import mosaic_gpu_backward
 
     options = Options(visibility, H**-0.5, softcap, **arrays)
-    return mosaic_gpu_backward.backward(q, k, v, options, lse, d_out, delta, "h100")
+    return mosaic_gpu_backward.backward(Call(OP, "mosaic_gpu", "h100"), q, k, v, options, lse, d_out, delta)
 
   return check_machine_code(call, (q, k, k, q, of_rows, of_rows, arrays), kernels=2)
 

@@ -195,7 +195,7 @@ def test_one_kernel_where_its_sums_fit(target):
       jnp.broadcast_to(jnp.zeros((), dtype), (1, T, G, H)),
       jnp.broadcast_to(jnp.zeros((), dtype), (1, T, 1, H)),
     )
-    call = pallas_tpu_call.Call.of(query, key, Options(Visibility(), 1.0), target, None, backward=True)
+    call = pallas_tpu_call.Call.of(query, key, Options(Visibility(), 1.0), target, backward=True)
     return pallas_tpu_backward.in_one(call, H)
 
   assert fits(32768, 128, G=8) and fits(16384, 256) and fits(32768, 64, dtype=jnp.float32)

@@ -12,7 +12,9 @@ import pytest
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import Visibility, cpu_ffi, flash_attention, paged_attention
-from jaxllm.kernels.attention import cpu
+from jaxllm.kernels.attention import Options, cpu
+from jaxllm.kernels.attention.api import OP
+from jaxllm.kernels.dispatch import Call
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 SLOPES, SINKS = np.float32([0.5, 0.25, 0.1, 0.02]), np.float32([0.3, -1.0, 2.0, 0.0])
@@ -86,7 +88,8 @@ def test_many_queries_at_an_offset(native, window, monkeypatch):
     monkeypatch.setattr(cpu_ffi, "available", lambda: False)
   offset = [250, 3]
   q, k, v, d_out = draw(2, 70, 330, 4, 2, 64, "float32")
-  run = functools.partial(cpu.attention_cpu, causal=True, window=window, query_offset=jnp.int32(offset), scale=0.125)
+  options = Options(Visibility(window=window), 0.125, query_offset=jnp.int32(offset))
+  run = lambda *a: cpu.forward(Call(OP, "cpu", "cpu"), *a, options)[0]  # noqa: E731
   out, pull = jax.vjp(jax.jit(run), q, k, v)
   seen = attention_oracle.visible(Visibility(window=window), 2, 70, 330, offset=offset)
   want = attention_oracle.attention(q, k, v, d_out, seen)

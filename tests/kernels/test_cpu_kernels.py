@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kernels import cpu_ffi, elementwise
+from jaxllm.kernels import Visibility, cpu_ffi, elementwise, flash_attention
 from jaxllm.kernels import head_loss as ce_lib
 from jaxllm.kernels import matmul as matmul_lib
-from jaxllm.kernels.attention import cpu as attention_lib
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -123,7 +122,7 @@ def test_attention(build, case, dtype):
     s[:, -7:] = 0
     seg = (jnp.asarray(s), jnp.asarray(s))
   check(
-    lambda *a: attention_lib.attention_cpu(*a, causal=causal, window=window, segment_ids=seg, scale=H**-0.5),
+    lambda *a: flash_attention(*a, visibility=Visibility(causal, window), segment_ids=seg, backend="cpu"),
     lambda *a: reference_attention(*a, causal, window, seg, H**-0.5),
     args,
     dtype,
@@ -131,16 +130,16 @@ def test_attention(build, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout,z_loss,softcap", [("dv", 0.0, None), ("vd", 1e-3, None), ("vd", 1e-3, 8.0)])
+@pytest.mark.parametrize("transposed,z_loss,softcap", [(False, 0.0, None), (True, 1e-3, None), (True, 1e-3, 8.0)])
 @pytest.mark.parametrize("backend", ["xla", "cpu"])
-def test_cross_entropy(dtype, layout, z_loss, softcap, backend):
+def test_cross_entropy(dtype, transposed, z_loss, softcap, backend):
   B, T, D, V = 2, 300, 40, 515
-  x, head = normal(0, B, T, D, dtype=dtype), normal(1, *((V, D) if layout == "vd" else (D, V)), scale=0.3)
+  x, head = normal(0, B, T, D, dtype=dtype), normal(1, *((V, D) if transposed else (D, V)), scale=0.3)
   rng = np.random.default_rng(2)
   targets, weights = rng.integers(0, V, (B, T)), rng.integers(0, 3, (B, T)).astype(np.float32)
 
   def reference(x, head):
-    z = x @ (head.T if layout == "vd" else head)
+    z = x @ (head.T if transposed else head)
     z = softcap * jnp.tanh(z / softcap) if softcap else z
     lse = jax.nn.logsumexp(z, -1)
     at = jnp.take_along_axis(z, jnp.asarray(targets)[..., None], -1)[..., 0]
@@ -154,7 +153,7 @@ def test_cross_entropy(dtype, layout, z_loss, softcap, backend):
       jnp.asarray(weights),
       z_loss=z_loss,
       softcap=softcap,
-      head_layout=layout,
+      transposed=transposed,
       backend=backend,
       chunk=64,
     )

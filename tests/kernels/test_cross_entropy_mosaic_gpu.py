@@ -13,7 +13,9 @@ from emulators import gpu_emulator, needs_emulators
 from head_loss_oracle import Case, assert_all_logits_take, assert_little_memory, close
 
 from jaxllm.base.errors import UserError
-from jaxllm.kernels import cross_entropy
+from jaxllm.kernels import cross_entropy, tuning
+from jaxllm.kernels.dispatch import Call
+from jaxllm.kernels.head_loss.api import TOKENS
 from jaxllm.kernels.head_loss.chunks import Options
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
@@ -29,7 +31,7 @@ def emulator():
 
 
 @pytest.mark.parametrize(
-  "size,dtype,vd,options",
+  "size,dtype,transposed,options",
   [
     ((1, 128, 64, 256), jnp.float16, False, {}),
     ((2, 50, 65, 301), jnp.bfloat16, False, dict(z_loss=1e-2, softcap=3.0)),
@@ -38,8 +40,8 @@ def emulator():
     ((1, 200, 64, 260), jnp.bfloat16, False, dict(label_smoothing=0.1, chunk=128)),
   ],
 )
-def test_sums_and_gradients(emulator, size, dtype, vd, options):
-  case = Case.draw(*size, dtype=dtype, vd=vd)
+def test_sums_and_gradients(emulator, size, dtype, transposed, options):
+  case = Case.draw(*size, dtype=dtype, transposed=transposed)
   got = case.sums_and_gradients(**BACKEND, **options)
   options = {name: value for name, value in options.items() if name != "chunk"}
   close(got, case.oracle(**options), 1e-2)
@@ -66,21 +68,21 @@ def test_blocks_that_share_a_multiprocessor(emulator):
   from jaxllm.kernels.head_loss import mosaic_gpu
 
   case = Case.draw(1, 384, 192, 320, dtype=jnp.bfloat16)
-  tiles = mosaic_gpu.Tiles(words=128, stages=2, group=2, blocks=2)
-  run = functools.partial(mosaic_gpu.statistics, options=Options(sums=True), target=None, tiles=tiles)
-  got = jax.jit(run)(case.x[0], case.head, jnp.asarray(case.targets[0]))
+  run = functools.partial(mosaic_gpu.forward, Call(TOKENS, "mosaic_gpu", options=Options(label_smoothing=0.1)))
+  with tuning.trying("cross_entropy", dict(words=128, stages=2, group=2, blocks=2)):
+    got = jax.jit(run)(case.x[0], case.head, jnp.asarray(case.targets[0]))
   z = case.logits(None)[2]
   want = np.log(np.exp(z).sum(-1)), z[np.arange(384), case.targets[0]], z.max(-1), z.sum(-1)
   close(got, want, 1e-4)
 
 
-@pytest.mark.parametrize("D,V,vd", [(128, 5000, False), (65, 301, False), (64, 2000, True), (65, 301, True)])
-def test_lowers_for_any_vocabulary(D, V, vd):
+@pytest.mark.parametrize("D,V,transposed", [(128, 5000, False), (65, 301, False), (64, 2000, True), (65, 301, True)])
+def test_lowers_for_any_vocabulary(D, V, transposed):
   """The emulator copies tiles of any array; TMA's are whole numbers of the swizzle's tiles."""
   s = jax.ShapeDtypeStruct
-  loss = lambda x, h, t, w: cross_entropy(x, h, t, w, head_layout="vd" if vd else "dv", **BACKEND).loss_sum  # noqa: E731
+  loss = lambda x, h, t, w: cross_entropy(x, h, t, w, transposed=transposed, **BACKEND).loss_sum  # noqa: E731
   of_tokens = s((1, 200), jnp.int32), s((1, 200), jnp.float32)
-  inputs = s((1, 200, D), jnp.bfloat16), s((V, D) if vd else (D, V), jnp.bfloat16), *of_tokens
+  inputs = s((1, 200, D), jnp.bfloat16), s((V, D) if transposed else (D, V), jnp.bfloat16), *of_tokens
   jax.jit(jax.grad(loss, (0, 1))).trace(*inputs).lower(lowering_platforms=("cuda",))
 
 
@@ -108,9 +110,9 @@ def compiler():
   "D,V,dtype,options",
   [
     (4096, 128256, jnp.bfloat16, Options()),
-    (2048, 151936, jnp.bfloat16, Options(vd=True, softcap=30.0, sums=True)),
-    (2048, 151936, jnp.float16, Options(sums=True)),
-    (2048, 262144, jnp.bfloat16, Options(vd=True, softcap=30.0)),
+    (2048, 151936, jnp.bfloat16, Options(30.0, True, label_smoothing=0.1)),
+    (2048, 151936, jnp.float16, Options(label_smoothing=0.1)),
+    (2048, 262144, jnp.bfloat16, Options(30.0, True)),
   ],
   ids=["llama 3", "every option", "label smoothing, float16", "gemma"],
 )
@@ -122,7 +124,7 @@ def test_machine_code(compiler, D, V, dtype, options, keep):
     return part.tops, part.exponentials
 
   s = jax.ShapeDtypeStruct
-  head = s((V, D) if options.vd else (D, V), dtype)
+  head = s((V, D) if options.transposed else (D, V), dtype)
   _, (code,) = compiler.compile_gpu(run, (s((1024, D), dtype), head, s((1024,), jnp.int32)))
   assert code.tensor_core > 0 and code.tma > 0, code
   assert code.spill_bytes == 0 and code.local == 0 and not code.serialized, code

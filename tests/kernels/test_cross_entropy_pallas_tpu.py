@@ -1,6 +1,7 @@
 """The head's loss on TPU: in the emulator against float64, races watched, and compiled for four chips."""
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from emulators import needs_emulators, tpu_emulator
 from head_loss_oracle import Case, assert_all_logits_take, assert_little_memory, close
 
-from jaxllm.kernels import cross_entropy
+from jaxllm.kernels import cross_entropy, tuning
+from jaxllm.kernels.dispatch import Call
+from jaxllm.kernels.head_loss.api import TOKENS
 from jaxllm.kernels.head_loss.chunks import Coefficients, Options
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
@@ -39,7 +42,7 @@ def emulator(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "size,dtype,vd,options",
+  "size,dtype,transposed,options",
   [
     ((1, 128, 128, 512), jnp.bfloat16, False, {}),
     ((2, 50, 65, 301), jnp.float32, False, dict(z_loss=1e-2, softcap=3.0)),
@@ -48,8 +51,8 @@ def emulator(monkeypatch):
     ((1, 200, 64, 260), jnp.float32, False, dict(label_smoothing=0.1, chunk=128)),
   ],
 )
-def test_sums_and_gradients(emulator, size, dtype, vd, options):
-  case = Case.draw(*size, dtype=dtype, vd=vd)
+def test_sums_and_gradients(emulator, size, dtype, transposed, options):
+  case = Case.draw(*size, dtype=dtype, transposed=transposed)
   got = case.sums_and_gradients(**BACKEND, **options)
   options = {name: value for name, value in options.items() if name != "chunk"}
   close(got, case.oracle(**options), 2e-5 if dtype == jnp.float32 else 1e-2)
@@ -75,11 +78,12 @@ def test_several_blocks_of_tokens(emulator):
   from jaxllm.kernels.head_loss import pallas_tpu
 
   case = Case.draw(1, 300, 64, 300)
-  tiles = pallas_tpu.Tiles(tokens=128, words=128)
   ones, zeros = jnp.ones(300), jnp.zeros(300)
   k = Coefficients(ones, zeros, ones, zeros)
   inputs = case.x[0], case.head, jnp.asarray(case.targets[0]), k
-  stats, dx, d_head = jax.jit(lambda *a: pallas_tpu.gradients(*a, Options(), None, tiles))(*inputs)
+  run = functools.partial(pallas_tpu.backward, Call(TOKENS, "pallas_tpu", options=Options()))
+  with tuning.trying("cross_entropy", dict(tokens=128, words=128)):
+    stats, dx, d_head = jax.jit(run)(*inputs)
   case.weights[:] = 1
   sums, want_dx, want_head = case.oracle(scale=1.0)
   close(((stats.lse - stats.at).sum(), dx[None], d_head), (sums[0], want_dx, want_head), 2e-5)
@@ -94,8 +98,8 @@ def test_several_blocks_of_tokens(emulator):
   "D,V,dtype,options",
   [
     (4096, 128256, jnp.bfloat16, Options()),
-    (2048, 151936, jnp.bfloat16, Options(vd=True, softcap=30.0, sums=True)),
-    (2048, 50257, jnp.float32, Options(sums=True)),
+    (2048, 151936, jnp.bfloat16, Options(30.0, True, label_smoothing=0.1)),
+    (2048, 50257, jnp.float32, Options(label_smoothing=0.1)),
   ],
   ids=["llama 3", "every option", "float32"],
 )
@@ -113,7 +117,7 @@ def test_compiles(chip, D, V, dtype, options):
     return part.totals, pallas_tpu._finish(options, tiles, chip, part, part.tops * scale[:, None], targets, k)
 
   s = jax.ShapeDtypeStruct
-  head = s((V, D) if options.vd else (D, V), dtype)
+  head = s((V, D) if options.transposed else (D, V), dtype)
   inputs = s((1024, D), dtype), head, s((1024,), jnp.int32), s((1024,), jnp.float32)
   text = machine_code.compile_tpu(run, inputs, chip).as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 2

@@ -29,10 +29,10 @@ TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
       chunk=st.sampled_from([None, 32]),
     )
   ),
-  vd=st.booleans(),
+  transposed=st.booleans(),
 )
-def test_sums_and_gradients(backend, dtype, size, options, vd):
-  case = Case.draw(*size, dtype=dtype, vd=vd)
+def test_sums_and_gradients(backend, dtype, size, options, transposed):
+  case = Case.draw(*size, dtype=dtype, transposed=transposed)
   got = case.sums_and_gradients(backend=backend, **options)
   options.pop("chunk")
   close(got, case.oracle(**options), TOLERANCE[dtype])
@@ -41,7 +41,7 @@ def test_sums_and_gradients(backend, dtype, size, options, vd):
 @pytest.mark.parametrize("backend", ["xla", "cpu"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_token_log_probs(backend, softcap):
-  case = Case.draw(2, 37, 24, 53, vd=softcap is None)
+  case = Case.draw(2, 37, 24, 53, transposed=softcap is None)
   d_logp, d_lse = np.random.default_rng(1).standard_normal((2, 2, 37))
   got = case.log_probs_and_gradients(d_logp, d_lse, backend=backend, softcap=softcap)
   close(got, case.log_probs_oracle(d_logp, d_lse, softcap=softcap), 2e-5)
@@ -112,7 +112,7 @@ def test_memory_does_not_grow_with_the_vocabulary():
   "options,message",
   [
     (dict(label_smoothing=1.0), "label_smoothing"),
-    (dict(head_layout="vd"), r"\[V, D\]"),
+    (dict(transposed=True), r"\[V, D\]"),
     (dict(backend="cudnn"), "no backend 'cudnn'"),
     (dict(backend="mosaic_gpu", target="v5e"), "no backend 'mosaic_gpu' on v5e"),
     (dict(backend="mosaic_gpu", target="h100"), "bfloat16 and float16 only|needs jax"),

@@ -1,5 +1,6 @@
 """The kernels for accelerators: in their emulators against float64, and compiled ahead of time at real shapes."""
 
+import dataclasses
 import functools
 import importlib.util
 from unittest import mock
@@ -90,25 +91,21 @@ def test_gpu_sizes(kind, M, F):
 @needs_emulators
 @pytest.mark.parametrize("kind", KINDS[::4], ids=str)
 def test_gpu_split_contraction(kind):
-  from jaxllm.kernels.quantized import mosaic_gpu
-
   q, x = weight(1024, 128, kind), normal(1, 9, 1024)
-  tiles = mosaic_gpu.Tiles(features=256, tokens=16, row_bytes=64, steps=2, splits=4)
-  with gpu_emulator():
-    y = np.asarray(jax.jit(lambda x, q: mosaic_gpu.forward(x, q, "h100", tiles))(x, q), np.float64)
+  tiles = dict(features=256, tokens=16, row_bytes=64, steps=2, splits=4)
+  with tuning.trying("quantized_matmul", tiles), gpu_emulator():
+    y = np.asarray(jax.jit(lambda x, q: quantized_matmul(x, q, backend="mosaic_gpu"))(x, q), np.float64)
   want = oracle.product(x, q)
   assert np.abs(y - want).max() <= 1.5e-2 * np.abs(want).max()
 
 
 @needs_emulators
 def test_gpu_gradient_of_fewer_features_than_a_step():
-  from jaxllm.kernels.quantized import mosaic_gpu
-
   q, dy = weight(256, 40, KINDS[0]), normal(1, 3, 40)
   with gpu_emulator():
-    dx = np.asarray(jax.jit(lambda dy, q: mosaic_gpu.backward(dy, q, "h100"))(dy, q), np.float64)
+    dx = np.asarray(jax.jit(lambda dy, q: quantized_matmul(dy, q, transposed=True, backend="mosaic_gpu"))(dy, q))
   want = oracle.gradient(dy, q)
-  assert np.abs(dx - want).max() <= 1.5e-2 * np.abs(want).max()
+  assert np.abs(np.float64(dx) - want).max() <= 1.5e-2 * np.abs(want).max()
 
 
 @needs_emulators
@@ -120,15 +117,39 @@ def test_tpu(kind):
 @needs_emulators
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=str)
 def test_tpu_several_tiles_in_float32(kind):
-  from jaxllm.kernels.quantized import pallas_tpu
-
   q, x, dy = weight(512, 200, kind), normal(1, 20, 512, dtype="float32"), normal(2, 20, 200, dtype="float32")
-  tiles = pallas_tpu.Tiles(tokens=16, features=128, inputs=256)
-  with tpu_emulator():
-    y = jax.jit(lambda x, q: pallas_tpu.forward(x, q, None, tiles))(x, q)
-    dx = jax.jit(lambda x, q: pallas_tpu.backward(x, q, None, tiles))(dy, q)
+  tiles, multiply = dict(tokens=16, features=128, inputs=256), functools.partial(quantized_matmul, backend="pallas_tpu")
+  with tuning.trying("quantized_matmul", tiles), tuning.trying("quantized_gradient", tiles), tpu_emulator():
+    y = jax.jit(multiply)(x, q)
+    dx = jax.jit(functools.partial(multiply, transposed=True))(dy, q)
   for got, want in ((y, oracle.product(x, q)), (dx, oracle.gradient(dy, q))):
     assert np.abs(np.asarray(got, np.float64) - want).max() <= 3e-6 * np.abs(want).max()
+
+
+@needs_emulators
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=str)
+@pytest.mark.parametrize("emulator, backend", [(gpu_emulator, "mosaic_gpu"), (tpu_emulator, "pallas_tpu")])
+def test_sums_that_go_on_are_not_rounded(emulator, backend, kind):
+  """In float32, of 16-bit activations: the sum of two halves of the inputs is the whole."""
+  q, x = weight(512, 128, kind), normal(1, 9, 512)
+  run = jax.jit(functools.partial(quantized_matmul, backend=backend, dtype=jnp.float32))
+  with emulator():
+    parts = [np.asarray(run(x[:, i * 256 : (i + 1) * 256], half)) for i, half in enumerate(_halves(q))]
+  assert parts[0].dtype == np.float32
+  want = oracle.product(x, q)
+  assert np.abs(np.float64(parts[0]) + parts[1] - want).max() <= 4e-3 * np.abs(want).max()
+  # No number of 16 bits: else the low half of each would be zero.
+  assert (parts[0].view(np.uint32) & 0xFFFF != 0).mean() > 0.9
+
+
+def _halves(q):
+  groups = q.scales.shape[0]
+  for i in range(2):
+    codes = q.values.shape[1] // 2
+    of_groups = slice(None) if groups == 1 else slice(i * groups // 2, (i + 1) * groups // 2)
+    cut = {"scales": q.scales[of_groups], "zeros": None if q.zeros is None else q.zeros[of_groups]}
+    values = q.values[:, i * codes : (i + 1) * codes]
+    yield dataclasses.replace(q, values=values, in_features=q.in_features // 2, **cut)
 
 
 @needs_emulators

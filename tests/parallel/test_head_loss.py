@@ -44,19 +44,19 @@ PROMISE = {
 }
 
 
-def draw(B=B, T=T, *, vd=False, dtype=jnp.float32, head_dtype=jnp.float32):
+def draw(B=B, T=T, *, transposed=False, dtype=jnp.float32, head_dtype=jnp.float32):
   """(x, head, bias), targets, weights."""
   rng = np.random.default_rng(0)
   x, bias = jnp.asarray(rng.standard_normal((B, T, D)), dtype), jnp.asarray(rng.standard_normal(V), head_dtype)
-  head = jnp.asarray(rng.standard_normal((V, D) if vd else (D, V)) / 2, head_dtype)
+  head = jnp.asarray(rng.standard_normal((V, D) if transposed else (D, V)) / 2, head_dtype)
   targets, weights = rng.integers(0, V, (B, T)), rng.integers(0, 3, (B, T))
   return (x, head, bias), jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
 
 
-def on_mesh(function, sizes, arrays, vd=False):
+def on_mesh(function, sizes, arrays, transposed=False):
   """(results of function(x, head, bias) with its arguments where training has them, the collectives)."""
   mesh = make_mesh(MeshConfig(**sizes))
-  axes = ("batch", "seq", None), (("vocab", "embed") if vd else ("embed", "vocab")), ("vocab",)
+  axes = ("batch", "seq", None), (("vocab", "embed") if transposed else ("embed", "vocab")), ("vocab",)
   shardings = tuple(NamedSharding(mesh, partition_spec(names, RULES)) for names in axes)
 
   def run(*arrays):
@@ -87,13 +87,13 @@ def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("vd", [False, True], ids=["dv", "vd"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_one_devices_numbers_and_no_collective_in_the_loop(sizes, vd):
-  arrays, targets, weights = draw(vd=vd)
-  options = dict(backend="xla", chunk=4, z_loss=1e-2, head_layout="vd" if vd else "dv")
+def test_one_devices_numbers_and_no_collective_in_the_loop(sizes, transposed):
+  arrays, targets, weights = draw(transposed=transposed)
+  options = dict(backend="xla", chunk=4, z_loss=1e-2, transposed=transposed)
   run = loss_and_gradients(targets, weights, **options)
-  got, found = on_mesh(run, sizes, arrays, vd)
+  got, found = on_mesh(run, sizes, arrays, transposed)
   close(got, run(*arrays))
   assert found and all(one.loops == () for one in found)  # a device has 16 tokens: four chunks
   split = {axis for axis, size in sizes.items() if size > 1}
@@ -132,21 +132,21 @@ def test_every_backend_goes_by_shards(backend, target):
 
 
 @pytest.mark.parametrize("sizes", [MESHES[1], MESHES[4], MESHES[5]], ids=str)
-@pytest.mark.parametrize("vd", [False, True], ids=["dv", "vd"])
-def test_token_log_probs(sizes, vd):
-  arrays, targets, weights = draw(vd=vd)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_token_log_probs(sizes, transposed):
+  arrays, targets, weights = draw(transposed=transposed)
   of_logp, of_lse = np.random.default_rng(1).standard_normal((2, B, T)).astype(np.float32)
 
   def run(*arrays):
     def total(x, head, bias):
-      options = dict(bias=bias, mask=weights != 0, head_layout="vd" if vd else "dv", target="cpu")
+      options = dict(bias=bias, mask=weights != 0, transposed=transposed, target="cpu")
       logp, lse = head_loss.token_log_probs(x, head, targets, backend="xla", chunk=4, softcap=5.0, **options)
       return (of_logp * logp + of_lse * lse).sum(), (logp, lse)
 
     (_, each), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*arrays)
     return each, gradients
 
-  got, found = on_mesh(run, sizes, arrays, vd)
+  got, found = on_mesh(run, sizes, arrays, transposed)
   close(got, run(*arrays))
   assert not any("head loss" in one.loops for one in found)
 

@@ -178,7 +178,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes, message):
 def test_attention_by_shards(sizes, options):
   """On accelerators every device runs the kernel on its own part; here that kernel is XLA's."""
   from jaxllm.kernels import Visibility, flash_attention
-  from jaxllm.parallel.attention import attention
+  from jaxllm.parallel.kernels import attention
 
   rng = np.random.default_rng(0)
   B, T, N, K = options.get("rows", 8), 16, 8, 2 if "rules" in options else 4

@@ -19,7 +19,7 @@ CASES = [
   *(attention(2, 96, 4, 2, 16, **F32, **o, backward=b) for o in OPTIONS for b in (False, True)),
   attention(2, 96, 4, 2, 16, **F32, lse=True, sinks=True),
   *(cross_entropy(48, 16, 200, **F32, **o) for o in ({"z_loss": 0.01}, {"softcap": 2.0}, {"label_smoothing": 0.1})),
-  *(cross_entropy(48, 16, 200, **F32, head_layout="vd", tokens=t, backward=b) for t in (0, 1) for b in (0, 1)),
+  *(cross_entropy(48, 16, 200, **F32, transposed=True, tokens=t, backward=b) for t in (0, 1) for b in (0, 1)),
   *(quantized_matmul(9, 256, 64, f, group_size=g, **F32) for f, g in kernel_cases.FORMATS),
   *(quantized_matmul(9, 256, 64, "int4", group_size=64, asymmetric=True, backward=b, **F32) for b in (False, True)),
   *(

@@ -23,18 +23,17 @@ def cross_entropy(
   z_loss=0.0,
   softcap=None,
   label_smoothing=0.0,
-  head_layout="dv",
+  transposed=False,
   tokens=False,
 ) -> Case:
   """The head and the loss of M tokens, with the gradients of both inputs unless told otherwise.
 
   tokens: the log-probabilities of `token_log_probs`, and the gradients of their sum.
   """
-  vd = head_layout == "vd"
-  inputs = (SDS((1, M, D), dtype), SDS((V, D) if vd else (D, V), dtype), SDS((1, M), jnp.int32))
+  inputs = (SDS((1, M, D), dtype), SDS((V, D) if transposed else (D, V), dtype), SDS((1, M), jnp.int32))
   options = {"z_loss": z_loss, "softcap": softcap, "label_smoothing": label_smoothing}
   asked = {key: value for key, value in options.items() if value}
-  shared = {"softcap": softcap, "head_layout": head_layout}
+  shared = {"softcap": softcap, "transposed": transposed}
 
   def make(rng):
     x, head = (rng.standard_normal(s.shape, dtype=np.float32) for s in inputs[:2])
@@ -49,7 +48,7 @@ def cross_entropy(
 
     def loss(x, head, targets):
       weights = jnp.ones(targets.shape, jnp.float32)
-      return kernels.cross_entropy(x, head, targets, weights, head_layout=head_layout, **options, **where).loss_sum
+      return kernels.cross_entropy(x, head, targets, weights, transposed=transposed, **options, **where).loss_sum
 
     def of_tokens(x, head, targets):
       logp = kernels.token_log_probs(x, head, targets, **shared, **where)[0]
@@ -58,14 +57,14 @@ def cross_entropy(
     return call(of_tokens if tokens else loss)
 
   name = f"M{M} D{D} V{V} {'token log probs' if tokens else 'loss'}{' and gradients' if backward else ''}"
-  name += "".join(f" {key} {value:g}" for key, value in asked.items()) + (" vd" if vd else "")
+  name += "".join(f" {key} {value:g}" for key, value in asked.items()) + (" transposed" if transposed else "")
   return Case(
     op="cross_entropy",
     name=f"{name} {jnp.dtype(dtype).name}",
     inputs=inputs,
     ours=ours,
-    others={} if asked or vd or tokens else {peer: call(loss) for peer, loss in peers.cross_entropy().items()},
-    oracle=functools.partial(_oracle, options, vd, tokens, backward),
+    others={} if asked or transposed or tokens else {peer: call(loss) for peer, loss in peers.cross_entropy().items()},
+    oracle=functools.partial(_oracle, options, transposed, tokens, backward),
     flops=2 * M * D * V * (3 + tokens if backward else 1),  # token by token the backward pass makes the logits again
     bytes=(M * D + D * V) * jnp.dtype(dtype).itemsize * (2 if backward else 1),
     backends=("mosaic_gpu", "pallas_tpu", "cpu", "xla"),
@@ -81,17 +80,17 @@ def _parts(product: float, names: list[str]) -> list[float | None]:
   return [product] if len(names) == 1 else [None] * len(names)
 
 
-def _oracle(options, vd, tokens, backward, inputs, result):
+def _oracle(options, transposed, tokens, backward, inputs, result):
   """The last tokens' gradients or log-probabilities; where all logits in float64 take no minutes, everything."""
   x, head, targets = inputs[0][0], inputs[1], np.asarray(inputs[2][0])
-  M, V = x.shape[0], head.shape[0 if vd else 1]
+  M, V = x.shape[0], head.shape[0 if transposed else 1]
   everything = M * V <= 1 << 24
   if not (backward or tokens or everything):
     return None  # a sum over all tokens
   rows = np.arange(M) if everything else np.arange(M - ROWS, M)
   x, targets = float64(x[rows]), targets[rows]
   words = [slice(at, min(at + WORDS, V)) for at in range(0, V, WORDS)]
-  part = lambda at: float64(head[at]).T if vd else float64(head[:, at])  # noqa: E731
+  part = lambda at: float64(head[at]).T if transposed else float64(head[:, at])  # noqa: E731
   z, cap, smooth = options["z_loss"], options["softcap"], options["label_smoothing"]
 
   logits = np.concatenate([x @ part(at) for at in words], 1)
@@ -113,12 +112,12 @@ def _oracle(options, vd, tokens, backward, inputs, result):
   parts = [(dx[0, rows], sum(d_logits[:, at] @ part(at).T for at in words))]
   if everything:
     wanted = x.T @ d_logits
-    parts += [(value, np.asarray(loss)), (d_head, wanted.T if vd else wanted)]
+    parts += [(value, np.asarray(loss)), (d_head, wanted.T if transposed else wanted)]
   return joined(*parts)
 
 
 def cases(family: str) -> list[Case]:
-  options = [{"z_loss": 1e-4}, {"softcap": 30.0}, {"label_smoothing": 0.1}, {"head_layout": "vd"}, {"tokens": True}]
+  options = [{"z_loss": 1e-4}, {"softcap": 30.0}, {"label_smoothing": 0.1}, {"transposed": True}, {"tokens": True}]
   if family == "cpu":
     small = functools.partial(cross_entropy, 2048, 384, 8192, dtype=jnp.float32)
     return [

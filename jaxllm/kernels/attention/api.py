@@ -1,17 +1,40 @@
 """`flash_attention`: one function, every masking option, named backends."""
 
 import dataclasses
-import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends, cpu_ffi
-from jaxllm.kernels.attention import cudnn, decode, reference
+from jaxllm.kernels import dispatch
 from jaxllm.kernels.attention.options import Options, Visibility
+
+
+def _kept(call, query, key, value, options):
+  """By the backend's `forward(call, query, key, value, options)`: out, and the log-sum-exp or None."""
+  out, lse = dispatch.run(call, query, key, value, options)
+  return (out, lse), (query, key, value, options, out, lse)
+
+
+def _backward(call, kept, cotangents):
+  """By the backend's `backward(call, query, key, value, options, lse, d_out, delta)`: of the first three, their dtypes.
+
+  delta [B, N, T], float32: sum(out * d_out) of each row, less the gradient of lse.
+  """
+  query, key, value, options, out, lse = kept
+  d_out, d_lse = cotangents
+  # Row t of the scores' gradient is p * (d_out value^T - delta): a gradient of lse itself enters here only.
+  delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32) - d_lse
+  gradients = call.module.backward(call, query, key, value, options, lse, d_out, delta)
+  d_options = Options(options.visibility, options.scale, options.softcap, lse=options.lse)
+  if options.sinks is not None:
+    share = jnp.exp(options.sinks.astype(jnp.float32)[None, :, None] - lse)  # the sink's probability
+    d_options = dataclasses.replace(d_options, sinks=(-share * delta).sum((0, 2)).astype(options.sinks.dtype))
+  return *gradients, d_options
+
+
+OP = dispatch.Op("attention", kept=_kept, backward=_backward, once=True)
 
 
 def flash_attention(
@@ -55,10 +78,7 @@ def flash_attention(
     bias: added to the scores (T5's relative positions).
     return_lse: also the logarithm of the sum of the exponentials of the scores, in nats and float32, sink
       included; -inf where a query sees nothing. Differentiable too.
-    backend: a name of `backends.BACKENDS["attention"]`, with segments of "packed_attention", or "auto": the first of
-      the row for `target` that can and may be taken (`backends.choose`). None: "auto" where a target is given, else
-      "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`; with segments the row is that of "packed_attention".
 
   Raises:
     ConfigError: the backend cannot compute what is asked.
@@ -81,81 +101,14 @@ def flash_attention(
     prefix_lengths=prefix_lengths,
     alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
     sinks=sinks,
+    bias=bias,
+    lse=return_lse,
   )
-  refuses = functools.partial(_refuses, query, key, value, options, bias, return_lse)
   op = "attention" if segment_ids is None else "packed_attention"
-  quadratic = functools.partial(_quadratic, query, key, options)
-  backend = backends.choose(op, backend, target, refuses, quadratic)
+  call = dispatch.choose(op, OP, backend, target, None, query, key, value, options)
   if segment_ids is not None:  # probability 0 times NaN is NaN, so padding is cleared and not only masked
     real_query, real_key = (ids[:, :, None, None] != 0 for ids in segment_ids)
     query = jnp.where(real_query, query, 0)
     key, value = jnp.where(real_key, key, 0), jnp.where(real_key, value, 0)
-  if backend in ("cpu", "cudnn", "cudnn_packed"):
-    module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
-    out, lse = module.attention(query, key, value, options)
-  elif backend == "xla":
-    out, lse = reference.attention(query, key, value, options, bias, target)
-  else:
-    out, lse = _pallas(backend, target, query, key, value, options)
-  return (out, lse) if return_lse else out  # type: ignore[return-value]
-
-
-def _refuses(query, key, value, options, bias, return_lse, backend, target) -> str | None:
-  """Why a backend cannot compute this call, or None."""
-  if backend == "xla":
-    return None
-  asked = options.asked | ({"bias"} if bias is not None else set()) | ({"lse"} if return_lse else set())
-  T, S, H = query.shape[1], key.shape[1], query.shape[3]
-  if backend == "cpu" and decode.computes(query, key, value, options) and "bias" not in asked:
-    return None
-  if backend == "cpu":
-    offsets = {"query_offset"} if cpu_ffi.available() else set()
-    if unable := asked - {"causal", "window", "segment_ids"} - offsets:
-      return f"no {', '.join(sorted(unable))}"
-    whole = not options.visibility.causal and options.visibility.window is None
-    if T != S and not whole and "query_offset" not in asked:
-      return "queries and keys of one length only"
-    return None if value.shape[3] == H else "keys and values of one head dim only"
-  if "bias" in asked:
-    return "no bias"
-  if value.shape[3] != H:
-    return "keys and values of one head dim only"
-  if backend in ("cudnn", "cudnn_packed") and return_lse:
-    return "no lse"
-  return importlib.import_module(f"jaxllm.kernels.attention.{backend}").refuses(query, key, options, target)
-
-
-def _quadratic(query, key, options, backend) -> str | None:
-  """What a backend holds whose size is queries times keys, or None: XLA's form and the kernels go block by block."""
-  return cudnn.large_mask(query, key, options) if backend == "cudnn" else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pallas(backend, target, query, key, value, options):
-  """(out, lse) by the forward kernel of a Pallas backend."""
-  module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
-  return module.forward(query, key, value, options, target)
-
-
-def _pallas_forward(backend, target, query, key, value, options):
-  out, lse = _pallas(backend, target, query, key, value, options)
-  return (out, lse), (query, key, value, options, out, lse)
-
-
-def _pallas_backward(backend, target, saved, cotangents):
-  query, key, value, options, out, lse = saved
-  d_out, d_lse = cotangents
-  # Row t of the scores' gradient is p * (d_out value^T - delta): a gradient of lse itself enters here only.
-  delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32) - d_lse
-  module = importlib.import_module(f"jaxllm.kernels.attention.{backend}")
-  d_query, d_key, d_value = module.backward(query, key, value, options, lse, d_out, delta, target)
-  d_options = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jax.dtypes.float0 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype), options
-  )
-  if options.sinks is not None:
-    share = jnp.exp(options.sinks.astype(jnp.float32)[None, :, None] - lse)  # the sink's probability
-    d_options = dataclasses.replace(d_options, sinks=(-share * delta).sum((0, 2)).astype(options.sinks.dtype))
-  return d_query, d_key, d_value, d_options
-
-
-_pallas.defvjp(_pallas_forward, _pallas_backward)
+  out, lse = dispatch.run(call, query, key, value, options)
+  return (out, lse) if return_lse else out

@@ -12,22 +12,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import reference
-from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.attention.options import Options, unfused
 from jaxllm.kernels.backends import TARGETS
 
 MASK_BYTES = 2**30  # of a larger mask "auto" passes this backend over: the square is what fills the memory
 
 
-def refuses(query, key, options: Options, target: str | None) -> str | None:
+def refuses(call, query, key, value, options: Options) -> str | None:
   """Why cuDNN cannot compute the call, or None; by shapes and dtypes only."""
   if unable := options.asked - {"causal", "window", "segment_ids"}:
     return f"no {', '.join(sorted(unable))}"
+  if reason := unfused(key, value, options):
+    return reason
   T, H = query.shape[1], query.shape[3]
   if key.shape[1] != T:
     return "queries and keys of one length only"
   if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
     return f"bfloat16 or float16 throughout, not {query.dtype} and {key.dtype}"
-  sizes = range(8, 257 if target is not None and TARGETS[target] == "hopper" else 129, 8)
+  sizes = range(8, 257 if TARGETS.get(call.target) == "hopper" else 129, 8)
   if H not in sizes:
     return f"head dims up to {sizes[-1]} and multiples of 8, not {H}"
   if _masked(options) and T % 2:
@@ -35,7 +37,7 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
   return None
 
 
-def large_mask(query, key, options: Options) -> str | None:
+def quadratic(call, query, key, value, options: Options) -> str | None:
   """That the mask is too large to be taken unasked, or None."""
   # An older jax has cuDNN make a gradient of the mask too, which has heads.
   shape = (
@@ -49,12 +51,7 @@ def large_mask(query, key, options: Options) -> str | None:
   return None
 
 
-def attention(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-) -> tuple[Float[Array, "B T N H"], None]:
+def forward(call, query, key, value, options: Options) -> tuple[Float[Array, "B T N H"], None]:
   """Plain attention in 16 bits, without log-sum-exp."""
   causal, window = options.visibility.causal, options.visibility.window
 

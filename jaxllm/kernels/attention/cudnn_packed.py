@@ -21,7 +21,7 @@ def most_segments(length: int) -> int:
   return min(64, max(8, length // 128))
 
 
-def refuses(query, key, options: Options, target: str | None) -> str | None:
+def refuses(call, query, key, value, options: Options) -> str | None:
   """Why this layout cannot compute the call, or None; by shapes and dtypes only."""
   if "segment_ids" not in options.asked:
     return "only for segments"
@@ -29,15 +29,10 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
     return "no window"
   if query.size >= 2**31:
     return f"offsets of 32 bits, too few for {query.size:,} numbers"
-  return cudnn.refuses(query, key, options, target)
+  return cudnn.refuses(call, query, key, value, options)
 
 
-def attention(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-) -> tuple[Float[Array, "B T N H"], None]:
+def forward(call, query, key, value, options: Options) -> tuple[Float[Array, "B T N H"], None]:
   """Attention within segments in 16 bits, without log-sum-exp."""
 
   def packed(query, key, value, options, offsets, lengths):
@@ -55,7 +50,7 @@ def attention(
     return jnp.where(options.query_segments[:, :, None, None] != 0, out, 0)  # padding is not written
 
   def anyhow(query, key, value, options, offsets, lengths):
-    return reference.attention(query, key, value, options)[0].astype(query.dtype)
+    return reference.forward(call, query, key, value, options)[0].astype(query.dtype)
 
   @cudnn.keep_results
   def attend(query, key, value, options):

@@ -1,5 +1,8 @@
 """Attention of a few queries to a cache on CPUs, by the C++ decoding kernel; the gradient is the plain form's."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,7 +11,7 @@ from jaxllm.kernels import cpu_decode
 from jaxllm.kernels.attention import reference
 from jaxllm.kernels.attention.options import Options
 
-ASKED = {"causal", "window", "query_offset", "softcap", "alibi_slopes", "sinks"}
+ASKED = {"causal", "window", "query_offset", "softcap", "alibi_slopes", "sinks", "lse"}
 LONGER = 4  # so many times more keys than queries, or the kernel for prefill is as good
 
 
@@ -30,9 +33,9 @@ def computes(query: Array, key: Array, value: Array, options: Options) -> bool:
   )
 
 
-@jax.custom_vjp
-def attention(
-  query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def forward(
+  call, query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], options: Options
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result in the queries' dtype, and the log-sum-exp, sinks included."""
   B, T, N, H = query.shape
@@ -66,16 +69,9 @@ def attention(
   return out.astype(query.dtype), lse
 
 
-def _plain(query, key, value, options):
-  return reference.attention(query, key, value, options)
+def _backward(call, saved, cotangents):
+  call = dataclasses.replace(call, target=None)  # whose tiles are for many queries
+  return jax.vjp(functools.partial(reference.forward, call), *saved)[1](cotangents)
 
 
-def _forward(query, key, value, options):
-  return attention(query, key, value, options), (query, key, value, options)
-
-
-def _backward(saved, cotangents):
-  return jax.vjp(_plain, *saved)[1](cotangents)
-
-
-attention.defvjp(_forward, _backward)
+forward.defvjp(lambda call, *arrays: (forward(call, *arrays), arrays), _backward)

@@ -28,10 +28,8 @@ from jaxtyping import Array, Float
 from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.mosaic_gpu_backward import backward as backward
-from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.backends import TARGETS
-
-LARGEST_GRID = 65535  # of every axis but the fastest
+from jaxllm.kernels.attention.options import Options, unfused
+from jaxllm.kernels.hopper import LARGEST_GRID, LOG2E, ROW, TILED, WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +57,10 @@ def _tiles(head_dim: int, key_arrays: int) -> Tiles:
   }[head_dim]
 
 
-def refuses(query, key, options: Options, target: str | None) -> str | None:
+def refuses(call, query, key, value, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  if target is not None and TARGETS[target] != "hopper":
-    return f"a kernel for H100 and H200, not {target}"
+  if reason := unfused(key, value, options):
+    return reason
   if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
     return f"bfloat16 or float16 throughout, not {query.dtype} and {key.dtype}"
   if query.shape[3] > 256:
@@ -74,15 +72,7 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
   return None
 
 
-def forward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+def forward(call, query, key, value, options: Options) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result, and the log-sum-exp of each row's scores in nats (sinks included; -inf where nothing is seen)."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
@@ -90,7 +80,7 @@ def forward(
   query, key, value = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in (query, key, value))
   width = query.shape[3]
   masks = (options.query_segments is not None) + (options.key_positions is not None)
-  tiles = tiles or tuning.tiles("attention_forward", target, _tiles(width, masks), head_dim=width, key_arrays=masks)
+  tiles = tuning.tiles("attention_forward", call.target, _tiles(width, masks), head_dim=width, key_arrays=masks)
   rows = tiles.block_q * tiles.warpgroups
   count = pl.cdiv(T, rows)
 
@@ -104,7 +94,7 @@ def forward(
     inputs["ranges"] = common.segment_ranges(segments, of_keys[:, 0], rows, tiles.block_kv)
 
   stages, warpgroups = tiles.stages, tiles.warpgroups
-  blocks = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=common.TILED)
+  blocks = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=TILED)
   scratch = {
     "query_smem": blocks((warpgroups, tiles.block_q, width)),
     "key_smem": blocks((stages, tiles.block_kv, width)),
@@ -224,22 +214,17 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
     return lax.broadcast_in_dim(rows, shape, [0])
 
   def iota(axis):
-    return plgpu.broadcasted_iota(jnp.int32, scores_shape, axis, layout=common.WGMMA)
+    return plgpu.broadcasted_iota(jnp.int32, scores_shape, axis, layout=WGMMA)
 
   slope = gmem["slope"][head] if "slope" in gmem else None
   segments = None
   if "segments" in gmem:
-    segments = plgpu.load(gmem["segments"].at[row, queries], layout=common.ROW, optimized=False)
+    segments = plgpu.load(gmem["segments"].at[row, queries], layout=ROW, optimized=False)
 
   def mask(values, block, slot):
-    of_row = {} if prefix is None else {"prefix_length": prefix}
-    names = ["key_segments"] if segments is not None else []
-    names += ["key_positions"] if options.key_positions is not None else []
-    for i, name in enumerate(names):
-      x = plgpu.load(scratch["of_keys_smem"].at[slot, i], layout=common.COLUMN)
-      of_row[name] = lax.broadcast_in_dim(x, scores_shape, [1])
-    if segments is not None:
-      of_row["query_segments"] = over(segments, scores_shape)
+    of_keys = lambda i: common.along_columns(scratch["of_keys_smem"].at[slot, i], scores_shape)  # noqa: E731
+    of_queries = None if segments is None else lambda: over(segments, scores_shape)
+    of_row = common.mask_row(options, prefix, of_keys, of_queries)
     pair = iota(0) + (offset + first), iota(1) + block * tiles.block_kv
     seen = common.seen(options, *pair, S, tiles.block_kv, of_row)
     return jnp.where(seen, values, -jnp.inf)
@@ -268,10 +253,10 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
     plgpu.barrier_arrive(key_done.at[slot])
 
   def rows_of(acc):
-    top = plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), common.ROW)
-    total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), common.ROW)
+    top = plgpu.layout_cast(jnp.full((block_q,), -jnp.inf, jnp.float32), ROW)
+    total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
     if "sinks" in gmem:  # a logit without a value: the softmax starts from it
-      top = plgpu.layout_cast(jnp.full((block_q,), gmem["sinks"][head] * common.LOG2E, jnp.float32), common.ROW)
+      top = plgpu.layout_cast(jnp.full((block_q,), gmem["sinks"][head] * LOG2E, jnp.float32), ROW)
       total += 1.0
 
     plgpu.barrier_wait(scratch["query_ready"].at[warpgroup])

@@ -32,8 +32,8 @@ from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention import mosaic_gpu_gradients as shared
 from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.hopper import COLUMN, LOG2E, ROW, ROWS, TILED, WGMMA
 
-ROWS = 64  # of a warpgroup: what one wgmma covers
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # of a thread
 
 
@@ -65,29 +65,15 @@ def _tiles(head_dim: int) -> Tiles:
 
 
 def backward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  lse: Float[Array, "B N T"],
-  d_out: Float[Array, "B T N H"],
-  delta: Float[Array, "B N T"],
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
+  call, query, key, value, options: Options, lse, d_out, delta
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-  """Gradients with respect to query, key and value, in their dtypes.
-
-  Args:
-    lse: as the forward pass returns it: of the scores, in nats, sinks included, -inf where nothing is seen.
-    delta: sum(out * d_out) of each row, less the gradient of lse.
-  """
+  """Of query, key and value, as `api` says."""
   B, T, N, H = query.shape
   S, K = key.shape[1:3]
   arrays = (query, key, value, d_out.astype(query.dtype))
   query, key, value, d_out = (common.pad_to(common.pad_to(x, 3, 64), 1, 8) for x in arrays)  # TMA's tiles: 8 x 64
   width = query.shape[3]
-  tiles = tiles or tuning.tiles("attention_backward", target, _tiles(width), head_dim=width)
+  tiles = tuning.tiles("attention_backward", call.target, _tiles(width), head_dim=width)
   query_rows, key_rows = ROWS * tiles.warpgroups, ROWS if tiles.split else ROWS * tiles.warpgroups
 
   # [B, N, 2, whole tiles]: lse in base 2, and what dp starts from. Rows that see nothing, or are not there, get an lse
@@ -96,7 +82,7 @@ def backward(
   lse = jnp.pad(lse, [(0, 0), (0, 0), (0, -T % longest)], constant_values=-jnp.inf)
   hidden = lse == -jnp.inf
   less_delta = jnp.where(hidden, 0.0, -common.pad_to(delta, 2, longest))
-  rows = jnp.stack([jnp.where(hidden, jnp.inf, lse * common.LOG2E), less_delta], 2).astype(jnp.float32)
+  rows = jnp.stack([jnp.where(hidden, jnp.inf, lse * LOG2E), less_delta], 2).astype(jnp.float32)
 
   inputs = {"query": query, "key": key, "value": value, "d_out": d_out, "rows": rows} | common.row_arrays(options)
   of_keys = common.key_arrays(options, max(tiles.keys, key_rows))
@@ -125,7 +111,7 @@ def _query_gradient(options, tiles, sizes, inputs, ranges):
   warpgroups = tiles.warpgroups
   if ranges is not None:
     inputs = inputs | {"ranges": ranges}
-  blocks = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=common.TILED)
+  blocks = functools.partial(plgpu.SMEM, dtype=query.dtype, transforms=TILED)
   scratch = {
     "query_smem": blocks((warpgroups, ROWS, H)),
     "d_out_smem": blocks((warpgroups, ROWS, H)),
@@ -207,13 +193,13 @@ def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
   plgpu.copy_gmem_to_smem(gmem["d_out"].at[row, queries, head], d_out_smem, rows_ready)
 
   def of_each(ref):
-    return plgpu.load(ref, layout=common.ROW, optimized=False)
+    return plgpu.load(ref, layout=ROW, optimized=False)
 
   def over(x):
     return lax.broadcast_in_dim(x, shape, [0])
 
   def places(start):  # of keys
-    counting = plgpu.load(scratch["counting_smem"].at[pl.ds(0, tiles.keys)], layout=common.COLUMN)
+    counting = plgpu.load(scratch["counting_smem"].at[pl.ds(0, tiles.keys)], layout=COLUMN)
     return lax.broadcast_in_dim(counting + start, shape, [1])
 
   lse, less_delta = (of_each(gmem["rows"].at[row, head, i, queries]) for i in range(2))
@@ -221,15 +207,8 @@ def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
   slope = gmem["slope"][head] if "slope" in gmem else None
 
   def mask_row(slot):
-    found = {} if prefix is None else {"prefix_length": prefix}
-    names = ["key_segments"] if segments is not None else []
-    names += ["key_positions"] if options.key_positions is not None else []
-    for i, name in enumerate(names):
-      x = plgpu.load(scratch["of_keys_smem"].at[slot, i], layout=common.COLUMN)
-      found[name] = lax.broadcast_in_dim(x, shape, [1])
-    if segments is not None:
-      found["query_segments"] = over(segments)
-    return found
+    of_keys = lambda i: common.along_columns(scratch["of_keys_smem"].at[slot, i], shape)  # noqa: E731
+    return common.mask_row(options, prefix, of_keys, None if segments is None else lambda: over(segments))
 
   def step(d_query, index):
     block = visits.block(index)
@@ -242,7 +221,7 @@ def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
       common.ever_masked(options, S, tiles.keys),
       index >= visits.full_count,
       lse=lambda: over(lse),
-      query_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + (offset + first),
+      query_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + (offset + first),
       key_place=lambda: places(block * tiles.keys),
       mask_row=lambda: mask_row(key_slot),
       slope=slope,
@@ -291,7 +270,7 @@ def _key_gradients(options, tiles, sizes, inputs, ranges):
   if ranges is not None:
     inputs = inputs | {"ranges": ranges}
   parts = 1 if tiles.split else tiles.warpgroups
-  blocks = functools.partial(plgpu.SMEM, dtype=key.dtype, transforms=common.TILED)
+  blocks = functools.partial(plgpu.SMEM, dtype=key.dtype, transforms=TILED)
   slots = tiles.query_slots
   scratch = {
     "key_smem": blocks((parts, ROWS, H)),
@@ -401,20 +380,15 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, wanted, **scratch):
   accumulator = plgpu.ACC(shape, jnp.float32)
 
   def over(ref, plus=0):  # a number for each query, over all keys
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.COLUMN) + plus, shape, [1])
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMN) + plus, shape, [1])
 
   def of_each(ref):  # a number for each key, over all queries
-    return lax.broadcast_in_dim(plgpu.load(ref, layout=common.ROW), shape, [0])
+    return lax.broadcast_in_dim(plgpu.load(ref, layout=ROW), shape, [0])
 
   def mask_row(slot):
-    found = {} if prefix is None else {"prefix_length": prefix}
-    names = ["key_segments"] if "of_queries" in gmem else []
-    names += ["key_positions"] if options.key_positions is not None else []
-    for i, name in enumerate(names):
-      found[name] = of_each(scratch["of_keys_smem"].at[part, i])
-    if "of_queries" in gmem:
-      found["query_segments"] = over(scratch["of_queries_smem"].at[slot])
-    return found
+    of_queries = (lambda: over(scratch["of_queries_smem"].at[slot])) if "of_queries" in gmem else None
+    of_keys = lambda i: of_each(scratch["of_keys_smem"].at[part, i])  # noqa: E731
+    return common.mask_row(options, prefix, of_keys, of_queries)
 
   def step(gradients, index, visit, head_of_group):
     block = visits.block(visit)
@@ -431,7 +405,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, wanted, **scratch):
       visit >= visits.full_count,
       lse=lambda: over(rows_smem.at[0]),
       query_place=lambda: over(scratch["counting_smem"].at[pl.ds(0, tiles.queries)], offset + block * tiles.queries),
-      key_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=common.WGMMA) + first,
+      key_place=lambda: plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA) + first,
       mask_row=lambda: mask_row(slot),
       slope=slope,
     )

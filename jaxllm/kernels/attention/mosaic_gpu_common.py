@@ -6,7 +6,6 @@ few scalars; only segments need a look at the arrays, which `segment_ranges` tak
 """
 
 import dataclasses
-import math
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -14,11 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.kernels.attention.options import Options, visible
-
-LOG2E = math.log2(math.e)
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands of wgmma in shared memory
-WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
+from jaxllm.kernels.hopper import COLUMN, LOG2E
 
 # ---------------------------------------------------------------- ranges
 
@@ -226,6 +221,26 @@ def logits(options: Options, raw: Float[Array, "Q S"], query_place, key_place, s
     distance = jnp.abs(query_place() - key_place()).astype(jnp.float32)
     values, factor = values * factor - distance * (slope * LOG2E), 1.0
   return values, factor, capped
+
+
+def mask_row(options: Options, prefix, of_keys, of_queries) -> dict[str, Array]:
+  """What `seen` reads.
+
+  Args:
+    prefix: the row's prefix length, or None.
+    of_keys: i -> the i-th of `key_arrays`, spread over the block.
+    of_queries: -> the queries' segments, spread over the block; None without segments.
+  """
+  found = {} if prefix is None else {"prefix_length": prefix}
+  names = ["key_segments"] if of_queries is not None else []
+  names += ["key_positions"] if options.key_positions is not None else []
+  found |= {name: of_keys(i) for i, name in enumerate(names)}
+  return found if of_queries is None else found | {"query_segments": of_queries()}
+
+
+def along_columns(ref, shape):
+  """Shared memory's number for each column, over a block of this shape."""
+  return lax.broadcast_in_dim(plgpu.load(ref, layout=COLUMN), shape, [1])
 
 
 def seen(

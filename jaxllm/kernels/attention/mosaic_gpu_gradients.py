@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import mosaic_gpu_common as common
 from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.hopper import LOG2E, WGMMA
 
 
 def call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
@@ -89,9 +90,9 @@ class Block:
     Masks come first because all that they look at takes registers, which the products need later.
     """
     if self.linear:
-      start = self.lse() * (-1.0 / (self.options.scale * common.LOG2E))
+      start = self.lse() * (-1.0 / (self.options.scale * LOG2E))
     else:
-      start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), common.WGMMA)
+      start = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
     if not self.maskable:
       return start
 
@@ -109,7 +110,7 @@ class Block:
     """
     if self.linear:
       second()
-      p = jnp.exp2(plgpu.wgmma_accumulator_load(score, wait_n=products) * (self.options.scale * common.LOG2E))
+      p = jnp.exp2(plgpu.wgmma_accumulator_load(score, wait_n=products) * (self.options.scale * LOG2E))
       return p, p
     raw = score[...]
     values, factor, capped = common.logits(self.options, raw, self.query_place, self.key_place, self.slope)

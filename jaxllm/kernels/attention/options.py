@@ -36,8 +36,9 @@ class Visibility:
     "prefix_lengths",
     "alibi_slopes",
     "sinks",
+    "bias",
   ),
-  meta_fields=("visibility", "scale", "softcap"),
+  meta_fields=("visibility", "scale", "softcap", "lse"),
 )
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -53,16 +54,26 @@ class Options:
   prefix_lengths: Int[Array, " B"] | None = None
   alibi_slopes: Float[Array, " N"] | None = None
   sinks: Float[Array, " N"] | None = None
+  bias: Float[Array, "#B N T S"] | None = None
+  lse: bool = False  # whether the log-sum-exp is wanted
 
   @property
   def asked(self) -> frozenset[str]:
     """Names of the options that this call uses; backends refuse by name."""
     names = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None}
-    names -= {"visibility", "scale", "query_segments", "key_segments", "key_positions"}
+    names -= {"visibility", "scale", "query_segments", "key_segments", "key_positions", "lse"}
+    names |= {"lse"} if self.lse else set()
     names |= {"segment_ids"} if self.query_segments is not None else set()
     v = self.visibility
     names |= {name for name in ("causal", "window", "sink_tokens") if getattr(v, name)}
     return frozenset(names)
+
+
+def unfused(key: Array, value: Array, options: Options) -> str | None:
+  """What none of the fused kernels for accelerators computes, or None."""
+  if options.bias is not None:
+    return "no bias"
+  return None if value.shape[3] == key.shape[3] else "keys and values of one head dim only"
 
 
 def visible(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
-from jaxllm.kernels.attention.options import Options
+from jaxllm.kernels.attention.options import Options, unfused
 from jaxllm.kernels.attention.pallas_tpu_backward import backward
 from jaxllm.kernels.attention.pallas_tpu_call import (
   LANES,
@@ -37,8 +37,10 @@ LOWEST = -1e30  # where running maxima start; finite, so that a query that sees 
 SCALAR_BYTES = 512 << 10  # of scalar memory that a list of pairs may take
 
 
-def refuses(query, key, options: Options, target: str | None) -> str | None:
+def refuses(call, query, key, value, options: Options) -> str | None:
   """Why these kernels cannot compute a call, or None; by shapes and dtypes only."""
+  if reason := unfused(key, value, options):
+    return reason
   if query.dtype not in (jnp.bfloat16, jnp.float32) or key.dtype != query.dtype:
     return f"bfloat16 or float32 throughout, not queries of {query.dtype} and keys of {key.dtype}"
   B, T, _, H = query.shape
@@ -47,24 +49,16 @@ def refuses(query, key, options: Options, target: str | None) -> str | None:
     return "no empty arrays"
   if H > 512:
     return f"head dims up to 512, not {H}"
-  tiles = default_tiles(target, H, query.dtype)[0].fitted(T, S)
+  tiles = default_tiles(call.target, H, query.dtype)[0].fitted(T, S)
   rows = B if blocks.depends_on_data(options) else 1
   if (pairs := rows * -(-T // tiles.block_q) * -(-S // tiles.block_k)) * 4 > SCALAR_BYTES:
     return f"{pairs} pairs of blocks do not fit the scalar memory"
   return None
 
 
-def forward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+def forward(call, query, key, value, options: Options) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result, and the logarithm of the sum of the scores' exponentials (nats; -inf where nothing is seen)."""
-  call = Call.of(query, key, options, target, tiles)
+  call = Call.of(query, key, options, call.target)
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   B, N, T, H = query.shape
   rows = call.tiles.block_q

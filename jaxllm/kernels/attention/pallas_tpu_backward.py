@@ -17,23 +17,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, Tiles, dot, scaled
+from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, dot, scaled
 
 
 def backward(
-  query: Float[Array, "B T N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  options: Options,
-  lse: Float[Array, "B N T"],
-  d_out: Float[Array, "B T N H"],
-  delta: Float[Array, "B N T"],
-  target: str | None,
-  *,
-  tiles: Tiles | None = None,
+  call, query, key, value, options: Options, lse, d_out, delta
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-  """Gradients of query, key and value. delta: the sum of out * d_out over H, less the gradient of lse."""
-  call = Call.of(query, key, options, target, tiles, backward=True)
+  """Of query, key and value, as `api` says."""
+  call = Call.of(query, key, options, call.target, backward=True)
   query, key, value, d_out = (jnp.swapaxes(x, 1, 2) for x in (query, key, value, d_out.astype(query.dtype)))
   # A query that sees nothing has only hidden scores, and those come to 0 whatever is subtracted.
   lse = jnp.where(lse == -jnp.inf, 0, lse * LOG2E)

@@ -90,13 +90,13 @@ class Call:
   turned: bool = False
 
   @classmethod
-  def of(cls, query, key, options, target, tiles, backward=False) -> "Call":
+  def of(cls, query, key, options, target, backward=False) -> "Call":
     """Of a query [B, T, N, H] and a key [B, S, K, H]."""
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     chosen, vmem = default_tiles(target, H, query.dtype, backward)
     name = "attention_backward" if backward else "attention_forward"
-    chosen = tiles or tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
+    chosen = tuning.tiles(name, target, chosen, head_dim=H, dtype=jnp.dtype(query.dtype).name)
     # The forward kernel would have to turn its factors too: too much for the vector unit beside a larger matrix unit.
     columns = MATRIX_UNIT.get(target or "", LANES)
     turned = columns > H and (backward or columns == LANES)

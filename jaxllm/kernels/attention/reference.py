@@ -20,18 +20,17 @@ class Tiles:
   queries: int
 
 
-def attention(
+def forward(
+  call,
   query: Float[Array, "B T N H"],
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K H"],
   options: Options,
-  bias: Float[Array, "#B N T S"] | None = None,
-  target: str | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
   """The result and the log-sum-exp of the scores; differentiable in everything, slopes and bias too."""
-  B, length = query.shape[:2]
+  (B, length), bias = query.shape[:2], options.bias
   offset = jnp.zeros(B, jnp.int32) if options.query_offset is None else options.query_offset
-  tiles = tuning.tiles("attention_xla", target, Tiles(QUERY_BLOCK), dtype=query.dtype.name)
+  tiles = tuning.tiles("attention_xla", call.target, Tiles(QUERY_BLOCK), dtype=query.dtype.name)
   if length <= tiles.queries:
     return _dense(query, key, value, options, offset, options.query_segments, bias)
 

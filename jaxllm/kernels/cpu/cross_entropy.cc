@@ -31,7 +31,7 @@ static void row(float* z, int64_t V, int32_t target, const float* k, float* stat
 }
 
 template <typename G>
-static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, const int32_t* targets, const float* k,
+static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool transposed, const int32_t* targets, const float* k,
                 int64_t M, int64_t D, int64_t V, float* stats, void* dx_, float* dhead, bool grad) {
   using T = typename G::T;
   static thread_local Scratch sl, sb, sf, sg;
@@ -50,10 +50,10 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, c
       }
     });
   };
-  pack(fwd, stride, head_vd, D, V);
+  pack(fwd, stride, transposed, D, V);
   const int64_t dpanels = (D + NR - 1) / NR, dstride = G::panel(V);
   T* bwd = nullptr;
-  if (grad) bwd = sg.get<T>(dpanels * dstride), pack(bwd, dstride, !head_vd, V, D);
+  if (grad) bwd = sg.get<T>(dpanels * dstride), pack(bwd, dstride, !transposed, V, D);
   const int64_t ld = (V + 31) / 32 * 32;
   float* z = sl.get<float>(C * ld);
   T* zt = std::is_same_v<T, float> ? (T*)z : sb.get<T>(C * ld);
@@ -81,7 +81,7 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, c
     if (!grad) continue;
     const bool b = !std::is_same_v<T, float>;
     Mat zm{zt, ld, false, b}, xm{x + c0 * D, D, false, b};
-    if (head_vd) zm.trans = true, gemm(pool, b, V, D, n, zm, xm, dhead, D, false, c0 > 0);
+    if (transposed) zm.trans = true, gemm(pool, b, V, D, n, zm, xm, dhead, D, false, c0 > 0);
     else xm.trans = true, gemm(pool, b, D, V, n, xm, zm, dhead, V, false, c0 > 0);
   }
 }
@@ -89,11 +89,11 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool head_vd, c
 static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head,
                                    ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> coefficients,
                                    ffi::Result<ffi::Buffer<ffi::F32>> stats, ffi::Result<ffi::AnyBuffer> dx,
-                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool head_vd, bool grad) {
-  int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[head_vd ? 0 : 1];
+                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool transposed, bool grad) {
+  int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[transposed ? 0 : 1];
   bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
   auto f = xb ? run<BF16> : run<F32>;
-  f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, head_vd, targets.typed_data(),
+  f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, transposed, targets.typed_data(),
     coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(), dhead->typed_data(), grad);
   return ffi::Error::Success();
 }
@@ -101,4 +101,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("head_vd").Attr<bool>("grad"));
+                                  .Attr<bool>("transposed").Attr<bool>("grad"));

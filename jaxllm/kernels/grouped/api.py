@@ -1,7 +1,6 @@
 """`grouped_matmul`: the product of a mixture of experts, with its gradients, by named backends."""
 
-import functools
-import importlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +9,38 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
+from jaxllm.kernels import dispatch
 from jaxllm.kernels.grouped import varying
 
-MODULES = {"xla": "reference", "pallas_tpu": "pallas_tpu", "mosaic_gpu": "mosaic_gpu"}
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """As `grouped_matmul` takes them. Backends read `tiles`."""
+
+  tiles: tuple[Any, Any, Any]
+  split: tuple[tuple[str, ...], int] | None
+
+
+def _whole(options, weights, dtype):
+  """The matrices as they are multiplied."""
+  weights, split = weights.astype(dtype), options.split
+  return weights if split is None else lax.all_gather(weights, split[0], axis=split[1], tiled=True)
+
+
+def _forward(call, x, weights, sizes):
+  """By the backend's `forward(call, x, weights, sizes, transposed=False)`; transposed: the matrices are [N, K]."""
+  return call.module.forward(call, x, _whole(call.options, weights, x.dtype), sizes)
+
+
+def _backward(call, kept, dy):
+  """By the backend's `backward(call, x, dy, sizes, dtype)`, x_e^T dy_e for each group e in `dtype`, and `forward`."""
+  x, weights, sizes = kept
+  dx = call.module.forward(call, dy, _whole(call.options, weights, x.dtype), sizes, transposed=True)
+  dw, split = call.module.backward(call, x, dy, sizes, weights.dtype), call.options.split
+  return dx, dw if split is None else lax.psum_scatter(dw, split[0], scatter_dimension=split[1], tiled=True), None
+
+
+OP = dispatch.Op("grouped", _forward, backward=_backward, once=True)
 
 
 def grouped_matmul(
@@ -38,9 +65,7 @@ def grouped_matmul(
 
   Args:
     group_sizes: int32, not negative. What of them goes past M is cut off.
-    backend: a name of `backends.BACKENDS["grouped_matmul"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`.
     tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
     split: inside shard_map, (mesh axes, 1 or 2): over which axes the matrices are split along that dimension. They are
       gathered in x's dtype; their gradients are summed and split again in their own.
@@ -48,8 +73,8 @@ def grouped_matmul(
   Raises:
     ConfigError: the backend cannot compute what is asked, or the shapes or dtypes do not fit together.
   """
-  split = None if split is None or not split[0] else split
-  whole = jax.eval_shape(functools.partial(_whole, x.dtype, split), weights)
+  options = Options(tiles, split if split and split[0] else None)
+  whole = jax.eval_shape(lambda weights: _whole(options, weights, x.dtype), weights)
   (M, D), (E, *matrix) = x.shape, whole.shape
   wide = jnp.promote_types(x.dtype, weights.dtype) == weights.dtype
   if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or not wide:
@@ -57,54 +82,8 @@ def grouped_matmul(
       "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype or a wider one and group_sizes [E]; "
       f"these are {x.dtype}{x.shape}, {weights.dtype}{whole.shape}, {group_sizes.shape}"
     )
-  refuses = functools.partial(_refuses, x, whole)
-  backend = backends.choose("grouped_matmul", backend, target, refuses)
+  call = dispatch.choose("grouped_matmul", OP, backend, target, options, x, whole)
   if not (x.size and weights.size):
     return jnp.zeros((M, matrix[1]), x.dtype)
   # Inside shard_map all operands vary over the same axes; the transpose of that is the sum of their gradients.
-  x, weights, group_sizes = varying.alike(x, weights, group_sizes.astype(jnp.int32))
-  return _product(backend, target, tiles, split, x, weights, group_sizes)
-
-
-def _refuses(x, weights, backend, target) -> str | None:
-  """Why a backend cannot compute this call, or None."""
-  return _module(backend).refuses(x, weights, target)
-
-
-def _module(backend):
-  return importlib.import_module(f"jaxllm.kernels.grouped.{MODULES[backend]}")
-
-
-def _whole(dtype, split, weights):
-  """The matrices as they are multiplied."""
-  weights = weights.astype(dtype)
-  return weights if split is None else lax.all_gather(weights, split[0], axis=split[1], tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _product(backend, target, tiles, split, x, weights, sizes):
-  return _module(backend).product(x, _whole(x.dtype, split, weights), sizes, target, tiles=tiles[0])
-
-
-def _forward(backend, target, tiles, split, x, weights, sizes):
-  return _product(backend, target, tiles, split, x, weights, sizes), (x, weights, sizes)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _gradients(backend, target, tiles, split, x, weights, sizes, dy):
-  module = _module(backend)
-  dx = module.product(dy, _whole(x.dtype, split, weights), sizes, target, transposed=True, tiles=tiles[1])
-  dw = module.weights_gradient(x, dy, sizes, target, weights.dtype, tiles=tiles[2])
-  return dx, dw if split is None else lax.psum_scatter(dw, split[0], scatter_dimension=split[1], tiled=True)
-
-
-@_gradients.defjvp
-def _(backend, target, tiles, split, primals, tangents):
-  raise ConfigError("grouped_matmul has no second derivative")
-
-
-def _backward(backend, target, tiles, split, saved, dy):
-  return *_gradients(backend, target, tiles, split, *saved, dy), None
-
-
-_product.defvjp(_forward, _backward)
+  return dispatch.run(call, *varying.alike(x, weights, group_sizes.astype(jnp.int32)))

@@ -24,12 +24,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import tuning
-from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
-
-ROWS = 64  # of a warpgroup; also the columns of a swizzled line of 128 bytes
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 16-bit operands of wgmma in shared memory
-WGMMA = plgpu.Layout.WGMMA
+from jaxllm.kernels.hopper import MULTIPROCESSORS, ROWS, TILED, WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Tiles:
   columns: int = 256
   stages: int = 4
   strip: int = 16
-  blocks: int = 132
+  blocks: int = MULTIPROCESSORS
 
 
 def _tiles(columns: int) -> Tiles:
@@ -52,10 +48,8 @@ def _tiles(columns: int) -> Tiles:
   return Tiles(columns=128, stages=6) if narrow else Tiles()
 
 
-def refuses(x: Array, weights: Array, target: str | None) -> str | None:
+def refuses(call, x: Array, weights: Array) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  if target is not None and TARGETS[target] != "hopper":
-    return f"a kernel for H100 and H200, not {target}"
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 or float16, not {x.dtype}"
   if any(size % 64 for size in weights.shape[1:]):
@@ -199,18 +193,10 @@ def _store_part(value, parts, out, row, column, low, high):
 # ---------------------------------------------------------------- the product
 
 
-def product(
-  x: Float[Array, "M K"],
-  weights: Float[Array, "E K N"] | Float[Array, "E N K"],
-  sizes: Int[Array, " E"],
-  target: str | None,
-  *,
-  transposed: bool = False,
-  tiles: Tiles | None = None,
-) -> Float[Array, "M N"]:
-  """Rows times their group's matrix. transposed: the matrices are [N, K]."""
+def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
+  """Rows times their group's matrix."""
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  t = tiles or tuning.tiles("grouped_matmul", target, _tiles(N), columns=N)
+  t = call.options.tiles[transposed] or tuning.tiles("grouped_matmul", call.target, _tiles(N), columns=N)
   x = _whole_tiles(x, 2 * ROWS)
   table, count = row_tiles(sizes, x.shape[0], 2 * ROWS)
   out = varying.result((x.shape[0], N), x.dtype, x)
@@ -281,17 +267,9 @@ def _product_kernel(t, transposed, table, count, x, weights, out, *, left, right
 # ---------------------------------------------------------------- the weights' gradient
 
 
-def weights_gradient(
-  x: Float[Array, "M D"],
-  dy: Float[Array, "M F"],
-  sizes: Int[Array, " E"],
-  target: str | None,
-  dtype,
-  *,
-  tiles: Tiles | None = None,
-) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e, summed in float32, rounded once to x's dtype and returned in `dtype`."""
-  t = tiles or tuning.tiles("grouped_gradient", target, _tiles(dy.shape[1]), columns=dy.shape[1])
+def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
+  """Of each group's matrix, summed in float32, rounded once to x's dtype and returned in `dtype`."""
+  t = call.options.tiles[2] or tuning.tiles("grouped_gradient", call.target, _tiles(dy.shape[1]), columns=dy.shape[1])
   M = x.shape[0]
   ends = jnp.minimum(jnp.cumsum(sizes), M).astype(jnp.int32)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])

@@ -17,7 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import tuning
-from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.grouped import varying
 
 LANES = 128
@@ -45,14 +44,12 @@ class Tiles:
   part: int
 
 
-def refuses(x: Array, weights: Array, target: str | None) -> str | None:
+def refuses(call, x: Array, weights: Array) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  if target is not None and TARGETS[target] != "tpu":
-    return f"a kernel for TPUs, not {target}"
   if x.dtype not in (jnp.float32, jnp.bfloat16):
     return f"float32 or bfloat16, not {x.dtype}"
   E, D, F = weights.shape
-  if not all(_candidates(x.shape[0], E, K, N, x.dtype.itemsize, target) for K, N in ((D, F), (F, D))):
+  if not all(_candidates(x.shape[0], E, K, N, x.dtype.itemsize, call.target) for K, N in ((D, F), (F, D))):
     return f"a row of {max(D, F)} does not divide into parts of {LANES} and is too long for vector memory"
   return None
 
@@ -172,18 +169,11 @@ def _params(target, semantics):
 # ---------------------------------------------------------------- the product
 
 
-def product(
-  x: Float[Array, "M K"],
-  weights: Float[Array, "E K N"] | Float[Array, "E N K"],
-  sizes: Int[Array, " E"],
-  target: str | None,
-  *,
-  transposed: bool = False,
-  tiles: Tiles | None = None,
-) -> Float[Array, "M N"]:
-  """Rows times their group's matrix. transposed: the matrices are [N, K]."""
+def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
+  """Rows times their group's matrix."""
   (M, K), E, N = x.shape, weights.shape[0], weights.shape[1 if transposed else 2]
-  t = tiles or tuning.tiles("grouped_matmul", target, _tiles(M, E, K, N, x.dtype, target), inner=K, columns=N)
+  chosen = _tiles(M, E, K, N, x.dtype, call.target)
+  t = call.options.tiles[transposed] or tuning.tiles("grouped_matmul", call.target, chosen, inner=K, columns=N)
   visits = _visits(sizes, M, t.rows, empty=False)
   steps = K // t.inner
 
@@ -212,7 +202,7 @@ def product(
       scratch_shapes=[pltpu.VMEM((t.rows, t.columns), jnp.float32)] if steps > 1 else [],
     ),
     out_shape=varying.result((M, N), x.dtype, x),
-    compiler_params=_params(target, ("parallel", "arbitrary", "arbitrary")),
+    compiler_params=_params(call.target, ("parallel", "arbitrary", "arbitrary")),
     cost_estimate=pl.CostEstimate(
       flops=2 * M * K * N, transcendentals=0, bytes_accessed=bytes_read + M * N * x.dtype.itemsize
     ),
@@ -263,19 +253,11 @@ def _product_kernel(t, E, steps, matrix_axis, group, tile, starts, ends, total, 
 # ---------------------------------------------------------------- the weights' gradient
 
 
-def weights_gradient(
-  x: Float[Array, "M D"],
-  dy: Float[Array, "M F"],
-  sizes: Int[Array, " E"],
-  target: str | None,
-  dtype,
-  *,
-  tiles: Tiles | None = None,
-) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e, summed in float32, rounded once to x's dtype and returned in `dtype`."""
+def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
+  """Of each group's matrix, summed in float32, rounded once to x's dtype and returned in `dtype`."""
   (M, D), F, E = x.shape, dy.shape[1], sizes.shape[0]
-  t = _gradient_tiles(M, E, D, F, x.dtype, target)
-  t = tiles or tuning.tiles("grouped_gradient", target, t, inner=D, columns=F)
+  t = _gradient_tiles(M, E, D, F, x.dtype, call.target)
+  t = call.options.tiles[2] or tuning.tiles("grouped_gradient", call.target, t, inner=D, columns=F)
   visits = _visits(sizes, M, t.rows, empty=True)
   across, down = -(-F // t.columns), -(-D // t.inner)
   out = varying.result((E, D, F), x.dtype, x)
@@ -292,7 +274,7 @@ def weights_gradient(
       scratch_shapes=[pltpu.VMEM((t.inner, t.columns), jnp.float32)],
     ),
     out_shape=out,
-    compiler_params=_params(target, ("parallel", "parallel", "arbitrary")),
+    compiler_params=_params(call.target, ("parallel", "parallel", "arbitrary")),
     cost_estimate=pl.CostEstimate(
       flops=2 * M * D * F,
       transcendentals=0,

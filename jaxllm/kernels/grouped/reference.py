@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.backends import TARGETS
@@ -22,28 +22,15 @@ class Tiles:
   rows: int
 
 
-def refuses(x: Array, weights: Array, target: str | None) -> str | None:
-  """Nothing is refused."""
-  return None
-
-
-def product(
-  x: Float[Array, "M K"],
-  weights: Float[Array, "E K N"] | Float[Array, "E N K"],
-  sizes: Int[Array, " E"],
-  target: str | None,
-  *,
-  transposed: bool = False,
-  tiles: int | None = None,
-) -> Float[Array, "M N"]:
-  """Rows times their group's matrix. transposed: the matrices are [N, K]. tiles: rows of a tile."""
-  if _native(target):
+def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
+  """Rows times their group's matrix. Tiles: rows of one."""
+  if _native(call.target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y = lax.ragged_dot_general(jnp.where(real, x, 0), weights, sizes, numbers)
     return jnp.where(real, y, 0)
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  rows = min(M, tiles or _rows(weights.shape[0], M, x.dtype, target))
+  rows = min(M, call.options.tiles[transposed] or _rows(weights.shape[0], M, x.dtype, call.target))
   starts, ends = _bounds(sizes, M)
   count = (ends - starts + rows - 1) // rows
   last = jnp.cumsum(count)  # tiles of this group and those before
@@ -61,17 +48,15 @@ def product(
   return lax.fori_loop(0, last[-1], step, varying.zeros((M, N), x.dtype, x))
 
 
-def weights_gradient(
-  x: Float[Array, "M D"], dy: Float[Array, "M F"], sizes: Int[Array, " E"], target: str | None, dtype, *, tiles=None
-) -> Float[Array, "E D F"]:
-  """x_e^T dy_e for each group e, in `dtype`. tiles: rows of a tile."""
-  if _native(target):
+def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
+  """Of each group's matrix, in `dtype`. Tiles: rows of one."""
+  if _native(call.target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     x, dy = jnp.where(real, x, 0), jnp.where(real, dy, 0)
     return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtype)
   M = x.shape[0]
-  rows = min(M, tiles or _rows(sizes.shape[0], M, x.dtype, target))
+  rows = min(M, call.options.tiles[2] or _rows(sizes.shape[0], M, x.dtype, call.target))
 
   def of_group(bounds):
     start, end = bounds

@@ -16,17 +16,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a call asks of the logits. vd: the head is [V, D]. sums: label smoothing needs the sum of the logits."""
+  """What a call asks for, as `cross_entropy` takes it. chunk None: the backend decides."""
 
   softcap: float | None = None
-  vd: bool = False
-  sums: bool = False
-  chunk: int | None = None  # tokens at once; None: the backend decides
+  transposed: bool = False
+  chunk: int | None = None
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+
+  @property
+  def sums(self) -> bool:
+    """Whether the sum of the logits is needed."""
+    return self.label_smoothing > 0
+
+  def words(self, head: Array) -> int:
+    """V."""
+    return head.shape[0 if self.transposed else 1]
 
 
 class Statistics(NamedTuple):
@@ -58,10 +68,24 @@ class Part(NamedTuple):
   width: int
 
 
-# (x [C, D], head in x's dtype, targets [C], keep: whether exponentials are needed) -> Part
-Compute = Callable[[Array, Array, Array, bool], Part]
-# (Part, scale [C, n] of the exponentials, targets [C], coefficients) -> gradient of the logits [C, V] in x's dtype
-Finish = Callable[[Part, Array, Array, Coefficients], Array]
+class Plan(NamedTuple):
+  """How a backend goes about a call.
+
+  part: (x [C, D], head in x's dtype, targets [C], keep: whether exponentials are needed) -> Part.
+  x, head: as it wants them, in x's dtype, perhaps wider.
+  rows: tokens at once.
+  finish: (Part, scale [C, n] of the exponentials, targets [C], coefficients) -> gradient of the logits [C, V] in x's
+    dtype; None: XLA makes it.
+  pinned: the head and its gradient go through the loop as [rows / 8, 8, columns], where they can be. XLA for TPU v7
+    prefers tiles of 16 rows for products in 16 bits, for which it copies both; eight rows admit no such tile.
+  """
+
+  part: Callable[[Array, Array, Array, bool], Part]
+  x: Array
+  head: Array
+  rows: int
+  finish: Callable[[Part, Array, Array, Coefficients], Array] | None = None
+  pinned: bool = False
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -78,40 +102,31 @@ def chunk_rows(M: int, V: int, budget: int, multiple: int, most: int | None = No
   return round_up(-(-M // chunks), multiple)
 
 
-def statistics(compute: Compute, x: Float[Array, "M D"], w: Array, targets: Int[Array, " M"], rows: int) -> Statistics:
-  """Of every token; no gradients. w: the head in x's dtype."""
+def by(plan: Callable[..., Plan]) -> tuple[Callable, Callable]:
+  """The `forward` and the `backward` of a backend that plans a call so: (call, x, head, keep) -> `Plan`."""
+  return functools.partial(_statistics, plan), functools.partial(_gradients, plan)
+
+
+def _statistics(plan, call, x, head, targets) -> Statistics:
+  """Of every token's logits."""
+  plan = plan(call, x, head, False)
 
   def body(carry, piece):
     xc, t = piece
-    return carry, _combine(compute(xc, w, t, False))
+    return carry, _combine(plan.part(xc, plan.head, t, False))
 
-  _, stats = _by_rows(body, (), (x, targets), rows)
-  return stats
+  return _by_rows(body, (), (plan.x, targets), plan.rows)[1]
 
 
-def gradients(
-  compute: Compute,
-  x: Float[Array, "M D"],
-  w: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  rows: int,
-  finish: Finish | None = None,
-  pinned: bool = False,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
+def _gradients(plan, call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array]:
   """Statistics and the gradients of x, in x's dtype, and of the head, in float32.
 
   The head's gradient is summed over the chunks in float32, for a 16-bit head too: what hundreds of chunks add to a sum
   of 16 bits is mostly rounded away.
-
-  Args:
-    w: the head in x's dtype.
-    finish: makes the logits' gradient of the exponentials; by default XLA does.
-    pinned: the head and its gradient go through the loop as [rows / 8, 8, columns], where they can be. XLA for TPU v7
-      prefers tiles of 16 rows for products in 16 bits, for which it copies both; eight rows admit no such tile.
   """
-  finish = finish or functools.partial(_finish, options, w.shape[0 if options.vd else 1], x.dtype)
+  options, plan = call.options, plan(call, x, head, True)
+  w, rows, pinned = plan.head, plan.rows, plan.pinned
+  finish = plan.finish or functools.partial(_finish, options, options.words(w), x.dtype)
   over_v, over_d = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
 
   head_shape = w.shape
@@ -123,21 +138,22 @@ def gradients(
     xc, t, k = piece
     # Without the barrier the reshaping moves out of the loop, and the other tiles come back.
     w = lax.optimization_barrier((held, xc))[0].reshape(head_shape) if pinned else held
-    part = compute(xc, w, t, True)
+    part = plan.part(xc, w, t, True)
     stats = _combine(part)
     scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
     dz = finish(part, scale, t, k)
-    dx = lax.dot_general(dz, w, over_v if options.vd else over_d, preferred_element_type=jnp.float32)
-    a, b = (dz, xc) if options.vd else (xc, dz)
+    dx = lax.dot_general(dz, w, over_v if options.transposed else over_d, preferred_element_type=jnp.float32)
+    a, b = (dz, xc) if options.transposed else (xc, dz)
     # The dtype of the sum, so that the compiler makes one product that adds in place.
     product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     total = product if d_head is None else d_head.reshape(head_shape) + product
     return total.reshape(shape), (stats, dx.astype(x.dtype))
 
-  one = x.shape[0] <= rows
+  one = plan.x.shape[0] <= rows
   start = None if one else jnp.zeros(shape, jnp.float32)
-  d_head, (stats, dx) = _by_rows(body, start, (x, targets, coefficients), rows)
-  return stats, dx, d_head.reshape(head_shape)
+  d_head, (stats, dx) = _by_rows(body, start, (plan.x, targets, coefficients), rows)
+  d_head = d_head.reshape(head_shape)[: head.shape[0], : head.shape[1]]
+  return stats, dx[:, : x.shape[1]], d_head
 
 
 def _by_rows(body, carry, arrays, rows):

@@ -2,34 +2,25 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.kernels import cpu_ffi
 from jaxllm.kernels.head_loss import reference
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Statistics
+from jaxllm.kernels.head_loss.chunks import Statistics
 
 
-def statistics(
-  x: Float[Array, "M D"], head: Array, targets: Int[Array, " M"], options: Options, target: str | None
-) -> Statistics:
+def forward(call, x, head, targets) -> Statistics:
   """Of every token's logits."""
-  if not _native(x, head, options):
-    return reference.statistics(x, head, targets, options, target)
-  return _call(x, head, targets, jnp.zeros((4, x.shape[0]), jnp.float32), options, grad=False)[0]
+  if not _native(x, head, call.options):
+    return reference.forward(call, x, head, targets)
+  return _call(x, head, targets, jnp.zeros((4, x.shape[0]), jnp.float32), call.options, grad=False)[0]
 
 
-def gradients(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  target: str | None,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
+def backward(call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array]:
   """Statistics, and the gradients of x and, in float32, of the head."""
-  if not _native(x, head, options):
-    return reference.gradients(x, head, targets, coefficients, options, target)
-  return _call(x, head, targets, jnp.stack(coefficients), options, grad=True)
+  if not _native(x, head, call.options):
+    return reference.backward(call, x, head, targets, coefficients)
+  return _call(x, head, targets, jnp.stack(coefficients), call.options, grad=True)
 
 
 def _native(x, head, options):
@@ -45,6 +36,6 @@ def _call(x, head, targets, coefficients, options, grad):
     jax.ShapeDtypeStruct(head.shape if grad else (0, 0), jnp.float32),
   )
   stats, dx, d_head = cpu_ffi.call(
-    "cpu_cross_entropy", out, x, head, targets, coefficients, head_vd=options.vd, grad=grad
+    "cpu_cross_entropy", out, x, head, targets, coefficients, transposed=options.transposed, grad=grad
   )
   return Statistics(*stats), dx, d_head

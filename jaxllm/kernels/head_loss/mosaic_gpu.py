@@ -22,14 +22,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.head_loss import chunks
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
+from jaxllm.kernels.head_loss.chunks import Part, Plan
+from jaxllm.kernels.hopper import LOG2E, MULTIPROCESSORS, ROW, ROWS, WGMMA, swizzled
 
-LOG2E = math.log2(math.e)
-ROWS = 64  # tokens of a warpgroup: the height of a wgmma
 DEPTH = 64  # of x and head in one step of the pipeline: a row of 128 bytes, the widest swizzle
 STORE = 32  # columns of one store of exponentials; 64 would leave no room for the fourth stage
 NONE = -1e30  # of columns past the vocabulary; finite, because infinity minus infinity is NaN
@@ -42,11 +41,11 @@ class Tiles:
   words: int = 256  # of the vocabulary in a block
   stages: int = 4  # of the pipeline
   group: int = 16  # blocks of tokens that share a pass over the head: their x should stay in the L2 cache
-  blocks: int = 132  # that run at once: the chip's multiprocessors
+  blocks: int = MULTIPROCESSORS  # that run at once: the chip's multiprocessors
   exponentials: int = 1 << 27  # of a chunk of tokens: 256 MiB, and as much again for the gradient made of them
 
 
-def refuses(x: Array, head: Array, options: Options, target: str | None) -> str | None:
+def refuses(call, x: Array, head: Array) -> str | None:
   """Why this call cannot be computed here, or None."""
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"bfloat16 and float16 only, not {x.dtype}"
@@ -55,66 +54,32 @@ def refuses(x: Array, head: Array, options: Options, target: str | None) -> str 
   return None
 
 
-def statistics(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> Statistics:
-  """Of every token's logits."""
-  V = head.shape[0 if options.vd else 1]
-  tiles, x, head = _prepared(x, head, options, target, tiles)
-  rows = chunks.round_up(x.shape[0], 2 * ROWS)  # nothing large is kept: all tokens at once
-  return chunks.statistics(functools.partial(_part, options, tiles, V), x, head, targets, rows)
-
-
-def gradients(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and, in float32, of the head."""
-  V, D = head.shape if options.vd else head.shape[::-1]
-  tiles, wide_x, wide_head = _prepared(x, head, options, target, tiles)
-  rows = chunks.chunk_rows(
-    x.shape[0], V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128)
-  )
-  part = functools.partial(_part, options, tiles, V)
-  stats, dx, d_head = chunks.gradients(part, wide_x, wide_head, targets, coefficients, options, rows)
-  return stats, dx[:, :D], d_head[:V, :D] if options.vd else d_head[:D, :V]
-
-
-def _prepared(x, head, options, target, tiles):
-  """Tiles, and both operands in x's dtype with rows that TMA can address and a depth of whole steps."""
-  D = x.shape[1]
-  tiles = tiles or tuning.tiles("cross_entropy", target, Tiles(), D=D)
+def _plan(call, x, head, keep):
+  """Both operands in x's dtype, with rows that TMA can address and a depth of whole steps."""
+  options, (M, D), V = call.options, x.shape, call.options.words(head)
+  tiles = tuning.tiles("cross_entropy", call.target, Tiles(), D=D)
   deeper = chunks.round_up(D, DEPTH) - D
   # Arrays of which TMA copies swizzled tiles are whole numbers of the swizzle's tiles, [8, 64].
-  longer = -head.shape[0] % 8 if options.vd else -head.shape[1] % DEPTH
-  pads = ((0, longer), (0, deeper)) if options.vd else ((0, deeper), (0, longer))
-  return tiles, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads)
+  longer = -head.shape[0] % 8 if options.transposed else -head.shape[1] % DEPTH
+  pads = ((0, longer), (0, deeper)) if options.transposed else ((0, deeper), (0, longer))
+  rows = chunks.round_up(M, 2 * ROWS)  # all tokens at once, where nothing large is kept
+  if keep:
+    rows = chunks.chunk_rows(M, V, tiles.exponentials, 2 * ROWS, options.chunk and chunks.round_up(options.chunk, 128))
+  part = functools.partial(_part, options, tiles, V)
+  return Plan(part, jnp.pad(x, ((0, 0), (0, deeper))), jnp.pad(head.astype(x.dtype), pads), rows)
 
 
-def _swizzled(columns):
-  """The layout of 16-bit rows in shared memory that wgmma reads and TMA writes without bank conflicts."""
-  return (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+forward, backward = chunks.by(_plan)
 
 
 def _part(options, tiles, V, x, w, targets, keep):
   """The blocks of one chunk: statistics [words' blocks, C] and exponentials."""
-  C, vd, N = x.shape[0], options.vd, tiles.words
+  C, transposed, N = x.shape[0], options.transposed, tiles.words
   blocks = (C // (2 * ROWS), -(-V // N))
   count = 4 if options.sums else 3
   out = [jax.ShapeDtypeStruct((count, blocks[1], C), jnp.float32)]
   if keep:
     out.append(jax.ShapeDtypeStruct((C, chunks.round_up(V, DEPTH)), x.dtype))
-  swizzled = _swizzled(DEPTH)
   kernel = plgpu.kernel(
     functools.partial(_kernel, options, tiles, V, keep),
     out_type=out,
@@ -123,9 +88,11 @@ def _part(options, tiles, V, x, w, targets, keep):
     num_threads=3,
     thread_name="warpgroup",
     scratch_types=dict(
-      x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled),
-      w_smem=plgpu.SMEM((tiles.stages, *((N, DEPTH) if vd else (DEPTH, N))), x.dtype, transforms=swizzled),
-      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=_swizzled(STORE)) if keep else None,
+      x_smem=plgpu.SMEM((tiles.stages, 2 * ROWS, DEPTH), x.dtype, transforms=swizzled(DEPTH)),
+      w_smem=plgpu.SMEM(
+        (tiles.stages, *((N, DEPTH) if transposed else (DEPTH, N))), x.dtype, transforms=swizzled(DEPTH)
+      ),
+      e_smem=plgpu.SMEM((2, 2, ROWS, STORE), x.dtype, transforms=swizzled(STORE)) if keep else None,
       stats_smem=plgpu.SMEM((2, count, ROWS), jnp.float32),
       full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
       empty=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
@@ -142,7 +109,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
   """One multiprocessor: its share of the blocks, one after another, through one pipeline."""
   e_gmem = refs[0] if keep else None
   x_smem, w_smem, full, empty = (scratch[name] for name in ("x_smem", "w_smem", "full", "empty"))
-  vd, N, S = options.vd, tiles.words, tiles.stages
+  transposed, N, S = options.transposed, tiles.words, tiles.stages
   C, D = x_gmem.shape
   tall, wide, steps = C // (2 * ROWS), -(-V // N), D // DEPTH
   total, running = tall * wide, min(tiles.blocks, tall * wide)
@@ -175,7 +142,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
         words = pl.ds(column * N, N)
         tokens = pl.ds(row * 2 * ROWS, 2 * ROWS)
         plgpu.copy_gmem_to_smem(x_gmem.at[tokens, depth], x_smem.at[slot], full.at[slot])
-        part = w_gmem.at[words, depth] if vd else w_gmem.at[depth, words]
+        part = w_gmem.at[words, depth] if transposed else w_gmem.at[depth, words]
         plgpu.copy_gmem_to_smem(part, w_smem.at[slot], full.at[slot])
 
   @pl.when(warpgroup < 2)
@@ -192,7 +159,7 @@ def _kernel(options, tiles, V, keep, x_gmem, w_gmem, targets_gmem, stats_gmem, *
           slot = lax.rem(i * steps + k, jnp.int32(S))
           plgpu.barrier_wait(full.at[slot])
           w = w_smem.at[slot]
-          plgpu.wgmma(acc, x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w.T if vd else w)
+          plgpu.wgmma(acc, x_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)], w.T if transposed else w)
           plgpu.wgmma_wait(1)  # the product before this one has read its operands
 
           @pl.when(k > 0)
@@ -234,8 +201,8 @@ def _reduce(options, V, z, first, targets):
     # By an exponential, because the hardware's tanh is good to 11 bits only; the root squared is a quick reciprocal.
     root = lax.rsqrt(1 + jnp.exp2(z * (2 * LOG2E / options.softcap)))
     z = lax.optimization_barrier(options.softcap - 2 * options.softcap * (root * root))
-  words = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=plgpu.Layout.WGMMA)  # of this block: constants
-  target = plgpu.load(targets, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+  words = plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WGMMA)  # of this block: constants
+  target = plgpu.load(targets, layout=ROW, optimized=False)
   at = jnp.where(words == across(target - first), z, 0.0).sum(1)
   # Words past V are zeros of the copy, so that they count nothing here; a mask as well would cost registers.
   sums = (z.sum(1),) if options.sums else ()

@@ -16,11 +16,11 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.head_loss import chunks
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
+from jaxllm.kernels.head_loss.chunks import Part, Plan
 
 LANES = 128
 # MiB of vector memory: what blocks are chosen for, and what the kernel may take.
@@ -37,61 +37,30 @@ class Tiles:
   exponentials: int = 1 << 27  # of a chunk of tokens: 256 MiB in 16 bits
 
 
-def refuses(x: Array, head: Array, options: Options, target: str | None) -> str | None:
+def refuses(call, x: Array, head: Array) -> str | None:
   """Why this call cannot be computed here, or None."""
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     return f"bfloat16 and float32 only, not {x.dtype}"
-  if _tiles(x.shape[-1], x.dtype, target) is None:
-    return f"x of {x.shape[-1]} dimensions does not fit the vector memory of {target}"
+  if _tiles(x.shape[-1], x.dtype, call.target) is None:
+    return f"x of {x.shape[-1]} dimensions does not fit the vector memory of {call.target}"
   return None
 
 
-def statistics(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> Statistics:
-  """Of every token's logits."""
-  V = head.shape[0 if options.vd else 1]
-  tiles = tiles or _tiles(x.shape[1], x.dtype, target)
-  rows = chunks.chunk_rows(x.shape[0], 1, x.shape[0], LANES)  # nothing large is kept: all tokens at once
-  part = functools.partial(_part, options, tiles, target, V)
-  wide_x, wide_head = _prepared(x, head, options)
-  return chunks.statistics(part, wide_x, wide_head, targets, rows)
-
-
-def gradients(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  target: str | None,
-  tiles: Tiles | None = None,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and, in float32, of the head."""
-  V, D = head.shape if options.vd else head.shape[::-1]
-  tiles = tiles or _tiles(D, x.dtype, target)
-  budget = tiles.exponentials * 2 // x.dtype.itemsize
-  most = options.chunk and chunks.round_up(options.chunk, LANES)
-  rows = chunks.chunk_rows(x.shape[0], V, budget, LANES, most)
-  part = functools.partial(_part, options, tiles, target, V)
-  wide_x, wide_head = _prepared(x, head, options)
-  finish = functools.partial(_finish, options, tiles, target)
-  stats, dx, d_head = chunks.gradients(
-    part, wide_x, wide_head, targets, coefficients, options, rows, finish, pinned=True
-  )
-  return stats, dx[:, :D], d_head[:, :D] if options.vd else d_head[:D]
-
-
-def _prepared(x, head, options):
+def _plan(call, x, head, keep):
   """Both operands in x's dtype, their depth a multiple of the lanes."""
-  deeper = (0, -x.shape[1] % LANES)
-  head = jnp.pad(head.astype(x.dtype), ((0, 0), deeper) if options.vd else (deeper, (0, 0)))
-  return jnp.pad(x, ((0, 0), deeper)), head
+  options, target, (M, D), V = call.options, call.target, x.shape, call.options.words(head)
+  tiles = _tiles(D, x.dtype, target)
+  rows = chunks.chunk_rows(M, 1, M, LANES)  # all tokens at once, where nothing large is kept
+  if keep:
+    budget = tiles.exponentials * 2 // x.dtype.itemsize
+    rows = chunks.chunk_rows(M, V, budget, LANES, options.chunk and chunks.round_up(options.chunk, LANES))
+  deeper = (0, -D % LANES)
+  wide_head = jnp.pad(head.astype(x.dtype), ((0, 0), deeper) if options.transposed else (deeper, (0, 0)))
+  part, finish = functools.partial(_part, options, tiles, target, V), functools.partial(_finish, options, tiles, target)
+  return Plan(part, jnp.pad(x, ((0, 0), deeper)), wide_head, rows, finish, pinned=True)
+
+
+forward, backward = chunks.by(_plan)
 
 
 def _tiles(D, dtype, target) -> Tiles | None:
@@ -121,7 +90,7 @@ def _params(target):
 def _part(options, tiles, target, V, x, w, targets, keep):
   """The blocks of one chunk."""
   C, D = x.shape
-  vd, N = options.vd, tiles.words
+  N = tiles.words
   tokens, high, wide = _blocks(tiles, C, V)
   out = [jax.ShapeDtypeStruct((wide, 8, C), jnp.float32)]
   out_specs = [pl.BlockSpec((1, 8, tokens), lambda n: (lax.rem(n, wide), 0, lax.div(n, wide)))]
@@ -130,7 +99,7 @@ def _part(options, tiles, target, V, x, w, targets, keep):
     out_specs.append(pl.BlockSpec((tokens, N), lambda n: (lax.div(n, wide), lax.rem(n, wide))))
   head = (
     pl.BlockSpec((N, D), lambda n: (lax.rem(n, wide), 0))
-    if vd
+    if options.transposed
     else pl.BlockSpec((D, N), lambda n: (0, lax.rem(n, wide)))
   )
   stats, *rest = pl.pallas_call(
@@ -156,7 +125,7 @@ def _part(options, tiles, target, V, x, w, targets, keep):
 
 
 def _kernel(options, V, N, wide, x, w, targets, stats, *exponentials):
-  contract = (((1,), (1 if options.vd else 0,)), ((), ()))
+  contract = (((1,), (1 if options.transposed else 0,)), ((), ()))
   z = lax.dot_general(x[...], w[...], contract, preferred_element_type=jnp.float32)
   if options.softcap is not None:
     z = options.softcap * jnp.tanh(z / options.softcap)

@@ -4,37 +4,23 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.head_loss import chunks
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options, Part, Statistics
+from jaxllm.kernels.head_loss.chunks import Part, Plan
 
 # Logits of a chunk at most: 384 MiB, and 192 for their gradient in 16 bits. XLA for TPU makes the gradient over them.
 LOGITS, LOGITS_TPU = 3 << 25, 1 << 27
 CPU_ROWS = 1024  # more are no faster there
 
 
-def statistics(
-  x: Float[Array, "M D"], head: Array, targets: Int[Array, " M"], options: Options, target: str | None
-) -> Statistics:
-  """Of every token's logits."""
-  part, rows = functools.partial(_part, options), _rows(x, head, options, target)
-  return chunks.statistics(part, x, head.astype(x.dtype), targets, rows)
+def _plan(call, x, head, keep):
+  part = functools.partial(_part, call.options)
+  pinned = TARGETS[call.target or "cpu"] == "tpu"
+  return Plan(part, x, head.astype(x.dtype), _rows(x, head, call.options, call.target), pinned=pinned)
 
 
-def gradients(
-  x: Float[Array, "M D"],
-  head: Array,
-  targets: Int[Array, " M"],
-  coefficients: Coefficients,
-  options: Options,
-  target: str | None,
-) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and, in float32, of the head."""
-  part, rows = functools.partial(_part, options), _rows(x, head, options, target)
-  pinned = TARGETS[target or "cpu"] == "tpu"
-  return chunks.gradients(part, x, head.astype(x.dtype), targets, coefficients, options, rows, pinned=pinned)
+forward, backward = chunks.by(_plan)
 
 
 def _rows(x, head, options, target):
@@ -42,11 +28,11 @@ def _rows(x, head, options, target):
     return min(options.chunk, x.shape[0])
   family = TARGETS[target or "cpu"]
   budget, most = LOGITS_TPU if family == "tpu" else LOGITS, CPU_ROWS if family == "cpu" else None
-  return chunks.chunk_rows(x.shape[0], head.shape[0 if options.vd else 1], budget, 8, most)
+  return chunks.chunk_rows(x.shape[0], options.words(head), budget, 8, most)
 
 
 def _part(options, x, w, targets, keep):
-  contract = (((1,), (1 if options.vd else 0,)), ((), ()))
+  contract = (((1,), (1 if options.transposed else 0,)), ((), ()))
   z = lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
   if options.softcap is not None:
     z = options.softcap * jnp.tanh(z / options.softcap)

@@ -1,17 +1,21 @@
 """`paged_attention`: new tokens of many sequences against a cache in pages; named backends."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
-from jaxllm.kernels.paged import reference, schedule
+from jaxllm.kernels import dispatch
+from jaxllm.kernels.paged import schedule
 from jaxllm.kernels.paged.options import Options
 from jaxllm.kernels.paged.pages import KVPages
+
+# By the backend's `tile_shape(group, decoding)`, the tokens and rows of its tiles, and
+# `forward(call, queries [M, K, R, H], pages, page_table, schedule, options)`: float32 results [P, M, K, R, H] and
+# log-sum-exp [P, M, K, R] of the P parts of every tile. The call's options are `splits`.
+OP = dispatch.Op("paged")
 
 
 def paged_attention(
@@ -59,9 +63,7 @@ def paged_attention(
       -inf for tokens of no sequence.
     splits: into how many parts a sequence's keys are cut, computed side by side; chosen by shape if None. "xla"
       computes one part only and ignores it; on TPU more than one part helps only two cores of one device.
-    backend: a name of `backends.BACKENDS["paged_attention"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    backend, target: as in `backends.choose`.
 
   Raises:
     ConfigError: shapes that do not belong together, a backend that cannot compute what is asked, or a derivative.
@@ -84,24 +86,16 @@ def paged_attention(
   if window is not None and window < 1 or splits is not None and splits < 1:
     raise ConfigError(f"window and splits are at least 1; these are {window}, {splits}")
   options = Options(float(H**-0.5 if scale is None else scale), N // K, window, softcap, alibi_slopes)
-  refuses = functools.partial(_refuses, query, pages, options)
-  chosen = backends.choose("paged_attention", backend, target, refuses)
+  call = dispatch.choose("paged_attention", OP, backend, target, splits, query, pages, options)
 
   @jax.custom_jvp
   def compute(query, pages, sinks, options, page_table, kv_lengths, query_starts, num_sequences):
     capacity = page_table.shape[1] * pages.page_size
     plan = functools.partial(schedule.plan, T, capacity=capacity, kv_lengths=kv_lengths, query_starts=query_starts)
     table = jnp.clip(page_table.astype(jnp.int32), 0, pages.keys.shape[0] - 1)  # entries out of use may be anything
-    if chosen == "xla":
-      work = plan(tile_tokens=1 if query_starts is None else 16, num_sequences=num_sequences)
-      tiles = schedule.to_tiles(query, work, K, work.tokens * (N // K))
-      out, lse = reference.attend(tiles, pages, table, work, options, target)
-    else:
-      module = importlib.import_module(f"jaxllm.kernels.paged.{chosen}")
-      shape = module.tile_shape(N // K, query_starts is None)
-      work = plan(tile_tokens=shape.tokens, num_sequences=num_sequences)
-      tiles = schedule.to_tiles(query, work, K, shape.rows)
-      out, lse = module.attend(tiles, pages, table, work, options, target=target, splits=splits)
+    shape = call.module.tile_shape(N // K, query_starts is None)
+    work = plan(tile_tokens=shape.tokens, num_sequences=num_sequences)
+    out, lse = dispatch.run(call, schedule.to_tiles(query, work, K, shape.rows), pages, table, work, options)
     return schedule.from_tiles(out, lse, work, N, sinks, query.dtype)
 
   @compute.defjvp
@@ -110,13 +104,3 @@ def paged_attention(
 
   out, lse = compute(query, pages, sinks, options, page_table, kv_lengths, query_starts, num_sequences)
   return (out, lse) if return_lse else out
-
-
-def _refuses(query, pages, options, backend, target) -> str | None:
-  """Why a backend cannot compute this call, or None."""
-  if backend == "xla":
-    return None
-  if backend == "mosaic_gpu" and pages.heads:
-    return "pages laid out for a TPU"
-  module = importlib.import_module(f"jaxllm.kernels.paged.{backend}")
-  return module.refuses(query, pages, options, target)

@@ -1,7 +1,7 @@
 """Paged attention on CPUs by the C++ decoding kernel (`kernels/cpu/decode.cc`)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.kernels import cpu_decode
 from jaxllm.kernels.paged.options import Options, TileShape
@@ -11,7 +11,7 @@ from jaxllm.kernels.paged.schedule import Schedule
 TOKENS = 16  # new tokens of a tile when there may be many
 
 
-def refuses(query: Array, pages: KVPages, options: Options, target: str | None) -> str | None:
+def refuses(call, query: Array, pages: KVPages, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
   if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     return f"queries of 16 or 32 bits, not {query.dtype}"
@@ -24,15 +24,8 @@ def tile_shape(group: int, decoding: bool) -> TileShape:
   return TileShape(tokens, tokens * group)
 
 
-def attend(
-  queries: Float[Array, "M K R H"],
-  pages: KVPages,
-  page_table: Int[Array, "B max_pages"],
-  schedule: Schedule,
-  options: Options,
-  *,
-  target: str | None = None,
-  splits: int | None = None,
+def forward(
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
 ) -> tuple[Float[Array, "1 M K R H"], Float[Array, "1 M K R"]]:
   """Results in float32 and log-sum-exp of all tiles; the kernel cuts long sequences itself."""
   out, lse = cpu_decode.attend(

@@ -25,24 +25,28 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
-from jaxllm.kernels.backends import TARGETS
+from jaxllm.kernels.hopper import (
+  COLUMN,
+  LARGEST_GRID,
+  LOG2E,
+  MULTIPROCESSORS,
+  ROW,
+  ROWS,
+  SHARED_MEMORY,
+  WGMMA,
+  swizzled,
+)
 from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
-LOG2E = math.log2(math.e)
-WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
-ROWS = 64  # of one wgmma
 OUT_COLUMNS = 64  # results leave so many at a time
-SHARED_MEMORY = 232448  # bytes of a block
-MULTIPROCESSORS = 132  # of H100 and H200
-LARGEST_GRID = 65535  # of every axis but the fastest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +81,10 @@ def tile_shape(group: int, decoding: bool) -> TileShape:
   return TileShape(max(1, 2 * ROWS // group), 2 * ROWS)
 
 
-def refuses(query: Array, pages: KVPages, options: Options, target: str | None) -> str | None:
+def refuses(call, query: Array, pages: KVPages, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  del options
-  if target is not None and TARGETS[target] != "hopper":
-    return f"a kernel for H100 and H200, not {target}"
+  if pages.heads:
+    return "pages laid out for a TPU"
   if query.dtype not in (jnp.bfloat16, jnp.float16):
     return f"queries in bfloat16 or float16, not {query.dtype}"
   if pages.keys.dtype not in (query.dtype, jnp.int8):
@@ -104,22 +107,14 @@ def default_splits(tiles: int, num_kv_heads: int, rows: int, capacity: int) -> i
   return max(1, min(pl.cdiv(enough, tiles * num_kv_heads), capacity // 512))
 
 
-def attend(
-  queries: Float[Array, "M K R H"],
-  pages: KVPages,
-  page_table: Int[Array, "B max_pages"],
-  schedule: Schedule,
-  options: Options,
-  *,
-  target: str | None = None,
-  splits: int | None = None,
-  tiles: Tiles | None = None,
+def forward(
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
 ) -> tuple[Float[Array, "P M K rows H"], Float[Array, "P M K R"]]:
   """Results and log-sum-exp of every part of every tile; `rows` are the first ones, which hold tokens."""
   M, K, R, H = queries.shape
   quantized, shared = pages.key_scales is not None, R > ROWS
   facts = {"head_dim": H, "rows": R, "dtype": pages.keys.dtype.name}
-  tiles = tiles or tuning.tiles("paged_attention", target, _tiles(H, R, quantized), **facts)
+  tiles = tuning.tiles("paged_attention", call.target, _tiles(H, R, quantized), **facts)
   warpgroups, block, stages = tiles.warpgroups, tiles.block, tiles.stages
   if shared and warpgroups * ROWS != R:
     raise ValueError(f"a tile of {R} rows takes {R // ROWS} warpgroups, not {warpgroups}")
@@ -127,7 +122,7 @@ def attend(
     raise ConfigError(f"paged_attention on Hopper takes up to {LARGEST_GRID} tiles at once, not {M}: give fewer tokens")
   if not shared and stages % warpgroups:
     raise ValueError(f"{warpgroups} warpgroups in turns take a multiple of {warpgroups} stages, not {stages}")
-  splits = splits or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
+  splits = call.options or default_splits(M, K, R, page_table.shape[1] * pages.page_size)
   parts = splits if shared else splits * warpgroups
   out_dtype = queries.dtype if parts == 1 else jnp.float32
   rows = min(R, pl.cdiv(schedule.tokens * options.group, 8) * 8) if not shared else R
@@ -141,10 +136,10 @@ def attend(
   }
   copies = max(1, block // pages.page_size)  # of one step
   scratch = {
-    "query_smem": plgpu.SMEM((R // ROWS, ROWS, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
-    "key_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
-    "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(pages.keys.dtype, H)),
-    "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(out_dtype, OUT_COLUMNS)),
+    "query_smem": plgpu.SMEM((R // ROWS, ROWS, H), queries.dtype, transforms=_tiled(H, queries.dtype)),
+    "key_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(H, pages.keys.dtype)),
+    "value_smem": plgpu.SMEM((stages, block, H), pages.keys.dtype, transforms=_tiled(H, pages.keys.dtype)),
+    "out_smem": plgpu.SMEM((warpgroups, ROWS, OUT_COLUMNS), out_dtype, transforms=_tiled(OUT_COLUMNS, out_dtype)),
     "lse_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
     "counting_smem": plgpu.SMEM((warpgroups, block), jnp.int32),
     "query_ready": plgpu.Barrier(num_barriers=warpgroups),
@@ -159,9 +154,9 @@ def attend(
     largest = largest.reshape(M, K, R)
     inputs |= {"query_largest": largest, "key_scales": pages.key_scales, "value_scales": pages.value_scales}
     scratch |= {
-      "query_smem": plgpu.SMEM((R // ROWS, 2 * ROWS, H), jnp.int8, transforms=_tiled(jnp.int8, H)),
+      "query_smem": plgpu.SMEM((R // ROWS, 2 * ROWS, H), jnp.int8, transforms=_tiled(H, jnp.int8)),
       "query_scale_smem": plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-      "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(queries.dtype, H)),
+      "wide_smem": plgpu.SMEM((warpgroups, block, H), queries.dtype, transforms=_tiled(H, queries.dtype)),
       "key_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
       "value_scale_smem": plgpu.SMEM((stages, block), jnp.float32),
     }
@@ -186,12 +181,8 @@ def attend(
   )(*inputs.values())
 
 
-def _tiled(dtype, columns):
-  """What wgmma and the copy engine agree on: a swizzle of 128 bytes, or of less where rows are no multiple of that.
-  int8 is read 64 columns at a time (`widen`)."""
-  size = jnp.dtype(dtype).itemsize
-  swizzle = 64 if size == 1 else next(width for width in (128, 64, 32) if columns * size % width == 0)
-  return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+def _tiled(columns, dtype):
+  return swizzled(columns, dtype, 64 if jnp.dtype(dtype).itemsize == 1 else None)  # int8 is read 64 columns at a time
 
 
 def _kernel(options, tiles, names, static, *refs, **scratch):

@@ -22,9 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import LANES, KVPages
 from jaxllm.kernels.paged.schedule import Schedule
@@ -55,11 +54,8 @@ def tile_shape(group: int, decoding: bool) -> TileShape:
   return TileShape(tokens, -(-tokens * group // 16) * 16)
 
 
-def refuses(query: Array, pages: KVPages, options: Options, target: str | None) -> str | None:
+def refuses(call, query: Array, pages: KVPages, options: Options) -> str | None:
   """Why this backend cannot compute the call, or None."""
-  del options
-  if target is not None and TARGETS[target] != "tpu":
-    return f"a kernel for TPU, not {target}"
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     return f"queries in bfloat16 or float32, not {query.dtype}"
   size, quantized = pages.page_size, pages.key_scales is not None
@@ -75,25 +71,17 @@ def refuses(query: Array, pages: KVPages, options: Options, target: str | None) 
   return None
 
 
-def attend(
-  queries: Float[Array, "M K R H"],
-  pages: KVPages,
-  page_table: Int[Array, "B max_pages"],
-  schedule: Schedule,
-  options: Options,
-  *,
-  target: str | None = None,
-  splits: int | None = None,
-  tiles: Tiles | None = None,
+def forward(
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
 ) -> tuple[Float[Array, "P M K R H"], Float[Array, "P M K R"]]:
   """Results and log-sum-exp of all tiles; in one part, unless two cores have to share an odd number of tiles."""
   num_kv_heads, head_rows = queries.shape[1:3]
   queries = _beside(queries, pages)
   M, K, R, H = queries.shape  # from here on heads that share a row are one
   size, max_pages = pages.page_size, page_table.shape[1]
-  tiles = tiles or _tiles(K, H, pages.keys.dtype.itemsize, size, target)
-  block, cores = tiles.block, 2 if target in TWO_CORES else 1
-  parts = splits or (cores if M % cores else 1)
+  tiles = _tiles(K, H, pages.keys.dtype.itemsize, size, call.target)
+  block, cores = tiles.block, 2 if call.target in TWO_CORES else 1
+  parts = call.options or (cores if M % cores else 1)
   walks = cores if parts == 1 and M % cores == 0 else parts  # of the grid: shares of the tiles, or of their keys
   per_walk = M // walks if parts == 1 else M
   scalars = [page_table.reshape(-1), schedule.sequence, schedule.position, jnp.maximum(schedule.end, 1)]

@@ -4,10 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm.kernels import tuning
-from jaxllm.kernels.paged.options import Options
+from jaxllm.kernels.paged.options import Options, TileShape
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
@@ -21,18 +21,19 @@ class Tiles:
   keys: int = 256
 
 
-def attend(
-  queries: Float[Array, "M K R H"],
-  pages: KVPages,
-  page_table: Int[Array, "B max_pages"],
-  schedule: Schedule,
-  options: Options,
-  target: str | None = None,
+def tile_shape(group: int, decoding: bool) -> TileShape:
+  """One token a tile when decoding, else several."""
+  tokens = 1 if decoding else 16
+  return TileShape(tokens, tokens * group)
+
+
+def forward(
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
 ) -> tuple[Float[Array, "1 M K R H"], Float[Array, "1 M K R"]]:
   """Results in float32 and log-sum-exp of all tiles; as many blocks as the longest tile has."""
   M, K, R, H = queries.shape
   size = pages.page_size
-  tiles = tuning.tiles("paged_attention_xla", target, Tiles(), dtype=pages.keys.dtype.name)
+  tiles = tuning.tiles("paged_attention_xla", call.target, Tiles(), dtype=pages.keys.dtype.name)
   at_once = max(1, tiles.keys // size)
   block = at_once * size
   table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % at_once)))

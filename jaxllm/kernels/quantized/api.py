@@ -1,30 +1,58 @@
 """`quantized_matmul`: one function, every format, named backends."""
 
-import functools
-import importlib
+import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
+from jaxllm.kernels import dispatch
 from jaxllm.kernels.quantized.weights import QuantizedWeight
 
-MODULES = {name: f"jaxllm.kernels.quantized.{name}" for name in ("cpu", "pallas_tpu", "mosaic_gpu")} | {
-  "xla": "jaxllm.kernels.quantized.reference"
-}
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """transposed: y = x W^T. dtype: of the result."""
+
+  transposed: bool
+  dtype: jnp.dtype
+
+
+def _product(call, rows, weight):
+  """rows W by the backend's `forward(call, x, weight)`, or rows W^T by its `backward(call, dy, weight)`."""
+  return (call.module.backward if call.options.transposed else call.module.forward)(call, rows, weight)
+
+
+def _backward(call, kept, d):
+  weight, like = kept
+  options = Options(not call.options.transposed, like.dtype)
+  backend, weight = of_gradient(call.backend, weight, call.options.transposed)
+  call = dataclasses.replace(call, backend=backend, options=options)
+  return _product(call, d.astype(like.dtype), weight), None
+
+
+def of_gradient(backend: str | None, weight: QuantizedWeight, transposed: bool) -> tuple[str | None, QuantizedWeight]:
+  """What computes the gradient of a product: rounded activations are no part of it, and kernels for x W round them."""
+  if not (weight.dynamic and transposed):
+    return backend, weight
+  return "xla", dataclasses.replace(weight, format=weight.format.removesuffix("_dynamic"))
+
+
+OP = dispatch.Op(
+  "quantized", _product, lambda call, x, weight: (dispatch.run(call, x, weight), (weight, x[:0])), _backward
+)
 
 
 def quantized_matmul(
   x: Float[Array, "*batch D"],
   weight: QuantizedWeight,
   *,
+  transposed: bool = False,
+  dtype: DTypeLike | None = None,
   backend: str | None = None,
   target: str | None = None,
 ) -> Float[Array, "*batch F"]:
-  """x W for a quantized weight W [D, F], summed in float32 and returned in x's dtype.
+  """x W for a quantized weight W [D, F], summed in float32 and returned in x's dtype; or x W^T.
 
   The accelerators' kernels unpack and scale the weight in registers or vector memory, tile by tile: a dense one never
   lies in memory ('xla', and the gradient on 'cpu', leave that to their compiler). Values are multiplied in x's dtype.
@@ -35,9 +63,9 @@ def quantized_matmul(
 
   Args:
     weight: of `quantize` or `from_codes`, without leading axes.
-    backend: a name of `backends.BACKENDS["quantized_matmul"]`, or "auto": the first that can, for `target`.
-      None: "auto" where a target is given, else "xla".
-    target: the chip; None takes the backend that is named without asking the table.
+    transposed: x [..., F] times W^T, and activations are not rounded: an embedding table [V, D] as the head.
+    dtype: of the result, for sums that go on; None: x's.
+    backend, target: as in `backends.choose`.
 
   Raises:
     ConfigError: the shapes disagree, or the backend cannot compute this call.
@@ -45,47 +73,12 @@ def quantized_matmul(
   Sources: W8A8 with a scale per token: LLM.int8 (arXiv 2208.07339), SmoothQuant (arXiv 2211.10438); NF4 and the
   gradient through a frozen weight: QLoRA (arXiv 2305.14314); 4-bit weights in registers: Marlin (arXiv 2408.11743).
   """
-  if weight.values.ndim != 2 or x.shape[-1] != weight.in_features:
+  inputs, outputs = weight.shape[::-1] if transposed else weight.shape
+  if weight.values.ndim != 2 or x.shape[-1] != inputs:
     raise ConfigError(f"quantized_matmul takes x [..., D] and a weight [D, F]; these are {x.shape}, {weight.shape}")
-  refuses = functools.partial(_refuses, x, weight)
-  backend = backends.choose("quantized_matmul", backend, target, refuses)
-  rows = x.reshape(-1, x.shape[-1])
-  if rows.size == 0 or weight.shape[-1] == 0:
-    return jnp.zeros((*x.shape[:-1], weight.shape[-1]), x.dtype)
-  return _product(backend, target, rows, weight).reshape(*x.shape[:-1], -1)
-
-
-def _refuses(x, weight, backend, target) -> str | None:
-  """Why a backend cannot compute this call, or None."""
-  if backend == "xla":
-    return None
-  if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-    return f"activations of 16 or 32 bits only, not {x.dtype}"
-  return importlib.import_module(MODULES[backend]).refuses(x, weight, target)
-
-
-def _module(backend, target):
-  module = importlib.import_module(MODULES[backend])
-  if backend == "xla":
-    return module.forward, module.backward
-  return functools.partial(module.forward, target=target), functools.partial(module.backward, target=target)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(backend, target, x, weight):
-  return _module(backend, target)[0](x, weight)
-
-
-def _forward(backend, target, x, weight):
-  return _product(backend, target, x, weight), weight
-
-
-def _backward(backend, target, weight, dy):
-  dx = _module(backend, target)[1](dy, weight)
-  zero = lambda a: (  # noqa: E731
-    jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.floating) else np.zeros(a.shape, jax.dtypes.float0)
-  )
-  return dx, jax.tree.map(zero, weight)
-
-
-_product.defvjp(_forward, _backward)
+  options = Options(transposed, jnp.dtype(x.dtype if dtype is None else dtype))
+  call = dispatch.choose("quantized_matmul", OP, backend, target, options, x, weight)
+  rows = x.reshape(-1, inputs)
+  if rows.size == 0 or outputs == 0:
+    return jnp.zeros((*x.shape[:-1], outputs), options.dtype)
+  return dispatch.run(call, rows, weight).reshape(*x.shape[:-1], -1)

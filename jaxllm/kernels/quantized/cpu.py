@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kernels import cpu_ffi
-from jaxllm.kernels.quantized import reference
+from jaxllm.kernels.quantized.reference import backward
 from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight
 
+__all__ = ["backward", "forward", "refuses"]
 
-def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
+
+def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
   """Why this kernel cannot compute the call, or None."""
+  if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    return f"activations of 16 or 32 bits only, not {x.dtype}"
   if weight.format not in ("int8", "int4", "nf4"):
     return f"int8, int4 and nf4 only, not {weight.format}"
   size = weight.group_size
@@ -21,8 +25,8 @@ def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | 
   return None
 
 
-def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None) -> jax.Array:
-  """x [M, D] W -> [M, F] in x's dtype; weights and sums in float32."""
+def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """x [M, D] W -> [M, F]; weights and sums in float32."""
   padded = weight.padded_features
   rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
   plain = weight.format == "int4" and weight.zeros is None  # zero point 8
@@ -39,9 +43,4 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None) ->
     packed=weight.packed,
     group=np.int64(weight.group_size or padded),
   )
-  return y.astype(x.dtype)
-
-
-def backward(dy: jax.Array, weight: QuantizedWeight, target: str | None = None) -> jax.Array:
-  """dy [M, F] W^T -> [M, D] in dy's dtype."""
-  return reference.backward(dy, weight)
+  return y.astype(call.options.dtype)

@@ -14,7 +14,7 @@ meet the groups' sums in float32 (`_integer_sums`). For nf4 there is no such way
 would.
 
 TMA copies run ahead in a warpgroup of their own. Where the tiles are fewer than the multiprocessors, the contraction
-is split, and the parts, float32 and transposed, are summed outside.
+is split, and the parts, float32 and transposed, are summed outside; so is a result in float32, of one part.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.kernels import tuning
+from jaxllm.kernels.hopper import COLUMN, MULTIPROCESSORS, ROW, WGMMA, swizzled
 from jaxllm.kernels.integers import split, split_scale
 from jaxllm.kernels.quantized import reference
 from jaxllm.kernels.quantized.mosaic_gpu_backward import backward
-from jaxllm.kernels.quantized.mosaic_gpu_tiles import ROW, WGMMA, load_codes, scale_rows, scaled
+from jaxllm.kernels.quantized.mosaic_gpu_tiles import load_codes, scale_rows, scaled
 from jaxllm.kernels.quantized.weights import HALF, QuantizedWeight
 
 __all__ = ["Tiles", "backward", "forward", "refuses"]
 
 WARPGROUPS = 2  # that compute
-MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Tiles:
   splits: int
 
 
-def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
+def _tiles(M: int, weight: QuantizedWeight, wide: bool) -> Tiles:
   """Not yet measured. Long rows and many copies in flight while memory is the limit; once it is the tensor core, more
   features than tokens, because a token's activations take two to four times the bytes of a feature's codes."""
   tokens = next((t for t in (8, 16, 32, 64) if t >= M), 128)
@@ -67,7 +67,7 @@ def _tiles(M: int, weight: QuantizedWeight) -> Tiles:
   per_step = features * row_bytes + tokens * row_bytes * (1 if weight.dynamic else 4 if weight.packed else 2)
   if weight.group_size:
     per_step += 16 * features * max(1, row_bytes // weight.group_size)
-  spare = (224 << 10) - WARPGROUPS * tokens * 64 * (4 if splits > 1 else 2)
+  spare = (224 << 10) - WARPGROUPS * tokens * 64 * (4 if wide or splits > 1 else 2)
   return Tiles(features, tokens, row_bytes, max(1, min(8, spare // per_step, total // splits)), splits)
 
 
@@ -76,7 +76,7 @@ def _as_integers(weight: QuantizedWeight, tokens: int) -> bool:
   return weight.format == "int4" and tokens <= (16 if weight.group_size == 32 else 32)
 
 
-def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
+def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
   """Why these kernels cannot compute the call, or None."""
   if x.dtype != jnp.bfloat16:
     return f"bfloat16 activations only, not {x.dtype}"
@@ -86,12 +86,13 @@ def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | 
   return None
 
 
-def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None) -> jax.Array:
-  """x [M, D] W -> [M, F] in bfloat16."""
+def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """x [M, D] W -> [M, F] in bfloat16 or float32."""
   M, D = x.shape
   F = weight.shape[-1]
   facts = {"format": weight.format, "tokens": min(M, 128), "in_features": weight.in_features}
-  t = tiles or tuning.tiles("quantized_matmul", target, _tiles(M, weight), **facts)
+  wide = call.options.dtype == jnp.float32
+  t = tuning.tiles("quantized_matmul", call.target, _tiles(M, weight, wide), **facts)
   Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, pl.cdiv(F, t.features) * t.features
   x_scale = None
   if weight.dynamic:
@@ -101,13 +102,14 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
   if _as_integers(weight, t.tokens):
     x, x_scale = split(x)
     x = x.reshape(2, -1, t.tokens, x.shape[-1]).swapaxes(0, 1).reshape(2 * Mp, -1)  # both of a tile's tokens together
-  out = _call(x, weight, x_scale, t, Fp)
-  if t.splits > 1:
-    out = out.sum(0).T.astype(jnp.bfloat16)
+  apart = wide or t.splits > 1
+  out = _call(x, weight, x_scale, t, Fp, apart)
+  if apart:
+    out = out.sum(0).T.astype(call.options.dtype)
   return out[:M, :F]
 
 
-def _call(x, weight, x_scale, t, Fp):
+def _call(x, weight, x_scale, t, Fp, apart):
   integers = _as_integers(weight, t.tokens)
   x_rows = t.tokens * (2 if integers else 1)
   row_total, Mp = weight.values.shape[1], x.shape[0] // x_rows * t.tokens
@@ -123,9 +125,9 @@ def _call(x, weight, x_scale, t, Fp):
     return k if halves == 1 else (k // pieces * halves + half) * pieces + k % pieces
 
   groups = max(1, t.row_bytes // weight.group_size) if grouped else 1  # of a piece of D
-  w_transforms = _transforms(t.row_bytes, values.dtype)
-  x_transforms = _transforms(t.row_bytes, x.dtype)
-  out_dtype = jnp.float32 if t.splits > 1 else jnp.bfloat16
+  w_transforms = swizzled(t.row_bytes, values.dtype)
+  x_transforms = swizzled(t.row_bytes, x.dtype)
+  out_dtype = jnp.float32 if apart else jnp.bfloat16
 
   def kernel(values_gmem, x_gmem, *rest):
     *scale_gmem, out_gmem, out_smem = rest
@@ -166,14 +168,14 @@ def _call(x, weight, x_scale, t, Fp):
       if not grouped:
         y *= lax.broadcast_in_dim(per_feature(scale_gmem[0]), y.shape, [0])
       if x_scale is not None:
-        column = plgpu.load(scale_gmem[-1].at[pl.ds(m0, t.tokens)], layout=WGMMA.reduce(0), optimized=False)
+        column = plgpu.load(scale_gmem[-1].at[pl.ds(m0, t.tokens)], layout=COLUMN, optimized=False)
         if integers:
           column = split_scale(column)
         y *= lax.broadcast_in_dim(column, y.shape, [1])
       for i in range(rows // 64):
         piece, features, tokens = y[i * 64 : (i + 1) * 64], pl.ds(f0 + i * 64, 64), pl.ds(m0, t.tokens)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if t.splits > 1:
+        if apart:
           out_smem[wg] = piece
           there = out_gmem.at[part, features, tokens]
         else:
@@ -210,7 +212,7 @@ def _call(x, weight, x_scale, t, Fp):
       compute_context=context,
     )(*operands)
 
-  if t.splits > 1:
+  if apart:
     out_shape, out_smem = (t.splits, Fp, Mp), plgpu.SMEM((WARPGROUPS, 64, t.tokens), jnp.float32)
   else:
     out_shape = (Mp, Fp)
@@ -281,9 +283,3 @@ def _integer_sums(sums, codes_smem, x_smem, scale_smem, mine, zero):
         part *= 1 / unit
       sums += part
   return sums
-
-
-def _transforms(columns, dtype):
-  bits = jnp.dtype(dtype).itemsize * 8
-  swizzle = plgpu.find_swizzle(columns * bits)
-  return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)

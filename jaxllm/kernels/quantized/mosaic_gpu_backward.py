@@ -14,7 +14,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.kernels.quantized.mosaic_gpu_tiles import WGMMA, load_codes, scale_rows, scaled
+from jaxllm.kernels.hopper import TILED, WGMMA, swizzled
+from jaxllm.kernels.quantized.mosaic_gpu_tiles import load_codes, scale_rows, scaled
 from jaxllm.kernels.quantized.weights import HALF, QuantizedWeight
 
 WARPGROUPS = 2  # that compute; each owns HALF columns of dx
@@ -29,16 +30,14 @@ class BackwardTiles:
   steps: int = 4
 
 
-def backward(
-  dy: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: BackwardTiles | None = None
-) -> jax.Array:
-  """dy [M, F] W^T -> [M, D] in bfloat16; dynamic formats as their codes say, with dy unrounded."""
+def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """dy [M, F] W^T -> [M, D], rounded to bfloat16; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
-  t = tiles or BackwardTiles(tokens=64 if M <= 64 else 128)
+  t = BackwardTiles(tokens=64 if M <= 64 else 128)
   # Two steps at least: a slot is handed back one step after it was read.
   Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, max(pl.cdiv(F, FEATURES), 2) * FEATURES
   dx = _call(jnp.pad(dy, ((0, Mp - M), (0, Fp - F))), weight, t)
-  return dx[:M, : weight.in_features]
+  return dx[:M, : weight.in_features].astype(call.options.dtype)
 
 
 def _call(dy, weight, t):
@@ -49,8 +48,6 @@ def _call(dy, weight, t):
   scales = scale_rows(weight, Fp)
   size = weight.group_size or D
   groups = max(1, HALF // size)  # of a warpgroup's columns
-  tiling = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(128)
-  dense_tiling = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
   def kernel(dy_gmem, values_gmem, *rest):
     *scale_gmem, out_gmem, dense = rest
@@ -85,10 +82,10 @@ def _call(dy, weight, t):
       plgpu.wait_smem_to_gmem(0)
 
     spec = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=1)
-    in_specs = [spec((t.tokens, FEATURES), lambda f: (mi, f), transforms=dense_tiling)]
+    in_specs = [spec((t.tokens, FEATURES), lambda f: (mi, f), transforms=TILED)]
     for half in range(1 if weight.packed else WARPGROUPS):
       column = (lambda f: (f, di)) if weight.packed else (lambda f, half=half: (f, di * WARPGROUPS + half))
-      in_specs.append(spec((FEATURES, HALF), column, transforms=tiling))
+      in_specs.append(spec((FEATURES, HALF), column, transforms=swizzled(HALF, jnp.int8)))
     for _ in scale_gmem:
       for half in range(WARPGROUPS):
         in_specs.append(
@@ -118,6 +115,6 @@ def _call(dy, weight, t):
     thread_name="wg",
     kernel_name=f"quantized_matmul_{weight.format}_backward",
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    scratch_types=[plgpu.SMEM((WARPGROUPS, 2, FEATURES, HALF), jnp.bfloat16, transforms=dense_tiling)],
+    scratch_types=[plgpu.SMEM((WARPGROUPS, 2, FEATURES, HALF), jnp.bfloat16, transforms=TILED)],
   )
   return call(dy, values, *scales)

@@ -7,10 +7,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.kernels.hopper import ROW
 from jaxllm.kernels.quantized.weights import QuantizedWeight
-
-WGMMA = plgpu.Layout.WGMMA
-ROW = WGMMA.reduce(1)  # one value for each row of a WGMMA tile
 
 # NF4[7 + 8 u] = u q(u), u = (code - 7) / 8, for the negative codes and for the positive ones: the polynomials of
 # least degree that round to NF4's values in bfloat16 for each code. The table in registers would cost 15 selections

@@ -45,23 +45,23 @@ def _fits(weight, inputs):
   return size is None or inputs % size == 0 or size % inputs == 0
 
 
-def refuses(x: jax.Array, weight: QuantizedWeight, target: str | None) -> str | None:
+def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
   """Why these kernels cannot compute the call, or None."""
   size = weight.group_size
   if size not in (None, 32, 64, 128) and size % (2 * HALF):
     return f"groups of 32, 64, 128 or a multiple of 256, not {size}"
-  if x.dtype == jnp.float16:
-    return "bfloat16 or float32 activations only, not float16"
-  if target == "v4":
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"bfloat16 or float32 activations only, not {x.dtype}"
+  if call.target == "v4":
     return "8-bit and 4-bit tiles need a TPU v5 or later"
   return None
 
 
-def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None) -> jax.Array:
-  """x [M, D] W -> [M, F] in x's dtype."""
+def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """x [M, D] W -> [M, F]."""
   M, F, dtype = x.shape[0], weight.shape[-1], x.dtype
   facts = {"format": weight.format, "tokens": min(M, 1024), "in_features": weight.in_features}
-  t = tiles or tuning.tiles("quantized_matmul", target, _tiles(M, weight), **facts)
+  t = tuning.tiles("quantized_matmul", call.target, _tiles(M, weight), **facts)
   x_scale = []
   if weight.dynamic:
     x, scale = reference.quantize_rows(x, weight.values.dtype)
@@ -113,7 +113,7 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
       *[pl.BlockSpec((t.tokens, 1), lambda m, f, k: (m, 0))] * len(x_scale),
     ],
     out_specs=pl.BlockSpec((t.tokens, t.features), lambda m, f, k: (m, f)),
-    out_shape=jax.ShapeDtypeStruct((M, F), dtype),
+    out_shape=jax.ShapeDtypeStruct((M, F), call.options.dtype),
     scratch_shapes=[
       pltpu.VMEM((t.tokens, t.features), total),
       *([] if weight.dynamic else [pltpu.VMEM((t.features, t.inputs), dtype)]),
@@ -123,12 +123,12 @@ def forward(x: jax.Array, weight: QuantizedWeight, target: str | None = None, ti
   )(x, weight.values, *scales, *x_scale)
 
 
-def backward(
-  dy: jax.Array, weight: QuantizedWeight, target: str | None = None, tiles: Tiles | None = None
-) -> jax.Array:
-  """dy [M, F] W^T -> [M, D] in dy's dtype; dynamic formats as their codes say, with dy unrounded."""
+def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """dy [M, F] W^T -> [M, D]; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
-  t = tiles or dataclasses.replace(_tiles(M, weight), features=min(512, -(-F // LANES) * LANES))
+  t = dataclasses.replace(_tiles(M, weight), features=min(512, -(-F // LANES) * LANES))
+  facts = {"format": weight.format, "tokens": min(M, 1024), "in_features": weight.in_features}
+  t = tuning.tiles("quantized_gradient", call.target, t, **facts)
   D = weight.padded_features
   grid = (pl.cdiv(M, t.tokens), D // t.inputs, pl.cdiv(F, t.features))
   scales, in_columns = _scales(weight, t.inputs)
@@ -174,7 +174,7 @@ def backward(
       *[scale_spec] * len(scales),
     ],
     out_specs=pl.BlockSpec((t.tokens, t.inputs), lambda m, k, f: (m, k)),
-    out_shape=jax.ShapeDtypeStruct((M, D), dy.dtype),
+    out_shape=jax.ShapeDtypeStruct((M, D), call.options.dtype),
     scratch_shapes=[pltpu.VMEM((t.tokens, t.inputs), jnp.float32), pltpu.VMEM((t.features, t.inputs), dy.dtype)],
     compiler_params=_parameters(),
     cost_estimate=_cost(M, weight, dy.dtype, grid[0]),

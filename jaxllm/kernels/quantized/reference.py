@@ -17,19 +17,19 @@ def quantize_rows(x: Float[Array, "M D"], dtype) -> tuple[Array, Float[Array, " 
   return (jnp.round(scaled) if dtype == jnp.int8 else scaled).astype(dtype), scale
 
 
-def forward(x: Float[Array, "M D"], weight: QuantizedWeight) -> Float[Array, "M F"]:
-  """x W in x's dtype, summed in float32 (int32 for int8 activations)."""
+def forward(call, x: Float[Array, "M D"], weight: QuantizedWeight) -> Float[Array, "M F"]:
+  """x W, summed in float32 (int32 for int8 activations)."""
+  dtype = call.options.dtype
   if weight.dynamic:
     xq, x_scale = quantize_rows(x, weight.values.dtype)
     wq = weight.values[:, : weight.in_features]
     total = jnp.int32 if xq.dtype == jnp.int8 else jnp.float32
     y = jax.lax.dot_general(xq, wq, (((1,), (1,)), ((), ())), preferred_element_type=total)
-    return (y.astype(jnp.float32) * x_scale[:, None] * weight.scales.astype(jnp.float32)).astype(x.dtype)
-  y = jnp.matmul(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32)
-  return y.astype(x.dtype)
+    return (y.astype(jnp.float32) * x_scale[:, None] * weight.scales.astype(jnp.float32)).astype(dtype)
+  return jnp.matmul(x, dequantize(weight, x.dtype), preferred_element_type=jnp.float32).astype(dtype)
 
 
-def backward(dy: Float[Array, "M F"], weight: QuantizedWeight) -> Float[Array, "M D"]:
-  """dy W^T in dy's dtype, summed in float32."""
+def backward(call, dy: Float[Array, "M F"], weight: QuantizedWeight) -> Float[Array, "M D"]:
+  """dy W^T, summed in float32."""
   dx = jnp.matmul(dy, dequantize(weight, dy.dtype).T, preferred_element_type=jnp.float32)
-  return dx.astype(dy.dtype)
+  return dx.astype(call.options.dtype)

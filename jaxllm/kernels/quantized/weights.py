@@ -17,11 +17,12 @@ stack) may stand before all of them.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
 
@@ -204,11 +205,56 @@ def dequantize(weight: QuantizedWeight, dtype=jnp.float32) -> Float[Array, "*lay
   D, size = weight.in_features, weight.group_size or weight.in_features
   codes = jnp.swapaxes((unpack(weight.values) if weight.packed else weight.values)[..., :D], -1, -2)
   groups = codes.reshape(*codes.shape[:-2], D // size, size, codes.shape[-1])
-  per_group = lambda a: a.astype(jnp.float32)[..., : D // size, None, :]  # noqa: E731
-  if weight.format == "nf4":
-    real = jnp.asarray(NF4, jnp.float32)[groups]
-  else:
-    real = groups.astype(jnp.float32)
+  per_group = lambda a: None if a is None else a[..., : D // size, None, :]  # noqa: E731
+  return _real(weight, groups, per_group(weight.scales), per_group(weight.zeros)).reshape(codes.shape).astype(dtype)
+
+
+def _real(weight, codes, scales, zeros) -> Float[Array, "..."]:
+  """The numbers that codes stand for, in float32; scales and zero points (None: none) broadcast with the codes."""
+  real = jnp.asarray(NF4, jnp.float32)[codes] if weight.format == "nf4" else codes.astype(jnp.float32)
   if weight.format == "int4":
-    real -= 8 if weight.zeros is None else per_group(weight.zeros)
-  return (real * per_group(weight.scales)).reshape(codes.shape).astype(dtype)
+    real -= 8 if zeros is None else zeros.astype(jnp.float32)
+  return real * scales.astype(jnp.float32)
+
+
+def splits(weight: QuantizedWeight, ways: int) -> bool:
+  """Whether the inputs D can be split so many ways: into whole blocks of codes and whole groups, with no padding."""
+  block, size = 2 * HALF if weight.packed else HALF, weight.group_size or 1
+  return weight.in_features % (ways * block) == 0 and weight.in_features // ways % size == 0
+
+
+def part_axes(
+  weight: QuantizedWeight, axes: Sequence[str | None], ways: Callable[[str], int] | None = None
+) -> dict[str, tuple[str | None, ...]]:
+  """The logical axes of each part, of a weight [..., D, F] whose own are `axes`.
+
+  Codes lie turned, [..., F, D']; scales and zero points are [..., G, F], and one row of them, of all D, is whole.
+
+  Args:
+    ways: how many ways an axis is split. A dimension that cannot be is None then: D is split as `splits` says.
+  """
+  *outer, of_inputs, of_features = axes
+  if ways is not None:
+    whole = of_inputs is not None and not splits(weight, ways(of_inputs))
+    of_inputs = None if whole else of_inputs
+    of_features = None if of_features is None or weight.shape[-1] % ways(of_features) else of_features
+  scales = (*outer, None if weight.group_size is None else of_inputs, of_features)
+  found = {"values": (*outer, of_features, of_inputs), "scales": scales}
+  return found if weight.zeros is None else found | {"zeros": scales}
+
+
+def rows(weight: QuantizedWeight, ids: Int[Array, "*batch"], dtype=jnp.float32) -> Float[Array, "*batch F"]:
+  """`dequantize(weight, dtype)[ids]` of an embedding table [D, F], without the rest of it; NaN for ids that it lacks.
+
+  Of a table one stores the transpose, so that an id is a column of codes: F bytes, or half of each.
+  """
+  at = jnp.clip(ids, 0, weight.in_features - 1)
+  column = at // (2 * HALF) * HALF + at % HALF if weight.packed else at
+  codes = jnp.moveaxis(jnp.take(weight.values, column, axis=1), 0, -1)
+  if weight.packed:
+    codes = jnp.where((at % (2 * HALF) < HALF)[..., None], codes & 15, codes >> 4)
+  group = at // (weight.group_size or weight.in_features)
+  of_group = lambda a: None if a is None else a[group]  # noqa: E731
+  real = _real(weight, codes, of_group(weight.scales), of_group(weight.zeros))
+  known = (ids >= 0) & (ids < weight.in_features)
+  return jnp.where(known[..., None], real, jnp.nan).astype(dtype)
