@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,40 @@ def test_masks_are_those_of_transformers(chat_tokenizer, name, turns):
 def test_prefixes_find_what_generation_blocks_say(shown, name):
   plain = {"chatml": CHATML, "mistral": MISTRAL}[name]
   assert plain != TWINS[name] and shown(plain, TURNS) == shown(TWINS[name], TURNS)
+
+
+CHATS = {"turns": TURNS, "system": SYSTEM + TURNS, "thinking": [*THINKING, *THINKING], "tools": TOOL}
+KNOWN = {"qwen3": CHATS.keys(), "qwen2_5": CHATS.keys() - {"thinking"}, "gemma": {"turns"}}
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3", "gemma", "gemma3"])
+def test_templates_of_real_models(chat_tokenizer, name, chat):
+  """As TRL ships them, with and without {% generation %} blocks."""
+  transformers, trl = pytest.importorskip("transformers"), pytest.importorskip("trl")
+  folder = Path(trl.__file__).parent / "chat_templates"
+  marked, plain = ((folder / f"{stem}.jinja").read_text() for stem in (f"{name}_training", name))
+  conversation = conversation_of({"messages": CHATS[chat]})
+  tokenizer = chat_tokenizer(marked)
+  if chat not in KNOWN.get(name, {"turns", "system"}):
+    with pytest.raises(DataError, match="leaves out|refuses"):
+      Masker(tokenizer)([conversation])
+    return
+  [(ids, weights)] = Masker(tokenizer)([conversation])
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>", chat_template=marked
+  )
+  messages = [message.for_template() for message in conversation.messages]
+  want = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+  assert ids.tolist() == want["input_ids"] and weights.tolist() == want["assistant_masks"]
+  if name == "qwen3":  # which writes all but the last turn otherwise when others follow
+    with pytest.raises(DataError, match="not prefix-stable"):
+      Masker(chat_tokenizer(plain))([conversation])
+    return
+  [(same, prefixes)] = Masker(chat_tokenizer(plain))([conversation])
+  assert same.tolist() == ids.tolist()
+  more = np.flatnonzero(weights != prefixes)  # TRL trains the line break behind the end of turn too
+  assert set(tokenizer.decode(ids[more])) <= {"\n"} and (weights[more] == 1).all()
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\ufdd0\ufdd1"), min_size=1, max_size=12)

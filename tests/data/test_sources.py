@@ -213,3 +213,22 @@ def test_stdlib_is_the_standard_library():
   assert {"stdlib/os.py", "stdlib/json/decoder.py"} <= ids
   assert len(ids) > 500
   assert not any("site-packages" in i or "__pycache__" in i for i in ids)
+
+
+def test_json_lists_are_rows_by_line(tmp_path):
+  path = tmp_path / "t.json"
+  path.write_text('\n[\n {"text": "a\\n]"},\n\n {"text":\n "b"}, {"text": "c"}\n]\n')
+  found = documents(kind="json", path=str(path), name="j")
+  assert [(d.id, d.data) for d in found] == [("j/t.json:0", b"a\n]"), ("j/t.json:1", b"b"), ("j/t.json:2", b"c")]
+  assert [d.where for d in found] == [f"{path}:{line}" for line in (3, 5, 6)]
+  path.write_text('[{"text": "a"},\n{"text" "b"}]')
+  with pytest.raises(DataError, match=r"t\.json:2: not a JSON list of objects: Expecting ':' delimiter"):
+    documents(kind="json", path=str(path))
+  for text in ('{"rows": [{"text": "a"}]}', ""):
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"t\.json:1: not a JSON list of objects; one object a line is kind 'jsonl'"):
+      documents(kind="json", path=str(path))
+  path.write_text('[{"text": "a"}, {"text": 5}, {"text": "c"}]')
+  source = open_source(SourceConfig(kind="json", path=str(path)), on_bad_row="skip")
+  assert [d.data for d in source.documents()] == [b"a", b"c"]
+  assert source.skipped == [f"{path}:1: field 'text' must be text, this is int"]
