@@ -85,6 +85,42 @@ def test_sft(door, job, tmp_path):
   assert code == 2 and "was prepared for data.task 'chat', not for 'text'" in err
 
 
+DPO = [
+  "--config.data.task=preference",
+  "--config.data.packing=none",
+  "--config.objective.name=dpo",
+  "--config.objective.beta=0.5",
+  "--config.peft.kind=lora",
+  "--config.peft.rank=4",
+]
+
+
+def test_dpo(door, job, tmp_path):
+  """Right answers are preferred to wrong ones; interrupted and on a mesh the curve is the same."""
+  rows = [{"prompt": f"{n}+1?", "chosen": f"it is {n + 1}", "rejected": f"no {n + 2}"} for n in range(40)]
+  (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config = Path(job.removeprefix("--config="))
+  config.write_text(config.read_text().replace(', format="alpaca", columns=columns', ""))
+  code, _, err = door("prepare", job, *DPO)
+  assert code == 0, err
+  for run, stops, more in (
+    ("whole", (12,), []),
+    ("parts", (5, 12), []),
+    ("mesh", (12,), ["--config.mesh.data=2", "--config.mesh.fsdp=2"]),
+  ):
+    for steps in stops:
+      flags = [f"--workdir={tmp_path / run}", f"--config.training.steps={steps}", *DPO, *more]
+      code, out, err = door("train", job, *flags)
+      assert code == 0, err
+  whole = losses(tmp_path / "whole")
+  assert losses(tmp_path / "parts") == whole and whole[1] == pytest.approx(0.693147, abs=1e-6) and whole[12] < 0.6
+  assert list(losses(tmp_path / "mesh").values()) == pytest.approx(list(whole.values()), rel=1e-3)
+  last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+  assert last["eval/rewards/accuracies"] > 0.9 and last["eval/rewards/margins"] > 0
+  code, _, err = door("train", job, f"--workdir={tmp_path / 'x'}", "--config.objective.name=dpo")
+  assert code == 2 and "needs model.head 'lm' with data.task 'preference'" in err
+
+
 BAD = {
   "data.packing=split": "data.packing 'split' cuts documents anywhere, which data.task 'chat' cannot use",
   "data.task=preference": "data.task 'preference' has one example a row; set data.packing to 'none'",
