@@ -108,13 +108,14 @@ def of_trl(trainer, objective):
   return loss.item(), gradient, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def of_ours(models, objective):
+def of_ours(models, objective, rows=None):
+  rows = batch() if rows is None else rows
   loaded = {name: load_model(models / name) for name in ("policy", "reference")}
   graph = declare(loaded["policy"].config, Compute())[0]
   params = {name: stack_layers(model._weights) for name, model in loaded.items()}
 
   def loss(policy):
-    found = objective({"policy": nnx.merge(graph, policy), "reference": nnx.merge(graph, params["reference"])}, batch())
+    found = objective({"policy": nnx.merge(graph, policy), "reference": nnx.merge(graph, params["reference"])}, rows)
     return found.total / found.weight, found
 
   (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(params["policy"])
@@ -131,6 +132,14 @@ def test_against_trl(models, trainer, name):
   for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
               "logps/rejected", "logits/chosen", "logits/rejected"):  # fmt: skip
     assert metrics[key] == pytest.approx(want_metrics[key], rel=2e-5, abs=1e-5), key
+
+
+def test_empty_pairs_do_not_count(models):
+  """Those that fill a last batch."""
+  whole = of_ours(models, DPO())
+  empty = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch())
+  filled = of_ours(models, DPO(), empty)
+  assert filled[0] == pytest.approx(whole[0], rel=1e-6) and filled[2] == pytest.approx(whole[2], rel=1e-5)
 
 
 def test_against_closed_forms(models):
