@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -230,7 +231,7 @@ def made(jaxpr):
   """The shapes of all that a jaxpr computes, inside its loops and shards too."""
   for equation in jaxpr.eqns:
     yield from (var.aval.shape for var in equation.outvars if equation.primitive.name in ("dot_general", "ffi_call"))
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from made(inner)
 
 
