@@ -14,17 +14,17 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.base.files import write_atomically
+from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.settings import from_mapping
 from jaxllm.data.config import DataConfig, TokenizerConfig
-from jaxllm.interop.open import START, START_FILE, open_model
+from jaxllm.interop.open import START, START_FILE, form_of, open_model
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.adapters import is_place
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.weights import LoraWeight, map_weights_with_path, quantize_matrix
-from jaxllm.parallel.agreement import first_does
+from jaxllm.parallel.agreement import first_does, together
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, open_params
@@ -135,7 +135,7 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     run.check()
   elif config.path:
     config = _settled(config)
-    policy = open_model(config.path, adapter=config.adapter or None, step=config.step)
+    policy = _open(config.path, adapter=config.adapter or None, step=config.step)
     data = run.data
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
@@ -144,7 +144,17 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     run.check()
     _check_fits(run.model, policy)
   paths = {name: getattr(run.objective, name, "") for name in run.objective.others}
-  return run, Start(config, policy, {name: open_model(path) for name, path in paths.items() if path})
+  return run, Start(config, policy, {name: _open(path) for name, path in paths.items() if path})
+
+
+def _open(path: str, **options: Any) -> StoredModel:
+  """`open_model` by all processes: where a file is missing or damaged for one of them, it fails on all."""
+  with together():
+    form = form_of(local_path(path))
+  if form in ("run", "adapter"):  # reading checkpoints, they agree on what they find
+    return open_model(path, **options)
+  with together():
+    return open_model(path, **options)
 
 
 def with_tokenizer(run: RunConfig) -> RunConfig:
