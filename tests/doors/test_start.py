@@ -161,7 +161,8 @@ def test_the_tokenizer_comes_along(job, base, tmp_path):
   assert with_tokenizer(named).data.tokenizer.path == "mine"
 
 
-def test_a_model_that_one_host_does_not_see(base, tmp_path, two_processes):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_one_host_does_not_see(base, tmp_path, two_processes, form):
   """Both say so at once: the one that sees it does not wait for the other."""
   code = """
   import sys
@@ -173,6 +174,5 @@ def test_a_model_that_one_host_does_not_see(base, tmp_path, two_processes):
     print("error:", error)
   assert _open(sys.argv[1]).config.embed_dim == 32
   """
-  for form in FORMS:
-    one, other = two_processes(code, FORMS[form](base, tmp_path), timeout=60)
-    assert "error: process 1 failed: no model at nowhere" in one and "error: no model at nowhere" in other
+  one, other = two_processes(code, FORMS[form](base, tmp_path), timeout=60)
+  assert "error: process 1 failed: no model at nowhere" in one and "error: no model at nowhere" in other
