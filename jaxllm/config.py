@@ -33,7 +33,11 @@ def _defaults(cls: type) -> ConfigDict:
   # The fields' defaults and not a default instance's values: sizes that an instance derives stay open.
   if tag := settings.tag_and_name(cls):
     return ConfigDict(tag, type_safe=False)
-  return _config_dict({f.name: f.default for f in dataclasses.fields(cls)}, lambda value: _defaults(type(value)))
+  values = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(cls)
+  }
+  return _config_dict(values, lambda value: _defaults(type(value)))
 
 
 def _config_dict(values: dict[str, Any], group: Callable) -> ConfigDict:

@@ -1,9 +1,13 @@
-"""Measure a model on the held-out text of its corpus, beside what compressors make of the same bytes.
+"""Measure a model on the held-out text of its corpus, beside what compressors make of the same bytes, or on tasks
+whose answers a program checks.
 
 python -m jaxllm.evaluate --model=runs/quickstart --baselines
 python -m jaxllm.evaluate --model=PATH --data=data/quickstart
+python -m jaxllm.evaluate --model=PATH --adapter=DIR --tasks=chain_sum,gcd --count=100 --samples=4 --temperature=0.7
 """
 
+import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +33,15 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--seq-len", type=int, help="tokens of context (default: the training's, or the model's)")
   parser.add_argument("--baselines", action="store_true", help="also gzip, xz and a byte n-gram model")
   parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+  parser.add_argument("--tasks", help="names of reasoning-gym's tasks, with commas between")
+  parser.add_argument("--count", type=int, default=100, help="questions of each task")
+  parser.add_argument("--seed", type=int, default=0, help="of the questions, and of what is sampled")
+  parser.add_argument("--samples", type=int, default=1, help="answers to each question")
+  parser.add_argument("--temperature", type=float, default=0.0)
+  parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
   args = parser.parse_args(argv)
+  if args.tasks:
+    return _verify(args)
 
   from jaxllm.data.heldout import HeldoutBatches
   from jaxllm.data.manifest import read_manifest
@@ -82,6 +94,34 @@ def main(argv: Sequence[str]) -> int:
   print(f"{'':14}bits per byte")
   for name, value in sorted(rows.items(), key=lambda row: row[1]):
     print(f"{name:14}{value:.4f}")
+  return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+  """Asks the tasks' questions and prints the accuracy of each task and of all."""
+  if args.count < 1 or args.samples < 1:
+    raise ConfigError(f"--count {args.count} and --samples {args.samples} must be at least 1")
+  if args.samples > 1 and not args.temperature:
+    raise ConfigError("--samples without a --temperature would give the same answer each time")
+  from jaxllm.evaluation.verified import accuracy, questions_of, scores_of
+  from jaxllm.inference.load import load_model
+
+  questions = questions_of(args.tasks.split(","), args.count, args.seed)
+  model = load_model(args.model, adapter=args.adapter, step=args.step)
+  settings = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
+  scores = scores_of(model, questions, samples=args.samples, batch_size=args.batch_size, **settings)
+  names = dict.fromkeys(question.task for question in questions)
+  parts = {name: [i for i, question in enumerate(questions) if question.task == name] for name in names}
+  if len(parts) > 1:
+    parts["all"] = list(range(len(questions)))
+  found = {name: accuracy(scores[rows]) for name, rows in parts.items()}
+  if args.json:
+    print(json.dumps({name: dataclasses.asdict(one) for name, one in found.items()}))
+    return 0
+  print(f"{args.count} questions of each task, {args.samples} answer(s) to each")
+  print(f"{'task':24}{'accuracy':>9}  {'95% interval':16}{'solved':>7}")
+  for name, one in found.items():
+    print(f"{name:24}{one.mean:9.3f}  {one.low:.3f} to {one.high:.3f}  {one.solved:7.3f}")
   return 0
 
 

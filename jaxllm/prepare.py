@@ -22,12 +22,13 @@ def main(argv: Sequence[str]) -> int:
     from jaxllm.training.start import with_tokenizer
 
     run = with_tokenizer(run)
-  return prepare_and_report(run.data)
+  return prepare_and_report(run.data, run.training.seq_len)
 
 
-def prepare_and_report(data: DataConfig) -> int:
-  """Prepares `data.dir` and prints what is there; returns the exit code."""
+def prepare_and_report(data: DataConfig, seq_len: int = 0) -> int:
+  """Prepares `data.dir` and prints what is there, and what rows of `seq_len` hold; returns the exit code."""
   from jaxllm.data.prepare import prepare
+  from jaxllm.data.show import example_rows
 
   info = prepare(data)
   prepared = info.prepared
@@ -42,6 +43,13 @@ def prepare_and_report(data: DataConfig) -> int:
       )
     if source.empty_documents:
       print(f"{source.empty_documents:,} empty documents of {source.name} left out")
+    if source.skipped_rows:
+      print(f"{source.skipped_rows:,} bad rows of {source.name} skipped, see {prepared.skipped_path}")
+    if source.train.trained:
+      share = source.train.trained / source.train.tokens
+      print(f"{source.train.trained:,} trained tokens in {source.name}, {share:.1%} of its training tokens")
+  for name, value in example_rows(data, prepared, seq_len) if seq_len else ():
+    print(f"{name}: {value}")
   print(f"tokenizer: {prepared.vocab_size:,} pieces in {prepared.tokenizer_dir}")
   print(f"{'already prepared' if info.already else 'prepared'}: {prepared.root} in {info.seconds:.1f} s")
   return 0

@@ -11,11 +11,14 @@ command again resumes from the last checkpoint; Ctrl-C saves one first. `trainin
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.base.errors import UserError
 from jaxllm.cli import config_parser, parse_config_args, print_config, run_door
 from jaxllm.config import load_config, sweep_points
+
+if TYPE_CHECKING:
+  from jaxllm.training.config import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
   parser = config_parser("train", __doc__)
   parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(add)")
   parser.add_argument("--print-config", action="store_true", help="print every key with its value, and exit")
+  parser.add_argument("--show-batch", action="store_true", help="print a row of the first batch, decoded, and exit")
   args, overrides = parse_config_args(parser, argv)
   workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
   if args.print_config:
@@ -31,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
   if args.sweep:
     return _sweep(args.config, overrides, workdir)
   run = load_config(args.config, overrides)
+  if args.show_batch:
+    return _show_batch(run, workdir)
 
   import jax  # after what can fail without it
 
@@ -49,6 +55,29 @@ def main(argv: Sequence[str]) -> int:
     score = describe(result)
     heldout = f", {score}" if score else ""
     print(f"done: step {result['step']}{heldout}, in {workdir}")
+  return 0
+
+
+def _show_batch(run: "RunConfig", workdir: Path) -> int:
+  """Prints the first row of the first batch, what is trained in colour."""
+  from jaxllm.data.manifest import open_prepared
+  from jaxllm.data.pipeline import train_batches
+  from jaxllm.data.show import first_row
+  from jaxllm.training.start import open_start
+
+  run, _ = open_start(run, workdir)
+  training, prepared = run.training, open_prepared(run.data)
+  batches = train_batches(
+    run.data,
+    batch_size=training.batch_size,
+    seq_len=training.seq_len,
+    seed=training.seed,
+    rows=[0],
+    prepared=prepared,
+    decoder_start_id=run.model.decoder_start_id,
+  )
+  print(first_row(prepared.tokenizer(), next(batches), colour=sys.stdout.isatty()))
+  batches.close()
   return 0
 
 

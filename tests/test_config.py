@@ -98,7 +98,7 @@ def test_overrides_are_read_as_their_keys_types(write, key, text, get, value):
     ("training.eval_every", "-1", ["training.eval_every is -1", "negative"]),
     ("profile.steps", "-1", ["profile.steps is -1", "negative"]),
     ("compute", "5", ["config compute is 5"]),
-    ("objective.beta", "0.1", ["unknown config key objective.beta"]),
+    ("objective.beta", "0.1", ["config key objective.beta belongs to objective.name 'dpo', not to 'causal_lm'"]),
     ("data.sources.5.path", "x", ["data.sources.5.path", "0 entries", "'5'"]),
     ("data.sources.first", "x", ["data.sources.first", "0 entries", "'first'"]),
     ("optimizer.learning_rate", "1e999", ["optimizer.learning_rate", "a number"]),

@@ -1,8 +1,8 @@
 """Mappings become typed dataclasses: config files, command lines and the JSON of strangers, by their declared types.
 
 A field's annotation says what it takes: bool, int, float, str, `Literal[...]`, another dataclass, `tuple[T, ...]`,
-`T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the mapping's "name"
-chooses among them, and its other keys are that class's fields. ("kind" can stand for "name".)
+`dict[str, T]`, `T | None`. A union of dataclasses is a *tagged group*: each of them has a class attribute `name`, the
+mapping's "name" chooses among them, and its other keys are that class's fields. ("kind" can stand for "name".)
 """
 
 import ast
@@ -70,6 +70,13 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     return from_mapping(typing.cast(type, kind), parse(value), path)
   if origin is tuple:
     return _tuple(args, value, path)
+  if origin is dict:
+    value = parse(value)
+    if not isinstance(value, Mapping):
+      raise ConfigError(f"config key {path} is {value!r}; it should be a mapping from names to values")
+    return {str(name): convert(args[1], item, f"{path}.{name}") for name, item in value.items()}
+  if kind is Any:
+    return parse(value)
   if origin is Literal:
     value = str(value) if isinstance(value, Text) else value
     if value not in args:

@@ -8,6 +8,7 @@ HTML, and `raise_exception`, `strftime_now`, loop controls and {% generation %} 
 import datetime
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxllm.base.errors import DataError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages keep their reasoning
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends
+MARKS = "\ufdd0", "\ufdd1"  # around {% generation %}, where asked for: characters that no text has
 
 
 def render_chat(
@@ -25,6 +27,7 @@ def render_chat(
   documents: Sequence[dict[str, Any]] | None = None,
   add_generation_prompt: bool = False,
   continue_final_message: bool = False,
+  mark_generation: bool = False,
   **variables: Any,
 ) -> str:
   """The text of a chat.
@@ -35,6 +38,7 @@ def render_chat(
     documents: what the answer shall rest on, each with "title" and "text".
     add_generation_prompt: ends with what begins a reply.
     continue_final_message: ends with the last message's content, for the model to go on.
+    mark_generation: puts `MARKS` around what stands in {% generation %} blocks.
     variables: more that the template may read: bos_token, enable_thinking, ….
 
   Raises:
@@ -54,7 +58,7 @@ def render_chat(
     raise DataError(f"a chat's messages, tools and documents hold plain JSON values only: {error}") from error
   inputs["messages"] = [_message(message) for message in inputs["messages"]]
   final = _mark_end(inputs["messages"][-1]) if continue_final_message else ""
-  text = _render(template, dict(inputs, add_generation_prompt=add_generation_prompt))
+  text = _render(template, dict(inputs, add_generation_prompt=add_generation_prompt), mark_generation)
   return _cut_at_mark(text, final) if continue_final_message else text
 
 
@@ -87,11 +91,16 @@ def _cut_at_mark(text: str, final: str) -> str:
   return text[:mark] if text.startswith(_CUT, mark) else text[:mark].rstrip()
 
 
-def _render(template: str, inputs: dict[str, Any]) -> str:
+def marks_generation(template: str) -> bool:
+  """Whether the template says itself, by {% generation %}, what an assistant writes."""
+  return re.search(r"\{%[-+]?\s*generation\b", template) is not None
+
+
+def _render(template: str, inputs: dict[str, Any], mark_generation: bool = False) -> str:
   import jinja2.sandbox
 
   try:
-    return _compile(template).render(**inputs)
+    return _compile(template, mark_generation).render(**inputs)
   except jinja2.UndefinedError as error:
     raise DataError(f"the chat template needs what these messages do not have: {error.message}") from error
   except jinja2.sandbox.SecurityError as error:
@@ -121,18 +130,21 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(template: str):
+def _compile(template: str, mark_generation: bool):
   import jinja2.ext
   import jinja2.sandbox
 
   class Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks what an assistant writes; in the text it leaves no trace."""
+    """{% generation %} … {% endgeneration %} marks what an assistant writes; by default it leaves no trace."""
 
     tags = {"generation"}
 
     def parse(self, parser):
       line = next(parser.stream).lineno
       body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+      if mark_generation:
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in MARKS)
+        body = [begin, *body, end]
       return jinja2.nodes.Scope(body, lineno=line)
 
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(

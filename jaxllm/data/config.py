@@ -1,29 +1,43 @@
 """Settings of the data room: where text comes from and how it becomes batches."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxllm.base.errors import ConfigError
+
+# The standard names of instruction data's columns, and of the keys of a message.
+COLUMNS = (
+  "instruction", "input", "output", "system", "history", "conversations", "messages", "tools", "prompt", "completion",
+  "chosen", "rejected", "text", "role", "content",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
   """One corpus of documents.
 
-  kind: "text" (path is a glob or several joined by commas, one document a file), "jsonl", "parquet" (globs;
-  one document a row, in `field`), "python" (globs; a row for each documented function, see
+  kind: "text" (path is a glob or several joined by commas, one document a file), "jsonl", "json" (a list of objects),
+  "parquet" (globs; one document a row, in `field`), "python" (globs; a row for each documented function, see
   `jaxllm.data.python_functions`), "tfds" (path is a TFDS name), "huggingface" (a `datasets` directory or hub
   name, "name:config" where it has configs).
   """
 
-  kind: Literal["text", "jsonl", "parquet", "python", "tfds", "huggingface"] = "text"
+  kind: Literal["text", "jsonl", "json", "parquet", "python", "tfds", "huggingface"] = "text"
   path: str = ""
   name: str = ""  # what reports call it; "": made from the path
   split: str = "train"  # tfds and huggingface
   field: str = "text"
   fields: tuple[str, ...] = ()  # of an example, in the task's order (`jaxllm.data.examples`); (): the usual names
+  # Instruction data (`jaxllm.data.conversations`); "auto": by the names of the columns
+  format: Literal["auto", "alpaca", "sharegpt", "openai", "prompt_completion", "text"] = "auto"
+  columns: dict[str, str] = dataclasses.field(default_factory=dict)  # standard name -> name here: {"output": "answer"}
   weight: float = 1.0  # share of the mixture, relative to the other sources
   max_documents: int | None = None
+
+  def __post_init__(self):
+    unknown = sorted(self.columns.keys() - set(COLUMNS))
+    if unknown:
+      raise ConfigError(f"a source's `columns` has the key {unknown[0]!r}; standard names are {', '.join(COLUMNS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +73,20 @@ class CorruptionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChatConfig:
+  """What of a conversation is trained: data.task "chat" and "preference" (`jaxllm.data.masks`)."""
+
+  template: str = ""  # a Jinja file in place of the tokenizer's own chat template
+  variables: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the template: {"enable_thinking": False}
+  # "assistant": what assistants say (of prompt and completion: the completion); "last": their last turn; "all": the
+  # prompts too. Messages may have a weight of their own.
+  train_on: Literal["assistant", "last", "all"] = "assistant"
+  reasoning: Literal["train", "mask", "drop"] = "train"  # "mask": read, and not trained
+  tool_calls: Literal["train", "mask"] = "train"  # of the turns that call tools
+  require_bos: bool = True  # where the tokenizer begins texts with BOS, the template must too
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """From sources to batches; `jaxllm.prepare` fills `dir`, `jaxllm.train` reads it."""
 
@@ -69,10 +97,22 @@ class DataConfig:
   max_heldout_bytes: int | None = None
   # How documents become rows (`jaxllm.data.tasks`). "text": to predict the next token. "masking": masked words.
   # "span_corruption" (T5), "denoising" (BART), "pairs" (source, target): for an encoder-decoder.
-  # "classification", "token_classification": examples with labels.
+  # "classification", "token_classification": examples with labels. "chat": conversations. "preference": a chosen and a
+  # rejected answer.
   task: Literal[
-    "text", "masking", "span_corruption", "denoising", "pairs", "classification", "token_classification"
+    "text",
+    "masking",
+    "span_corruption",
+    "denoising",
+    "pairs",
+    "classification",
+    "token_classification",
+    "chat",
+    "preference",
   ] = "text"
+  chat: ChatConfig = ChatConfig()
+  truncation: Literal["drop", "left", "right"] = "drop"  # where chat is longer than training.seq_len: what goes
+  on_bad_row: Literal["error", "skip"] = "error"  # skipped rows are counted and listed
   corruption: CorruptionConfig = CorruptionConfig()
   target_len: int = 0  # pairs: positions of the decoder, where training.seq_len is the encoder's; 0: as many
   labels: tuple[str, ...] = ()  # names of the classes, in order; (): the data has their numbers
@@ -89,5 +129,7 @@ class DataConfig:
         f"data.packing 'split' cuts documents anywhere, which data.task {self.task!r} cannot use; choose "
         "'best_fit', 'first_fit' or 'none'"
       )
-    if "classification" in self.task and self.packing != "none":
+    if ("classification" in self.task or self.task == "preference") and self.packing != "none":
       raise ConfigError(f"data.task {self.task!r} has one example a row; set data.packing to 'none'")
+    if self.task == "preference" and self.chat.train_on == "all":
+      raise ConfigError("data.chat.train_on 'all' has no meaning for data.task 'preference', which compares answers")

@@ -7,10 +7,11 @@ from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.data.config import DataConfig
+from jaxllm.data.examples import CHAT, PARTS
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.packing import random_order
 from jaxllm.data.pipeline import Batch, checked_rows
-from jaxllm.data.tasks import empty_row, make_task
+from jaxllm.data.tasks import empty_row, make_task, stacked
 
 
 class HeldoutBatches:
@@ -19,7 +20,8 @@ class HeldoutBatches:
   Documents are cut into windows of seq_len without overlap (a window's first token is predicted from the one
   before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored
   tokens stand for in the raw text, over all hosts: bits per byte is the sum of all hosts' losses in nats,
-  over ln 2 and over bytes. `tokens` counts the targets, each document's EOS included.
+  over ln 2 and over bytes. `tokens` counts the targets, each document's EOS included. Of instruction data, of which
+  only a part is scored, there are no `bytes`.
   """
 
   def __init__(
@@ -36,6 +38,9 @@ class HeldoutBatches:
   ):
     self._batch_size, self._rows = batch_size, checked_rows(rows, batch_size)
     self._task, self._empty = make_task(config, seq_len, prepared, decoder_start_id), empty_row(config, seq_len)
+    prepared_as = (prepared.config.get("examples") or [None])[0]
+    if prepared_as != (config.task if config.task in PARTS else None):
+      raise DataError(f"{prepared.dir} was prepared for data.task {prepared_as or 'text'!r}, not for {config.task!r}")
     self._documents, counts, sizes = [], [], []  # sources one after another, numbered on
     first_byte_length = 0
     lengths = prepared.heldout_lengths()
@@ -62,7 +67,7 @@ class HeldoutBatches:
     scored = self._sizes(self._order, len(document_bytes))
     whole = self._sizes(range(self._plan.num_rows), len(document_bytes))
     self.tokens = int(scored.sum())
-    self.bytes = float((document_bytes * (scored / np.maximum(whole, 1))).sum())
+    self.bytes = float((document_bytes * (scored / np.maximum(whole, 1))).sum()) if config.task not in CHAT else None
 
   def _sizes(self, rows: Iterable[int], documents: int) -> Int[np.ndarray, " documents"]:
     """Positions of each document in these rows."""
@@ -80,7 +85,7 @@ class HeldoutBatches:
       batch = self._order[start : start + self._batch_size]
       rows = [self._row(int(batch[row])) for row in self._rows if row < len(batch)]
       rows += [self._empty] * (len(self._rows) - len(rows))
-      yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+      yield stacked(rows)
 
   def _row(self, row: int) -> Batch:
     return self._task.row(self._plan.pieces(0, row), self, np.random.default_rng([0, row]))

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.data.config import DataConfig
-from jaxllm.data.examples import FIELDS
+from jaxllm.data.examples import CHAT, PARTS
 from jaxllm.data.shards import TokenDocuments, file_sizes, shard_directory
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -29,6 +29,7 @@ class SplitInfo:
   documents: int = 0
   bytes: int = 0
   tokens: int = 0  # without special tokens
+  trained: int = 0  # of instruction data: tokens with a weight above 0
   shards: int = 0
   parts: tuple[str, ...] = ()  # TFDS splits, in order
 
@@ -41,6 +42,7 @@ class SourceInfo:
   fingerprint: str  # SHA-256 of all documents: ids, lengths and bytes
   empty_documents: int  # left out
   not_utf8_documents: int
+  skipped_rows: int = 0  # bad ones, listed in `Prepared.skipped_path`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Prepared:
   eos_id: int
   files: dict[str, int]  # of the build: size by relative path
   config: dict
+  masks: str = ""  # of instruction data: digest of the template and of what is trained
   format: int = FORMAT
 
   @property
@@ -68,7 +71,7 @@ class Prepared:
     """Digest of the documents, their split and their tokens; unlike `key` blind to paths and file times."""
     facts = [[source.name, source.fingerprint, source.train.tokens] for source in self.sources]
     split = [self.config["heldout_fraction"], self.config["max_heldout_bytes"]]
-    return digest([facts, split, self.tokenizer_fingerprint])
+    return digest([facts, split, self.tokenizer_fingerprint, *([self.masks] if self.masks else [])])
 
   @property
   def tokenizer_dir(self) -> Path:
@@ -78,6 +81,11 @@ class Prepared:
   def heldout_path(self) -> Path:
     """The raw bytes of all held-out documents, one after another, sources in order."""
     return self.root / "heldout.bin"
+
+  @property
+  def skipped_path(self) -> Path:
+    """What was wrong with each row that was skipped, one a line."""
+    return self.root / "skipped.txt"
 
   def tokenizer(self) -> Tokenizer:
     return load_tokenizer(self.tokenizer_dir)
@@ -118,15 +126,20 @@ def content_config(config: DataConfig) -> dict:
   """The settings that decide what prepare writes; the others only decide how it is read."""
   sources = [dataclasses.asdict(source) for source in config.sources]
   for source in sources:
-    del source["weight"]
+    for name in ("weight", "format", "columns")[: 1 if config.task in CHAT else 3]:
+      del source[name]
   settings = {
     "sources": sources,
     "tokenizer": dataclasses.asdict(config.tokenizer),
     "heldout_fraction": config.heldout_fraction,
     "max_heldout_bytes": config.max_heldout_bytes,
     # Tasks that read texts share one build.
-    "examples": [config.task, config.labels] if config.task in FIELDS else None,
+    "examples": [config.task, config.labels] if config.task in PARTS else None,
   }
+  if config.task in CHAT:
+    settings["chat"] = dataclasses.asdict(config.chat)
+  if config.on_bad_row != "error":
+    settings["on_bad_row"] = config.on_bad_row
   return json.loads(json.dumps(settings))
 
 
@@ -176,7 +189,7 @@ def open_prepared(config: DataConfig) -> Prepared:
   if prepared is None:
     raise DataError(f"no prepared data in {config.dir}: run python -m jaxllm.prepare with this config first")
   wanted = content_config(config)
-  changed = [name for name in wanted if wanted[name] != prepared.config.get(name)]
+  changed = [name for name in wanted | prepared.config if wanted.get(name) != prepared.config.get(name)]
   if changed:
     raise DataError(
       f"{config.dir} was prepared with another data.{changed[0]}: run python -m jaxllm.prepare again, or "

@@ -28,7 +28,9 @@ class Piece(NamedTuple):
 
 class Plan(Protocol):
   num_rows: int
-  dropped_tokens: int  # targets per epoch that no row holds ("none" only)
+  dropped_tokens: int  # targets per epoch that no row holds
+  dropped_documents: int  # that no row holds any of
+  cut_documents: int  # of which rows hold a part
 
   def pieces(self, epoch: int, row: int) -> list[Piece]: ...
 
@@ -69,6 +71,8 @@ class SplitPlan:
   seq_len: int
   seed: int | None
   dropped_tokens: int = 0
+  dropped_documents: int = 0
+  cut_documents: int = 0
 
   def __post_init__(self):
     self._total = int(self.lengths.sum())
@@ -114,6 +118,8 @@ class TablePlan:
   sizes: Int[np.ndarray, " pieces"]
   row_offsets: Int[np.ndarray, " rows_plus_1"]
   dropped_tokens: int = 0
+  dropped_documents: int = 0
+  cut_documents: int = 0
 
   def __post_init__(self):
     self.num_rows = len(self.row_offsets) - 1

@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.config import DataConfig
+from jaxllm.data.examples import CHAT
 from jaxllm.data.manifest import Prepared, digest, open_prepared
 from jaxllm.data.packing import Plan
 from jaxllm.data.shards import TokenDocuments
-from jaxllm.data.tasks import Task, make_task
+from jaxllm.data.tasks import Task, empty_row, make_task, stacked
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays [rows, ...] by name, or such dicts: what `jaxllm.data.tasks.empty_row` has
 
 
 class PackedRows(grain.MapDataset):
@@ -50,9 +51,11 @@ class HostBatches(grain.MapDataset):
   hosts see equally many batches.
   """
 
-  def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int], start: int, end: int):
+  def __init__(
+    self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int], start: int, end: int, empty: Batch
+  ):
     super().__init__(parent)
-    self._batch_size, self._rows, self._start, self._end = batch_size, rows, start, end
+    self._empty, self._batch_size, self._rows, self._start, self._end = empty, batch_size, rows, start, end
 
   def __len__(self) -> int:
     return max(0, -(-(self._end - self._start) // self._batch_size))
@@ -63,9 +66,8 @@ class HostBatches(grain.MapDataset):
     first = self._start + index * self._batch_size
     rows = [self._parent[first + row] for row in self._rows if first + row < self._end]
     if len(rows) < len(self._rows):
-      empty = {name: np.zeros_like(array) for name, array in (rows or [self._parent[0]])[0].items()}
-      rows += [empty] * (len(self._rows) - len(rows))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+      rows += [self._empty] * (len(self._rows) - len(rows))
+    return stacked(rows)
 
 
 class TrainBatches(grain.DatasetIterator[Batch]):
@@ -81,9 +83,10 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     config: DataConfig,
     plans: dict[str, Plan],
     shares: dict[str, float],
+    empty: Batch,
   ):
     super().__init__()
-    self._dataset, self._key, self._config = dataset, key, config
+    self._dataset, self._key, self._config, self._empty = dataset, key, config, empty
     self._batch_size, self._rows = batch_size, rows
     self._plans, self._shares = plans, shares
     self.rows_per_epoch = sum(plan.num_rows for plan in plans.values())
@@ -104,7 +107,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
 
   @property
   def dropped_tokens(self) -> dict[str, int]:
-    """Tokens per epoch that no row holds, by source: what "none" truncates; 0 with other packings."""
+    """Tokens per epoch that no row holds, by source: what "none" truncates, and what is left out of chat."""
     return {name: plan.dropped_tokens for name, plan in self._plans.items()}
 
   def __next__(self) -> Batch:
@@ -116,7 +119,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     return batch
 
   def _open(self) -> grain.DatasetIterator:
-    batches = HostBatches(self._dataset, self._batch_size, self._rows, self._consumed, self._end)
+    batches = HostBatches(self._dataset, self._batch_size, self._rows, self._consumed, self._end, self._empty)
     config = self._config
     if config.workers:
       _mark_flags_parsed()
@@ -209,7 +212,9 @@ def train_batches(
   shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
   mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
   facts = [prepared.content, config.packing, config.shuffle, seq_len, seed, weights]
-  if config.task != "text":
+  if config.task in CHAT:
+    facts += [config.task, config.truncation]
+  elif config.task != "text":
     facts += [config.task, dataclasses.asdict(config.corruption), config.target_len, decoder_start_id]
   return TrainBatches(
     mixture,
@@ -219,6 +224,7 @@ def train_batches(
     config=config,
     plans=plans,
     shares=shares,
+    empty=empty_row(config, seq_len),
   )
 
 

@@ -6,7 +6,7 @@ run killed at any moment leaves the previous build, or none.
 
 import array
 import contextlib
-import functools
+import dataclasses
 import hashlib
 import math
 import os
@@ -25,7 +25,7 @@ from jaxllm.base.files import local_path
 from jaxllm.base.locks import hold
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
-from jaxllm.data.examples import encode, example_sources, texts_of
+from jaxllm.data.examples import CHAT, PARTS, content_of, example_sources, make_encoder, texts_of, unpacked
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import Record, file_sizes, write_shards
 from jaxllm.data.sources import Document, Source, open_source
@@ -37,6 +37,7 @@ _BATCH_BYTES = 4 << 20  # tokenized at once
 _PART_BYTES = 128 << 20  # of text per TFDS split: one split's records must stay under 1 GB
 Encode = Callable[[list[Document]], list[list[np.ndarray]]]  # the token ids of each part of each document
 _RECORD_BYTES = 256  # counted for what a record holds besides its text
+_SHOWN = 20  # skipped rows that are printed; a file has them all
 
 
 class PreparedInfo(NamedTuple):
@@ -56,6 +57,15 @@ class _Survey(NamedTuple):
   fingerprint: str
 
 
+@dataclasses.dataclass
+class _Tally:
+  """What was counted while a split was written."""
+
+  counts: array.array = dataclasses.field(default_factory=lambda: array.array("q"))  # tokens of each part
+  trained: int = 0
+  bad: list[str] = dataclasses.field(default_factory=list)
+
+
 def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedInfo:
   """Makes `config.dir` hold the corpus, tokenized; does nothing when it already does.
 
@@ -65,7 +75,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
   started = time.monotonic()
   _check(config)
   directory = local_path(config.dir)
-  sources = [open_source(source) for source in example_sources(config)]
+  sources = [open_source(source, content_of(config.task), config.on_bad_row) for source in example_sources(config)]
   names = [_slug(source.name) for source in sources]
   for name in names:
     if names.count(name) > 1:
@@ -96,8 +106,33 @@ def _slug(name: str) -> str:
   return slug if slug[:1].isalpha() else f"source_{slug}".rstrip("_")
 
 
-def _tokenizer_stamp(config: DataConfig) -> str:
-  return load_tokenizer(config.tokenizer.path).fingerprint if config.tokenizer.path else ""
+def _tokenizer_stamp(config: DataConfig) -> str | list[str]:
+  if not config.tokenizer.path:
+    return _mask_stamp(config, None) if config.task in CHAT else ""
+  tokenizer = load_tokenizer(config.tokenizer.path)
+  return [tokenizer.fingerprint, _mask_stamp(config, tokenizer)] if config.task in CHAT else tokenizer.fingerprint
+
+
+def _mask_stamp(config: DataConfig, tokenizer: Tokenizer | None) -> str:
+  """Digest of what decides on the tokens of conversations, and on which are trained."""
+  templates = {} if tokenizer is None else tokenizer.chat_templates
+  if config.chat.template:
+    templates = {"default": _read_template(config.chat.template)}
+  return manifests.digest([templates, dataclasses.asdict(config.chat)])
+
+
+def _read_template(path: str) -> str:
+  try:
+    return local_path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(f"cannot read data.chat.template {path}: {error}") from error
+
+
+def _with_template(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer with the chat template that the config names, which a model trained on this data keeps."""
+  if config.task in CHAT and config.chat.template:
+    tokenizer.settings["chat_template"] = _read_template(config.chat.template)
+  return tokenizer
 
 
 @contextlib.contextmanager
@@ -131,14 +166,15 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
   name = f"build-{key[:8]}-{time.time_ns():x}"
   root = directory / name
   root.mkdir()
-  tokenizer = _make_tokenizer(config, surveys, heldout)
+  tokenizer = _with_template(config, _make_tokenizer(config, surveys, heldout))
   start_id, eos_id = tokenizer.start_id, tokenizer.eos_id
   assert eos_id is not None  # start_id has raised where documents cannot be told apart
   tokenizer.save(root / "tokenizer")
-  infos = []
+  encode, infos = make_encoder(config, tokenizer), []
   with open(root / "heldout.bin", "wb") as raw:
     for survey, held in zip(surveys, heldout):
-      infos.append(_write_source(survey, held, functools.partial(encode, config, tokenizer), root, raw))
+      infos.append(_write_source(survey, held, config, encode, root, raw))
+      _report_skipped(survey.source, root, log)
   np.save(root / "heldout_lengths.npy", np.concatenate([s.sizes[held] for s, held in zip(surveys, heldout)]))
   prepared = Prepared(
     dir=directory,
@@ -151,6 +187,7 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
     eos_id=eos_id,
     files=file_sizes(root),
     config=manifests.content_config(config),
+    masks=_mask_stamp(config, tokenizer) if config.task in CHAT else "",
   )
   os.sync()  # the files must be on disk before the manifest that vouches for them
   manifests.write_manifest(prepared)
@@ -172,6 +209,8 @@ def _survey(source: Source, log) -> _Survey:
       first = first or document.id
     hashes.append(int.from_bytes(hashlib.blake2b(_id_bytes(document), digest_size=8).digest(), "big"))
     sizes.append(len(document.data))
+  if not hashes and source.skipped:
+    raise DataError(f"all {len(source.skipped)} rows of data source {source.name!r} are bad: {source.skipped[0]}")
   if not hashes:
     raise DataError(f"data source {source.name!r} is empty: it has {empty} documents, none with text")
   if not_utf8:
@@ -228,26 +267,34 @@ def _make_tokenizer(config: DataConfig, surveys: list[_Survey], heldout) -> Toke
   return train_sentencepiece(texts, config.tokenizer, total)
 
 
-def _write_source(survey: _Survey, held, encode: Encode, root: Path, raw) -> SourceInfo:
+def _write_source(survey: _Survey, held, config: DataConfig, encode: Encode, root: Path, raw) -> SourceInfo:
   wanted = {"train": ~held, "heldout": held}
   parts: dict[str, dict[str, np.ndarray]] = {split: _parts(split, mask, survey) for split, mask in wanted.items()}
-  counts = {split: array.array("q") for split in wanted}
+  tallies = {split: _Tally() for split in wanted}
   generators = {
-    part: _records(survey, mask, encode, counts[split], raw if split == "heldout" else None)
+    part: _records(survey, mask, config, encode, tallies[split], raw if split == "heldout" else None)
     for split in wanted
     for part, mask in parts[split].items()
   }
   shards = write_shards(root / "shards", survey.source.name, generators)
+  bad = [error for tally in tallies.values() for error in tally.bad]
+  if len(bad) == len(survey.hashes):
+    raise DataError(f"all {len(bad)} examples of data source {survey.source.name!r} are bad: {bad[0]}")
+  survey.source.skipped.extend(bad)
   infos = {}
   for split, mask in wanted.items():
-    lengths = np.frombuffer(counts[split], np.int64)
-    if len(lengths) > mask.sum():  # examples of several parts
-      lengths = lengths.reshape(mask.sum(), -1)
+    tally = tallies[split]
+    lengths = np.frombuffer(tally.counts, np.int64)
+    tokens = lengths.sum()
+    if config.task in PARTS:
+      lengths = lengths.reshape(mask.sum(), PARTS[config.task][0])
+      tokens = lengths[:, : PARTS[config.task][1]].sum()
     np.save(manifests.counts_path(root, survey.source.name, split), lengths)
     infos[split] = SplitInfo(
       documents=int(mask.sum()),
       bytes=int(survey.sizes[mask].sum()),
-      tokens=int(lengths.sum()),
+      tokens=int(tokens),
+      trained=tally.trained,
       shards=sum(shards[part] for part in parts[split]),
       parts=tuple(parts[split]),
     )
@@ -257,7 +304,19 @@ def _write_source(survey: _Survey, held, encode: Encode, root: Path, raw) -> Sou
     fingerprint=survey.fingerprint,
     empty_documents=survey.empty,
     not_utf8_documents=survey.not_utf8,
+    skipped_rows=len(survey.source.skipped),
   )
+
+
+def _report_skipped(source: Source, root: Path, log) -> None:
+  if not source.skipped:
+    return
+  with open(root / "skipped.txt", "a", encoding="utf-8") as file:
+    file.writelines(f"{error}\n" for error in source.skipped)
+  for error in source.skipped[:_SHOWN]:
+    log(f"skipped: {error}")
+  if len(source.skipped) > _SHOWN:
+    log(f"skipped: {len(source.skipped) - _SHOWN} more rows of {source.name}, all listed in {root / 'skipped.txt'}")
 
 
 def _parts(split: str, wanted, survey: _Survey) -> dict[str, Bool[np.ndarray, " documents"]]:
@@ -268,13 +327,32 @@ def _parts(split: str, wanted, survey: _Survey) -> dict[str, Bool[np.ndarray, " 
   return {f"{split}_{n}" if n else split: wanted & (part == number) for n, number in enumerate(used)}
 
 
-def _records(survey: _Survey, wanted, encode: Encode, counts: array.array, raw) -> Iterator[Record]:
+def _records(survey: _Survey, wanted, config: DataConfig, encode: Encode, tally: _Tally, raw) -> Iterator[Record]:
   for batch in _batches(_select(survey, wanted)):
-    for document, parts in zip(batch, encode(batch)):
-      counts.extend(len(part) for part in parts)
+    for document, parts in zip(batch, _encoded(encode, batch, config.on_bad_row)):
+      if isinstance(parts, DataError):  # a record without tokens holds its place
+        tally.bad.append(str(parts))
+        parts = [np.zeros(0, np.int32)] * PARTS[config.task][0]
+      elif config.task in CHAT:
+        token_parts = PARTS[config.task][1]
+        tally.trained += sum(int((unpacked(runs) > 0).sum()) for runs in parts[token_parts:])
+      tally.counts.extend(len(part) for part in parts)
       if raw is not None:
         raw.write(document.data)
       yield Record(_id_bytes(document), len(document.data), np.concatenate(parts).astype(np.int32))
+
+
+def _encoded(encode: Encode, batch: list[Document], on_bad_row: str) -> list[list[np.ndarray] | DataError]:
+  """The parts of each document, or what is wrong with it."""
+  try:
+    return list(encode(batch))
+  except DataError as error:
+    if on_bad_row == "error":
+      raise
+    if len(batch) == 1:
+      return [error]
+  half = len(batch) // 2
+  return [*_encoded(encode, batch[:half], on_bad_row), *_encoded(encode, batch[half:], on_bad_row)]
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

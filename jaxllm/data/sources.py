@@ -25,6 +25,7 @@ from jaxllm.data.text import to_bytes
 class Document(NamedTuple):
   id: str
   data: bytes
+  where: str = ""  # what errors call it: file and line
 
 
 class Source(NamedTuple):
@@ -33,6 +34,10 @@ class Source(NamedTuple):
   name: str
   documents: Callable[[], Iterator[Document]]
   stamp: str
+  skipped: list[str]  # the errors of the bad rows that the last pass has left out
+
+
+Content = Callable[[Any, SourceConfig], bytes]  # a document's bytes from a row
 
 
 def stdlib_sources() -> SourceConfig:
@@ -63,8 +68,12 @@ def source_name(config: SourceConfig) -> str:
   return os.path.basename(_root(include)) or "text"
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, content: Content | None = None, on_bad_row: str = "error") -> Source:
   """Opens one corpus.
+
+  Args:
+    content: makes a document of a whole row; None: the document is the row's fields.
+    on_bad_row: "error", or "skip": rows that do not parse, or that are none of `content`, are left out and listed.
 
   Raises DataError when nothing matches the path, a line or row does not parse, the field is missing, or the
   library that the kind needs is not installed.
@@ -74,48 +83,81 @@ def open_source(config: SourceConfig) -> Source:
   name = source_name(config)
   if config.kind in ("tfds", "huggingface"):
     rows, stamp = (_open_tfds if config.kind == "tfds" else _open_huggingface)(config)
-    documents = _keyed_rows(rows, name, config)
+    numbered = _numbered_rows(rows, name, config)
   else:
     files = _match_files(config)
     stamp = _stamp([(relative, *_stat(path)) for relative, path in files])
-    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "python": _read_python}[config.kind]
     if config.kind == "parquet":
       _import("pyarrow")
-    documents = _keyed_files(files, read, name, config)
+    numbered = _rows_of_files(files, name, config)
+  skipped: list[str] = []
 
-  def limited() -> Iterator[Document]:
-    for count, document in enumerate(documents()):
+  def documents() -> Iterator[Document]:
+    skipped.clear()
+    count = 0
+    for key, row, where in numbered():
       if count == config.max_documents:
         return
-      yield document
+      try:
+        if isinstance(row, DataError):
+          raise row
+        data = _content(row, config, where) if content is None else _converted(content, row, config, where)
+      except DataError as error:
+        if on_bad_row == "error":
+          raise
+        skipped.append(str(error))
+        continue
+      yield Document(key, data, where)
+      count += 1
 
-  return Source(name, limited, stamp)
+  return Source(name, documents, stamp, skipped)
 
 
-def _keyed_files(files, read, name: str, config: SourceConfig) -> Callable[[], Iterator[Document]]:
-  def documents():
+def _converted(content: Content, row: Any, config: SourceConfig, where: str) -> bytes:
+  try:
+    return content(row, config)
+  except DataError as error:
+    raise DataError(f"{where}: {error}") from error
+
+
+def _rows_of_files(files, name: str, config: SourceConfig) -> Callable[[], Iterator[tuple[str, Any, str]]]:
+  read = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
+    "python": _read_python,
+  }[config.kind]
+
+  def rows():
     for relative, path in files:
       try:
         for row, values, where in read(path, relative, config):
-          key = f"{name}/{relative}" if row is None else f"{name}/{relative}:{row}"
-          yield Document(key, _content(values, config, where))
+          yield (f"{name}/{relative}" if row is None else f"{name}/{relative}:{row}"), values, where
       except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
-  return documents
+  return rows
 
 
-def _keyed_rows(rows, name: str, config: SourceConfig) -> Callable[[], Iterator[Document]]:
-  def documents():
+def _numbered_rows(rows, name: str, config: SourceConfig) -> Callable[[], Iterator[tuple[str, Any, str]]]:
+  def numbered():
     for row in range(len(rows)):
-      where = f"{name}:{row}"
+      key = f"{name}:{row}"
       try:
         example = rows[row]
       except Exception as error:  # whatever the library raises for a damaged record
-        raise DataError(f"cannot read {where} of {config.path}: {_first_line(error)}") from error
-      yield Document(where, _content(example, config, f"{config.path} row {row}"))
+        raise DataError(f"cannot read {key} of {config.path}: {_first_line(error)}") from error
+      yield key, example if config.field or config.fields else without_none(example), f"{config.path} row {row}"
 
-  return documents
+  return numbered
+
+
+def without_none(value: Any) -> Any:
+  """Without the keys that Arrow gives to all objects of a column because one of them has it."""
+  if isinstance(value, dict):
+    return {name: without_none(item) for name, item in value.items() if item is not None}
+  return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 # Files
@@ -181,12 +223,13 @@ def _stamp(facts: Any) -> str:
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-Row = tuple[int | None, Any, str]  # its number (of a whole file None), its fields, and what errors call it
+# Its number (of a whole file None), its fields or what is wrong with it, and what errors call it
+Row = tuple[int | None, Any, str]
 
 
 def _read_text(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   with open(path, "rb") as file:
-    yield None, {config.field: file.read()}, path
+    yield None, {config.field or "text": file.read()}, path
 
 
 def _read_jsonl(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
@@ -198,8 +241,31 @@ def _read_jsonl(path: str, relative: str, config: SourceConfig) -> Iterator[Row]
       try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
       except ValueError as error:
-        raise DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line") from error
+        row = DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line")
       yield number, row, where
+
+
+def _read_json(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
+  """The objects of a list, each by the line on which it begins."""
+  with open(path, "rb") as file:
+    text = file.read().decode("utf-8", "surrogateescape")
+  if not text.lstrip().startswith("["):
+    raise DataError(f"{path}:1: not a JSON list of objects; one object a line is kind 'jsonl'")
+  decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+  at, row = text.index("[") + 1, 0
+  line = 1 + text.count("\n", 0, at)
+  while True:
+    begin = at + len(between.match(text, at)[0])  # type: ignore[index]  # it matches nothing too
+    line += text.count("\n", at, begin)
+    if text.startswith("]", begin):
+      return
+    try:
+      value, at = decoder.raw_decode(text, begin)
+    except ValueError as error:
+      raise DataError(f"{path}:{line}: not a JSON list of objects: {_first_line(error)}; mend it") from error
+    yield row, value, f"{path}:{line}"
+    line += text.count("\n", begin, at)
+    row += 1
 
 
 def _read_parquet(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
@@ -208,6 +274,10 @@ def _read_parquet(path: str, relative: str, config: SourceConfig) -> Iterator[Ro
   columns = list(config.fields or (config.field,))
   try:
     with parquet.ParquetFile(path) as file:
+      if columns == [""]:
+        rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        yield from ((n, without_none(row), f"{path} row {n}") for n, row in enumerate(rows))
+        return
       for column in columns:
         if column not in file.schema_arrow.names:
           raise _missing_field(path, column, file.schema_arrow.names)
@@ -222,7 +292,7 @@ def _read_parquet(path: str, relative: str, config: SourceConfig) -> Iterator[Ro
         for fields in zip(*values):
           yield row, dict(zip(columns, fields)), f"{path} row {row}"
           row += 1
-  except pyarrow.ArrowException as error:
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise DataError(f"{path}: not a readable Parquet file of text: {_first_line(error)}") from error
 
 

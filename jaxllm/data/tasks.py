@@ -5,7 +5,8 @@ that it is given. Tasks travel to worker processes, so they hold plain values on
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from jaxllm.base.errors import DataError
 from jaxllm.data import corruption
 from jaxllm.data.config import CorruptionConfig, DataConfig
-from jaxllm.data.examples import IGNORED
+from jaxllm.data.examples import CHAT, IGNORED, unpacked
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.packing import (
   Packing,
@@ -29,7 +30,7 @@ from jaxllm.data.packing import (
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.data.words import Words, words_of
 
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]  # arrays by name; of a preference two such rows
 Counts = Int[np.ndarray, " documents *parts"]  # tokens of each document, or of each part of an example
 Ids = Int[np.ndarray, " tokens"]
 
@@ -51,6 +52,8 @@ class Task(Protocol):
 def empty_row(config: DataConfig, seq_len: int) -> Row:
   """A row of padding: the names, shapes and dtypes that every row of the task has."""
   names = ("inputs", "targets", "positions", "segment_ids")
+  if config.task == "preference":
+    return {side: empty_row(dataclasses.replace(config, task="chat"), seq_len) for side in ("chosen", "rejected")}
   if config.task in _ENCODER_DECODER:
     row = _zeros(names, target_length(config, seq_len))
     row |= _zeros(("encoder_inputs", "encoder_positions", "encoder_segment_ids"), seq_len)
@@ -271,6 +274,92 @@ class ClassificationTask:
     return row
 
 
+Truncation = Literal["drop", "left", "right"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTask:
+  """Conversations of which some tokens are trained; each is a segment of its own and stays whole, or is cut once."""
+
+  empty: Row
+  truncation: Truncation
+
+  def plan(self, counts, packing, seed):
+    before, trained, behind, _ = counts.T
+    T = len(self.empty["inputs"])
+    plan = _whole_or_cut(
+      before + trained + behind - 1, before - 1, before + trained - 2, T, self.truncation, order_of(counts, seed)
+    )
+    if packing == "none":
+      return plan
+    pieces = plan.documents, plan.starts, plan.sizes
+    fitted = fit_pieces(*pieces, plan.sizes[:, None], (T,), tightest=packing == "best_fit")
+    lost = ("dropped_tokens", "dropped_documents", "cut_documents")
+    return dataclasses.replace(fitted, **{name: getattr(plan, name) for name in lost})
+
+  def row(self, pieces, documents, rng):
+    row = copy(self.empty)
+    for segment, piece in enumerate(pieces, 1):
+      *ids, runs = documents.parts(piece.document)
+      put_example(row, segment, np.concatenate(ids), unpacked(runs), piece)
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceTask:
+  """A chosen and a rejected answer, one pair a row; both sides are cut at the same place."""
+
+  empty: Row
+  truncation: Truncation
+
+  def plan(self, counts, packing, seed):
+    prompt, shared, chosen, rejected, *_ = counts.T
+    # What must stay: cut right, where answers begin to differ; cut left, all that is trained.
+    return _whole_or_cut(
+      prompt + shared + np.maximum(chosen, rejected) - 1,
+      prompt + shared - 1,
+      prompt - 1,
+      len(self.empty["chosen"]["inputs"]),
+      self.truncation,
+      order_of(counts, seed),
+    )
+
+  def row(self, pieces, documents, rng):
+    rows = {side: copy(row) for side, row in self.empty.items()}
+    for segment, piece in enumerate(pieces, 1):
+      prompt, shared, *rest = documents.parts(piece.document)
+      for row, ids, runs in zip(rows.values(), rest[:2], rest[2:]):
+        put_example(row, segment, np.concatenate([prompt, shared, ids]), unpacked(runs), piece)
+    return rows
+
+
+def _whole_or_cut(positions: Ids, first: Ids, last: Ids, seq_len: int, truncation: Truncation, order: Ids) -> TablePlan:
+  """One example a row, in this order, without those that are too long, or would lose what they are for.
+
+  Args:
+    positions: how many each fills.
+    first, last: the one that must stay where the right is cut off, and where the left is.
+  """
+  over = np.maximum(positions - seq_len, 0)
+  keep = {"drop": over == 0, "right": first < seq_len, "left": last >= over}[truncation]
+  kept = order[keep[order]]
+  if len(order) and not len(kept):
+    raise DataError(
+      f"each of {len(order)} examples is over training.seq_len {seq_len}, and data.truncation {truncation!r} leaves "
+      f"nothing to learn of it; the shortest needs {positions[order].min()}"
+    )
+  sizes = np.minimum(positions, seq_len)[kept]
+  return TablePlan(
+    kept,
+    over[kept] if truncation == "left" else np.zeros_like(kept),
+    sizes,
+    np.arange(len(kept) + 1),
+    dropped_tokens=int(positions[order].sum() - sizes.sum()),
+    dropped_documents=len(order) - len(kept),
+    cut_documents=int((over[kept] > 0).sum()),
+  )
+
+
 _ENCODER_DECODER = ("span_corruption", "denoising", "pairs")
 
 
@@ -282,6 +371,8 @@ def make_task(config: DataConfig, seq_len: int, prepared: Prepared, decoder_star
   empty = empty_row(config, seq_len)
   if config.task == "text":
     return TextTask(empty)
+  if config.task in CHAT:
+    return (ChatTask if config.task == "chat" else PreferenceTask)(empty, config.truncation)
   tokenizer = prepared.tokenizer()
   special = _special(config, tokenizer, decoder_start_id, seq_len)
   match config.task:
@@ -329,12 +420,29 @@ def _first_sentinel(tokenizer: Tokenizer) -> int | None:
 
 
 def order_of(counts: Counts, seed: int | None) -> Ids:
-  return np.arange(len(counts)) if seed is None else random_order(len(counts), seed, 0)
+  """The documents in the order in which they are packed, without those that were skipped, which have no tokens."""
+  order = np.arange(len(counts)) if seed is None else random_order(len(counts), seed, 0)
+  return order if counts.ndim == 1 else order[counts.sum(1)[order] > 0]
 
 
 def text_of(piece: Piece, documents: Documents) -> Ids:
   """The tokens of a piece of a text, without special ones."""
   return documents.framed(piece.document)[1 + piece.start : 1 + piece.start + piece.size]
+
+
+def put_example(row: Row, segment: int, ids: Ids, weights: np.ndarray, piece: Piece) -> None:
+  """Writes the piece's positions of an example, in which each token is predicted with its weight."""
+  begin, end = piece.start, min(piece.start + piece.size, len(ids) - 1)
+  at = put(row, "", segment, ids[begin:end])
+  row["targets"][at], row["loss_weights"][at] = ids[begin + 1 : end + 1], weights[begin + 1 : end + 1]
+
+
+def stacked(rows: Sequence[Row]) -> Row:
+  """Rows of one form as a batch."""
+  return {
+    name: stacked([row[name] for row in rows]) if isinstance(entry, dict) else np.stack([row[name] for row in rows])
+    for name, entry in rows[0].items()
+  }
 
 
 def copy(row: Row) -> Row:

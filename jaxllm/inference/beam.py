@@ -42,15 +42,16 @@ def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
   @functools.partial(jax.jit, static_argnames=("cache_length", "beams", "keep"))
   def start(params, prompts: Prompts, cache_length: int, beams: int, keep: int):
     logits, cache = read_prompts(nnx.merge(graph, params), prompts, cache_length)
-    logits, cache = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), (logits, cache))
+    copies = jnp.repeat(jnp.arange(len(logits)), beams)
+    logits, cache = logits[copies], cache.rows(copies)
     scores = jnp.where(jnp.arange(beams) == 0, 0.0, -1e9)  # the beams are copies: one goes on
     return cache, best(logits, jnp.broadcast_to(scores, (len(prompts.lengths), beams)), keep)
 
   @functools.partial(jax.jit, static_argnames="keep", donate_argnames="cache")
   def step(params, cache, beam, token, scores, keep: int):
     rows = (beam + beam.shape[1] * jnp.arange(len(beam))[:, None]).reshape(-1)
-    own = dataclasses.replace(cache, cross=None)  # a prompt's beams share what they see of the encoder
-    cache = dataclasses.replace(jax.tree.map(lambda x: x[rows], own), cross=cache.cross)
+    encoded = cache.encoded  # a prompt's beams share what they see of the encoder
+    cache = dataclasses.replace(dataclasses.replace(cache, encoded=None).rows(rows), encoded=encoded)
     model = nnx.merge(graph, params)
     x, cache = model.hidden(token.reshape(-1, 1), cache=cache)
     return cache, best(model.logits(x)[:, 0], scores, keep)

@@ -22,8 +22,8 @@ from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, check_promp
 from jaxllm.inference.sampling import SamplingParams, SamplingRows, sampling_rows
 from jaxllm.inference.text import Decodes, TextStream
 from jaxllm.kernels import backends
-from jaxllm.models.attention import KVCache
 from jaxllm.models.build import Params
+from jaxllm.models.caches import KVCache
 from jaxllm.models.config import ModelConfig
 
 # Decode steps that one dispatch runs when nobody watches. On a 2-core CPU 8 are 15% faster than 1 for a
@@ -87,7 +87,7 @@ def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
       x, cache = model.hidden(state.token[:, None], cache=state.cache)
       drawn = draw(model.logits(x)[:, 0], before + 1, rows, top)
       goes_on = before + 1 < limits
-      cache = dataclasses.replace(cache, length=jnp.where(goes_on, before + 1, before))
+      cache = cache.rewind(jnp.where(goes_on, before + 1, before))
       return DecodeState(cache, jnp.where(goes_on, drawn.token, state.token)), drawn
 
     if steps == 1:

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.sampling import SamplingParams
-from jaxllm.models.attention import KVCache
-from jaxllm.models.build import init_cache
+from jaxllm.models.caches import KVCache, init_cache
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import Transformer
 
@@ -53,14 +52,11 @@ def read_prompts(model: Transformer, prompts: Prompts, cache_length: int) -> tup
   """The logits after each prompt, and a cache of `cache_length` slots that holds the prompts."""
   batch, padded = prompts.tokens.shape
   encoded = None if prompts.source is None else model.encode(prompts.source, segment_ids=prompts.source_mask)
-  cache = init_cache(model.config, batch, padded, model.compute.dtype)
+  cache = init_cache(model.config, batch, padded, model.compute.dtype).expecting(prompts.lengths)
   x, filled = model.hidden(prompts.tokens, cache=cache, encoded=encoded, encoded_segment_ids=prompts.source_mask)
   assert filled is not None
   last = jnp.take_along_axis(x, (prompts.lengths - 1)[:, None, None], axis=1)
-  room = [(0, 0), (0, cache_length - padded), (0, 0), (0, 0)]
-  grow = lambda layers: tuple(jnp.pad(layer, room) for layer in layers)  # noqa: E731
-  cache = dataclasses.replace(filled, key=grow(filled.key), value=grow(filled.value), length=prompts.lengths)
-  return model.logits(last)[:, 0], cache
+  return model.logits(last)[:, 0], filled.grow(cache_length)
 
 
 def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:

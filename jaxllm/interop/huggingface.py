@@ -181,10 +181,10 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
 
 
 class Place(NamedTuple):
-  """Where a checkpoint's tensor stands in our parameters: in those of `weight`, at an index of their leading axes."""
+  """Where a checkpoint's tensor stands in our parameters: in those of `weight`, at `at` in their leading axes."""
 
   weight: Weight
-  index: Index
+  at: Index
   shape: Shape  # of their tensor
 
 
@@ -201,7 +201,8 @@ def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[di
   shapes = param_shapes(config)
   renamed = {name: _renamed(name, table) for name in names}
   entries = _table(table, config, {n for name in renamed.values() for n in (name, table.prefix + name)})
-  found = {name: Place(weight, index, shape) for weight, name, index, shape in _expected(table, entries, config, shapes)}
+  expected = _expected(table, entries, config, shapes)
+  found = {name: Place(weight, at, shape) for weight, name, at, shape in expected}
   full = {name: table.prefix + own if table.prefix + own in found else own for name, own in renamed.items()}
   return found, full
 

@@ -101,6 +101,8 @@ def as_checkpoint(config: ModelConfig, params: Tensors, family: str | None = Non
   Raises:
     ConfigError: none can.
   """
+  if config.adapter is not None:
+    raise ConfigError("no Hugging Face family has what model.adapter puts into blocks; keep it as a model directory")
   if family is not None:
     return to_huggingface(config, family, params)
   reasons = []

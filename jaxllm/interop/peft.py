@@ -101,7 +101,7 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
   for module, parts in ours.items():
     place = known[f"{module}.weight"]
     for path, piece in _pieces(directory, config, settings, shapes, module, parts, place):
-      pieces.setdefault(path, {})[place.index] = piece
+      pieces.setdefault(path, {})[place.at] = piece
   changes = {path: _stacked(shapes[path], found, settings.dropout) for path, found in pieces.items()}
   replaced: dict[str, dict[Index, LazyTensor]] = {}
   for name, tensor in full.items():
@@ -111,10 +111,10 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
         f"the adapter in {directory} does not fit its base model: {name} has shape {tensor.shape}, there it is "
         f"{place.shape}"
       )
-    parts = [shapes[path][len(place.index) :] for path in place.weight.ours]
+    own = [shapes[path][len(place.at) :] for path in place.weight.ours]
     for i, path in enumerate(place.weight.ours):
-      read = lambda t=tensor, w=place.weight, parts=parts, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
-      replaced.setdefault(path, {})[place.index] = LazyTensor(parts[i], tensor.dtype, read)
+      read = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
+      replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, read)
   return StoredAdapter(raw, changes, {p: _replaced(tensors[p], found) for p, found in replaced.items()}, directory)
 
 
@@ -135,7 +135,9 @@ def _check_targets(
     raise CheckpointError(
       f"the adapter in {directory} has weights of {', '.join(extra[:8])}, which its target_modules do not name"
     )
-  of_layers = [m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]]
+  of_layers = [
+    m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]
+  ]
   missing = [m for m in of_layers if settings.means(m) and m not in modules]
   saved = [name for name in known if name.endswith(".weight") and ends(settings.saved, name.removesuffix(".weight"))]
   missing += [name for name in saved if name not in full]
@@ -179,7 +181,7 @@ def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterat
   check(first in parts and second in parts, f"lacks {first if first not in parts else second}")
   check((MAGNITUDE in parts) == settings.dora, f"{'lacks' if settings.dora else 'has'} a magnitude")
   A, B = parts[first], parts[second]
-  ours = [shapes[path][len(place.index) :] for path in place.weight.ours]
+  ours = [shapes[path][len(place.at) :] for path in place.weight.ours]
   check(all(len(shape) == 2 for shape in ours), "is no matrix")
   table = place.weight.ours[0].startswith("embedding/")
   check(table == (first == EMBEDDING[0]), f"has {first}, which {'is not' if table else 'is'} an embedding's")

@@ -182,4 +182,3 @@ def ends(names: str | Collection[str] | None, module: str) -> bool:
 
 def _is_part(module: str, name: str) -> bool:
   return f".{name}." in f".{module}."
-

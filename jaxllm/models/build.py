@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.models.attention import KVCache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.transformer import Transformer
 from jaxllm.models.weights import PerLayer, is_per_layer, map_weights
@@ -81,15 +80,6 @@ def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = Axis
         f"model.{name} {size} is not divisible by {split} = {ways}; change one, "
         f"or keep it whole with mesh.rules.{axis} = ()"
       )
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:
-  """An empty cache for `batch` rows of up to `length` tokens."""
-  heads, key_dim, value_dim = config.num_kv_heads, config.head_dim, config.head_dim
-  if config.mla is not None:  # one vector a token, see `LatentAttention`
-    heads, key_dim, value_dim = 1, config.mla.kv_lora_rank + config.mla.rope_head_dim, 0
-  empty = lambda dim: tuple(jnp.zeros((batch, length, heads, dim), dtype) for _ in range(config.num_layers))  # noqa: E731
-  return KVCache(empty(key_dim), empty(value_dim), jnp.zeros((batch,), jnp.int32))
 
 
 def unstack_layers(params: Params) -> Params:

@@ -97,6 +97,14 @@ class MLAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """What stands in a block beside its own parts; see `jaxllm.models.adapters`."""
+
+  bottleneck_dim: int = 0  # of a small block after attention and one after the feed-forward; 0: none
+  prefix_len: int = 0  # virtual tokens in each layer's attention
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A Transformer, as orthogonal choices; a model family is a preset of these.
 
@@ -176,6 +184,8 @@ class ModelConfig:
   logit_scale: float | None = None  # T5 with a tied head: embed_dim ** -0.5
   logit_softcap: float | None = None
 
+  adapter: AdapterConfig | None = None
+
   # Initialisation of the matrices. normal: std init_std (BERT, OPT). gpt2: also divides the std of the
   # two projections into the residual stream by sqrt(2 L) (GPT-2 report, section 2.3; Llama trainings do
   # the same). fan_in: std 1/sqrt(inputs) (T5, PaLM). small: SmallInit sqrt(2 / 5D), residual projections
@@ -207,6 +217,8 @@ class ModelConfig:
       raise ConfigError(f"model.head {self.head!r} needs model.num_labels of at least 1, not {self.num_labels}")
     if (self.moe or self.mla) and (self.architecture != "decoder" or not self.first_norm):
       raise ConfigError("model.moe and model.mla are for model.architecture 'decoder' with model.first_norm")
+    if self.adapter is not None and self.adapter.prefix_len and (self.mla or self.architecture != "decoder"):
+      raise ConfigError("model.adapter.prefix_len is for model.architecture 'decoder' without model.mla")
     if self.mla is not None:
       self._check_mla()
     if not self.head_dim and self.embed_dim % self.num_heads:

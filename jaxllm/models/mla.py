@@ -8,20 +8,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.models import positions as pos
-from jaxllm.models.attention import KVCache, Placement, write_cache
+from jaxllm.models.attention import Placement
+from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear
 from jaxllm.models.norms import Norm
+from jaxllm.models.stores import AttentionOptions
 from jaxllm.models.weights import dense
-from jaxllm.parallel.kernels import attention
 from jaxllm.parallel.sharding import constrain
 
 
 class LatentAttention(nnx.Module):
   """Attention whose keys and values are made from one short vector per token.
 
-  Training makes them. Cached decoding keeps that vector (and the rotated part of the keys, which all heads
+  Training makes them. A cache keeps that vector (and the rotated part of the keys, which all heads
   share) in place of keys and values, and moves the two matrices that would expand it over to the queries
   and to the outputs: attention with a single key/value head of kv_lora_rank + rope_head_dim dimensions.
   """
@@ -49,9 +50,9 @@ class LatentAttention(nnx.Module):
     self.output = linear(N * c.mla.value_head_dim, D, ("heads", "embed"), c.attention_out_bias, residual=True)
 
   def __call__(
-    self, x: Float[Array, "B T D"], place: Placement, kind: str, cache: KVCache | None = None
-  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """As `Attention`; a layer's cache has the latent and the rotated part as its key, and no value."""
+    self, x: Float[Array, "B T D"], place: Placement, kind: str, layer: int, cache: Cache
+  ) -> tuple[Float[Array, "B T D"], Cache]:
+    """As `Attention`; what is kept of a token is its latent and the rotated part, side by side."""
     N, R = self.c.num_heads, self.a.kv_lora_rank
     heads = lambda y: y.reshape(*y.shape[:2], N, -1)  # noqa: E731
     rotate = lambda y: pos.apply_rope(y, place.rope[kind], backend=self.elementwise)  # noqa: E731
@@ -62,27 +63,26 @@ class LatentAttention(nnx.Module):
     latent = self.latent(x)
     shared = rotate(latent[:, :, None, R:])
     latent = self.latent_norm(latent[..., :R])
-    scale = softmax_scale(self.c)
-    if cache is None:
+
+    def expand():
       key, value = heads(self.key(latent)), heads(self.value(latent))
       key = jnp.concatenate([key, jnp.broadcast_to(shared, (*key.shape[:3], shared.shape[-1]))], axis=-1)
       query = checkpoint_name(jnp.concatenate([plain, rotated], axis=-1), "query")
       key = checkpoint_name(constrain(key, "batch", None, "heads", None), "key")
-      value = checkpoint_name(constrain(value, "batch", None, "heads", None), "value")
-      segments = None if place.segment_ids is None else (place.segment_ids, place.segment_ids)
-      out = attention(query, key, value, segment_ids=segments, scale=scale, backend=self.kernel, target=self.target)
-    else:
-      into_key, out_of_value = (
-        dense(matrix.weight.get_value(), x.dtype).reshape(R, N, -1) for matrix in (self.key, self.value)
-      )
-      query = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", plain, into_key), rotated], axis=-1)
-      both = jnp.concatenate([latent[:, :, None], shared], axis=-1)
-      cache = write_cache(cache, both, both[..., :0])
-      key = cache.key.astype(x.dtype)
-      out = attention(
-        query, key, key[..., :R], query_offset=cache.length, scale=scale, backend=self.kernel, target=self.target
-      )
-      out = jnp.einsum("BTNR,RNH->BTNH", out, out_of_value)
+      return query, key, checkpoint_name(constrain(value, "batch", None, "heads", None), "value")
+
+    def matrix(linear):
+      return dense(linear.weight.get_value(), x.dtype).reshape(R, N, -1)
+
+    def absorb():
+      query = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", plain, matrix(self.key)), rotated], axis=-1)
+      return query, jnp.concatenate([latent[:, :, None], shared], axis=-1)
+
+    def finish(out):
+      return jnp.einsum("BTNR,RNH->BTNH", out, matrix(self.value))
+
+    options = AttentionOptions(scale=softmax_scale(self.c), backend=self.kernel, target=self.target)
+    out, cache = cache.attend_latent(layer, expand, absorb, finish, options)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache
 

@@ -159,4 +159,3 @@ def _own_scales(w: QuantizedWeight, split: Any) -> Array:
 def _groups(w: QuantizedWeight) -> int:
   """How many rows of scales are no padding."""
   return 1 if w.group_size is None else w.in_features // w.group_size
-

@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
-from jaxllm.models.attention import Attention, CrossAttention, KVCache, Placement
+from jaxllm.models.adapters import Bottleneck
+from jaxllm.models.attention import Attention, CrossAttention, Placement
+from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.mla import LatentAttention
 from jaxllm.models.mlp import MLP
@@ -37,6 +39,9 @@ class Block(nnx.Module):
     if feed_forward is not None:
       setattr(self, feed_forward, FEED_FORWARD[feed_forward](c, compute, rngs=rngs))
     self.cross_attention = CrossAttention(c, compute, rngs=rngs) if c.architecture == "encoder_decoder" else None
+    if c.adapter is not None and c.adapter.bottleneck_dim:
+      self.attention_adapter, self.mlp_adapter = (Bottleneck(c, compute, rngs=rngs) for _ in range(2))
+    self.adapted = c.adapter is not None and c.adapter.bottleneck_dim > 0
     parts = ("attention", "mlp") if self.cross_attention is None else ("attention", "cross_attention", "mlp")
     for part in parts:
       if c.norm_placement in ("pre", "sandwich"):
@@ -45,8 +50,8 @@ class Block(nnx.Module):
         setattr(self, f"{part}_post_norm", norm())
 
   def __call__(
-    self, x: Float[Array, "B T D"], place: Placement, kind: str, cache: KVCache | None = None, first: bool = False
-  ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
+    self, x: Float[Array, "B T D"], place: Placement, kind: str, layer: int, cache: Cache, first: bool = False
+  ) -> tuple[Float[Array, "B T D"], Cache, RouterLosses | None]:
     """`first`: the first layer of a model that has no norm before it."""
 
     def normed(x, part):
@@ -61,18 +66,23 @@ class Block(nnx.Module):
     def feed(x):
       if self.feed_forward == "mlp":
         return self.mlp(x), None
-      return self.moe(x, place.segment_ids, drop=cache is None)
+      return self.moe(x, cache.segment_ids, drop=not cache.keeps)
 
-    h, cache = self.attention(x if first else normed(x, "attention"), place, kind, cache)
+    def adapt(h, part):
+      return getattr(self, f"{part}_adapter")(h) if self.adapted else h
+
+    h, cache = self.attention(x if first else normed(x, "attention"), place, kind, layer, cache)
+    h = adapt(h, "attention")
     if self.parallel:
       y, losses = feed(normed(x, "mlp"))
+      y = adapt(y, "mlp")
       return constrain(x + h + y, "batch", "seq", None), cache, losses
     x = add(x, h, "attention")
     if self.cross_attention is not None:
-      h, cache = self.cross_attention(normed(x, "cross_attention"), place, cache)
+      h, cache = self.cross_attention(normed(x, "cross_attention"), layer, cache)
       x = add(x, h, "cross_attention")
     h, losses = feed(normed(x, "mlp"))
-    return constrain(add(x, h, "mlp"), "batch", "seq", None), cache, losses
+    return constrain(add(x, adapt(h, "mlp"), "mlp"), "batch", "seq", None), cache, losses
 
 
 def stack_blocks(c: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> Block:
@@ -87,51 +97,49 @@ def stack_blocks(c: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> Block:
 
 
 def run_blocks(
-  blocks: Block, c: ModelConfig, compute: Compute, x: Float[Array, "B T D"], place: Placement, cache: KVCache | None
-) -> tuple[Float[Array, "B T D"], KVCache | None, RouterLosses | None]:
-  """x after all layers, the advanced cache, and the mean of the routers' losses (None without experts).
+  blocks: Block, c: ModelConfig, compute: Compute, x: Float[Array, "B T D"], place: Placement, cache: Cache
+) -> tuple[Float[Array, "B T D"], Cache, RouterLosses | None]:
+  """x after all layers, the cache with these tokens, and the mean of the routers' losses (None without experts).
 
-  Scanned in training, straight code for a cache or for layers that are not stacked.
+  Scanned in training, straight code for a cache that keeps tokens or for layers that are not stacked.
   """
   graph, state = nnx.split(blocks)
   weights = nnx.to_pure_dict(state)
 
-  def layer(i, x, weights, cache=None):
+  def layer(i, x, weights, cache):
     own = graph if blocks.feed_forward else _block_graph(c, compute, i in c.moe_layers)
     first = i == 0 and not c.first_norm
-    return nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], cache, first)
+    return nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], i, cache, first)
 
-  if cache is not None or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer))):
+  if cache.keeps or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer))):
     x, cache, losses = _straight(c, layer, weights, x, cache)
   else:
-    x, losses = _scanned(c, compute, layer, weights, x)
+    x, losses = _scanned(c, compute, layer, weights, x, cache)
   return x, cache, jax.tree.map(lambda total: total / len(c.moe_layers), losses)
 
 
 def _straight(c: ModelConfig, layer: Callable, weights, x, cache):
   """One layer after the other: in a loop XLA would copy each layer's weights and cache for every token."""
-  caches, losses = [], []
+  losses = []
   for i in range(c.num_layers):
-    before = None if cache is None else cache.of_layer(i)
-    x, after, loss = layer(i, x, _one_layer(c, weights, 0, i), before)
-    caches.append(after)
+    x, cache, loss = layer(i, x, _one_layer(c, weights, 0, i), cache)
     losses.append(loss)
-  cache = None if cache is None else KVCache.of_layers(caches, cache.length + x.shape[1])
   return x, cache, _total(losses)
 
 
-def _scanned(c: ModelConfig, compute: Compute, layer: Callable, weights, x):
+def _scanned(c: ModelConfig, compute: Compute, layer: Callable, weights, x, cache):
   """Of each run of layers that repeat, one period per scan step; a rest runs after the scan."""
   losses = []
 
   def group(x, weights, layers, stacked=True):
     # What is taken of a stack before `remat` would be kept for the backward pass: another copy of all weights.
     def run(i, x, weights):
-      return layer(i, x, _one_layer(c, weights, layers.start, i) if stacked else weights)
+      x, _, loss = layer(i, x, _one_layer(c, weights, layers.start, i) if stacked else weights, cache)
+      return x, loss
 
     losses = []
     for i in layers:
-      x, _, loss = remat(functools.partial(run, i), compute)(x, weights)
+      x, loss = remat(functools.partial(run, i), compute)(x, weights)
       losses.append(loss)
     return x, _total(losses)
 

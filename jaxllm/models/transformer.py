@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.models import positions as pos
-from jaxllm.models.attention import KVCache, Placement
+from jaxllm.models.attention import Placement
+from jaxllm.models.caches import Cache, KVCache, NoCache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init
@@ -131,19 +132,21 @@ class Transformer(nnx.Module):
       vectors: of the tokens, where the model has none of its own (an encoder inside an encoder_decoder).
     """
     c = self.config
-    start = 0 if cache is None else cache.length[:, None]
-    slots = jnp.atleast_2d(start + jnp.arange(tokens.shape[1]))
+    if cache is not None and segment_ids is not None:
+      raise ConfigError("segment_ids are of documents packed in a row; with a cache each row is one document")
+    nothing = NoCache(segment_ids, positions, encoded, encoded_segment_ids)
+    held: Cache = nothing if cache is None else cache.reading(encoded, encoded_segment_ids)
+    slots = held.positions(tokens.shape)
     positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
     rope, bias = {}, None
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
     elif c.position == "relative":
-      num_keys = tokens.shape[1] if cache is None else cache.key[0].shape[1]
-      bias = pos.relative_bias(c, dense(self.relative_bias.get_value(), jnp.float32), slots, num_keys)
-    place = Placement(rope, segment_ids, positions, bias, encoded, encoded_segment_ids)
+      table = dense(self.relative_bias.get_value(), jnp.float32)
+      bias = pos.relative_bias(c, table, slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)
-    x, cache, losses = run_blocks(self.blocks, c, self.compute, x, place, cache)
-    return x if self.final_norm is None else self.final_norm(x), cache, losses
+    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias), held)
+    return x if self.final_norm is None else self.final_norm(x), held.advance(tokens.shape[1]), losses
 
   def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """What the head's matrix multiplies: hidden states after the head's dense layer, norm and scale."""

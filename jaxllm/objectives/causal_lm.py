@@ -18,7 +18,7 @@ class CausalLM(Objective):
 
   name: ClassVar[str] = "causal_lm"
   architectures: ClassVar = ("decoder",)
-  heads_and_tasks: ClassVar = (("lm", "text"),)
+  heads_and_tasks: ClassVar = (("lm", "text"), ("lm", "chat"))
   routers: ClassVar[bool] = True
   writes_text: ClassVar[bool] = True
 

@@ -56,7 +56,8 @@ class DPO(Objective):
 
   def __call__(self, models, batch, key=None) -> Loss:
     rows = _side_by_side(batch)
-    logps, lengths, mean_logits = _row_log_probs(models["policy"], rows)
+    logps, tokens, logits = _row_log_probs(models["policy"], rows)
+    lengths = jnp.maximum(tokens, 1)
     reference = jnp.zeros_like(logps)
     if not self.reference_free:
       reference = jax.lax.stop_gradient(_row_log_probs(models["reference"], rows)[0])
@@ -65,7 +66,8 @@ class DPO(Objective):
     losses = self._losses(scores[:, 0] - scores[:, 1])
     if self.sft_weight:
       losses += self.sft_weight * -logps[:, 0] / lengths[:, 0]
-    pairs = jnp.float32(len(losses))
+    real = (tokens > 0).all(1).astype(jnp.float32)  # not the empty pairs that fill a last batch
+    pairs = real.sum()
     rewards = self.beta * gains
     margins = rewards[:, 0] - rewards[:, 1]
     figures = {
@@ -75,11 +77,12 @@ class DPO(Objective):
       "rewards/margins": margins,
       "logps/chosen": logps[:, 0],
       "logps/rejected": logps[:, 1],
-      "logits/chosen": mean_logits[:, 0],
-      "logits/rejected": mean_logits[:, 1],
+      "pair_loss": losses,
     }
-    metrics = {name: (values.sum(), pairs) for name, values in figures.items()}
-    return Loss(losses.sum(), pairs, metrics | {"pair_loss": (losses.sum(), pairs)})
+    metrics = {name: ((real * values).sum(), pairs) for name, values in figures.items()}
+    for side, name in enumerate(("logits/chosen", "logits/rejected")):  # of a token, where the others are of a pair
+      metrics[name] = logits[:, side].sum(), tokens[:, side].sum()
+    return Loss((real * losses).sum(), pairs, metrics)
 
   def _losses(self, x: Float[Array, " B"]) -> Float[Array, " B"]:
     beta, e = self.beta, self.label_smoothing
@@ -110,10 +113,10 @@ def _side_by_side(batch: Batch) -> Batch:
 def _row_log_probs(
   model: Transformer, rows: Batch
 ) -> tuple[Float[Array, "B 2"], Float[Array, "B 2"], Float[Array, "B 2"]]:
-  """The log-probability of each row's weighted tokens, how many there are, and the mean of all logits there."""
+  """The log-probability of each row's weighted tokens, how many there are, and the sum of their mean logits."""
   hidden, _ = model.hidden(rows["inputs"], positions=rows["positions"], segment_ids=rows["segment_ids"])
   mask = rows["loss_weights"] > 0
   logps = token_log_probs(model, hidden, rows["targets"], mask)
-  lengths = jnp.maximum(mask.sum(-1), 1).astype(jnp.float32)
-  mean_logits = jnp.where(mask, jax.lax.stop_gradient(model.mean_logits(hidden)), 0).sum(-1) / lengths
-  return tuple(x.reshape(-1, 2) for x in (logps.sum(-1), lengths, mean_logits))  # type: ignore[return-value]
+  logits = jnp.where(mask, jax.lax.stop_gradient(model.mean_logits(hidden)), 0).sum(-1)
+  tokens = mask.sum(-1).astype(jnp.float32)
+  return tuple(x.reshape(-1, 2) for x in (logps.sum(-1), tokens, logits))  # type: ignore[return-value]

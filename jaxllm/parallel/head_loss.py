@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ _HEAD_AXES = {False: ("embed", "vocab"), True: ("vocab", "embed")}
 class _Split:
   """How one call is laid over the mesh, and its options; what is fixed when it is traced."""
 
-  on: Shards
+  on: Shards | None  # None: one device
   tokens: PartitionSpec  # of [B, T]
   layers: PartitionSpec  # of x as the layers leave it
   head: PartitionSpec
@@ -53,6 +54,25 @@ class _Split:
   @property
   def hidden(self) -> PartitionSpec:
     return PartitionSpec(*self.tokens, None)
+
+  def run(self, function: Callable, out_specs: Any, *arguments: tuple[Any, Any]) -> Any:
+    """`Shards.run`, or the function itself on one device."""
+    return (
+      function(*(array for array, _ in arguments)) if self.on is None else self.on.run(function, out_specs, *arguments)
+    )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """Of which of its two the matrix's gradient is asked: a frozen head has none, and it is not computed."""
+
+  head: bool
+  bias: bool
+
+  def only(self, matrix: tuple[Any, Any]) -> tuple[Any, Any]:
+    """(head, bias), or what stands for them, with None for those that are not asked for."""
+    return tuple(w if asked else None for w, asked in zip(matrix, (self.head, self.bias)))  # type: ignore[return-value]
 
 
 def cross_entropy(
@@ -74,9 +94,6 @@ def cross_entropy(
   """
   with jax.named_scope("head_loss"):
     split = _split(x, head, transposed, options)
-    if split is None:
-      wide = _with_bias(x, head, bias, transposed)
-      return kernels.cross_entropy(*wide, targets, weights, transposed=transposed, **options)
     sums = _cross_entropy(split, _as_in_the_layers(split, x), (head, bias), targets, weights)
     return CrossEntropy(sums[0], *(lax.stop_gradient(total) for total in sums[1:]))
 
@@ -101,9 +118,6 @@ def token_log_probs(
   """
   with jax.named_scope("head_loss"):
     split = _split(x, head, transposed, options)
-    if split is None:
-      wide = _with_bias(x, head, bias, transposed)
-      return kernels.token_log_probs(*wide, targets, mask=mask, transposed=transposed, **options)
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     return _token_log_probs(split, _as_in_the_layers(split, x), (head, bias), targets, mask)
 
@@ -117,30 +131,34 @@ def _cross_entropy(split, x, matrix, targets, weights):
     wide = _whole(split, x, matrix)
     return _total(split, kernels.cross_entropy(*wide, targets, weights, **dict(split.options)))
 
-  return split.on.run(
+  return split.run(
     local, PartitionSpec(), *_arguments(split, x, matrix), (targets, split.tokens), (weights, split.tokens)
   )
 
 
-def _forward(split, x, matrix, targets, weights):
-  def local(x, matrix, targets, weights):
-    wide = _whole(split, x, matrix)
-    sums, dx, d_head = kernels.cross_entropy_gradients(*wide, targets, weights, **dict(split.options))
-    return _total(split, sums), *_gradients(split, x, matrix, dx, d_head)
+def _forward(split, *primals):
+  (x, matrix, targets, weights), asked = _values(primals)
 
-  out_specs = PartitionSpec(), split.hidden, _matrix_specs(split, matrix)
+  def local(x, matrix, targets, weights):
+    wide, options = _whole(split, x, matrix), dict(split.options)
+    sums, dx, d_head = kernels.cross_entropy_gradients(
+      *wide, targets, weights, of_head=asked.head or asked.bias, **options
+    )
+    return _total(split, sums), *_gradients(split, x, asked, dx, d_head)
+
+  out_specs = PartitionSpec(), split.hidden, asked.only((split.head, split.bias))
   arguments = *_arguments(split, x, matrix), (targets, split.tokens), (weights, split.tokens)
-  sums, dx, d_matrix = split.on.run(local, out_specs, *arguments)
-  return sums, (dx, d_matrix, jax.tree.map(lambda w: jnp.zeros((), w.dtype), matrix))
+  sums, dx, d_matrix = split.run(local, out_specs, *arguments)
+  return sums, (dx, d_matrix, jax.tree.map(lambda w: jnp.zeros((), w.dtype), asked.only(matrix)))
 
 
 def _backward(split, saved, cotangents):
   dx, d_matrix, like = saved
-  g = cotangents[0]
+  g = _instantiated(cotangents[0])
   return (dx * g).astype(dx.dtype), _rounded(d_matrix, like, g), None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 # ---------------------------------------------------------------- token by token
@@ -152,44 +170,57 @@ def _token_log_probs(split, x, matrix, targets, mask):
     return kernels.token_log_probs(*_whole(split, x, matrix), targets, mask=mask, **dict(split.options))
 
   arguments = *_arguments(split, x, matrix), (targets, split.tokens), (mask, split.tokens)
-  return split.on.run(local, (split.tokens, split.tokens), *arguments)
+  return split.run(local, (split.tokens, split.tokens), *arguments)
 
 
-def _forward_tokens(split, x, matrix, targets, mask):
-  return _token_log_probs(split, x, matrix, targets, mask), (x, matrix, targets, mask)
+def _forward_tokens(split, *primals):
+  arrays, asked = _values(primals)
+  return _token_log_probs(split, *arrays), (*arrays, asked)
 
 
 def _backward_tokens(split, saved, cotangents):
-  x, matrix, targets, mask = saved
+  x, matrix, targets, mask, asked = saved
 
-  def local(x, matrix, targets, mask, d_logp, d_lse):
-    wide = _whole(split, x, matrix)
-    options = dict(split.options)
-    dx, d_head = kernels.token_log_probs_gradients(*wide, targets, d_logp, d_lse, mask=mask, **options)
-    return _gradients(split, x, matrix, dx, d_head)
+  def local(x, matrix, targets, mask, *d):
+    wide, options = _whole(split, x, matrix), dict(split.options)
+    of_head = asked.head or asked.bias
+    dx, d_head = kernels.token_log_probs_gradients(*wide, targets, *d, mask=mask, of_head=of_head, **options)
+    return _gradients(split, x, asked, dx, d_head)
 
-  by_token = ((a, split.tokens) for a in (targets, mask, *cotangents))
-  out_specs = split.hidden, _matrix_specs(split, matrix)
-  dx, d_matrix = split.on.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
-  return dx, _rounded(d_matrix, matrix), None, None
+  by_token = ((a, split.tokens) for a in (targets, mask, *map(_instantiated, cotangents)))
+  out_specs = split.hidden, asked.only((split.head, split.bias))
+  dx, d_matrix = split.run(local, out_specs, *_arguments(split, x, matrix), *by_token)
+  return dx, _rounded(d_matrix, asked.only(matrix)), None, None
 
 
-_token_log_probs.defvjp(_forward_tokens, _backward_tokens)
+_token_log_probs.defvjp(_forward_tokens, _backward_tokens, symbolic_zeros=True)
+
+
+def _values(primals):
+  """The arrays of what a forward rule with symbolic zeros is given, and which gradients are asked for."""
+  head, bias = primals[1]
+  return jax.tree.map(lambda p: p.value, primals), _Asked(head.perturbed, bias is not None and bias.perturbed)
+
+
+def _instantiated(d):
+  """A cotangent that is known to be 0 too as an array."""
+  return jnp.zeros(d.shape, d.dtype) if isinstance(d, jax.custom_derivatives.SymbolicZero) else d
 
 
 # ---------------------------------------------------------------- what is split how
 
 
-def _split(x, head, transposed, options) -> _Split | None:
-  """None outside `activation_sharding` and on one device."""
+def _split(x, head, transposed, options) -> _Split:
+  options = (*sorted(options.items()), ("transposed", transposed))
   if (on := shards()) is None:
-    return None
+    nothing = PartitionSpec(None, None)
+    return _Split(None, nothing, nothing, nothing, PartitionSpec(None), options)
   axes = _HEAD_AXES[transposed]
   spec = on.spec(head.shape, *axes)
   layers = on.spec(x.shape, "batch", "seq", None)
   tokens = token_spec(x.shape[0], x.shape[1], on.mesh, on.rules)
   bias = PartitionSpec(spec[axes.index("vocab")])
-  return _Split(on, tokens, layers, spec, bias, (*sorted(options.items()), ("transposed", transposed)))
+  return _Split(on, tokens, layers, spec, bias, options)
 
 
 def token_spec(B: int, T: int, mesh: Mesh, rules: AxisRules) -> PartitionSpec:
@@ -224,16 +255,12 @@ def _say_repeated(B, T, axes):
 def _as_in_the_layers(split, x):
   """x where the layers leave it, and its gradient where they take it: else the compiler carries the split of positions
   over the model's axes back into the layers."""
-  return lax.with_sharding_constraint(x, NamedSharding(split.on.mesh, split.layers))
-
-
-def _matrix_specs(split, matrix):
-  return split.head, None if matrix[1] is None else split.bias
+  return x if split.on is None else lax.with_sharding_constraint(x, NamedSharding(split.on.mesh, split.layers))
 
 
 def _arguments(split, x, matrix):
   """The first two of every call, with their specs."""
-  return (x, split.hidden), (matrix, _matrix_specs(split, matrix))
+  return (x, split.hidden), (matrix, (split.head, None if matrix[1] is None else split.bias))
 
 
 # ---------------------------------------------------------------- on one device
@@ -252,7 +279,7 @@ def _whole(split, x, matrix):
   """(x, head) as the kernels take them, of the shards; weights are gathered in x's dtype where that is narrower."""
 
   def whole(w, spec):
-    narrow = x.dtype.itemsize < w.dtype.itemsize
+    narrow = split.on is not None and x.dtype.itemsize < w.dtype.itemsize
     return gathered(w.astype(x.dtype) if narrow else w, spec)
 
   head, bias = (None if w is None else whole(w, spec) for w, spec in zip(matrix, (split.head, split.bias)))
@@ -265,14 +292,14 @@ def _total(split, sums):
   return tuple(lax.psum(total, split.axes) if split.axes else total)
 
 
-def _gradients(split, x, matrix, dx, d_head):
+def _gradients(split, x, asked, dx, d_head):
   """(dx, gradients of the head's and the bias's shards): what the kernel gave, summed over the devices."""
+  axis, D = _HEAD_AXES[dict(split.options)["transposed"]].index("embed"), x.shape[-1]
   d_bias = None
-  if matrix[1] is not None:
-    axis, D = _HEAD_AXES[dict(split.options)["transposed"]].index("embed"), x.shape[-1]
+  if asked.bias:
     d_bias = _shard_of_sum(lax.index_in_dim(d_head, D, axis, keepdims=False), split.bias, split)
-    dx, d_head = dx[..., :D], lax.slice_in_dim(d_head, 0, D, axis=axis)
-  return dx, (_shard_of_sum(d_head, split.head, split), d_bias)
+  d_head = _shard_of_sum(lax.slice_in_dim(d_head, 0, D, axis=axis), split.head, split) if asked.head else None
+  return dx[..., :D], (d_head, d_bias)
 
 
 def _shard_of_sum(g, spec, split):

@@ -14,7 +14,15 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
 from jaxllm.models.build import Params, declare, init_params
 from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
-from jaxllm.models.weights import combine, map_weights, part_axes, partition, with_keys, without_adapters
+from jaxllm.models.weights import (
+  combine,
+  map_weights,
+  num_parameters,
+  part_axes,
+  partition,
+  with_keys,
+  without_adapters,
+)
 from jaxllm.objectives.base import Objective
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.parallel.config import AxisRules, MeshConfig
@@ -78,6 +86,12 @@ class Program:
   def tokens_per_step(self) -> int:
     """Positions that a step reads, padding included; of an encoder-decoder on both sides, of pairs in both rows."""
     return sum(math.prod(leaf.shape) for leaf in self.inputs)
+
+  @property
+  def trains_weights(self) -> bool:
+    """Whether most of the model is trained, and not adapters beside it."""
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.state.params))
+    return 2 * trained > num_parameters(self.params)
 
   @property
   def arguments(self) -> tuple[TrainState, Frozen, Any]:

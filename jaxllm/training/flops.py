@@ -86,16 +86,17 @@ def training_flops(config: ModelConfig, seq_len: int, causal: bool = True, train
   )
 
 
-def row_flops(config: ModelConfig, target_len: int, source_len: int = 0) -> TokenFlops:
+def row_flops(config: ModelConfig, target_len: int, source_len: int = 0, train_weights: bool = True) -> TokenFlops:
   """`training_flops` per position of a row, where that of an encoder_decoder has `source_len` positions to read too.
 
   Its decoder layers make keys and values of what was read, and every target attends to all of them.
   """
   if config.architecture != "encoder_decoder":
-    return training_flops(config, target_len)
+    return training_flops(config, target_len, train_weights=train_weights)
   T, S, layers, D = target_len, source_len, config.num_layers, config.embed_dim
-  source = 6 * (matmul_parameters(config.encoder) + layers * 2 * D * config.num_kv_heads * config.head_dim)
-  target = 6 * matmul_parameters(config) - source
+  passes = 6 if train_weights else 4
+  source = passes * (matmul_parameters(config.encoder) + layers * 2 * D * config.num_kv_heads * config.head_dim)
+  target = passes * matmul_parameters(config) - source
   keys = T * layers * (visible_keys(T) + S) + S * config.num_encoder_layers * S
   return TokenFlops(
     matmul=(T * target + S * source) / (T + S),

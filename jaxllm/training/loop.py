@@ -58,8 +58,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
   """
   agreement.check_same({**flatten(to_mapping(run)), "--workdir": str(workdir)}, "the config")
-  with agreement.together():
-    run, start = open_start(run, Path(workdir))
+  run, start = open_start(run, Path(workdir))
   training, settings = run.training, to_mapping(run)
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.

@@ -25,7 +25,9 @@ class Meter:
 
   def __init__(self, program: Program):
     self._tokens_per_step = program.tokens_per_step
-    self._flops_per_token = flops.row_flops(program.model, *program.row_lengths).total
+    self._flops_per_token = flops.row_flops(
+      program.model, *program.row_lengths, train_weights=program.trains_weights
+    ).total
     self._device, self._devices = program.mesh.local_devices[0], program.mesh.size
     self._peak = CHIPS[target_of(program.mesh)].flops
     self._waiter = concurrent.futures.ThreadPoolExecutor(1, "meter")

@@ -14,18 +14,19 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.base.files import write_atomically
+from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.settings import from_mapping
 from jaxllm.data.config import DataConfig, TokenizerConfig
-from jaxllm.interop.open import START, START_FILE, open_model
+from jaxllm.interop.open import START, START_FILE, form_of, open_model
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
+from jaxllm.models.adapters import is_place
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import LoraWeight
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import map_weights_with_path
-from jaxllm.parallel.agreement import first_does
+from jaxllm.parallel.agreement import first_does, together
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, open_params
@@ -136,7 +137,7 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     run.check()
   elif config.path:
     config = _settled(config)
-    policy = open_model(config.path, adapter=config.adapter or None, step=config.step)
+    policy = _open(config.path, adapter=config.adapter or None, step=config.step)
     data = run.data
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
@@ -145,7 +146,17 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     run.check()
     _check_fits(run.model, policy)
   paths = {name: getattr(run.objective, name, "") for name in run.objective.others}
-  return run, Start(config, policy, {name: open_model(path) for name, path in paths.items() if path})
+  return run, Start(config, policy, {name: _open(path) for name, path in paths.items() if path})
+
+
+def _open(path: str, **options: Any) -> StoredModel:
+  """`open_model` by all processes: where a file is missing or damaged for one of them, it fails on all."""
+  with together():
+    form = form_of(local_path(path))
+  if form in ("run", "adapter"):  # reading checkpoints, they agree on what they find
+    return open_model(path, **options)
+  with together():
+    return open_model(path, **options)
 
 
 def with_tokenizer(run: RunConfig) -> RunConfig:
@@ -183,11 +194,11 @@ def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
 
 
 def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
-  """That the files have every parameter but those of a new head."""
+  """That the files have every parameter but those of a new head and of adapters' places."""
   shapes = {path: leaf.shape for path, leaf in _by_path(declare(model)[1]).items()}
   for path, shape in shapes.items():
     found = stored.tensors[path].shape if path in stored.tensors else None
-    if found is None and not path.startswith("head/"):
+    if found is None and not path.startswith("head/") and not is_place(path):
       raise ConfigError(f"model_init.path {stored.path} has no {path}, which the config's model has")
     if found is not None and found != shape:
       raise ConfigError(

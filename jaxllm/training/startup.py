@@ -6,6 +6,7 @@ import jax
 
 from jaxllm.base.chips import CHIPS
 from jaxllm.data.manifest import Prepared
+from jaxllm.data.show import example_rows
 from jaxllm.kernels import backends
 from jaxllm.models.weights import adapted_paths, num_parameters
 from jaxllm.parallel.mesh import target_of
@@ -31,7 +32,7 @@ def startup_table(
     for leaf in jax.tree.leaves((program.state, program.frozen))
   )
   memory = compiled.memory_analysis()
-  per_token = flops.row_flops(program.model, *program.row_lengths)
+  per_token = flops.row_flops(program.model, *program.row_lengths, train_weights=program.trains_weights)
   chip = CHIPS[target_of(program.mesh)]
   tokens_per_step = program.tokens_per_step
   train_tokens = prepared.total("train", "tokens")
@@ -44,6 +45,7 @@ def startup_table(
   ]
   if memory is not None:
     rows.append(("step per device", f"{_size(memory.temp_size_in_bytes)} of temporaries"))
+  rows += example_rows(run.data, prepared, training.seq_len)
   return rows + [
     ("compute", f"{compute.dtype}, remat {compute.remat}, compiled in {compile_seconds:.1f} s"),
     ("FLOPs per token", f"{per_token.total:.3g} = {per_token.formula}"),

@@ -58,6 +58,33 @@ def byte_tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chat_tokenizer(tmp_path_factory):
+  """chat_tokenizer(template): a byte-level tokenizer with every template's control tokens.
+
+  With `begins` it puts BOS before a text.
+  """
+  import tokenizers
+  from chat_templates import END_OF_TURN
+
+  from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet
+
+  rust = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
+  rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  rust.decoder = tokenizers.decoders.ByteLevel()
+  special = {"<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", *END_OF_TURN.values()}
+  rust.add_special_tokens(["<s>", "</s>", *sorted(special - {None, "</s>"})])
+
+  plain = rust.to_str()
+  rust.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+
+  def make(template=None, begins=False):
+    named = {} if template is None else {"chat_template": template}
+    return HuggingFaceTokenizer(rust.to_str() if begins else plain, {"bos_token": "<s>", "eos_token": "</s>", **named})
+
+  return make
+
+
+@pytest.fixture(scope="session")
 def config(corpus, tmp_path_factory):
   """Prepared: one source, trained tokenizer, a fifth held out."""
   config = DataConfig(

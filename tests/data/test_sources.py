@@ -39,7 +39,7 @@ def tree(tmp_path):
 
 
 def test_text_globs(tree):
-  found = documents(path=f"{tree}/**/*.txt", name="s")
+  found = [(d.id, d.data) for d in documents(path=f"{tree}/**/*.txt", name="s")]
   assert found == [
     ("s/a/deep/y.txt", b"\xff\xfe"),
     ("s/a/x.txt", b"AX"),
@@ -57,7 +57,8 @@ def test_ids_survive_moving_the_corpus(tree, tmp_path_factory):
   moved = tmp_path_factory.mktemp("moved") / "corpus"
   shutil.copytree(tree, moved)
   before = documents(path=f"{tree}/a/**/*.txt,{tree}/b.txt", name="s")
-  assert documents(path=f"{moved}/a/**/*.txt,{moved}/b.txt", name="s") == before
+  after = documents(path=f"{moved}/a/**/*.txt,{moved}/b.txt", name="s")
+  assert [(d.id, d.data) for d in after] == [(d.id, d.data) for d in before]
 
 
 def test_file_name_that_is_not_utf8(tmp_path):
@@ -150,7 +151,7 @@ def test_huggingface(tmp_path):
   datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "dict")
   for name in ("saved", "dict"):
     found = documents(kind="huggingface", path=f"{tmp_path}/{name}")
-    assert found == [(f"{name}:{i}", text.encode()) for i, text in enumerate(TEXTS)]
+    assert [(d.id, d.data) for d in found] == [(f"{name}:{i}", text.encode()) for i, text in enumerate(TEXTS)]
   (tmp_path / "folder").mkdir()
   (tmp_path / "folder" / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
   found = documents(kind="huggingface", path=f"{tmp_path}/folder")
@@ -176,7 +177,7 @@ def tfds_dir(tmp_path):
 
 def test_tfds_prepared_directory(tfds_dir):
   found = documents(kind="tfds", path=str(tfds_dir), field="id", name="toy")
-  assert found == [(f"toy:{i}", f"r{i}".encode()) for i in range(5)]
+  assert [(d.id, d.data) for d in found] == [(f"toy:{i}", f"r{i}".encode()) for i in range(5)]
   assert "tensorflow" not in sys.modules
 
 
@@ -212,3 +213,22 @@ def test_stdlib_is_the_standard_library():
   assert {"stdlib/os.py", "stdlib/json/decoder.py"} <= ids
   assert len(ids) > 500
   assert not any("site-packages" in i or "__pycache__" in i for i in ids)
+
+
+def test_json_lists_are_rows_by_line(tmp_path):
+  path = tmp_path / "t.json"
+  path.write_text('\n[\n {"text": "a\\n]"},\n\n {"text":\n "b"}, {"text": "c"}\n]\n')
+  found = documents(kind="json", path=str(path), name="j")
+  assert [(d.id, d.data) for d in found] == [("j/t.json:0", b"a\n]"), ("j/t.json:1", b"b"), ("j/t.json:2", b"c")]
+  assert [d.where for d in found] == [f"{path}:{line}" for line in (3, 5, 6)]
+  path.write_text('[{"text": "a"},\n{"text" "b"}]')
+  with pytest.raises(DataError, match=r"t\.json:2: not a JSON list of objects: Expecting ':' delimiter"):
+    documents(kind="json", path=str(path))
+  for text in ('{"rows": [{"text": "a"}]}', ""):
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"t\.json:1: not a JSON list of objects; one object a line is kind 'jsonl'"):
+      documents(kind="json", path=str(path))
+  path.write_text('[{"text": "a"}, {"text": 5}, {"text": "c"}]')
+  source = open_source(SourceConfig(kind="json", path=str(path)), on_bad_row="skip")
+  assert [d.data for d in source.documents()] == [b"a", b"c"]
+  assert source.skipped == [f"{path}:1: field 'text' must be text, this is int"]

@@ -159,3 +159,20 @@ def test_the_tokenizer_comes_along(job, base, tmp_path):
   assert Path(with_tokenizer(config).data.tokenizer.path) == base / "tokenizer"
   named = load_config(str(job), [("model_init.path", str(base)), ("data.tokenizer.path", "mine")])
   assert with_tokenizer(named).data.tokenizer.path == "mine"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_one_host_does_not_see(base, tmp_path, two_processes, form):
+  """Both say so at once: the one that sees it does not wait for the other."""
+  code = """
+  import sys
+  from jaxllm.base.errors import UserError
+  from jaxllm.training.start import _open
+  try:
+    _open(sys.argv[1] if index == 0 else "nowhere")
+  except UserError as error:
+    print("error:", error)
+  assert _open(sys.argv[1]).config.embed_dim == 32
+  """
+  one, other = two_processes(code, FORMS[form](base, tmp_path), timeout=60)
+  assert "error: process 1 failed: no model at nowhere" in one and "error: no model at nowhere" in other

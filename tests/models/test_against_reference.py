@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.models.build import init_cache
+from jaxllm.models.caches import init_cache
 from jaxllm.models.config import ModelConfig
 
 B, T, V = 2, 13, 29

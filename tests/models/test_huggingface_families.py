@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
 
-from jaxllm.models.build import init_cache  # noqa: E402
+from jaxllm.models.caches import init_cache  # noqa: E402
 
 B, T, V = 2, 24, 97
 TOLERANCE = 1e-4

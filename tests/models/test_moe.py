@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.models.build import declare, init_cache, unstack_layers
+from jaxllm.models.build import declare, unstack_layers
+from jaxllm.models.caches import init_cache
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.models.moe import dropless, route, router_losses, with_capacity
 from jaxllm.objectives.causal_lm import CausalLM
@@ -185,7 +186,7 @@ def test_weights_that_a_token_meets(mla):
 def test_the_latent_cache_is_small():
   config = dataclasses.replace(C, mla=LATENT, head_dim=0)
   cache = jax.eval_shape(lambda: init_cache(config, 2, 32))
-  assert sum(math.prod(leaf.shape) for leaf in (cache.key[0], cache.value[0])) == 2 * 32 * (8 + 4)
+  assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache.layers[0])) == 2 * 32 * (8 + 4)
 
 
 @pytest.mark.parametrize("platform, target", [("cuda", "h100"), ("tpu", "v5p")])

@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends
-from jaxllm.models.build import declare, init_cache
+from jaxllm.models.build import declare
+from jaxllm.models.caches import init_cache
 from jaxllm.models.config import Compute, MLAConfig, ModelConfig
 from jaxllm.training.samples import sample_text
 

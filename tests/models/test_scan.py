@@ -9,7 +9,8 @@ import oracle
 import pytest
 from flax import nnx
 
-from jaxllm.models.build import declare, init_cache, init_params
+from jaxllm.models.build import declare, init_params
+from jaxllm.models.caches import init_cache
 from jaxllm.models.config import Compute, ModelConfig
 
 C = ModelConfig(vocab_size=31, embed_dim=16, num_layers=5, num_heads=2, mlp_dim=32, max_seq_len=32)
@@ -51,7 +52,7 @@ def test_layers_that_are_no_multiple_of_the_pattern(layers):
   same(oracle.forward(config)(params, TOKENS), want)
   logits, cache = oracle.cached_step(config)(params, TOKENS, init_cache(config, 2, 12))
   same(logits, want, 1e-5)  # a cached step adds up in another order
-  assert all(np.asarray(cache.key[i]).any() for i in range(layers))
+  assert all(np.asarray(cache.layers[i].key).any() for i in range(layers))
 
 
 REMAT = {

@@ -65,7 +65,7 @@ def test_every_axis_sends_what_it_promises(sizes, monkeypatch):
     if one.kind == "all-gather" and one.loops == ("micro-batches", "layers"):
       assert one.axes == ("fsdp",), one  # weights; the layers' activations lie where they are needed
     if one.kind == "all-to-all":  # the tokens of a lookup, whose gradient's columns are added up by one device each
-      assert one.file == "models/linear.py" and one.loops == ("micro-batches",), one
+      assert one.file == "models/weights.py" and one.loops == ("micro-batches",), one
     if one.kind == "all-gather" and one.axes == ("fsdp",):
       assert one.bytes <= 4 * D * V  # the largest weight: no tokens
     if one.file.startswith(("kernels/head_loss", "parallel/head_loss")):  # no tokens there but x's gradient, once

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -224,3 +225,49 @@ def test_compiled_for_a_tpu(sizes):
   assert " while(" in text and found and all(one.loops == () for one in found)
   for one in found:
     assert all(one.kind in PROMISE[axis] for axis in one.axes), one
+
+
+def made(jaxpr):
+  """The shapes of all that a jaxpr computes, inside its loops and shards too."""
+  for equation in jaxpr.eqns:
+    yield from (var.aval.shape for var in equation.outvars if equation.primitive.name in ("dot_general", "ffi_call"))
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from made(inner)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=4, tensor=2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_a_frozen_heads_gradient_is_not_computed(sizes, backend):
+  """Of the sum and of each token: the other gradients are the same, and nothing of the head's shape is multiplied."""
+  (x, head, bias), targets, weights = draw()
+
+  def of_sum(x, head, bias):
+    return head_loss.cross_entropy(x, head, targets, weights, bias=bias, backend=backend, target="cpu").loss_sum
+
+  def of_tokens(x, head, bias):
+    logp, lse = head_loss.token_log_probs(x, head, targets, bias=bias, backend=backend, target="cpu")
+    return (logp * weights).sum() + (lse**2).sum()
+
+  def within(function):
+    if sizes is None:
+      return function
+    mesh = make_mesh(MeshConfig(**sizes))
+
+    def run(*arrays):
+      with activation_sharding(mesh, RULES):
+        return function(*arrays)
+
+    return run
+
+  for loss in (of_sum, of_tokens):
+    shapes = {}
+    gradients = {}
+    for asked in ((0, 1, 2), (0,), (0, 2), (2,)):
+      run = jax.jit(within(jax.grad(loss, asked)))
+      gradients[asked] = dict(zip(asked, run(x, head, bias), strict=True))
+      shapes[asked] = set(made(jax.make_jaxpr(run)(x, head, bias).jaxpr))
+    for got in gradients.values():
+      for argument, gradient in got.items():
+        close(gradient, gradients[0, 1, 2][argument], 1e-6)
+    of_head = (D + 1, V)  # the bias is one more row
+    assert of_head in shapes[0, 1, 2] and of_head not in shapes[(0,)]

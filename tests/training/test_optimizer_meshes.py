@@ -40,7 +40,6 @@ AXES = {
   },
   "encoder": {"blocks": {"mlp": {"up": {"weight": ((5, D, F), ("layers", "embed", "mlp"))}}}},
   "embedding": {"tokens": ((48, D), ("vocab", "embed"))},
-  "quantized": ((D, D), ("embed", "heads")),
 }
 EVERYTHING = TrainingConfig(steps=10, ema_decay=0.9, spike_sigmas=3.0, on_bad_step="skip")
 STEPS = 3
@@ -53,7 +52,6 @@ def _map(function):
 def params_and_gradients():
   rng = np.random.default_rng(0)
   params = _map(lambda shape, axes: jnp.asarray(rng.normal(size=shape), jnp.float32))
-  params["quantized"] = jnp.ones((D, D), jnp.int8)
   gradients = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params) for _ in range(STEPS)]
   return params, gradients
 

@@ -146,7 +146,11 @@ def test_steps_are_timed_by_when_they_end(at_once, monkeypatch):
   clock = types.SimpleNamespace(now=0.0)
   monkeypatch.setattr(meter_module.time, "monotonic", lambda: clock.now)
   program = types.SimpleNamespace(
-    tokens_per_step=600, model=ModelConfig(), row_lengths=(8,), mesh=Mesh(jax.devices()[:1], "x")
+    tokens_per_step=600,
+    model=ModelConfig(),
+    row_lengths=(8,),
+    mesh=Mesh(jax.devices()[:1], "x"),
+    trains_weights=True,
   )
   pending = []
 

@@ -97,6 +97,14 @@ class Tokenizer(abc.ABC):
     return self.encode_prompt(text, add_special=False)
 
   @abc.abstractmethod
+  def encode_chats(self, texts: Sequence[str]) -> list[tuple[Ids, Int32[np.ndarray, "tokens 2"]]]:
+    """`encode_chat` of each text, and of each token where in the text it begins and ends, in characters."""
+
+  @abc.abstractmethod
+  def token_text(self, id: int) -> str:
+    """A token as the vocabulary spells it; of a special one that is what stands for it in a chat."""
+
+  @abc.abstractmethod
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """The bytes that `ids` stand for; special tokens stand for none."""
 
@@ -163,7 +171,12 @@ class Tokenizer(abc.ABC):
     Raises:
       DataError: there is no such template, or it cannot render these messages.
     """
-    name = template or ("tool_use" if options.get("tools") and "tool_use" in self.chat_templates else "default")
+    text = self.chat_template(template, tools=bool(options.get("tools")))
+    return chat.render_chat(text, messages, **(self.special_tokens | options))
+
+  def chat_template(self, name: str | None = None, *, tools: bool = False) -> str:
+    """The template that `render_chat` takes, which describes arguments and errors."""
+    name = name or ("tool_use" if tools and "tool_use" in self.chat_templates else "default")
     if name not in self.chat_templates:
       there = ", ".join(sorted(self.chat_templates))
       raise DataError(
@@ -171,7 +184,7 @@ class Tokenizer(abc.ABC):
         if there
         else f"the tokenizer has no chat template; put one beside it as {TEMPLATE_FILE}"
       )
-    return chat.render_chat(self.chat_templates[name], messages, **(self.special_tokens | options))
+    return self.chat_templates[name]
 
   @functools.cached_property
   def end_of_turn_id(self) -> int | None:

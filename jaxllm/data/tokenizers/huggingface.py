@@ -131,6 +131,22 @@ class HuggingFaceTokenizer(Tokenizer):
     encoded = self._tokenizer.encode(first, second, add_special_tokens=add_special)
     return np.array(encoded.ids, np.int32), np.array(encoded.type_ids, np.int32)
 
+  @functools.cached_property
+  def _untrimmed(self):
+    """Another `tokenizers` object, whose positions count the spaces that tokens begin with."""
+    import tokenizers
+
+    tokenizer = self._build()
+    tokenizer.post_processor = tokenizers.processors.Sequence([])
+    return tokenizer
+
+  def encode_chats(self, texts):
+    encoded = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+    return [(np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2)) for one in encoded]
+
+  def token_text(self, id):
+    return self._tokenizer.id_to_token(int(id)) or ""
+
   def decode_bytes(self, ids):
     if self._piece_bytes is None:
       return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).encode()

@@ -81,6 +81,10 @@ class SentencePieceTokenizer(Tokenizer):
     control = {spec.pieces[i].piece for i, type in enumerate(types) if type == Type.CONTROL} | set(tokens.values())
     self._ids = {text: ids[text] for text in control | {t["content"] for t in self.added_tokens.values()}}
 
+  @functools.cached_property
+  def _spelled(self) -> dict[int, str]:
+    return {i: token for token, i in self._ids.items()}
+
   def __reduce__(self):
     return SentencePieceTokenizer, (self.model, self.settings)
 
@@ -126,6 +130,29 @@ class SentencePieceTokenizer(Tokenizer):
   def _tokens_in_text(self) -> re.Pattern:
     longest_first = sorted(self._ids, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+  def encode_chats(self, texts):
+    return [self._encode_with_positions(text) for text in texts]
+
+  def _encode_with_positions(self, text: str):
+    """Pieces laid along the text, which they spell but for the dummy prefix, or something normalizes it."""
+    ids, data = self._encode_parsing(text), text.encode()
+    characters = np.append(np.repeat(np.arange(len(text)), [len(char.encode()) for char in text]), len(text))
+    edges = [0]
+    for i in ids:
+      piece = self._spelled[i].encode() if i in self._spelled else self._piece_bytes[i]
+      piece = piece if data.startswith(piece, edges[-1]) else piece.removeprefix(b" ")
+      edges.append(edges[-1] + len(piece) if data.startswith(piece, edges[-1]) else len(data) + 1)
+      if edges[-1] > len(data):
+        break
+    if edges[-1] != len(data):
+      near = data[edges[-2] if len(edges) > 1 else 0 :][:20].decode(errors="replace")
+      raise DataError(f"the tokenizer changes text before it reads it, so that tokens have no places in it: {near!r}")
+    begins, ends = characters[edges[:-1]], characters[np.maximum(edges[1:], 1) - 1] + 1
+    return np.array(ids, np.int32), np.stack([begins, np.maximum(begins, ends)], axis=1).astype(np.int32)
+
+  def token_text(self, id):
+    return self._spelled.get(int(id)) or self._processor.id_to_piece(int(id)).replace(_SPACE, " ")
 
   def decode_bytes(self, ids):
     data = b"".join([self._piece_bytes[i] for i in ids])

@@ -1,7 +1,8 @@
 // Statistics of a language-model head's logits and a gradient of them, a chunk of tokens at a time.
 //
 // The logits of a chunk exist once, in scratch, and become their own gradient there (Liger kernel, Hsu et al. 2024):
-// (k0 + k1 lse) softmax - k2 onehot(target) - k3, with four coefficients for each token.
+// (k0 + k1 lse) softmax - k2 onehot(target) - k3, with four coefficients for each token. The head's own gradient is left
+// out where its buffer is empty.
 #include "gemm.h"
 
 // Row of V logits -> lse, target's logit, largest, sum; with gradients, the row is overwritten by them.
@@ -78,7 +79,7 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool transposed
         G::block(rows, D, V, zt + r0 * ld, ld, false, bwd, dstride, dx + (c0 + r0) * D, D, false);
       }
     });
-    if (!grad) continue;
+    if (!grad || !dhead) continue;
     const bool b = !std::is_same_v<T, float>;
     Mat zm{zt, ld, false, b}, xm{x + c0 * D, D, false, b};
     if (transposed) zm.trans = true, gemm(pool, b, V, D, n, zm, xm, dhead, D, false, c0 > 0);
@@ -94,7 +95,8 @@ static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::
   bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
   auto f = xb ? run<BF16> : run<F32>;
   f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, transposed, targets.typed_data(),
-    coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(), dhead->typed_data(), grad);
+    coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(),
+    dhead->element_count() ? dhead->typed_data() : nullptr, grad);
   return ffi::Error::Success();
 }
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,

@@ -21,13 +21,17 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a call asks for, as `cross_entropy` takes it. chunk None: the backend decides."""
+  """What a call asks for, as `cross_entropy` takes it.
+
+  chunk: None: the backend decides. of_head: whether the head's gradient is wanted, when gradients are.
+  """
 
   softcap: float | None = None
   transposed: bool = False
   chunk: int | None = None
   z_loss: float = 0.0
   label_smoothing: float = 0.0
+  of_head: bool = True
 
   @property
   def sums(self) -> bool:
@@ -118,8 +122,8 @@ def _statistics(plan, call, x, head, targets) -> Statistics:
   return _by_rows(body, (), (plan.x, targets), plan.rows)[1]
 
 
-def _gradients(plan, call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics and the gradients of x, in x's dtype, and of the head, in float32.
+def _gradients(plan, call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array | None]:
+  """Statistics and the gradients of x, in x's dtype, and of the head, in float32, where it is asked for.
 
   The head's gradient is summed over the chunks in float32, for a 16-bit head too: what hundreds of chunks add to a sum
   of 16 bits is mostly rounded away.
@@ -143,6 +147,8 @@ def _gradients(plan, call, x, head, targets, coefficients) -> tuple[Statistics, 
     scale = jnp.exp(part.tops - stats.lse[:, None]) * (k.of_p + k.of_p_lse * stats.lse)[:, None]
     dz = finish(part, scale, t, k)
     dx = lax.dot_general(dz, w, over_v if options.transposed else over_d, preferred_element_type=jnp.float32)
+    if not options.of_head:
+      return None, (stats, dx.astype(x.dtype))
     a, b = (dz, xc) if options.transposed else (xc, dz)
     # The dtype of the sum, so that the compiler makes one product that adds in place.
     product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -150,9 +156,10 @@ def _gradients(plan, call, x, head, targets, coefficients) -> tuple[Statistics, 
     return total.reshape(shape), (stats, dx.astype(x.dtype))
 
   one = plan.x.shape[0] <= rows
-  start = None if one else jnp.zeros(shape, jnp.float32)
+  start = None if one or not options.of_head else jnp.zeros(shape, jnp.float32)
   d_head, (stats, dx) = _by_rows(body, start, (plan.x, targets, coefficients), rows)
-  d_head = d_head.reshape(head_shape)[: head.shape[0], : head.shape[1]]
+  if d_head is not None:
+    d_head = d_head.reshape(head_shape)[: head.shape[0], : head.shape[1]]
   return stats, dx[:, : x.shape[1]], d_head
 
 

@@ -16,8 +16,8 @@ def forward(call, x, head, targets) -> Statistics:
   return _call(x, head, targets, jnp.zeros((4, x.shape[0]), jnp.float32), call.options, grad=False)[0]
 
 
-def backward(call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array]:
-  """Statistics, and the gradients of x and, in float32, of the head."""
+def backward(call, x, head, targets, coefficients) -> tuple[Statistics, Float[Array, "M D"], Array | None]:
+  """Statistics, and the gradients of x and, in float32, of the head, where it is asked for."""
   if not _native(x, head, call.options):
     return reference.backward(call, x, head, targets, coefficients)
   return _call(x, head, targets, jnp.stack(coefficients), call.options, grad=True)
@@ -33,9 +33,9 @@ def _call(x, head, targets, coefficients, options, grad):
   out = (
     jax.ShapeDtypeStruct((4, x.shape[0]), jnp.float32),
     jax.ShapeDtypeStruct(x.shape if grad else (0, 0), x.dtype),
-    jax.ShapeDtypeStruct(head.shape if grad else (0, 0), jnp.float32),
+    jax.ShapeDtypeStruct(head.shape if grad and options.of_head else (0, 0), jnp.float32),
   )
   stats, dx, d_head = cpu_ffi.call(
     "cpu_cross_entropy", out, x, head, targets, coefficients, transposed=options.transposed, grad=grad
   )
-  return Statistics(*stats), dx, d_head
+  return Statistics(*stats), dx, d_head if options.of_head else None
