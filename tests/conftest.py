@@ -9,7 +9,9 @@ import sys
 import tempfile
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,6 +29,46 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxllm-compilations-")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--error-table",
+    metavar="FILE",
+    help="write the errors that `agrees` saw as Markdown, as docs/fine_tuning_errors.md",
+  )
+
+
+ERRORS = pytest.StashKey[dict]()
+
+
+@pytest.fixture
+def agrees(request):
+  """Asserts that arrays are those of an outside program, and notes by how much they are not.
+
+  agrees(subject, what, ours, theirs, limit=1e-5): the largest difference, over the largest of theirs where that is
+  more than 1. "LoRA, rank 8", "logits after a step".
+  """
+
+  def check(subject: str, what: str, ours, theirs, limit: float = 1e-5) -> None:
+    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+    assert ours.shape == theirs.shape
+    error = float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+    assert error <= limit, f"{subject}: {what} differ by {error:.2e}, more than {limit:.0e}"
+    rows = request.config.stash.setdefault(ERRORS, {})
+    rows[subject, what] = max(error, rows.get((subject, what), (0.0, limit))[0]), limit
+
+  return check
+
+
+def pytest_sessionfinish(session):
+  file, rows = session.config.getoption("--error-table"), session.config.stash.get(ERRORS, {})
+  if not file or not rows:
+    return
+  lines = ["| | what | largest error | allowed |", "|---|---|---|---|"]
+  lines += [f"| {subject} | {what} | {error:.1e} | {limit:.0e} |" for (subject, what), (error, limit) in rows.items()]
+  text = Path(file).read_text() if Path(file).exists() else ""
+  Path(file).write_text(text.partition("| | what |")[0] + "\n".join(lines) + "\n")
 
 
 @pytest.fixture
