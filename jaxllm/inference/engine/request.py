@@ -1,0 +1,128 @@
+"""What is asked of the engine, what it answers, and a request on its way: token ids only."""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.inference.engine.pages import Held, first_key, next_key
+from jaxllm.inference.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One completion of a prompt.
+
+  An encoder_decoder reads the prompt with its encoder and begins with `config.decoder_start_id`.
+  """
+
+  prompt: Sequence[int]
+  sampling: SamplingParams = SamplingParams()
+  eos_ids: Sequence[int] = ()  # end the completion unless `sampling.ignore_eos`
+  index: int = 0  # which completion of its prompt: what is drawn depends on the seed and on this
+  priority: int = 0  # the lowest goes first, among equals the first come
+  salt: str = ""  # pages are shared between requests of one salt only
+  # So many log-probabilities of every token of the prompt but the first, beside that token's own; the prompt is then
+  # read anew even where its pages are found. None: none at all.
+  prompt_logprobs: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+  """What a request gained, and with its last delta why it ended."""
+
+  id: int
+  token_ids: tuple[int, ...] = ()
+  # With `sampling.logprobs`, for each token: log-probabilities at temperature 1 of itself and of the likeliest ones.
+  logprobs: tuple[dict[int, float], ...] | None = None
+  prompt_logprobs: tuple[dict[int, float], ...] | None = None  # of the tokens after the prompt's first, as they come
+  finish_reason: FinishReason | None = None
+  stop_reason: int | None = None  # the one of `stop_token_ids` that ended it
+  error: str | None = None  # of the finish_reason "error"
+
+
+class Row:
+  """A request on its way: a row of the batch whenever it is scheduled.
+
+  Of its `total` tokens the last `pending` ones have been drawn on the device and are not known here yet. The keys and
+  values of the first `computed` ones are in its pages, or will be once the steps that were dispatched are done.
+  """
+
+  def __init__(self, number: int, request: Request, first_tokens: Sequence[int], limit: int):
+    self.id, self.request = number, request
+    self.settings = request.sampling
+    if self.settings.seed is None:  # drawn again after a preemption, a token must be the same
+      self.settings = dataclasses.replace(self.settings, seed=secrets.randbits(64))
+    self.tokens = list(first_tokens)
+    self.begins = len(self.tokens)  # tokens before the first drawn one
+    self.limit = limit  # of tokens in all
+    self.computed = self.pending = 0
+    self.scored = 1  # tokens whose log-probability is known or needs none, from the first on
+    self.slot: int | None = None  # its place on the device while it runs
+    self.held: Held | None = None
+    self.finished = False
+    self.keys: list[bytes] = []  # of the pages that its known tokens fill
+
+  @property
+  def order(self) -> tuple[int, int]:
+    """Who goes first."""
+    return self.request.priority, self.id
+
+  @property
+  def total(self) -> int:
+    return len(self.tokens) + self.pending
+
+  @property
+  def draws(self) -> bool:
+    """Whether another token may be drawn, as far as one knows without those that are pending."""
+    return self.total < self.limit
+
+  @property
+  def left(self) -> int:
+    """Tokens to compute before the next one can be drawn; of a prompt that is only scored, all but the last."""
+    goal = self.total if self.draws else self.begins - 1 if self.limit == self.begins else 0
+    return max(0, goal - self.computed)
+
+  def update_keys(self, page_size: int, *facts: str | int | Sequence[int]) -> None:
+    """Keys for the pages that have become full; `facts` as in `pages.first_key`."""
+    for start in range(len(self.keys) * page_size, len(self.tokens) - page_size + 1, page_size):
+      before = self.keys[-1] if self.keys else first_key(*facts)
+      self.keys.append(next_key(before, self.tokens[start : start + page_size]))
+
+  def take(self, token: int) -> tuple[FinishReason | None, int | None]:
+    """Adds a drawn token; why it is the last, if it is."""
+    self.tokens.append(token)
+    ends = () if self.settings.ignore_eos else self.request.eos_ids
+    if token in ends:
+      return "stop", None
+    if token in self.settings.stop_token_ids:
+      return "stop", token
+    return ("length" if len(self.tokens) >= self.limit else None), None
+
+
+def probabilities(token: int, logprob: float, top: tuple[np.ndarray, np.ndarray], count: int) -> Mapping[int, float]:
+  """Log-probabilities by token: of the `count` likeliest ones, and of this one."""
+  ids, values = top
+  return {int(i): float(p) for i, p in zip(ids[:count], values[:count])} | {token: float(logprob)}
+
+
+def check_tokens(tokens: Sequence[int], what: str, vocab_size: int, longest: int, limit: str) -> list[int]:
+  """The token ids as a list.
+
+  Raises:
+    ConfigError: there are none, more than `longest` (which `limit` names), or one that the model does not have.
+  """
+  ids = [int(token) for token in tokens]
+  if not ids:
+    raise ConfigError(f"{what} is empty; a completion needs at least one token before it")
+  if len(ids) > longest:
+    raise ConfigError(f"{what} has {len(ids)} tokens, and there is room for {longest} ({limit}); shorten it")
+  if min(ids) < 0 or max(ids) >= vocab_size:
+    bad = next(token for token in ids if not 0 <= token < vocab_size)
+    raise ConfigError(f"{what} holds token {bad}, but the model's vocabulary has {vocab_size} tokens")
+  return ids
