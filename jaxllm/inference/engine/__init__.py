@@ -1,4 +1,4 @@
-"""One engine for all that writes text; small files, to be read in the order request, pages, scheduler, programs, engine."""
+"""One engine for all that writes text. Read its files in this order: request, pages, scheduler, programs, engine."""
 
 from jaxllm.inference.engine.engine import Engine
 from jaxllm.inference.engine.request import Delta, Request

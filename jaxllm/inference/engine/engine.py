@@ -53,6 +53,7 @@ class Engine:
     overlap: bool = True,
     row_buckets: Sequence[int] | None = None,
     token_buckets: Sequence[int] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
   ):
     """
     Args:
@@ -68,6 +69,7 @@ class Engine:
       overlap: a step is scheduled while the one before is computed; what is drawn is seen one step late.
       row_buckets, token_buckets: rows of steps that only decode, and tokens of the others, for which programs are
         compiled; None: powers of two.
+      compiler_options: of XLA.
 
     Raises:
       ConfigError: the model writes no text, or a size is impossible.
@@ -93,7 +95,7 @@ class Engine:
     )
     self._scheduler = Scheduler(self._pages, max_num_seqs, max_tokens_per_step, sizes.tokens[-1], self._facts)
     place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
-    self._programs = Programs(config, compute, place, sizes, rules)
+    self._programs = Programs(config, compute, place, sizes, rules, compiler_options)
     self._state = self._programs.empty()
     self._settings = sampling_rows([SamplingParams(temperature=0, seed=0)] * max_num_seqs, [0] * max_num_seqs)
     self._sampling = self._programs.put(jax.tree.map(np.copy, self._settings))
@@ -217,14 +219,13 @@ class Engine:
     rows, tokens = self._programs.shape_for(counts)
     by_slot = self.config.architecture == "encoder_decoder"  # where rows lie as the encoder's keys do
     places = [work.row.slot if by_slot else i for i, work in enumerate(plan.work)]
-    batch = Batch(np.zeros((4, rows), np.int32), {})
-    for kind, pool in self._pages.pools.items():
-      batch.tables[kind] = np.full((rows, self._programs.sizes.max_pages), pool.count + 1, np.int32)
+    facts, missing = np.zeros((4, rows), np.int32), {kind: pool.count + 1 for kind, pool in self._pages.pools.items()}
+    tables = {kind: np.full((rows, self._programs.sizes.max_pages), n, np.int32) for kind, n in missing.items()}
     for place, work in zip(places, plan.work):
-      batch.rows[:, place] = work.row.slot, work.start, work.count, self._wishes(work)
+      facts[:, place] = np.asarray([work.row.slot, work.start, work.count, self._wishes(work)])
       for kind, pages in work.row.held.pages.items():
-        batch.tables[kind][place, : len(pages)] = pages
-    arguments = self._state, self._programs.put(batch), self._sampling
+        tables[kind][place, : len(pages)] = pages
+    arguments = self._state, self._programs.put(Batch(facts, tables)), self._sampling
     self._state, drawn = self._programs.step(self._params, *arguments, tokens)
     self._flight.append((plan, places, drawn))
 
@@ -344,6 +345,9 @@ class Engine:
     # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
     few = 2 if backends.TARGETS[self.compute.target] == "cpu" and self.compute.dtype != "float32" else 1
     most = step_tokens if packs(c) else max(1, step_tokens // rows)
-    decode = tuple(sorted({*(row_buckets or buckets(few, max(few, rows)))} | {max(few, rows)}))
-    mixed = tuple(sorted({*(token_buckets or buckets(min(16, most) if packs(c) else most, most))} | {most}))
+    least = min(16, most) if packs(c) else most
+    decode, mixed = (
+      tuple(sorted({*(n for n in asked or buckets(low, high) if n < high), high}))
+      for asked, low, high in ((row_buckets, few, max(few, rows)), (token_buckets, least, most))
+    )
     return Sizes(rows, self._longest, page_size, pages, self.compute.dtype, decode, mixed, 0)

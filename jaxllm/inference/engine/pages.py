@@ -55,10 +55,12 @@ class PagePool:
     """The page with this key."""
     return self._page_of.get(key)
 
-  def hold(self, page: int) -> None:
-    """One more holder of a page that `find` gave."""
+  def hold(self, key: bytes) -> int:
+    """The page with this key, which there must be, for one more holder."""
+    page = self._page_of[key]
     self._idle.pop(page, None)
     self._holders[page] += 1
+    return page
 
   def give_back(self, page: int) -> None:
     """One holder less."""
@@ -147,8 +149,7 @@ class Pages:
     for kind, pool in self.pools.items():
       held.pages[kind] = [NOBODYS] * count
       for index in self._seen(kind, count):
-        held.pages[kind][index] = page = pool.find(keys[index])
-        pool.hold(page)
+        held.pages[kind][index] = pool.hold(keys[index])
     need = lambda kind: self._least(kind, tokens) - len(self._seen(kind, count))  # noqa: E731
     if all(need(kind) <= pool.available for kind, pool in self.pools.items()):
       return held
@@ -219,8 +220,8 @@ class Pages:
   def _found(self, keys: Sequence[bytes]) -> int:
     """The most pages that can be shared: where the window begins, earlier local ones need not be there."""
     there = {kind: [pool.find(key) is not None for key in keys] for kind, pool in self.pools.items()}
-    count = next((i for i, found in enumerate(there["global"]) if not found), len(keys)) if "global" in there else None
-    for count in range(len(keys) if count is None else count, 0, -1):
+    unbroken = next((i for i, found in enumerate(there.get("global", ())) if not found), len(keys))
+    for count in range(unbroken, 0, -1):
       if "local" not in there or all(there["local"][index] for index in self._seen("local", count)):
         return count
     return 0

@@ -7,7 +7,7 @@ and what a step draws is there for the next one before the host has seen it.
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,8 +49,8 @@ class State:
 class Batch:
   """A step as the host sends it: of each row its slot, tokens in the cache, tokens to compute, and wishes."""
 
-  rows: Int[Array, "4 R"]
-  tables: dict[str, Int[Array, "R max_pages"]]
+  rows: Int[Array | np.ndarray, "4 R"]
+  tables: dict[str, Int[Array | np.ndarray, "R max_pages"]]
 
 
 @jax.tree_util.register_dataclass
@@ -124,12 +124,14 @@ class Programs:
     place: jax.Device | Mesh,
     sizes: Sizes,
     rules: AxisRules = AxisRules(),
+    options: Mapping[str, Any] | None = None,
   ):
     self.config, self.compute, self.sizes, self.packed = config, compute, sizes, packs(config)
     self.compilations, self.ready = 0, False
     self._mesh = place if isinstance(place, Mesh) else None
     self._rules = dataclasses.replace(rules, batch=(), seq=())  # a step's tokens are whole
     self._graph = declare(config, compute)[0]
+    self._options = None if options is None else dict(options)  # of the compiler
     self._compiled: dict[tuple, Any] = {}
     self._whole = replicated(place) if isinstance(place, Mesh) else place
 
@@ -238,7 +240,8 @@ class Programs:
     stays = jax.tree.map(lambda x: x.sharding, state)
     out = (stays, None) if function not in (_begin, self._encode) else stays
     donated = next(i for i, one in enumerate(arguments) if one is state)
-    return jax.jit(self._on_mesh(function), donate_argnums=donated, out_shardings=out).lower(*arguments)
+    how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
+    return jax.jit(self._on_mesh(function), **how).lower(*arguments)
 
   def _on_mesh(self, function):
     if self._mesh is None:
@@ -311,6 +314,7 @@ class Programs:
       new = jnp.pad(new.astype(whole.dtype), [(0, 0), (0, room), *[(0, 0)] * (new.ndim - 2)])
       return jax.lax.dynamic_update_slice_in_dim(whole, new, slot, 0)
 
+    assert after is not None and after.encoded is not None
     fresh = dataclasses.replace(after.encoded, states=None)
     return dataclasses.replace(state, encoded=jax.tree.map(put, state.encoded, fresh))
 

@@ -25,7 +25,7 @@ def test_the_page_that_was_idle_for_longest_is_taken_first():
   for page in (pages[1], pages[0], pages[2]):
     pool.give_back(page)
   assert pool.available == 3
-  pool.hold(pool.find(b"b"))  # is used again, and so not taken
+  pool.hold(b"b")  # is used again, and so not taken
   assert [pool.take(), pool.take()] == [pages[0], pages[2]]
   assert (pool.find(b"a"), pool.find(b"b"), pool.find(b"c")) == (None, pages[1], None)
   assert pool.available == 0
