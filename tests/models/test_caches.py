@@ -14,7 +14,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 from jaxllm.models.build import declare, unstack_layers
 from jaxllm.models.caches import init_cache, init_paged_cache
-from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
+from jaxllm.models.config import AdapterConfig, Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import activation_sharding, param_shardings
@@ -33,6 +33,7 @@ CASES = {
   "sink-tokens": dict(sink_tokens=2, **WINDOW),
   "sink-tokens-alibi": dict(sink_tokens=1, position="alibi", **WINDOW),
   "relative": dict(position="relative", relative_buckets=8, relative_max_distance=12),
+  "virtual-tokens": dict(adapter=AdapterConfig(prefix_len=3), **WINDOW),
   "latent": dict(mla=LATENT, num_kv_heads=4, head_dim=0),
   "experts": dict(moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=8, first_dense_layers=1, capacity_factor=1.0)),
 }
