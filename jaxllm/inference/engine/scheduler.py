@@ -160,7 +160,6 @@ class Scheduler:
 
   def _wait(self, row: Row) -> None:
     self._stop(row)
-    row.computed = 0
     bisect.insort(self.waiting, row, key=lambda one: one.order)
 
   def _stop(self, row: Row, spoiled: bool = False) -> None:

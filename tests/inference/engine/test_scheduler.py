@@ -34,7 +34,9 @@ class Device:
     self.live[number] = row
 
   def step(self):
+    before = self.scheduler.preemptions
     plan = self.scheduler.schedule()
+    assert not plan.admitted or self.scheduler.preemptions == before  # who was sent back does not come in again at once
     assert plan.tokens <= self.scheduler.max_tokens
     assert len({work.row.id for work in plan.work}) == len(plan.work) <= 3
     assert len({row.slot for row in self.scheduler.running}) == len(self.scheduler.running)
@@ -149,6 +151,40 @@ def test_prompts_are_read_beside_rows_that_draw():
   device.submit(1, [2] * 20, 2)
   parts = [[(work.row.id, work.count) for work in device.step().work] for _ in range(4)]
   assert parts == [[(0, 1), (1, 7)], [(0, 1), (1, 7)], [(0, 1), (1, 6)], [(0, 1), (1, 1)]]
+
+
+def test_rows_that_draw_do_not_wait_for_a_prompt_that_goes_before_them():
+  device = Device(Pages({"global": 40}, SIZE))
+  device.submit(0, [1], 12, priority=1)
+  device.step()
+  device.submit(1, [2] * 20, 2)
+  for _ in range(4):
+    assert {work.row.id: work.count for work in device.step().work}[0] == 1
+
+
+def test_a_restart_computes_everything_anew():
+  device = Device(Pages({"global": 40}, SIZE), depth=0)
+  device.submit(0, list(range(9)), 6)
+  device.step()
+  device.step()
+  device.scheduler.restart()
+  device.submit(1, list(range(9)), 6)
+  before = device.scheduler.prefix_hits
+  device.step()
+  assert device.scheduler.prefix_hits == before
+  device.run()
+  assert [device.done[i] for i in range(2)] == [wanted(range(9), 6)] * 2
+
+
+def test_what_is_only_scored_draws_nothing():
+  device = Device(Pages({"global": 40}, SIZE))
+  row = Row(0, Request((1,) * 11, SamplingParams(seed=0)), [1] * 11, 11)
+  device.scheduler.add(row)
+  assert [[(work.count, work.draws) for work in device.step().work] for _ in range(3)] == [
+    [(8, False)],
+    [(2, False)],
+    [],
+  ]
 
 
 def test_first_come_first_served_but_for_priority():
