@@ -324,7 +324,9 @@ class Engine:
 
   def _placed(self, params: Params) -> Params:
     """The weights as they compute: each layer apart, in the engine's dtype, on its devices."""
-    if self._mesh is not None:
+    if self._mesh is None:
+      params = jax.device_put(params)  # arrays stay on the device where they are
+    else:
       _, shapes, axes = declare(self.config, self.compute)
       params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
     return cast(unstack_layers(params), self.compute.dtype)

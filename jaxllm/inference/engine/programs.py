@@ -299,7 +299,7 @@ class Programs:
     pad = -len(x) % size
     parts = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(following, (0, pad))
     done = jax.lax.map(some, jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), parts))
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[: len(x)], done)
+    return jax.tree.map(lambda a: a.reshape(a.shape[0] * size, *a.shape[2:])[: len(x)], done)
 
   def _encode(self, params, state: State, slot, source, length):
     model: Transformer = nnx.merge(self._graph, params)

@@ -60,7 +60,7 @@ def greedy(prompt, count=10, **settings):
 
 def serve(engine, requests, waits=()):
   """What each request draws; `waits`: steps that are made before each is submitted."""
-  found, numbers = {}, []
+  found, numbers, requests = {}, [], list(requests)
   for request, wait in zip(requests, [*waits, *[0] * len(requests)]):
     for _ in range(wait):
       collect(engine.step(), found)
