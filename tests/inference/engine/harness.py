@@ -55,7 +55,7 @@ class Poisoned(Engine):
 
 
 def greedy(prompt, count=10, **settings):
-  return Request(prompt, SamplingParams(temperature=0, max_tokens=count, **{"ignore_eos": True} | settings))
+  return Request(prompt, SamplingParams(**dict(temperature=0, max_tokens=count, ignore_eos=True) | settings))
 
 
 def serve(engine, requests, waits=()):

@@ -15,7 +15,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Engine, Request
 from jaxllm.inference.sampling import SamplingParams, sampling_rows
 from jaxllm.models.build import unstack_layers
-from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.config import AdapterConfig, Compute, ModelConfig
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 
@@ -25,6 +25,7 @@ KINDS = {
   "sink-tokens": dict(sink_tokens=2, sliding_window=3),
   "relative": dict(position="relative", relative_buckets=8, relative_max_distance=12),
   "window": dict(sliding_window=5, layer_pattern=("local", "global"), tie_embeddings=False),
+  "virtual-tokens": dict(adapter=AdapterConfig(prefix_len=3)),
   "plain": dict(),
 }
 
