@@ -1,0 +1,126 @@
+"""Adapters that are written are those that PEFT reads: its logits over transformers' models are ours."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.inference.load import load_model
+from jaxllm.inference.model import Model
+from jaxllm.interop.adapted import changes_of
+from jaxllm.interop.open import open_model
+from jaxllm.interop.peft_write import write_adapter
+from jaxllm.models.lora import DoraWeight, LoraWeight, column_lengths
+from jaxllm.models.weights import map_weights_with_path
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+IDS = np.arange(12).reshape(2, 6) % 40
+SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+DECODER = SMALL | dict(num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0)
+MODELS = {
+  "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+  "tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+  "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**DECODER)),
+  "gpt2": lambda: transformers.GPT2LMHeadModel(
+    transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+  ),
+  "bert": lambda: transformers.BertForSequenceClassification(
+    transformers.BertConfig(**SMALL, max_position_embeddings=32, num_labels=3)
+  ),
+  "t5": lambda: transformers.T5ForConditionalGeneration(
+    transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+  ),
+}
+ALL = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@pytest.fixture
+def base(request, tmp_path):
+  """family -> the directory of a small random model."""
+
+  def make(family):
+    torch.manual_seed(0)
+    model = MODELS[family]()
+    with torch.no_grad():
+      for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+  return make
+
+
+def adapted(directory, kind, wanted, rank=lambda path: 3):
+  """Parameters in memory with random adapters over those whose module, or whose path, is wanted; scale 1.5."""
+  keys = iter(jax.random.split(jax.random.key(1), 1000))
+  normal = lambda *shape: 0.2 * jax.random.normal(next(keys), shape)  # noqa: E731
+
+  def one(path, w):
+    if path.removesuffix("/weight").split("/")[-1] not in wanted and path not in wanted or path.endswith("bias"):
+      return w
+    *lead, inputs, outputs = w.shape
+    r = rank(path)
+    parts = dict(a=normal(*lead, inputs, r), b=normal(*lead, r, outputs), scale=1.5)
+    if kind == "dora":
+      return DoraWeight(w, **parts, magnitude=column_lengths(w) * (1 + normal(*lead, outputs)))
+    return LoraWeight(w, **parts)
+
+  return map_weights_with_path(one, open_model(directory).params())
+
+
+def theirs(directory, adapter):
+  """Logits by PEFT, which must know every key."""
+  known = json.loads((directory / "config.json").read_text())["architectures"][0]
+  model = getattr(transformers, known).from_pretrained(directory, dtype=torch.float32)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model = peft.PeftModel.from_pretrained(model, adapter)
+  assert not [w for w in caught if "missing" in str(w.message).lower() or "unexpected" in str(w.message).lower()]
+  ids = torch.from_numpy(IDS)
+  more = {"decoder_input_ids": ids[:, ::2].contiguous()} if known.startswith("T5") else {}
+  with torch.no_grad():
+    return model.eval()(input_ids=ids, **more).logits.numpy()
+
+
+def ours(model):
+  ids = jnp.asarray(IDS, jnp.int32)
+  if model.config.architecture == "encoder_decoder":
+    return np.asarray(model(ids[:, ::2], encoder_inputs=ids))
+  return np.asarray(model(ids))
+
+
+CASES = [
+  ("llama", "lora", ALL),
+  ("llama", "dora", ALL),
+  ("llama", "lora", ("query", "tokens", "head")),
+  ("tied", "lora", ("value", "tokens")),
+  ("gpt2", "lora", ("query", "key", "value", "up")),
+  ("gpt2", "lora", ("value", "positions")),
+  ("gpt2", "dora", ALL),
+  ("phi3", "lora", ALL),
+  ("phi3", "lora", ("key", "gate")),
+  ("phi3", "dora", ALL),
+  ("bert", "lora", ("query", "value", "down")),
+  ("bert", "dora", ("query", "output")),
+  ("t5", "lora", ("query", "value", "up")),
+  ("t5", "dora", ALL),
+]
+
+
+@pytest.mark.parametrize("family, kind, wanted", CASES)
+def test_peft_reads_what_is_written(base, tmp_path, agrees, family, kind, wanted):
+  directory = base(family)
+  params = adapted(directory, kind, wanted)
+  config = open_model(directory).config
+  model = Model(config, params)
+  write_adapter(tmp_path / "adapter", config, changes_of(params), base=str(directory))
+  subject = f"{kind} of {'/'.join(wanted)} written for PEFT, {family}"
+  agrees(subject, "logits", ours(model), theirs(directory, tmp_path / "adapter"))
+  again = load_model(directory, adapter=tmp_path / "adapter")
+  agrees(subject, "logits, read again", ours(again), ours(model))
