@@ -54,14 +54,14 @@ def open_model(
     model = _open_run(path, step)
   elif form == "adapter":
     base = open_model(base_of(path), merge=merge)
-    model = dataclasses.replace(_with_adapter(base, path, merge), path=path, form="adapter")
+    model = dataclasses.replace(with_adapter(base, path, merge), path=path, form="adapter")
   elif form == "hf":
     model = open_huggingface(path)
   elif form == "gguf":
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, local_path(adapter), merge)
+  return model if adapter is None else with_adapter(model, local_path(adapter), merge)
 
 
 def form_of(path: Path) -> Form:
@@ -96,7 +96,7 @@ def _described(path: Path) -> str:
   return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
 
 
-def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
+def with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
   """The model with an adapter; what `base` was trained on says nothing of that, so it goes."""
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
@@ -118,9 +118,13 @@ def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredMode
 
 def _families(model: StoredModel) -> tuple[str, ...]:
   """By whose names an adapter of the model may go: its own family's, or of all that can express it."""
-  if model.form == "hf":
-    return (read_json(model.path / CONFIG_FILE)["model_type"],)
-  return families_of(model.config)
+  own = family_at(model.path) if model.form == "hf" and model.path else None
+  return (own,) if own else families_of(model.config)
+
+
+def family_at(path: Path) -> str | None:
+  """The family of a Hugging Face model's directory; None: there stands something else."""
+  return read_json(path / CONFIG_FILE).get("model_type") if (path / CONFIG_FILE).is_file() else None
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:

@@ -80,6 +80,7 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
     head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
     modules = {name: parts for name, parts in modules.items() if name not in head}
     full = {name: tensor for name, tensor in full.items() if name.removesuffix(".weight") not in head}
+    settings = settings.without(head)
   wanted = [*(f"{name}.weight" for name in modules), *full]
   fewest: list[str] | None = None
   for family in families:

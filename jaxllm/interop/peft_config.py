@@ -64,6 +64,15 @@ class Settings:
   tied: bool  # a tied embedding is changed as the head too
   dropout: float
 
+  def without(self, modules: Collection[str]) -> "Settings":
+    """The same without these among its targets."""
+    listed = (
+      self.targets
+      if isinstance(self.targets, str) or self.targets is None
+      else tuple(target for target in self.targets if target not in modules)
+    )
+    return dataclasses.replace(self, targets=listed, saved=tuple(name for name in self.saved if name not in modules))
+
   def scale(self, module: str, rank: int) -> float:
     """What a module's product is multiplied by."""
     alpha = _of_pattern(self.alpha_pattern, module, self.alpha)

@@ -12,6 +12,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import new_directory
 from jaxllm.interop.adapter import Change
 from jaxllm.interop.directory_files import write_json
+from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.huggingface_directory import families_of
 from jaxllm.interop.peft import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, WEIGHTS_FILE, inputs_first
@@ -22,6 +23,7 @@ from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import trimmed
 
+TABLE = "embedding/tokens"
 TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
 
 
@@ -47,7 +49,7 @@ def write_adapter(
   Raises:
     ConfigError: PEFT or the family has no form for it. CheckpointError: the path holds something else.
   """
-  known = _known(config, family)
+  known, head = _known(config, family)
   full = full or {}
   modules = {name.removesuffix(".weight"): place for name, place in known.items() if name.endswith(".weight")}
   tensors: dict[str, np.ndarray] = {}
@@ -64,6 +66,15 @@ def write_adapter(
   if lost := sorted(changes.keys() - written):
     raise ConfigError(f"PEFT has no module with {', '.join(lost)} alone, so their adapters cannot be written")
   lazy, saved = _whole(config, known, full)
+  if config.tie_embeddings and config.head == "lm":  # the head takes part, and PEFT keeps copies for it
+    if found := next((m for m in ranks if modules[m].weight.ours == (TABLE,)), None):
+      if changes[TABLE].magnitude is not None:
+        raise ConfigError("PEFT has no DoRA for an embedding that is the head too")
+      tensors |= {head + end: tensors[found + own].T for end, own in zip(LINEAR, reversed(EMBEDDING))}
+      ranks[head], alphas[head] = ranks[found], alphas[found]
+    if found := next((m for m in saved if modules[m].weight.ours == (TABLE,)), None):
+      lazy[f"{head}.weight"] = lazy[f"{found}.weight"]
+      saved.append(head)
   settings = _settings(config, modules, ranks, alphas, saved, changes) | {"base_model_name_or_path": base}
   lazy |= in_memory(tensors)
   with new_directory(directory, is_adapter) as new:
@@ -71,8 +82,8 @@ def write_adapter(
     write_json(new / CONFIG_FILE, settings)
 
 
-def _known(config: ModelConfig, family: str | None) -> dict[str, Place]:
-  """The tensors of the model that PEFT sees, by name: as transformers has it in memory.
+def _known(config: ModelConfig, family: str | None) -> tuple[dict[str, Place], str]:
+  """The tensors of the model that PEFT sees, by name: as transformers has it in memory. And its head's module.
 
   Raises:
     ConfigError: there is no such model.
@@ -82,7 +93,7 @@ def _known(config: ModelConfig, family: str | None) -> dict[str, Place]:
   families = (family,) if family else families_of(config)
   if not families:
     raise ConfigError("no Hugging Face family can express this model, so PEFT has no names for its modules")
-  return places(config, families[0], ("lm_head.weight",))[0]
+  return places(config, families[0], ("lm_head.weight",))[0], FAMILIES[families[0]].head.removesuffix(".weight")
 
 
 # Factors
@@ -173,8 +184,9 @@ def _settings(
   """
   is_table = {name: place.weight.ours[0].startswith("embedding/") for name, place in modules.items()}
   shapes = param_shapes(config)
-  linear = {name: [shapes[path][-1] for path in modules[name].weight.ours] for name in ranks if not is_table[name]}
-  targets = _short_names(ranks, modules)
+  linear = {name: modules[name] for name in ranks if name in modules and not is_table[name]}
+  lying = [inputs_first(config, place, [shapes[path][-1] for path in place.weight.ours]) for place in linear.values()]
+  targets = _short_names(ranks, {*modules, *ranks})
   rank, alpha = _usual(ranks.values(), 8), _usual(alphas.values(), 8)
   task = "SEQ_2_SEQ_LM" if config.architecture == "encoder_decoder" else TASKS.get(config.head, "CAUSAL_LM")
   if config.head in ("sequence", "token") and not saved:
@@ -195,7 +207,7 @@ def _settings(
     "use_dora": kinds == {True},
     "use_rslora": False,
     "ensure_weight_tying": config.tie_embeddings and any(is_table.get(name, False) for name in (*ranks, *saved)),
-    "fan_in_fan_out": bool(linear) and all(inputs_first(config, modules[m], sizes) for m, sizes in linear.items()),
+    "fan_in_fan_out": bool(lying) and all(lying),
     "bias": "none",
     "init_lora_weights": True,
     "inference_mode": True,

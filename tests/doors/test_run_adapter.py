@@ -1,0 +1,93 @@
+"""A finished run's RUN/adapter: the adapter by itself, which makes the base what the run is."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.config import load_config
+from jaxllm.inference.load import load_model
+from jaxllm.inference.model import Model
+from jaxllm.interop.open import open_model
+from jaxllm.models.quantization import quantize_matrix
+from jaxllm.models.weights import map_weights_with_path
+from jaxllm.training.loop import train
+
+LORA = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05}
+TOKENS = np.arange(16, dtype=np.int32)[None] + 20
+
+
+def run(job, directory, **keys):
+  return train(load_config(str(job), list({**keys}.items())), directory)
+
+
+@pytest.fixture(scope="module")
+def base(job, tmp_path_factory):
+  directory = tmp_path_factory.mktemp("base")
+  run(job, directory / "run", **{"training.steps": 2})
+  load_model(directory / "run").save(directory / "hf", format="hf")
+  return directory
+
+
+@pytest.mark.parametrize("form", ["run", "hf"])
+def test_the_base_with_the_adapter_is_the_run(job, base, tmp_path, form):
+  run(job, tmp_path / "run", **LORA, **{"model_init.path": str(base / form), "training.steps": 3})
+  before = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+  assert before["base_model_name_or_path"] == str(base / form) and before["r"] == 2
+  run(job, tmp_path / "run", **LORA, **{"model_init.path": str(base / form), "training.steps": 5})  # goes on
+  want = load_model(tmp_path / "run")(TOKENS)
+  apart = load_model(base / form, adapter=tmp_path / "run" / "adapter")
+  np.testing.assert_allclose(apart(TOKENS), want, atol=1e-5)
+  np.testing.assert_allclose(load_model(tmp_path / "run" / "adapter")(TOKENS), want, atol=1e-5)
+  assert np.abs(np.asarray(load_model(base / form)(TOKENS)) - want).max() > 1e-2
+
+
+def test_over_quantized_weights(job, base, tmp_path):
+  quantized = {"model_init.quantize": "nf4", "model_init.group_size": 16}
+  run(job, tmp_path / "run", **LORA, **quantized, **{"model_init.path": str(base / "run")})
+
+  def rounded(path, w):
+    under = getattr(w, "base", w)
+    new = quantize_matrix(path, under, "nf4", 16)
+    return dataclasses.replace(w, base=new) if under is not w else new
+
+  stored = open_model(base / "run", adapter=tmp_path / "run" / "adapter", merge=False)
+  model = Model(stored.config, map_weights_with_path(rounded, stored.params()))
+  np.testing.assert_allclose(model(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)
+
+
+def test_of_fresh_weights_and_of_all_weights(job, tmp_path, caplog):
+  caplog.set_level("INFO", "jaxllm")
+  run(job, tmp_path / "fresh", **LORA, **{"training.steps": 2})
+  assert "belongs to the weights that this run began with" in caplog.text
+  config = json.loads((tmp_path / "fresh" / "adapter" / "adapter_config.json").read_text())
+  assert config["base_model_name_or_path"] is None
+  run(job, tmp_path / "full", **{"training.steps": 2})
+  assert not (tmp_path / "full" / "adapter").exists()
+
+
+def test_of_a_model_without_a_family(job, tmp_path, caplog):
+  odd = {"model.norm_placement": "sandwich", "model.mlp": "relu2"}
+  run(job, tmp_path / "run", **LORA, **odd, **{"training.steps": 2})
+  assert "no Hugging Face family can express" in caplog.text and not (tmp_path / "run" / "adapter").exists()
+
+
+SHARDED = """
+import sys, json
+import jax, jax.numpy as jnp, numpy as np
+from pathlib import Path
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxllm.config import load_config
+from jaxllm.training.loop import train
+job, base, out = sys.argv[1:]
+keys = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05, "model_init.path": base,
+        "mesh.data": 1, "mesh.fsdp": 4, "training.steps": 3}
+train(load_config(job, list(keys.items())), Path(out))
+"""
+
+
+def test_of_two_processes_with_shards(job, base, tmp_path, two_processes):
+  two_processes(SHARDED, job, base / "run", tmp_path / "run", devices=2)
+  apart = load_model(base / "run", adapter=tmp_path / "run" / "adapter")
+  np.testing.assert_allclose(apart(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)
