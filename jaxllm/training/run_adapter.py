@@ -15,7 +15,7 @@ from jaxllm.interop.open import family_at
 from jaxllm.interop.peft_write import write_adapter
 from jaxllm.interop.stored import tensors_of
 from jaxllm.models.build import Params
-from jaxllm.models.weights import Weight, is_adapted, is_weight, map_weights_with_path
+from jaxllm.models.weights import is_adapted, is_weight, map_weights_with_path
 from jaxllm.parallel.agreement import first_does
 from jaxllm.training.config import RunConfig
 

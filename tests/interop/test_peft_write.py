@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from peft_models import logits, save
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.load import load_model
@@ -24,40 +25,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-IDS = np.arange(12).reshape(2, 6) % 40
-SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-DECODER = SMALL | dict(num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0)
-MODELS = {
-  "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
-  "tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)),
-  "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**DECODER)),
-  "gpt2": lambda: transformers.GPT2LMHeadModel(
-    transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-  ),
-  "bert": lambda: transformers.BertForSequenceClassification(
-    transformers.BertConfig(**SMALL, max_position_embeddings=32, num_labels=3)
-  ),
-  "t5": lambda: transformers.T5ForConditionalGeneration(
-    transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-  ),
-}
 ALL = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 @pytest.fixture
-def base(request, tmp_path):
+def base(tmp_path):
   """family -> the directory of a small random model."""
-
-  def make(family):
-    torch.manual_seed(0)
-    model = MODELS[family]()
-    with torch.no_grad():
-      for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-  return make
+  return lambda family: save(family, tmp_path / "base")
 
 
 def adapted(directory, kind, wanted, rank=lambda path: 3):
@@ -88,17 +62,7 @@ def theirs(directory, adapter):
   assert not [str(w.message) for w in caught if "missing" in str(w.message).lower()]
   found = peft.set_peft_model_state_dict(model, peft.load_peft_weights(adapter))
   assert not found.unexpected_keys
-  ids = torch.from_numpy(IDS)
-  more = {"decoder_input_ids": ids[:, ::2].contiguous()} if known.startswith("T5") else {}
-  with torch.no_grad():
-    return model.eval()(input_ids=ids, **more).logits.numpy()
-
-
-def ours(model):
-  ids = jnp.asarray(IDS, jnp.int32)
-  if model.config.architecture == "encoder_decoder":
-    return np.asarray(model(ids[:, ::2], encoder_inputs=ids))
-  return np.asarray(model(ids))
+  return logits(model)
 
 
 CASES = [
@@ -129,9 +93,9 @@ def test_peft_reads_what_is_written(base, tmp_path, agrees, family, kind, wanted
   model = Model(config, params)
   write_adapter(tmp_path / "adapter", config, changes_of(params), base=str(directory), family=family_at(directory))
   subject = f"{kind} of {'/'.join(wanted)} written for PEFT, {family}"
-  agrees(subject, "logits", ours(model), theirs(directory, tmp_path / "adapter"))
+  agrees(subject, "logits", logits(model), theirs(directory, tmp_path / "adapter"))
   again = load_model(directory, adapter=tmp_path / "adapter")
-  agrees(subject, "logits, read again", ours(again), ours(model))
+  agrees(subject, "logits, read again", logits(again), logits(model))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +118,12 @@ def test_modules_that_are_trained_whole_are_saved_for_peft(base, tmp_path, agree
   full = tensors_of({path: flat[path] for path in wanted})
   write_adapter(tmp_path / "adapter", config, changes_of(params), full, family=family_at(directory))
   subject = f"{family}, {'/'.join(wanted)} whole, written for PEFT"
-  agrees(subject, "logits", ours(Model(config, params)), theirs(directory, tmp_path / "adapter"))
+  agrees(subject, "logits", logits(Model(config, params)), theirs(directory, tmp_path / "adapter"))
   agrees(
     subject,
     "logits, read again",
-    ours(load_model(directory, adapter=tmp_path / "adapter")),
-    ours(Model(config, params)),
+    logits(load_model(directory, adapter=tmp_path / "adapter")),
+    logits(Model(config, params)),
   )
 
 
@@ -182,11 +146,11 @@ def test_ranks_and_scales_of_each_matrix_become_patterns_for_peft(base, tmp_path
   agrees(
     "LoRA of several ranks, written for PEFT",
     "logits",
-    ours(Model(config, params)),
+    logits(Model(config, params)),
     theirs(directory, tmp_path / "adapter"),
   )
   again = load_model(directory, adapter=tmp_path / "adapter")
-  agrees("LoRA of several ranks, written for PEFT", "logits, read again", ours(again), ours(Model(config, params)))
+  agrees("LoRA of several ranks, written for PEFT", "logits, read again", logits(again), logits(Model(config, params)))
 
 
 @pytest.mark.parametrize("family, kind", [("llama", "lora"), ("llama", "dora"), ("phi3", "lora"), ("gpt2", "dora")])
