@@ -70,11 +70,18 @@ class StoredModel:
     check_dtype(dtype)
     return self if dtype is None else dataclasses.replace(self, tensors=cast(self.tensors, jnp.dtype(dtype)))
 
-  def merged(self) -> "StoredModel":
-    """The same model with its adapters merged into its tensors, each when it is read."""
+  def merged(self, dtype: str | None = None) -> "StoredModel":
+    """The same model with its adapters merged into its tensors, each when it is read, summed in float32.
+
+    Args:
+      dtype: of all weights; None: as they are without the adapters. Raises ConfigError where it is an impossible one.
+    """
+    check_dtype(dtype)
     tensors = self.tensors
     for adapter in self.apart:
       tensors = adapter.merged(tensors)
+    types = {path: jnp.dtype(dtype or tensor.dtype) for path, tensor in self.tensors.items()}
+    tensors = {path: cast({path: tensor}, types[path])[path] for path, tensor in tensors.items()}
     return dataclasses.replace(self, tensors=tensors, apart=())
 
   def untied(self) -> "StoredModel":

@@ -1,4 +1,4 @@
-"""Adapters that PEFT made are read as what they are, apart and merged; those that do not fit are refused in one line."""
+"""Adapters that PEFT made are read as what they are, apart and merged; others are refused in one line."""
 
 import json
 import shutil
