@@ -115,9 +115,9 @@ def _module(
     whole = np.zeros((a.shape[-1], count), np.float32)
     if path in factors:
       b = factors[path][1]
-      own = float(changes[path].scales[place.at])
+      its = float(changes[path].scales[place.at])
       start, row = (0, row) if shared else (row, row + len(b))
-      whole[start : start + len(b)] = b if own == scale else b * np.float32(own / scale)
+      whole[start : start + len(b)] = b if its == scale else b * np.float32(its / scale)
     pieces.append(whole)
   b = place.weight.transform.write(config, pieces)
   b = b.T if inputs_first(config, place, outputs) else b
@@ -188,7 +188,7 @@ def _settings(
   lying = [inputs_first(config, place, [shapes[path][-1] for path in place.weight.ours]) for place in linear.values()]
   targets = _short_names(ranks, {*modules, *ranks})
   rank, alpha = _usual(ranks.values(), 8), _usual(alphas.values(), 8)
-  task = "SEQ_2_SEQ_LM" if config.architecture == "encoder_decoder" else TASKS.get(config.head, "CAUSAL_LM")
+  task: str | None = "SEQ_2_SEQ_LM" if config.architecture == "encoder_decoder" else TASKS.get(config.head, "CAUSAL_LM")
   if config.head in ("sequence", "token") and not saved:
     task = None  # or PEFT wants the head's weights
   kinds = {change.magnitude is not None for change in changes.values()}

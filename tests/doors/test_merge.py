@@ -1,5 +1,6 @@
 """`convert --merge`: the logits before and after are compared, and a merge that changes them too much is refused."""
 
+import functools
 import json
 
 import numpy as np
@@ -17,22 +18,23 @@ from jaxllm.training.loop import train
 TOKENS = np.arange(16, dtype=np.int32)[None] + 20
 
 
+def with_lora(random, rank, size, path, w):
+  if not path.endswith(("query/weight", "down/weight")):
+    return w
+  *lead, inputs, outputs = w.shape
+  shapes = (*lead, inputs, rank), (*lead, rank, outputs)
+  a, b = (random.normal(0, size, shape).astype(np.float32) for shape in shapes)
+  return LoraWeight(w, a, b, scale=2.0)
+
+
 @pytest.fixture(scope="module")
 def base(job, tmp_path_factory):
   """A run, and two random adapters of ranks 2 and 3 over its queries and down projections."""
   folder = tmp_path_factory.mktemp("merge")
   train(load_config(str(job), [("training.steps", 1)]), folder / "run")
   stored = open_model(folder / "run")
-  for name, rank, size in (("one", 2, 0.3), ("two", 3, 0.2), ("vast", 2, 1e4)):
-    random = np.random.default_rng(rank)
-
-    def one(path, w):
-      if not path.endswith(("query/weight", "down/weight")):
-        return w
-      *lead, inputs, outputs = w.shape
-      a, b = (random.normal(0, size, s).astype(np.float32) for s in ((*lead, inputs, rank), (*lead, rank, outputs)))
-      return LoraWeight(w, a, b, scale=2.0)
-
+  for name, rank, size in (("one", 2, 0.3), ("two", 3, 0.2)):
+    one = functools.partial(with_lora, np.random.default_rng(rank), rank, size)
     write_adapter(folder / name, stored.config, changes_of(map_weights_with_path(one, stored.params())))
   return folder
 
