@@ -1,7 +1,7 @@
 """The head's loss on a mesh: one device's numbers, and no collective that the mesh does not promise."""
 
-import importlib.util
 import functools
+import importlib.util
 import logging
 import sys
 from pathlib import Path
