@@ -11,7 +11,27 @@ from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.peft.base import Full
 from jaxllm.peft.registry import AnyPeft
-from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.config import CheckpointConfig, higher_is_better
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStoppingConfig:
+  """When a run ends before its last step, because a held-out figure gets no better (`training.watch`)."""
+
+  patience: int = 0  # evaluations without an improvement after which it ends; 0: never
+  metric: str = "eval/loss"  # of metrics.jsonl: "eval/rewards/accuracies", "replay/loss"
+  min_delta: float = 0.0  # an improvement is more than this
+  mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name
+
+  def __post_init__(self):
+    for name in ("patience", "min_delta"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"training.early_stopping.{name} is {getattr(self, name)}; it must not be negative")
+    if self.patience and self.mode == "auto" and higher_is_better(self.metric) is None:
+      raise ConfigError(
+        f"training.early_stopping.metric is {self.metric!r}, of which it is not known whether more is better: set "
+        "training.early_stopping.mode to 'min' or 'max'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +46,11 @@ class TrainingConfig:
   spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
   eval_every: int = 0  # 0: only at the end
   eval_batches: int = 0  # 0: the whole held-out set
+  early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+  # A prepared data directory whose held-out split is measured at step 0 and at each evaluation: what the run forgets
+  replay_dir: str = ""
+  replay_limit: float | None = None  # nats that the loss on it may rise
+  on_forgetting: Literal["stop", "warn"] = "stop"  # where it rises by more
   sample_every: int = 0  # 0: only at the end
   sample_prompts: tuple[str, ...] = ("",)
   sample_tokens: int = 128
@@ -38,6 +63,10 @@ class TrainingConfig:
     for name in ("eval_every", "eval_batches", "sample_every"):
       if getattr(self, name) < 0:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+    if self.early_stopping.patience and not self.eval_every:
+      raise ConfigError("training.early_stopping.patience counts evaluations; set training.eval_every")
+    if self.replay_limit is not None and not self.replay_dir:
+      raise ConfigError("training.replay_limit is set, but training.replay_dir is not: there is nothing to measure")
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
