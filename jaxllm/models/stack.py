@@ -163,7 +163,8 @@ def _unroll(c: ModelConfig, compute: Compute, steps: int, period: int) -> int:
   if compute.unroll_layers is not None:
     return max(1, min(steps, compute.unroll_layers // period))
   on_cpu = backends.TARGETS[compute.target] == "cpu"
-  return steps if on_cpu and c.num_layers <= CPU_UNROLL else 1
+  # Out of a loop, XLA for CPUs takes what `compute.remat` would compute again for what it has still, and keeps it.
+  return steps if on_cpu and c.num_layers <= CPU_UNROLL and compute.remat == "none" else 1
 
 
 def _stack(build: Callable, count: int, rngs: nnx.Rngs):
