@@ -70,6 +70,11 @@ class Objective:
     """The batch that it reads: one row of padding, with the names, shapes and dtypes that all rows have."""
     return empty_row(data, seq_len)
 
+  @property
+  def uncached(self) -> "Objective":
+    """The same with the model `cached` among `others`."""
+    return self
+
   def scores(self, model: Transformer, batch: Batch) -> Batch:
     """What the model `cached` says of each row of a batch: entries of `row`, with the names that they have there."""
     raise NotImplementedError

@@ -20,10 +20,10 @@ LossType = Literal["sigmoid", "hinge", "ipo", "robust"]
 class DPO(Objective):
   """Losses of a pair's log-ratios (Rafailov et al., arXiv 2305.18290, equation 7, and those that followed it).
 
-  Batch: `chosen` and `rejected` rows; a row's log-probability is the sum over the tokens that have a loss weight. With
-  `cache_reference` each side has the reference's as `reference_logps` [B]. The
-  reference is the policy as it began, which under adapters is the policy without them, or the model at `reference`.
-  Each pair weighs the same. With x the score of the chosen row less that of the rejected one:
+  Batch: `chosen` and `rejected` rows; a row's log-probability is the sum over the tokens that have a loss weight. The
+  reference is the policy as it began, which under adapters is the policy without them, or the model at `reference`;
+  with `cache_reference` the batch brings what it says, `reference_logps` [B] of each side. Each pair weighs the same.
+  With x the score of the chosen row less that of the rejected one:
 
   sigmoid: -log σ(β x), smoothed with `label_smoothing` e: -(1 - e) log σ(β x) - e log σ(-β x) (cDPO).
   hinge: max(0, 1 - β x) (SLiC, arXiv 2305.10425). ipo: (x - 1 / 2β)², scores per token (arXiv 2310.12036, as TRL has
@@ -63,6 +63,10 @@ class DPO(Objective):
   @property
   def cached(self) -> str:  # type: ignore[override]
     return "reference" if self.cache_reference else ""
+
+  @property
+  def uncached(self) -> "DPO":
+    return dataclasses.replace(self, cache_reference=False)
 
   def row(self, data, seq_len):
     row = super().row(data, seq_len)

@@ -51,6 +51,9 @@ class DiskBatches:
   def __init__(self, rows: TrainBatches, heldout: HeldoutBatches | None):
     self._rows = rows
     self.heldout: Iterable[Batch] | None = heldout
+    self._parts: list[Any] = list(rows.sources)
+    if heldout is not None:
+      self._parts.append(heldout.every_row)
 
   @property
   def epochs(self) -> float:
@@ -58,6 +61,19 @@ class DiskBatches:
 
   def next(self, policy: Callable[[], Params]) -> Batch | None:
     return next(self._rows, None)
+
+  @property
+  def num_rows(self) -> int:
+    """Rows that training and evaluation can ever read, on all hosts; `data.epochs` and other limits aside."""
+    return sum(map(len, self._parts))
+
+  def row(self, number: int) -> Batch:
+    """One of them, as it is in the first pass over the data."""
+    for part in self._parts:
+      if number < len(part):
+        return part[number]
+      number -= len(part)
+    raise IndexError(number)
 
   def get_state(self) -> Any:
     return self._rows.get_state()

@@ -60,6 +60,7 @@ class Program:
   mesh: Mesh
   graph: nnx.GraphDef
   params: Params  # of the policy, all of them: ShapeDtypeStructs with shardings
+  began: Params  # the same before adapters
   state: TrainState  # ShapeDtypeStructs with shardings
   frozen: Frozen  # the same
   loaded: Loaded  # the same: what `init` wants
@@ -200,6 +201,7 @@ def make_program(
     mesh=mesh,
     graph=graph,
     params=params,
+    began=began,
     state=state,
     frozen=frozen,
     loaded=loaded,

@@ -34,6 +34,7 @@ from jaxllm.training.progress import Progress, print_table
 from jaxllm.training.rehearsal import rehearse
 from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
+from jaxllm.training.scores import fill_scores, with_scores
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.start import begun, keep_record, open_start, start_record
 from jaxllm.training.startup import startup_table
@@ -84,7 +85,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
         f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
         f"{run.model.vocab_size}; raise it"
       )
-    batches = make_batches(program, run, prepared)
+    batches = with_scores(make_batches(program, run, prepared), run.objective)
     heldout = replay = None
     if batches.heldout is not None:
       heldout = Evaluation(run.objective, program.evaluate, batches.heldout, program.batch)
@@ -106,8 +107,10 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     checkpoints = enter(Checkpoints(directory / "checkpoints", dataclasses.replace(run.checkpoint, **kept)))
     profiler = enter(Profiler(run.profile, directory))
 
-    # Where it starts: the last good checkpoint, or fresh weights, or those of a model; what is frozen comes from there.
     key = jax.random.key(training.seed)
+    fill_scores(batches, run, program, prepared, directory, key)
+
+    # Where it starts: the last good checkpoint, or fresh weights, or those of a model; what is frozen comes from there.
     if jax.tree.leaves(program.frozen):
       agreement.first_does(lambda: keep_record(directory, start_record(start, program.params)))
     loaded = begun(directory, start, program.loaded, lambda: init_params(run.model, key, mesh, run.mesh.rules))
@@ -268,7 +271,8 @@ class Run:
     if self.watch.ended:
       self.progress.say(self.watch.patience_ends)
     if self.watch.best and not self.stopped:
-      self.progress.say(f"the best step is {self.watch.best[0]}, which is kept: --model=RUN --step={self.watch.best[0]}")
+      best = self.watch.best[0]
+      self.progress.say(f"the best step is {best}, which is kept: --model=RUN --step={best}")
 
   def drain(self) -> None:
     """Waits for the step under way."""

@@ -65,9 +65,7 @@ def estimate(program: Program, compiled: Any = None) -> Estimate:
 
 def on_a_device(tree: Any) -> int:
   """Bytes of ShapeDtypeStructs on one of the devices that share them."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-  )
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def ways_out(program: Program, run: RunConfig, need: Estimate) -> list[tuple[str, int | None]]:

@@ -27,7 +27,8 @@ from jaxllm.training.config import RunConfig, moved
 from jaxllm.training.trackers import flatten
 
 # What a resumed run may change: how it is watched, where it runs and in how many micro-batches (equal within float
-# tolerance), when it ends early, and what becomes of bad steps. The number of steps may grow, and the schedule stretches with it.
+# tolerance), when it ends early, and what becomes of bad steps. The number of steps may grow, and the schedule
+# stretches with it.
 MAY_CHANGE = (
   "logging.*",
   "checkpoint.*",

@@ -59,8 +59,8 @@ class Watch:
     (first, before), (step, now) = values[0], values[-1]
     return (
       f"the run forgets: at step {step} its loss on training.replay_dir is {now:.4f}, {now - before:.4f} over that of "
-      f"step {first}; training.replay_limit is {limit:g}. Lower optimizer.learning_rate, mix such data into data.sources "
-      "or train adapters (peft.kind)"
+      f"step {first}; training.replay_limit is {limit:g}. Lower optimizer.learning_rate, mix such data into "
+      "data.sources or train adapters (peft.kind)"
     )
 
   def risen(self, prefix: str) -> str:

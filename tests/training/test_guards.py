@@ -87,7 +87,7 @@ def test_forgetting():
   rising = {0: 2.0, 5: 2.05, 10: 2.2}
   assert watch(rising, 0, metric="replay/loss", limit=0.3).forgets is None
   over = watch(rising, 0, metric="replay/loss", limit=0.1)
-  assert over.ended and "at step 10 its loss on training.replay_dir is 2.2000, 0.2000 over that of step 0" in over.forgets
+  assert over.ended and "its loss on training.replay_dir is 2.2000, 0.2000 over that of step 0" in over.forgets
   warned = watch(rising, 0, metric="replay/loss", limit=0.1, action="warn")
   assert warned.forgets and not warned.ended
   assert over.risen("replay/") == " (+0.2000 since step 0)" and over.risen("eval/") == ""
@@ -116,10 +116,8 @@ def run_of(training=TrainingConfig(steps=3, batch_size=4, seq_len=16)):
 
 def program_of(training=TrainingConfig(steps=3, batch_size=4, seq_len=16), **options):
   optimizer, compute = options.pop("optimizer", OptimizerConfig()), options.pop("compute", ComputeConfig())
-  mesh = MeshConfig(**options.pop("mesh", {"data": 1}))
-  return make_program(
-    MODEL, training, optimizer, mesh, make_mesh(mesh), compute_config=compute, peft=options.pop("peft", RunConfig().peft)
-  )
+  mesh, peft = MeshConfig(**options.pop("mesh", {"data": 1})), options.pop("peft", RunConfig().peft)
+  return make_program(MODEL, training, optimizer, mesh, make_mesh(mesh), compute_config=compute, peft=peft)
 
 
 def bits(tree):
