@@ -39,6 +39,7 @@ from jaxllm.training.signals import StopRequest
 from jaxllm.training.start import begun, keep_record, open_start, start_record
 from jaxllm.training.startup import startup_table
 from jaxllm.training.state import TrainState
+from jaxllm.training.teachers import check_teachers
 from jaxllm.training.trackers import flatten, make_trackers
 from jaxllm.training.watch import Watch, check_early_stopping, checkpoints_to_keep, evaluations_so_far
 
@@ -85,6 +86,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
         f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
         f"{run.model.vocab_size}; raise it"
       )
+    check_teachers(start, tokenizer, run.model)
     batches = with_scores(make_batches(program, run, prepared), run.objective)
     heldout = replay = None
     if batches.heldout is not None:
@@ -198,7 +200,8 @@ class Run:
   stopped: bool = False  # somebody asked for it
 
   def __post_init__(self):
-    self.positions = {self.step: self.batches.get_state()}  # where the data stood after the last few steps
+    # Where the data stood after the last few steps, and how many passes over it that was
+    self.positions = {self.step: (self.batches.get_state(), self.batches.epochs)}
     self.unlogged: set[int] = set()  # the last finished step, if it is not in metrics.jsonl
     # The last dispatched step and its metrics, read while the next one computes
     self.running: tuple[int, dict[str, jax.Array]] | None = None
@@ -224,7 +227,7 @@ class Run:
       self.meter.dispatched(device_metrics)
       self.profiler.after_step(device_metrics)
       self.step += 1
-      self.positions[self.step] = self.batches.get_state()
+      self.positions[self.step] = self.batches.get_state(), self.batches.epochs
       self.positions.pop(self.step - 3, None)
       if self.running is not None:
         self.finish(*self.running)
@@ -307,7 +310,10 @@ class Run:
   def log(self, number: int) -> None:
     """A line of metrics.jsonl for a step that is done, and of progress."""
     metrics = self.measured[number]
-    metrics |= {"tokens": number * self.program.tokens_per_step, "epoch": self.batches.epochs} | self.meter.rates()
+    metrics |= {
+      "tokens": number * self.program.tokens_per_step,
+      "epoch": self.positions[number][1],
+    } | self.meter.rates()
     self.latest.update(metrics)
     self.metrics.log(number, metrics)
     self.progress.update(number, metrics)
@@ -357,5 +363,5 @@ class Run:
     if number == self.saved:
       return
     good = dataclasses.replace(self.state, halted=jnp.zeros_like(self.state.halted))
-    self.checkpoints.save(number, good, self.positions[number], self.measured.get(number, {}))
+    self.checkpoints.save(number, good, self.positions[number][0], self.measured.get(number, {}))
     self.saved = number

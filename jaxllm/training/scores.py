@@ -33,6 +33,7 @@ from jaxllm.training.batches import Batches, DiskBatches
 from jaxllm.training.compile import Program, make_program
 from jaxllm.training.config import RunConfig
 from jaxllm.training.start import POLICY, begun, fingerprint, open_start
+from jaxllm.training.teachers import check_teachers
 
 logger = logging.getLogger("jaxllm")
 FILE = "scores.npz"
@@ -115,7 +116,7 @@ def fill_scores(
   """
   if not isinstance(batches, ScoredBatches):
     return
-  scorer = _Scorer.of(run, program, directory, key)
+  scorer = _Scorer.of(run, program, prepared, directory, key)
   facts = _facts(run, program, prepared)
   rows, file = batches.rows, directory / FILE
   if agreement.first_does(file.exists):
@@ -152,10 +153,11 @@ class _Scorer:
   structure: Any
 
   @classmethod
-  def of(cls, run: RunConfig, program: Program, directory: Path, key: jax.Array) -> "_Scorer":
+  def of(cls, run: RunConfig, program: Program, prepared: Prepared, directory: Path, key: jax.Array) -> "_Scorer":
     objective, name = run.objective, run.objective.cached
     # As a run begins that keeps the model, in a place where none has begun.
     source, start = open_start(dataclasses.replace(run, objective=objective.uncached), directory / "none")
+    check_teachers(start, prepared.tokenizer(), run.model)
     whole = make_program(
       source.model, run.training, run.optimizer, run.mesh, program.mesh, source.objective, source.data, run.compute,
       run.peft, start,
