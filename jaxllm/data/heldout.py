@@ -58,7 +58,12 @@ class HeldoutBatches:
         "data.heldout_fraction and prepare again"
       )
     document_bytes = np.concatenate(sizes)
-    self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
+    try:
+      self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
+    except DataError as error:
+      raise DataError(f"of the held-out rows {error}") from error
+    if not self._plan.num_rows:
+      raise DataError(f"each held-out row in {prepared.dir} is bad, see {prepared.skipped_path}")
     # In a fixed shuffled order, so that the first batches are a fair sample.
     self._order = random_order(self._plan.num_rows, 0, 0)
     if max_batches:

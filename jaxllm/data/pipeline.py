@@ -208,6 +208,8 @@ def train_batches(
     source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
     counts = prepared.token_counts(source, "train")
     plan = task.plan(counts, config.packing, source_seed if config.shuffle else None)
+    if not plan.num_rows:
+      raise DataError(f"no row of data source {source.name!r} is left to train on: each is bad, or held out")
     packed = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
     datasets.append((packed.shuffle(source_seed) if config.shuffle else packed).repeat())
     plans[source.name] = plan

@@ -1,5 +1,6 @@
 """What the loop asks for batches: prepared data on disk, or whatever else makes them."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from jaxllm.objectives.base import Batch
 from jaxllm.parallel.batch import local_rows
 from jaxllm.training.compile import Program
 from jaxllm.training.config import RunConfig
+
+logger = logging.getLogger("jaxllm")
 
 
 class Batches(Protocol):
@@ -101,6 +104,8 @@ def disk_batches(program: Program, run: RunConfig, prepared: Prepared) -> Batche
   )
   rows = train_batches(run.data, **shared, seed=training.seed)  # type: ignore[arg-type]
   heldout = None  # where nothing is held out there is nothing to evaluate
-  if prepared.total("heldout", "documents"):
+  if prepared.total("heldout", "tokens"):
     heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)  # type: ignore[arg-type]
+  elif prepared.total("heldout", "documents"):
+    logger.warning("nothing to evaluate on: each held-out row is bad, see %s", prepared.skipped_path)
   return DiskBatches(rows, heldout)

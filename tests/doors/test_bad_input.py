@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.data.manifest import read_manifest
+
 CHAT = [
   {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(9)
 ]
@@ -27,7 +29,7 @@ ROWS = {
   "all rows masked": (
     [turns("user", "assistant", weight=0)] * 3,
     ("data.on_bad_row=skip",),
-    r"all 3 examples of data source 'qa' are bad: \S*qa.jsonl:1: no token is trained",
+    r"all 3 examples of data source 'qa' are bad: \S*qa.jsonl:\d: no token is trained",
   ),
   "roles out of order": ([turns("user", "user", "assistant")], (), r"qa.jsonl:1: roles are out of order: message 2"),
   "an assistant first": (
@@ -74,6 +76,26 @@ def fails(door, job, flags, message):
   assert err.startswith("error: ") and re.search(message, err), err
 
 
+HELD = 2  # by the hash of its name
+
+
+@pytest.mark.parametrize("place", [HELD, 3])
+def test_a_split_without_a_good_row(plain, door, tmp_path, place):
+  """The only good row is held out, so that there is nothing to train on; or none is, which is said."""
+  rows = [turns("user", "assistant", weight=0)] * 11
+  rows[place] = CHAT[0]
+  (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  flags = ["--config.data.on_bad_row=skip", "--config.data.heldout_fraction=0.3"]
+  _, out, err = door("prepare", plain, *flags)
+  code, out, err = door("train", plain, *flags, f"--workdir={tmp_path / 'run'}")
+  prepared = read_manifest(tmp_path / "data")
+  assert (prepared is None or not prepared.total("train", "tokens")) == (place == HELD)
+  if place == HELD:
+    assert code == 2 and "no row of data source 'qa' is left to train on" in err and len(err.splitlines()) == 1
+  else:
+    assert code == 0 and "eval" not in out, err
+
+
 @pytest.mark.parametrize("label", ROWS)
 def test_rows(plain, door, tmp_path, label):
   rows, flags, message = ROWS[label]
@@ -98,9 +120,8 @@ TEMPLATES = {
   "{% for m in messages %}{% if loop.last or m.role == 'user' %}" + REPLY + "{% endif %}{% endfor %}" + PROMPT: (
     "not prefix-stable: it writes the turns up to message 2 otherwise when others follow .*{% generation %}"
   ),
-  "{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}": (
-    "a stop token is never trained"
-  ),
+  "{% for m in messages %}{{ m.role + '\n' + m.content + '\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}": "a stop token is never trained",
   "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | upper + '<|im_end|>\n' }}{% endfor %}"
   + PROMPT: ("the chat template changes turns: it leaves out parts of message 1"),
 }
