@@ -60,13 +60,13 @@ class Program:
   mesh: Mesh
   graph: nnx.GraphDef
   params: Params  # of the policy, all of them: ShapeDtypeStructs with shardings
-  began: Params  # the same before adapters
   state: TrainState  # ShapeDtypeStructs with shardings
   frozen: Frozen  # the same
   loaded: Loaded  # the same: what `init` wants
   batch: Any
   init: Any  # jitted: (key, loaded) -> (state, frozen)
   init_frozen: Any  # jitted: (key, loaded) -> frozen, for a run that has its state already
+  begin: Any  # jitted: (key, loaded) -> the policy's parameters before adapters
   step: Any  # jitted: (state, frozen, batch) -> (state, metrics)
   evaluate: Any  # jitted: (trained, frozen, batch) -> the objective's metrics as (sum, weight)
 
@@ -146,8 +146,11 @@ def make_program(
   shared = as_begun if peft.adapters_only else set()  # it is there still, under the adapters
   copied = as_begun - shared
 
+  def begin(key, loaded):
+    return start.quantize(start.filled(init_params(model, key), loaded.get("policy", {})))
+
   def init(key, loaded):
-    began = start.quantize(start.filled(init_params(model, key), loaded.get("policy", {})))
+    began = begin(key, loaded)
     trained, frozen = partition(peft.adapt(began, key), is_trained)
     trained = jax.tree.map(lambda w: w.astype(jnp.float32), trained)
     models = {"policy": frozen} | {name: jax.tree.map(jnp.copy, began) for name in copied}
@@ -201,12 +204,12 @@ def make_program(
     mesh=mesh,
     graph=graph,
     params=params,
-    began=began,
     state=state,
     frozen=frozen,
     loaded=loaded,
     batch=batch,
     init=jax.jit(init, out_shardings=(specs, sharding_of(frozen))),
+    begin=jax.jit(begin, out_shardings=sharding_of(began)),
     init_frozen=jax.jit(lambda key, loaded: init(key, loaded)[1], out_shardings=sharding_of(frozen)),
     step=jax.jit(
       train_step,

@@ -166,15 +166,8 @@ class _Scorer:
       graph = declare(start.others[name], program.compute)[0]
       params = traverse_util.unflatten_dict(start.load({name: whole.loaded[name]})[name], sep="/")
     else:
-      graph, model, rules = whole.graph, source.model, run.mesh.rules
-      loaded = begun(
-        directory, start, {POLICY: whole.loaded[POLICY]}, lambda: init_params(model, key, program.mesh, rules)
-      )
-      fill = jax.jit(
-        lambda key, loaded: start.quantize(start.filled(init_params(model, key), loaded)),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, whole.began),
-      )
-      params = fill(key, loaded[POLICY])
+      graph, fresh = whole.graph, lambda: init_params(source.model, key, program.mesh, run.mesh.rules)
+      params = whole.begin(key, begun(directory, start, {POLICY: whole.loaded[POLICY]}, fresh))
 
     def score(params, batch):
       with activation_sharding(program.mesh, run.mesh.rules):

@@ -142,6 +142,7 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
     run = dataclasses.replace(run, model_init=config, model=_with_changes(policy.config, run.model), data=data)
+    policy = _without_other_head(policy, run.model)
     run = with_tokenizer(run)
     run.check()
     _check_fits(run.model, policy)
@@ -191,6 +192,18 @@ def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
   names = [field.name for field in dataclasses.fields(ModelConfig)]
   changed = {name: getattr(wanted, name) for name in names if getattr(wanted, name) != getattr(ModelConfig(), name)}
   return dataclasses.replace(stored, **changed)
+
+
+def _without_other_head(stored: StoredModel, model: ModelConfig) -> StoredModel:
+  """The model without its head, where the config wants a head of another kind, which is fresh then."""
+  if stored.config.head == model.head:
+    return stored
+  kept = {path: tensor for path, tensor in stored.tensors.items() if not path.startswith("head/")}
+  if dropped := sorted(stored.tensors.keys() - kept.keys()):
+    logger.info(
+      "model.head is %r, so what %s has of another head goes: %s", model.head, stored.path, ", ".join(dropped)
+    )
+  return dataclasses.replace(stored, tensors=kept)
 
 
 def _check_fits(model: ModelConfig, stored: StoredModel) -> None:
