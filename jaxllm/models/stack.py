@@ -167,7 +167,8 @@ def _unroll(c: ModelConfig, compute: Compute, steps: int, period: int) -> int:
     return max(1, min(steps, compute.unroll_layers // period))
   on_cpu = backends.TARGETS[compute.target] == "cpu"
   most = CPU_UNROLL if compute.dtype == "float32" else CPU_UNROLL_16_BITS
-  return steps if on_cpu and c.num_layers <= most else 1
+  # Out of a loop, XLA for CPUs takes what `compute.remat` would compute again for what it has still, and keeps it.
+  return steps if on_cpu and c.num_layers <= most and compute.remat == "none" else 1
 
 
 def _stack(build: Callable, count: int, rngs: nnx.Rngs):
