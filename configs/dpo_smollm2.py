@@ -19,6 +19,7 @@ def get_config():
   c.compute.dtype = "auto"
   c.data.dir = "data/smollm2/dpo"
   c.data.task = "preference"
+  c.data.packing = "none"
   c.data.sources = [dict(kind="jsonl", path="data/wrong/preference.jsonl", name="wrong")]
   c.data.heldout_fraction = 0.05
 

@@ -202,6 +202,8 @@ def _format(row: Mapping[str, Any], format: str, columns: Sequence[str]) -> str:
     return format
   found = next((names[column] for column in columns if row.get(column) is not None), None)
   if found is None:
+    if {"chosen", "rejected"} <= row.keys():
+      raise DataError("columns 'chosen' and 'rejected' are preferences: set data.task to 'preference'")
     raise DataError(
       f"no format has the columns {', '.join(row)}; one of {', '.join(columns)} is needed: set the source's `columns`, "
       'such as {"instruction": "question", "output": "answer"}'

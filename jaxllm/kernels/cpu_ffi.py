@@ -25,6 +25,7 @@ log = logging.getLogger("jaxllm")
 SOURCES = pathlib.Path(__file__).with_name("cpu")
 TARGETS = (
   "cpu_matmul",
+  "cpu_matmul_plus",
   "cpu_attention",
   "cpu_attention_grad",
   "cpu_cross_entropy",

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxllm.kernels.matmul import matmul
+from jaxllm.kernels.matmul import low_rank_matmul, matmul
 from jaxllm.models.weights import (
   Weight,
   dense,
   grouped,
+  is_weight,
   part_axes,
   path_key,
   project,
@@ -88,8 +89,11 @@ class LoraWeight(Weight):
     return self.scale * jnp.matmul(self.a, self._second)
 
   def project(self, x, compute, axes, transposed):
+    dropped = self._dropped(x)
+    if not is_weight(self.base) and dropped is x and not transposed:
+      return low_rank_matmul(x, self.base, self.a, self.scale * self._second, backend=compute.backend("matmul"))
     y = (project_transposed if transposed else project)(x, self.base, compute, axes)
-    return y + self._change(self._dropped(x), compute, transposed)
+    return y + self._change(dropped, compute, transposed)
 
   def rows(self, ids, dtype, axis):
     return rows(self.base, ids, dtype, axis) + self._changed_rows(ids, dtype, axis)

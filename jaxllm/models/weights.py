@@ -338,7 +338,7 @@ def combine(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def num_parameters(params: PyTree) -> int:
   """How many numbers the parameters stand for, adapters' too."""
-  leaves = jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+  leaves = jax.tree.leaves(params, is_leaf=lambda w: is_weight(w) and not is_adapted(w))
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
