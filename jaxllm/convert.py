@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
   from jaxllm.interop.write import write_model
 
   start = time.monotonic()
-  model = open_model(args.source, adapter=args.adapter, step=args.step, merge=not args.merge)
+  model = open_model(args.source, adapter=args.adapter, step=args.step, merge=not args.merge, own_apart=args.merge)
   if args.merge:
     _check_merge(model, args)
   write_model(

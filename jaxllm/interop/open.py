@@ -12,7 +12,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.interop import peft
-from jaxllm.interop.adapter import Change
+from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
@@ -38,7 +38,12 @@ Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
 
 def open_model(
-  path: str | Path, *, adapter: Adapters = None, step: int | None = None, merge: bool = True
+  path: str | Path,
+  *,
+  adapter: Adapters = None,
+  step: int | None = None,
+  merge: bool = True,
+  own_apart: bool = False,
 ) -> StoredModel:
   """Opens a model directory, a training run's (its latest checkpoint, or that of `step`), a Hugging Face
   model's, a PEFT LoRA or DoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
@@ -48,8 +53,8 @@ def open_model(
   Args:
     adapter: a PEFT adapter's directory, for the model at `path`; or several, (directory, weight) where not all of one
       is to be added.
-    merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart` (of a run's own adapters
-      that does not hold, they are always merged).
+    merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart`.
+    own_apart: that holds for a run's own adapters too, which are merged without it: a run is a model.
 
   Raises:
     CheckpointError: no such path, not a model, or damaged. ConfigError: a URL, a model that cannot be expressed,
@@ -61,6 +66,7 @@ def open_model(
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
   if form == "run":
     model = _open_run(path, step)
+    model = model if own_apart else model.merged()
   elif form == "adapter":
     base = open_model(base_of(path), merge=False)
     model = dataclasses.replace(with_adapter(base, path), path=path, form="adapter")
@@ -122,11 +128,14 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
     families = _families(base)
   if not families:
     as_checkpoint(base.config, base.tensors)  # says why
+  rows = peft.vocabulary_of(directory, families[0])
+  if rows and rows != base.config.vocab_size:  # it was trained on a model with new tokens
+    base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))
   adapter = peft.open_adapter(directory, base.config, base.tensors, families).weighted(weight)
   for other in base.apart:
     if both := sorted(other.full.keys() & adapter.full.keys()):
       raise ConfigError(f"the adapters in {other.path} and {directory} both replace {both[0]}; leave one out")
-  return dataclasses.replace(
+  model = dataclasses.replace(
     base,
     tensors=dict(base.tensors) | adapter.full,
     tokenizer=read_tokenizer(directory) or base.tokenizer,
@@ -134,6 +143,8 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
     adapters=(*base.adapters, adapter.settings),
     apart=(*base.apart, adapter),
   )
+  check_shapes(model.config, model.tensors, directory)
+  return model
 
 
 def _families(model: StoredModel) -> tuple[str, ...]:
@@ -148,35 +159,38 @@ def family_at(path: Path) -> str | None:
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
+  """A run's model, its own adapters apart."""
   config = read_model_config(directory)
   tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
+  own: tuple[StoredAdapter, ...] = ()
   if (directory / START_FILE).is_file():
-    tensors = _with_start(config, directory, tensors)
+    record = read_json(directory / START_FILE)
+    changes = _own_changes(directory, record, tensors)
+    own = (StoredAdapter({"peft_type": "LORA"}, changes, {}, directory),) if changes else ()
+    tensors = _with_start(config, directory, record, tensors)
   check_shapes(config, tensors, directory / CHECKPOINTS)
   tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
-  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups)
+  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own)
 
 
-def _with_start(config: ModelConfig, directory: Path, trained: Tensors) -> Tensors:
-  """All parameters of a run that trains some of them: those, adapters merged, on top of what it began with."""
-  record = read_json(directory / START_FILE)
+def _with_start(
+  config: ModelConfig, directory: Path, record: dict[str, Any], trained: Tensors
+) -> dict[str, LazyTensor]:
+  """All parameters of a run that trains some of them, but for adapters: those, and what it began with."""
   if record["path"] == START:
     base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
   else:
     model = open_model(record["path"], adapter=record["adapter"], step=record["step"])
     base = dict((model if config.tie_embeddings else model.untied() if model.config.tie_embeddings else model).tensors)
-  changes, tensors = _own_changes(directory, record, trained), {}
+  tensors: dict[str, LazyTensor] = {}
   for path in param_shapes(config):
     if path in trained:
       tensors[path] = trained[path]
-      continue
-    if f"{path}/base" in trained:  # the config trains what stands under the adapter too
+    elif f"{path}/base" in trained:  # the config trains what stands under the adapter too
       tensors[path] = trained[f"{path}/base"]
     elif path in base:
       tensors[path] = _as_rounded(path, base[path], record)
-    if path in changes:
-      tensors[path] = changes[path].merged(tensors[path])
   return tensors
 
 

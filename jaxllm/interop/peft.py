@@ -9,6 +9,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families.table import Family
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings, short
 from jaxllm.interop.safetensors import read_safetensors
@@ -44,7 +45,7 @@ def _split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyT
     ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
     if ending:
       modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
-    else:
+    elif ".original_module." not in name:  # what was there before it was trained
       full[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
   return modules, full
 
@@ -57,9 +58,20 @@ def changes_tied_table(directory: Path, family: str) -> bool:
   modules, full = _split(read_weights(directory))
   names = {*modules, *(name.removesuffix(".weight") for name in full)}
   own = FAMILIES[family]
-  table = next(weight.theirs for weight in own.weights if weight.ours == ("embedding/tokens",))
-  tied = {table.removesuffix(".weight"), own.head.removesuffix(".weight")}
+  tied = {_table(own).removesuffix(".weight"), own.head.removesuffix(".weight")}
   return any(own.prefix + name in tied or name in tied for name in names)
+
+
+def vocabulary_of(directory: Path, family: str) -> int | None:
+  """The rows of the embedding that an adapter has whole, as one with new tokens does; None: it has none."""
+  full = _split(read_weights(directory))[1]
+  own = FAMILIES[family]
+  table = full.get(_table(own)) or full.get(_table(own).removeprefix(own.prefix))
+  return table.shape[0] if table is not None and len(table.shape) == 2 else None
+
+
+def _table(family: Family) -> str:
+  return next(weight.theirs for weight in family.weights if weight.ours == ("embedding/tokens",))
 
 
 def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, families: Sequence[str]) -> StoredAdapter:
@@ -145,7 +157,8 @@ def _check_targets(
       f"the adapter in {directory} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names"
     )
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    if not any(ends((target,), module) for module in modules):
+    named = [module for module in {*matrices, *modules} if ends((target,), module)]
+    if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
       raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
 
 
@@ -237,4 +250,4 @@ def _replaced(tensor: LazyTensor, pieces: Mapping[Index, LazyTensor]) -> LazyTen
   axes = len(next(iter(pieces)))
   dtype = np.result_type(tensor.dtype, *(piece.dtype for piece in pieces.values()))
   part = lambda index: (pieces[index].read() if index in pieces else tensor.part(index)).astype(dtype)  # noqa: E731
-  return from_parts(tensor.shape, dtype, axes, part)
+  return from_parts((*tensor.shape[:axes], *next(iter(pieces.values())).shape), dtype, axes, part)

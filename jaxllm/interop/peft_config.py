@@ -119,7 +119,7 @@ class Settings:
     tables = [_key(key) for table in (self.rank_pattern, self.alpha_pattern) for key in table]
     whole = [pattern for pattern in (self.targets, self.excluded) if isinstance(pattern, str)]
     patterns = [*tables, *whole, *(self._layer_patterns() if self.layers_pattern else ())]
-    if not any(re.search(r"[*+?{]", pattern.removeprefix(KEY_START)) for pattern in patterns):
+    if not any(re.search(r"[*+?{|]", pattern.removeprefix(KEY_START)) for pattern in patterns):
       return
     program = "import json, re, sys\nfor p, m in json.load(sys.stdin): re.fullmatch(p, m), re.match(p, m)"
     text = json.dumps([(pattern, module) for pattern in patterns for module in modules])

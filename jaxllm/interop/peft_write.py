@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import new_directory
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.adapter import Change
 from jaxllm.interop.directory_files import write_json
 from jaxllm.interop.families import FAMILIES
@@ -35,6 +36,7 @@ def write_adapter(
   *,
   base: str | None = None,
   family: str | None = None,
+  tokenizer: Tokenizer | None = None,
 ) -> None:
   """Writes an adapter's directory, or replaces one; it appears when it is complete.
 
@@ -44,7 +46,7 @@ def write_adapter(
   Args:
     changes: by parameter, see `changes_of`. full: the parameters that were trained whole.
     base: the model that it belongs to, as PEFT is to find it. family: whose names it is to have; None: the first that
-      can express the model.
+      can express the model. tokenizer: that goes with it, of which it may be the only one that knows new tokens.
 
   Raises:
     ConfigError: PEFT or the family has no form for it. CheckpointError: the path holds something else.
@@ -57,6 +59,8 @@ def write_adapter(
   alphas: dict[str, float] = {}
   for module, place in modules.items():
     own = {path: changes[path] for path in place.weight.ours if path in changes and changes[path].where[place.at]}
+    if own and ".experts." in module:  # transformers has them in one tensor
+      raise ConfigError(f"PEFT has no module for the matrix of one expert, as of {module}")
     if own:
       parts, scale = _module(config, module, place, own)
       tensors |= {module + ending: part for ending, part in parts.items()}
@@ -80,6 +84,8 @@ def write_adapter(
   with new_directory(directory, is_adapter) as new:
     write_safetensors(new / WEIGHTS_FILE, {PREFIX + name: tensor for name, tensor in lazy.items()})
     write_json(new / CONFIG_FILE, settings)
+    if tokenizer is not None:
+      tokenizer.save(new)
 
 
 def _known(config: ModelConfig, family: str | None) -> tuple[dict[str, Place], str]:

@@ -269,7 +269,9 @@ class Run:
       self.sample()
     self.save()
     self.checkpoints.wait()
-    write_run_adapter(self.checkpoints.directory.parent, self.settings, self.policy(), self.state.params)
+    write_run_adapter(
+      self.checkpoints.directory.parent, self.settings, self.policy(), self.state.params, self.tokenizer
+    )
     self.watch.record(self.checkpoints.steps())
     if self.watch.ended and self.watch.forgets:
       raise TrainingStopped(f"{self.watch.forgets}. Step {self.step} is saved in {self.checkpoints.directory}")

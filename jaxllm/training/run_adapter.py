@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.adapted import changes_of
 from jaxllm.interop.open import family_at
 from jaxllm.interop.peft_write import write_adapter
@@ -23,13 +24,16 @@ logger = logging.getLogger("jaxllm")
 ADAPTER = "adapter"
 
 
-def write_run_adapter(directory: Path, run: RunConfig, params: Params, trained: Params) -> None:
+def write_run_adapter(
+  directory: Path, run: RunConfig, params: Params, trained: Params, tokenizer: Tokenizer | None = None
+) -> None:
   """Writes RUN/adapter, or puts it in place of an older one; all processes call it.
 
   Where no Hugging Face family can express the model, a line of the log says so.
 
   Args:
     directory: the run's. params: all parameters of the policy. trained: the same, with None for what is frozen.
+    tokenizer: that the model was trained with.
 
   Raises:
     CheckpointError: the disk is full, or something else stands there.
@@ -46,10 +50,12 @@ def write_run_adapter(directory: Path, run: RunConfig, params: Params, trained: 
     return None
 
   alone = map_weights_with_path(one, params, trained)
-  first_does(lambda: _write(directory / ADAPTER, run, alone, whole))
+  first_does(lambda: _write(directory / ADAPTER, run, alone, whole, tokenizer))
 
 
-def _write(directory: Path, run: RunConfig, adapters: Params, whole: dict[str, Any]) -> None:
+def _write(
+  directory: Path, run: RunConfig, adapters: Params, whole: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
   init = run.model_init
   base = str(Path(init.path).expanduser().absolute()) if init.path else None
   try:
@@ -60,6 +66,7 @@ def _write(directory: Path, run: RunConfig, adapters: Params, whole: dict[str, A
       tensors_of(whole),
       base=base,
       family=family_at(Path(base)) if base else None,
+      tokenizer=tokenizer,
     )
   except ConfigError as error:
     logger.warning("no %s is written: %s", directory, error)

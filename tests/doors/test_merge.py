@@ -89,3 +89,17 @@ def test_doors_take_several_adapters(door, base, tmp_path):
   assert json.loads(out)["eval/loss"] > 0
   code, _, err = door("evaluate", f"--model={base / 'run'}", *both, "--json")
   assert code == 2 and "does not say what it was trained on" in err
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_run_of_its_own_is_merged_on_the_weights_that_it_had(door, job, base, tmp_path, quantize):
+  """Its adapters over what it began with, dequantized where it had that in 4 bits; not over the base in files."""
+  keys = {"peft.kind": "lora", "optimizer.learning_rate": 0.05, "training.steps": 3}
+  keys |= {"model_init.path": str(base / "run"), "model_init.quantize": quantize, "model_init.group_size": 16}
+  train(load_config(str(job), list(keys.items())), tmp_path / "run")
+  code, _, err = door("convert", f"--from={tmp_path / 'run'}", "--merge", f"--to={tmp_path / 'x'}")
+  assert code == 0 and "merging changes logits by up to" in err, err
+  np.testing.assert_allclose(load_model(tmp_path / "x")(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)
+  over_files = load_model(base / "run", adapter=tmp_path / "run" / "adapter", merge=True)(TOKENS)
+  far = np.abs(np.asarray(over_files) - np.asarray(load_model(tmp_path / "x")(TOKENS))).max()
+  assert far > 1e-3 if quantize else far < 1e-5

@@ -33,6 +33,7 @@ SETTINGS = {
   "some layers": ("llama", dict(r=4, target_modules=QV, layers_to_transform=[1], layers_pattern="layers")),
   "DoRA of some layers": ("llama", dict(r=4, use_dora=True, target_modules=QV, layers_to_transform=1)),
   "excluded modules": ("llama", dict(r=4, target_modules="all-linear", exclude_modules=r".*\.1\.mlp\..*")),
+  "excluded names": ("llama", dict(r=4, target_modules="all-linear", exclude_modules=["down_proj"])),
   "a regular expression": ("llama", dict(r=4, target_modules=r".*layers\.\d+\.(self_attn\.[qk]_proj|mlp\.up_proj)")),
   "all linear modules": ("phi3", dict(r=4, target_modules="all-linear")),
   "a saved head": ("llama", dict(r=4, target_modules=QV, modules_to_save=["lm_head", "norm"])),
@@ -91,6 +92,24 @@ def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
     open_model(base, adapter=tmp_path / "pissa")
   model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
   agrees("PiSSA of PEFT's as LoRA", "logits", logits(load_model(base, adapter=tmp_path / "lora")), want, 1e-4)
+
+
+@pytest.mark.parametrize("family, saved", [("llama", ["embed_tokens", "lm_head"]), ("llama", None), ("tied", None)])
+def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, saved):
+  """Trained on a model whose vocabulary had grown: the rows are in the adapter, the base has fewer."""
+  base = save(family, tmp_path / "base")
+  model = load_base(base)
+  model.resize_token_embeddings(44)
+  model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=QV, modules_to_save=saved))
+  torch.manual_seed(1)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.requires_grad:
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+  model.save_pretrained(tmp_path / "adapter")
+  ours = load_model(base, adapter=tmp_path / "adapter")
+  assert ours.config.vocab_size == 44
+  agrees(f"New tokens of PEFT's, {family}{', trained' if saved else ''}", "logits", logits(ours), logits(model))
 
 
 @pytest.fixture(scope="module")
