@@ -74,10 +74,9 @@ def test_of_a_model_without_a_family(job, tmp_path, caplog):
 
 
 SHARDED = """
-import sys, json
-import jax, jax.numpy as jnp, numpy as np
+import faulthandler, sys
+faulthandler.dump_traceback_later(150, exit=True)
 from pathlib import Path
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxllm.config import load_config
 from jaxllm.training.loop import train
 job, base, out = sys.argv[1:]
@@ -88,6 +87,6 @@ train(load_config(job, list(keys.items())), Path(out))
 
 
 def test_of_two_processes_with_shards(job, base, tmp_path, two_processes):
-  two_processes(SHARDED, job, base / "run", tmp_path / "run", devices=2)
+  two_processes(SHARDED, job, base / "run", tmp_path / "run", devices=2, timeout=300)
   apart = load_model(base / "run", adapter=tmp_path / "run" / "adapter")
   np.testing.assert_allclose(apart(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)

@@ -112,6 +112,36 @@ def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, sav
   agrees(f"New tokens of PEFT's, {family}{', trained' if saved else ''}", "logits", logits(ours), logits(model))
 
 
+def test_a_weighted_sum_is_that_of_peft(tmp_path, agrees):
+  """Adapters of different ranks and modules, as add_weighted_adapter puts them together with "cat"."""
+  base = save("llama", tmp_path / "base")
+  model = peft.get_peft_model(load_base(base), peft.LoraConfig(r=4, target_modules=QV), "a")
+  model.add_adapter("b", peft.LoraConfig(r=2, lora_alpha=6, target_modules=QV))
+  torch.manual_seed(1)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if "lora_" in name:
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+  model.save_pretrained(tmp_path / "adapters")
+  for weights in ((1.0, 1.0), (1.0, 0.5), (-0.25, 2.0)):
+    both = [(tmp_path / "adapters" / name, weight) for name, weight in zip("ab", weights)]
+    if "sum" in model.peft_config:
+      model.delete_adapter("sum")
+    model.add_weighted_adapter(["a", "b"], list(weights), "sum", combination_type="cat")
+    model.set_adapter("sum")
+    want, subject = logits(model), "Two adapters, {} and {} of them, beside PEFT's".format(*weights)
+    agrees(subject, "logits, apart", logits(load_model(base, adapter=both)), want)
+    agrees(subject, "logits, merged", logits(load_model(base, adapter=both, merge=True)), want)
+
+
+def test_weights_of_peft_adapters_that_are_no_sums_are_refused(tmp_path):
+  base, adapter, _ = made("llama", tmp_path, **SETTINGS["DoRA"][1])
+  with pytest.raises(ConfigError, match="has magnitudes .DoRA., so it cannot be taken with a weight of 0.5"):
+    open_model(base, adapter=[(adapter, 0.5)])
+  with pytest.raises(ConfigError, match="is nan; it must be a number"):
+    open_model(base, adapter=[(adapter, float("nan"))])
+
+
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
   folder = tmp_path_factory.mktemp("lora")
