@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.interop.bitsandbytes_int8 import Int8, unpacked_int8
 from jaxllm.interop.families import table
 from jaxllm.interop.huggingface import places
 from jaxllm.interop.stored import param_shapes
@@ -31,9 +32,9 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def is_bitsandbytes(method: Any) -> bool:
-  """Whether config.json's quantization_config is of bitsandbytes in 4 bits."""
+  """Whether config.json's quantization_config is of bitsandbytes."""
   known = isinstance(method, dict) and method.get("quant_method", "bitsandbytes") == "bitsandbytes"
-  return known and bool(method.get("load_in_4bit"))
+  return known and bool(method.get("load_in_4bit") or method.get("load_in_8bit"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Packed:
     return DoubleQuantizedWeight(double, blocks, jnp.asarray(self.nested_offset, jnp.float32))
 
 
-def unpacked(method: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, LazyTensor], dict[str, Packed]]:
-  """The tensors with those in 4 bits multiplied out when they are read, in float32; and these as they are.
+def unpacked(method: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, LazyTensor], Mapping[str, Packed | Int8]]:
+  """The tensors with those in 4 or 8 bits multiplied out when they are read, in float32; and these as they are.
 
   Args:
     method: config.json's quantization_config.
@@ -110,6 +111,8 @@ def unpacked(method: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Laz
   Raises:
     ConfigError: another type than nf4. CheckpointError: parts of a tensor are missing or do not fit.
   """
+  if method.get("load_in_8bit"):
+    return unpacked_int8(tensors)
   if method.get("bnb_4bit_quant_type", "nf4") != "nf4" or any(f"{STATE}fp4" in name for name in tensors):
     raise ConfigError("the weights are in bitsandbytes' fp4, which cannot be read here; quantize the original to nf4")
   found: dict[str, Packed] = {}
@@ -139,8 +142,10 @@ def _packed(name: str, tensor: LazyTensor, state: LazyTensor, parts: Mapping[str
   return Packed(name, (outputs, inputs), told["blocksize"], nested, offset, tensor, parts)
 
 
-def turned(tensors: Tensors, packed: Mapping[str, Packed], config: ModelConfig, family: str) -> dict[str, LazyTensor]:
-  """The tensors with those in 4 bits as the family has them: of GPT-2's [inputs, outputs], turned back."""
+def turned(
+  tensors: Tensors, packed: Mapping[str, Packed | Int8], config: ModelConfig, family: str
+) -> dict[str, LazyTensor]:
+  """The tensors with quantized ones as the family has them: of GPT-2's [inputs, outputs], turned back."""
   if config.num_layers > len(tensors):  # before names are made for every layer
     return dict(tensors)
   known, names = places(config, family, list(packed))
@@ -152,8 +157,10 @@ def turned(tensors: Tensors, packed: Mapping[str, Packed], config: ModelConfig, 
   return found
 
 
-def kept(params: Tensors, packed: Mapping[str, Packed], config: ModelConfig, family: str) -> dict[str, LazyTensor]:
-  """The parameters, those in 4 bits with their layers' weights as `quantized`."""
+def kept(
+  params: Tensors, packed: Mapping[str, Packed | Int8], config: ModelConfig, family: str
+) -> dict[str, LazyTensor]:
+  """The parameters, quantized ones with their layers' weights as `quantized`."""
   known, names = places(config, family, list(packed))
   shapes, found = param_shapes(config), dict(params)
   layers: dict[str, dict[Index, Any]] = {}

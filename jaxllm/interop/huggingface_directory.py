@@ -34,7 +34,7 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
 
   Raises:
     CheckpointError: there is no config.json or no weights, or only a pickle of them, or they are damaged.
-    ConfigError: the weights are quantized, and not in bitsandbytes' 4 bits.
+    ConfigError: the weights are quantized, and not by bitsandbytes.
   """
   config = read_json(directory / CONFIG_FILE)
   method = config.get("quantization_config")

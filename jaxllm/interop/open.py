@@ -210,7 +210,8 @@ def _own_changes(directory: Path, record: dict[str, Any], trained: Tensors) -> d
     if f"{path}/a" in kept:  # scale a₀ b₀, for factors that are not divided by the root of it
       b = _joined(b, kept[f"{path}/b"], -2, -1 / factor)
       a = _joined(a, kept[f"{path}/a"], -1, np.ones(lead))
-    changes[path] = Change(*map(_once, (a, b)), factor, np.ones(lead, bool), magnitude and _once(magnitude))
+    lengths = None if magnitude is None else _once(magnitude)
+    changes[path] = Change(_once(a), _once(b), factor, np.ones(lead, bool), lengths)
   return changes
 
 

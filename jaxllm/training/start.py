@@ -228,8 +228,8 @@ def _as_stored(peft: Lora, adapter: StoredAdapter) -> Lora:
   if peft.kind != adapter.kind:
     raise ConfigError(f"peft.kind is {peft.kind!r}, but the adapter at peft.path {peft.path} is {adapter.kind!r}")
   _, settings = read_settings(Path(peft.path).expanduser())
-  patterns = {"rank_pattern": {}, "alpha_pattern": {}}  # they are in the weights
-  own = {"rank": settings.rank, "alpha": float(settings.alpha), "rslora": settings.rslora, "exclude": (), **patterns}
+  own: dict[str, Any] = {"rank": settings.rank, "alpha": float(settings.alpha), "rslora": settings.rslora}
+  own |= {"exclude": (), "rank_pattern": {}, "alpha_pattern": {}}  # they are in the weights
   own["targets"] = tuple(sorted(str(module_of(path)) for path in adapter.changes))
   own["modules_to_save"] = tuple(sorted({path.rpartition("/")[0] or path for path in adapter.full}))
   for field in dataclasses.fields(peft):

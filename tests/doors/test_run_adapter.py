@@ -43,6 +43,44 @@ def test_the_base_with_the_adapter_is_the_run(job, base, tmp_path, form):
   assert np.abs(np.asarray(load_model(base / form)(TOKENS)) - want).max() > 1e-2
 
 
+KINDS = {
+  "dora": {"peft.kind": "dora"},
+  "pissa": {"peft.init": "pissa"},
+  "rslora": {"peft.rslora": True, "peft.rank_pattern": {"query": 3}, "peft.alpha_pattern": {"down": 5.0}},
+  "embedding": {"peft.targets": ("embedding/tokens", "query", "value")},
+  "head": {"peft.targets": ("query", "up"), "peft.modules_to_save": ("head", "final_norm")},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(job, base, tmp_path, kind):
+  """The base with the adapter is the run, which is not the base; so it is where the adapter is read twice."""
+  keys = LORA | KINDS[kind] | {"model_init.path": str(base / "hf"), "training.steps": 3}
+  keys |= {"model.tie_embeddings": False} if kind == "head" else {}
+  run(job, tmp_path / "run", **keys)
+  want = load_model(tmp_path / "run")(TOKENS)
+  assert np.abs(np.asarray(load_model(base / "hf")(TOKENS)) - want).max() > 1e-3
+  adapter = tmp_path / "run" / "adapter"
+  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter)(TOKENS), want, atol=1e-5)
+  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter, merge=True)(TOKENS), want, atol=1e-5)
+
+
+def test_it_has_the_tokenizer_and_the_rows_of_new_tokens(door, job, base, tmp_path):
+  keys = LORA | {"model_init.path": str(base / "hf"), "model_init.new_tokens": ("<a>", "<b>"), "training.steps": 3}
+  keys |= {"data.dir": str(tmp_path / "data")}
+  flags = [f"--config.{key}={value!r}" for key, value in keys.items()]
+  code, _, err = door("prepare", f"--config={job}", *flags)
+  assert code == 0, err
+  code, _, err = door("train", f"--config={job}", f"--workdir={tmp_path / 'run'}", *flags)
+  assert code == 0, err
+  want, alone = load_model(tmp_path / "run"), load_model(tmp_path / "run" / "adapter")
+  first = load_model(base / "hf").tokenizer.vocab_size
+  assert alone.tokenizer.encode("<b>").tolist()[-1] == first + 1 == want.tokenizer.encode("<b>").tolist()[-1]
+  assert alone.config.vocab_size == want.config.vocab_size
+  ids = np.array([[first, first + 1, *range(20, 28)]], np.int32)
+  np.testing.assert_allclose(alone(ids), want(ids), atol=1e-5)
+
+
 def test_over_quantized_weights(job, base, tmp_path):
   quantized = {"model_init.quantize": "nf4", "model_init.group_size": 16}
   run(job, tmp_path / "run", **LORA, **quantized, **{"model_init.path": str(base / "run")})

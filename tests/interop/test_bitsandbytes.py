@@ -131,6 +131,40 @@ def test_an_adapter_over_a_bitsandbytes_directory(saved, tmp_path, agrees):
   assert not isinstance(merged.params["blocks"]["mlp"]["down"]["weight"], DoubleQuantizedWeight)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_an_int8_bitsandbytes_directory_is_read(tmp_path, agrees, family):
+  """The matrices are bitsandbytes' own, and the logits those of a model that has them multiplied out (there the
+  activations are rounded too, here they are not)."""
+  known, settings, _ = MODELS[family]
+  theirs, config = getattr(transformers, known), getattr(transformers, known.split("For")[0] + "Config")
+  torch.manual_seed(0)
+  theirs(config(**settings | WIDE[family])).save_pretrained(tmp_path / "plain")
+  rounding = transformers.BitsAndBytesConfig(load_in_8bit=True)
+  model = theirs.from_pretrained(tmp_path / "plain", quantization_config=rounding, device_map={"": "cpu"})
+  model.save_pretrained(tmp_path / "int8")
+  dense = theirs.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+  rounded = {}
+  for name, module in model.named_modules():
+    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+      w = module.weight
+      rounded[f"{name}.weight"] = functional.int8_vectorwise_dequant(w.data, w.SCB)
+  assert len(rounded) > 4
+  dense.load_state_dict(rounded, strict=False)
+  stored, ours = open_model(tmp_path / "int8"), load_model(tmp_path / "int8", dtype="float32")
+  subject = f"bitsandbytes int8 directory, {family}"
+  want = rounded["model.layers.1.mlp.down_proj.weight"].numpy()
+  agrees(subject, "a matrix", stored.tensors["blocks/mlp/down/weight"].part((1,)).T, want, 1e-7)
+  agrees(subject, "logits", logits(ours), logits(dense))
+  kept = ours.params["blocks"]["mlp"]["down"]["weight"]
+  assert isinstance(kept, QuantizedWeight) and kept.format == "int8"
+  file = tmp_path / "int8" / "model.safetensors"
+  tensors = {name: tensor.read() for name, tensor in read_safetensors(file).items()}
+  key = "model.layers.0.mlp.down_proj.SCB"
+  write_safetensors(file, in_memory(tensors | {key: tensors[key][1:]}))
+  with pytest.raises(CheckpointError, match=f"has {key} but no .* of as many rows in int8"):
+    open_model(tmp_path / "int8")
+
+
 def test_fp4_of_bitsandbytes_is_refused(saved):
   with pytest.raises(ConfigError, match="bitsandbytes' fp4, which cannot be read"):
     open_model(saved("llama", kind="fp4")[0])
