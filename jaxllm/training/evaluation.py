@@ -103,7 +103,8 @@ def open_replay(run: RunConfig, program: Program, prepared: Prepared) -> Evaluat
 
 def _reader(run: RunConfig, task: str | None) -> tuple[Objective, Any]:
   """An objective that reads data prepared for a task (None: texts), and the task that it reads it as."""
-  for objective in ((run.objective,) if not run.objective.others else ()) + (CausalLM(),):
+  alone = not (run.objective.others or run.objective.cached)
+  for objective in (*([run.objective] if alone else []), CausalLM()):
     tasks = [wanted for head, wanted in objective.heads_and_tasks if head == run.model.head]
     if run.model.architecture not in objective.architectures:
       continue

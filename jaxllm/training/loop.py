@@ -110,6 +110,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     checkpoints = enter(Checkpoints(directory / "checkpoints", dataclasses.replace(run.checkpoint, **kept)))
     profiler = enter(Profiler(run.profile, directory))
 
+    # What models that are not kept say of the rows, from disk or computed now.
     key = jax.random.key(training.seed)
     fill_scores(batches, run, program, prepared, directory, key)
 
@@ -126,6 +127,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       batches.set_state(data_state)
       resumed = step
       logger.info("resuming from step %d", step)
+    del loaded  # what is not a part of state or frozen goes
     began = time.monotonic()
     lowered = program.step.lower(*program.arguments)
     if jax.process_count() > 1:

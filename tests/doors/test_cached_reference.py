@@ -124,6 +124,23 @@ def test_interrupted_it_is_bit_identical(pairs, models, tmp_path, keys):
   np.testing.assert_allclose(*losses, atol=1e-4, rtol=1e-2)
 
 
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(pairs, tmp_path):
+  """Each has all scores; the file is that of one process. The second time it is read."""
+  from test_hosts import ends, start, start_two
+
+  job = flags(KEYS | CACHED | LORA | {"training.batch_size": 8})
+  for steps in (4, 6):
+    ends(start_two(pairs, tmp_path / "two", *job, f"--config.training.steps={steps}"))
+  ends([start(pairs, tmp_path / "one", 1, *job)])
+  two, one = (np.load(tmp_path / name / "scores.npz") for name in ("two", "one"))
+  assert two["facts"] == one["facts"] and (two["digests"] == one["digests"]).all()
+  np.testing.assert_allclose(two["scores"], one["scores"], rtol=1e-4)
+  losses = [[row["loss"] for row in lines(tmp_path / name) if "loss" in row] for name in ("two", "one")]
+  assert len(losses[0]) == 6
+  np.testing.assert_allclose(*losses, rtol=1e-2, atol=1e-4)
+
+
 def test_what_changes_is_noticed(pairs, models, tmp_path, door):
   keys = LORA | CACHED | {"model_init.path": models["base"], "checkpoint.every": 2}
   run(pairs, tmp_path / "run", **keys, **{"training.steps": 2})

@@ -63,6 +63,29 @@ def test_a_run_that_forgets_is_stopped(job, data, tmp_path, door, caplog):
   assert sum("the run forgets: at step" in record.message for record in caplog.records) == 2
 
 
+@pytest.mark.parametrize("more", [{}, {"objective.cache_reference": True}], ids=["direct", "cached"])
+def test_what_preferences_make_forget_of_other_text(chat_job, tmp_path, door, more):
+  """Beside the margins the loss on the words of conversations, which is that of a causal model on them."""
+  flags = [chat_job, f"--config.data.dir={tmp_path / 'chat'}"]
+  assert door("prepare", *flags)[0] == 0
+  code, _, err = door("train", *flags, f"--workdir={tmp_path / 'base'}", "--config.training.steps=2")
+  assert code == 0, err
+  rows = [{"prompt": f"{n}+1?", "chosen": f"it is {n + 1}", "rejected": f"no {n + 2}"} for n in range(40)]
+  (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  keys = {"data.task": "preference", "data.packing": "none", "objective.name": "dpo", "peft.kind": "lora"} | more
+  keys |= {"model_init.path": tmp_path / "base", "training.replay_dir": tmp_path / "chat"}
+  keys |= {"data.sources.0": {"kind": "jsonl", "path": str(tmp_path / "pairs.jsonl")}}
+  flags = [chat_job, *(f"--config.{name}={value}" for name, value in keys.items())]
+  code, _, err = door("prepare", *flags)
+  assert code == 0, err
+  code, out, err = door("train", *flags, f"--workdir={tmp_path / 'run'}")
+  assert code == 0, err
+  [before] = figures(tmp_path / "base", "eval/loss").values()
+  replay = figures(tmp_path / "run", "replay/loss")
+  assert replay[0] == pytest.approx(before, rel=1e-5) and list(replay) == [0, 6] and replay[6] != replay[0]
+  assert figures(tmp_path / "run", "eval/rewards/margins").keys() == {6}
+
+
 def test_replay_sets_that_cannot_be(job, data, tmp_path, corpus, door):
   flags = [f"--config={job}", f"--workdir={tmp_path / 'run'}"]
   code, _, err = door("train", *flags, f"--config.training.replay_dir={tmp_path / 'none'}")

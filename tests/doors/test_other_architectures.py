@@ -51,9 +51,6 @@ def base(tmp_path, request):
   torch.manual_seed(0)
   config_class = getattr(transformers, stem).config_class
   model = getattr(transformers, stem)(config_class(**SHARED | facts))
-  for parameter in model.parameters():
-    torch.nn.init.normal_(parameter, std=0.1)
-  model.tie_weights()
   model.save_pretrained(tmp_path / "base")
   rust = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
   rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
