@@ -102,7 +102,7 @@ def compare(args, method: str, found: dict[str, str], folder: str) -> dict:
     gap = max(abs(a - b) / abs(b) for a, b in zip(side.losses, sides[0].losses))
     rows.append(
       {"side": side.name, "version": side.version, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
-       "first_loss": side.losses[0], "losses": len(side.losses), "largest_loss_gap": gap}
+       "first_loss": side.losses[0], "loss_curve": side.losses, "largest_loss_gap": gap}
       | {name: value for name, value in side.answer.items() if name not in ("times", "losses")}
     )  # fmt: skip
   return {"method": method, "tokens_per_step": tokens, "quiet_rounds": len(quiet), "rows": rows}
@@ -175,7 +175,7 @@ def main():
       for row in one["rows"]:
         print(f"  {row['side']:16}{row['version']:48}{row['tokens_per_second']:7.0f} tokens/s {row['ms']:8.1f} ms   "
               f"peak {row['peak_bytes'] / 2**20:6.0f} MiB (start {row['peak_bytes_with_start'] / 2**20:6.0f})   "
-              f"first loss {row['first_loss']:.6f}, gap of {row['losses']} losses {row['largest_loss_gap']:.1e}",
+              f"first loss {row['first_loss']:.6f}, gap of {len(row['loss_curve'])} losses {row['largest_loss_gap']:.1e}",
               flush=True)  # fmt: skip
   print(markdown(found))
   saving = frozen_bytes(found)

@@ -5,6 +5,7 @@ holds a hash of the sources, the compiler, jaxlib and the CPU's features; later 
 is no compiler or the CPU lacks AVX-512, `available()` is False and callers use their plain XLA form.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -156,6 +157,13 @@ def keep_memory_resident() -> bool:
   M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
   settings = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 << 20}
   return all([mallopt(name, value) for name, value in settings.items()])
+
+
+def release_memory() -> None:
+  """Gives back what is free now, once, also after `keep_memory_resident`: what compiling has used is more than a step
+  of a small model needs. Nothing happens where there is no glibc."""
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def call(name: str, result: Any, *args: Array, **attributes: Any) -> Any:

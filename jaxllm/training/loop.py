@@ -15,7 +15,7 @@ from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.settings import to_mapping
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.kernels.cpu_ffi import keep_memory_resident
+from jaxllm.kernels.cpu_ffi import keep_memory_resident, release_memory
 from jaxllm.models.build import Params, check_model_on_mesh, init_params
 from jaxllm.objectives.heldout import describe, heldout_metrics
 from jaxllm.parallel import agreement
@@ -108,12 +108,14 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       batches.set_state(data_state)
       resumed = step
       logger.info("resuming from step %d", step)
+    del loaded  # the state and what is frozen have it; a second copy would stay for the whole run
     began = time.monotonic()
     lowered = program.step.lower(*program.arguments)
     if jax.process_count() > 1:
       text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
       agreement.check_same({"its digest": text}, "the compiled step (versions, environment variables)")
     compiled = lowered.compile()
+    release_memory()
     if jax.process_index() == 0:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 

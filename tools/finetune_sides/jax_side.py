@@ -85,6 +85,7 @@ if method != "full" and not pathlib.Path(settings["adapter"]).exists():
   save_first_factors(program.policy(state.params, frozen))
 began = time.perf_counter()
 step = program.step.lower(*program.arguments).compile()
+cpu_ffi.release_memory()
 facts = {"compile_s": time.perf_counter() - began}
 analysis = step.memory_analysis()
 facts |= {
