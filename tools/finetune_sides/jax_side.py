@@ -33,7 +33,10 @@ print(json.dumps(f"jax {jax.__version__}"), flush=True)
 
 
 def built():
-  init = ModelInitConfig(path=settings["model"], **settings["model_init"])
+  quantized = {}
+  if method == "qlora":
+    quantized = {"quantize": "nf4"} | ({"double_quantize": True} if settings["double_quantize"] else {})
+  init = ModelInitConfig(path=settings["model"], **quantized)
   stored = open_model(init.path)
   start = Start(init, stored)
   optimizer = OptimizerConfig(
