@@ -10,7 +10,8 @@ is `SFTTrainer` and `DPOTrainer` with a PEFT config in Trainer's own loop, witho
 with the same adapters and see the same tokens without padding, of which the first half is a prompt; the references of
 DPO are computed in every step, with the adapters off; AdamW with the same settings. Losses are compared: a first loss
 that differs by over 1e-4 in float32 is an error. Memory is what a process takes beyond its imports, at most, in steps
-after the first three. QLoRA needs bitsandbytes (--bitsandbytes=DIR of `pip install --target`). Rounds during which other programs used the processor are left out.
+after the first three. QLoRA needs bitsandbytes (--bitsandbytes=DIR of `pip install --target`). Rounds during which
+other programs used the processor are left out.
 """
 
 import argparse
