@@ -108,14 +108,12 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       batches.set_state(data_state)
       resumed = step
       logger.info("resuming from step %d", step)
-    del loaded  # the state and what is frozen have it; a second copy would stay for the whole run
     began = time.monotonic()
     lowered = program.step.lower(*program.arguments)
     if jax.process_count() > 1:
       text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
       agreement.check_same({"its digest": text}, "the compiled step (versions, environment variables)")
     compiled = lowered.compile()
-    release_memory()
     if jax.process_index() == 0:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
 
@@ -184,6 +182,8 @@ class Run:
   def take_steps(self) -> None:
     """Steps until there are enough, the data ends, or a process is asked to stop."""
     training = self.settings.training
+    analysis = self.compiled.memory_analysis()
+    freed = 3 * analysis.temp_size_in_bytes // 2 if analysis and self.program.compute.target == "cpu" else None
     self.ask()
     while self.step < training.steps and not self.stopped:
       self.act()
@@ -205,6 +205,8 @@ class Run:
       if self.running is not None:
         self.finish(*self.running)
       self.running = self.step, device_metrics
+      if freed is not None:
+        release_memory(beyond=freed)
       self.ask()  # while the devices compute
 
   def policy(self) -> Params:

@@ -88,7 +88,6 @@ if method != "full" and not pathlib.Path(settings["adapter"]).exists():
   save_first_factors(program.policy(state.params, frozen))
 began = time.perf_counter()
 step = program.step.lower(*program.arguments).compile()
-cpu_ffi.release_memory()
 facts = {"compile_s": time.perf_counter() - began}
 analysis = step.memory_analysis()
 facts |= {
@@ -113,6 +112,7 @@ while line:
     state, metrics = step(state, frozen, batch)
     losses.append(float(metrics["loss"]))
     jax.block_until_ready(state)
+    cpu_ffi.release_memory(beyond=3 * analysis.temp_size_in_bytes // 2)
     times.append(time.perf_counter() - began)
   if not peaks.whole:
     peaks.warmed_up()
