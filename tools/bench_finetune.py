@@ -10,8 +10,8 @@ is `SFTTrainer` and `DPOTrainer` with a PEFT config in Trainer's own loop, witho
 with the same adapters and see the same tokens without padding, of which the first half is a prompt; the references of
 DPO are computed in every step, with the adapters off; AdamW with the same settings. Losses are compared: a first loss
 that differs by over 1e-4 in float32 is an error. Memory is what a process takes beyond its imports, at most, in steps
-after the first three. QLoRA needs bitsandbytes (--bitsandbytes=DIR of `pip install --target`); the double quantization
-of its scales is on where both have it. Rounds during which other programs used the processor are left out.
+after the first three. QLoRA needs bitsandbytes (--bitsandbytes=DIR of `pip install --target`). Rounds during which
+other programs used the processor are left out.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def compare(args, method: str, found: dict[str, str], folder: str) -> dict:
     "rank": args.rank,
     "alpha": 2.0 * args.rank,
     "learning_rate": 1e-5 if method == "full" else 1e-4,
-    "model_init": {"quantize": "nf4"} if method == "qlora" else {},
+    "double_quantize": args.double_quantize,
     "compute": {},
     "path": [args.bitsandbytes] if args.bitsandbytes else [],
   }
@@ -102,7 +102,7 @@ def compare(args, method: str, found: dict[str, str], folder: str) -> dict:
     gap = max(abs(a - b) / abs(b) for a, b in zip(side.losses, sides[0].losses))
     rows.append(
       {"side": side.name, "version": side.version, "tokens_per_second": tokens / seconds, "ms": 1e3 * seconds,
-       "first_loss": side.losses[0], "losses": len(side.losses), "largest_loss_gap": gap}
+       "first_loss": side.losses[0], "loss_curve": side.losses, "largest_loss_gap": gap}
       | {name: value for name, value in side.answer.items() if name not in ("times", "losses")}
     )  # fmt: skip
   return {"method": method, "tokens_per_step": tokens, "quiet_rounds": len(quiet), "rows": rows}
@@ -152,6 +152,7 @@ def main():
   parser.add_argument("--python-jax", default=sys.executable)
   parser.add_argument("--python-torch", default=sys.executable)
   parser.add_argument("--bitsandbytes", help="a folder to import it from")
+  parser.add_argument("--double-quantize", action="store_true", help="the scales of QLoRA's base in 8 bits too")
   parser.add_argument("--torch", default="eager", help="comma list of {eager,compile}; in bfloat16 also pure")
   parser.add_argument("--batch", type=int, default=4, help="rows of a step, of both kinds for DPO")
   parser.add_argument("--length", type=int, default=256)
@@ -173,10 +174,10 @@ def main():
       quiet = one["quiet_rounds"]
       print(f"{method}: {quiet} of {args.rounds} rounds quiet" + ("" if quiet else ": NOT QUIET"), flush=True)
       for row in one["rows"]:
+        peak, start, losses = row["peak_bytes"] / 2**20, row["peak_bytes_with_start"] / 2**20, len(row["loss_curve"])
         print(f"  {row['side']:16}{row['version']:48}{row['tokens_per_second']:7.0f} tokens/s {row['ms']:8.1f} ms   "
-              f"peak {row['peak_bytes'] / 2**20:6.0f} MiB (start {row['peak_bytes_with_start'] / 2**20:6.0f})   "
-              f"first loss {row['first_loss']:.6f}, gap of {row['losses']} losses {row['largest_loss_gap']:.1e}",
-              flush=True)  # fmt: skip
+              f"peak {peak:6.0f} MiB (start {start:6.0f})   first loss {row['first_loss']:.6f}, gap of {losses} losses "
+              f"{row['largest_loss_gap']:.1e}", flush=True)  # fmt: skip
   print(markdown(found))
   saving = frozen_bytes(found)
   if saving:
@@ -184,7 +185,9 @@ def main():
           f"{saving['peak_falls_by_share_of_saving']:.2f} of what that saves")  # fmt: skip
   if args.out:
     command = shlex.join(["python", "tools/bench_finetune.py", *sys.argv[1:]])
-    settings = {name: getattr(args, name) for name in ("dtype", "batch", "length", "rank", "steps", "rounds")}
+    settings = {
+      name: getattr(args, name) for name in ("dtype", "batch", "length", "rank", "steps", "rounds", "double_quantize")
+    }
     facts = where | {"command": command} | settings | {"methods": found, "qlora": saving}
     pathlib.Path(args.out).write_text(json.dumps(facts, indent=2) + "\n")
   for one in found:

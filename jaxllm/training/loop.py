@@ -15,7 +15,7 @@ from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.settings import to_mapping
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.kernels.cpu_ffi import keep_memory_resident
+from jaxllm.kernels.cpu_ffi import keep_memory_resident, release_memory
 from jaxllm.models.build import Params, check_model_on_mesh, init_params
 from jaxllm.objectives.heldout import describe
 from jaxllm.parallel import agreement
@@ -212,6 +212,8 @@ class Run:
   def take_steps(self) -> None:
     """Steps until there are enough, the data ends, an evaluation says so, or a process is asked to stop."""
     training = self.settings.training
+    analysis = self.compiled.memory_analysis()
+    freed = 3 * analysis.temp_size_in_bytes // 2 if analysis and self.program.compute.target == "cpu" else None
     self.ask()
     if self.step == 0 and not self.stopped:
       self.evaluate()  # what there is to forget
@@ -235,6 +237,8 @@ class Run:
       if self.running is not None:
         self.finish(*self.running)
       self.running = self.step, device_metrics
+      if freed is not None:
+        release_memory(beyond=freed)
       self.ask()  # while the devices compute
 
   def policy(self) -> Params:

@@ -33,7 +33,10 @@ print(json.dumps(f"jax {jax.__version__}"), flush=True)
 
 
 def built():
-  init = ModelInitConfig(path=settings["model"], **settings["model_init"])
+  quantized = {}
+  if method == "qlora":
+    quantized = {"quantize": "nf4"} | ({"double_quantize": True} if settings["double_quantize"] else {})
+  init = ModelInitConfig(path=settings["model"], **quantized)
   stored = open_model(init.path)
   start = Start(init, stored)
   optimizer = OptimizerConfig(
@@ -109,6 +112,7 @@ while line:
     state, metrics = step(state, frozen, batch)
     losses.append(float(metrics["loss"]))
     jax.block_until_ready(state)
+    cpu_ffi.release_memory(beyond=3 * analysis.temp_size_in_bytes // 2)
     times.append(time.perf_counter() - began)
   if not peaks.whole:
     peaks.warmed_up()

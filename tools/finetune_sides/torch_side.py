@@ -39,7 +39,7 @@ def loaded():
     more["quantization_config"] = transformers.BitsAndBytesConfig(
       load_in_4bit=True,
       bnb_4bit_quant_type="nf4",
-      bnb_4bit_use_double_quant=True,
+      bnb_4bit_use_double_quant=settings["double_quantize"],
       bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     more["device_map"] = "cpu"
