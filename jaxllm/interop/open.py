@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.interop import peft
+from jaxllm.interop.adapter import Change
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
@@ -27,6 +29,7 @@ from jaxllm.storage.reading import open_params
 CHECKPOINTS = "checkpoints"
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
+START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
 def open_model(
@@ -54,14 +57,14 @@ def open_model(
     model = _open_run(path, step)
   elif form == "adapter":
     base = open_model(base_of(path), merge=merge)
-    model = dataclasses.replace(_with_adapter(base, path, merge), path=path, form="adapter")
+    model = dataclasses.replace(with_adapter(base, path, merge), path=path, form="adapter")
   elif form == "hf":
     model = open_huggingface(path)
   elif form == "gguf":
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, local_path(adapter), merge)
+  return model if adapter is None else with_adapter(model, local_path(adapter), merge)
 
 
 def form_of(path: Path) -> Form:
@@ -96,8 +99,8 @@ def _described(path: Path) -> str:
   return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
 
 
-def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
-  """The model with an adapter; what `base` was trained on says nothing of that, so it goes."""
+def with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
+  """The model with an adapter, merged or apart; what `base` was trained on says nothing of that, so it goes."""
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
     base = base.untied()
@@ -140,8 +143,9 @@ def _with_start(config: ModelConfig, directory: Path, trained: Tensors) -> Tenso
   if record["path"] == START:
     base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
   else:
-    base = dict(open_model(record["path"], adapter=record["adapter"], step=record["step"]).tensors)
-  tensors: dict[str, LazyTensor] = {}
+    model = open_model(record["path"], adapter=record["adapter"], step=record["step"])
+    base = dict((model if config.tie_embeddings else model.untied() if model.config.tie_embeddings else model).tensors)
+  changes, tensors = _own_changes(directory, record, trained), {}
   for path in param_shapes(config):
     if path in trained:
       tensors[path] = trained[path]
@@ -149,31 +153,53 @@ def _with_start(config: ModelConfig, directory: Path, trained: Tensors) -> Tenso
     if f"{path}/base" in trained:  # the config trains what stands under the adapter too
       tensors[path] = trained[f"{path}/base"]
     elif path in base:
-      tensors[path] = _as_rounded(path, base[path], record["quantize"], record["group_size"])
-    if f"{path}/a" in trained:
-      change = (trained[f"{path}/a"], trained[f"{path}/b"], record["scales"][path])
-      tensors[path] = _with_change(tensors[path], *change)
+      tensors[path] = _as_rounded(path, base[path], record)
+    if path in changes:
+      tensors[path] = changes[path].merged(tensors[path])
   return tensors
 
 
-def _as_rounded(path: str, tensor: LazyTensor, format: str | None, group_size: int | None) -> LazyTensor:
+def _own_changes(directory: Path, record: dict[str, Any], trained: Tensors) -> dict[str, Change]:
+  """What a run's adapters make of the parameters that it began with.
+
+  One that began with singular values has these beside it, taken away: it is of twice the rank.
+  """
+  kept: Tensors = {}
+  if (directory / START_ADAPTER).is_dir():
+    kept = {name: LazyTensor(*array) for name, array in open_params(directory / START_ADAPTER, 0).items()}
+  changes = {}
+  for path, scale in record["scales"].items():
+    a, b, magnitude = (trained.get(f"{path}/{part}") for part in ("a", "b", "magnitude"))
+    lead = a.shape[:-2]
+    factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    if f"{path}/a" in kept:  # scale a₀ b₀, for factors that are not divided by the root of it
+      b = _joined(b, kept[f"{path}/b"], -2, -1 / factor)
+      a = _joined(a, kept[f"{path}/a"], -1, np.ones(lead))
+    lengths = None if magnitude is None else _once(magnitude)
+    changes[path] = Change(_once(a), _once(b), factor, np.ones(lead, bool), lengths)
+  return changes
+
+
+def _joined(first: LazyTensor, second: LazyTensor, axis: int, factor: np.ndarray) -> LazyTensor:
+  shape = list(first.shape)
+  shape[axis] += second.shape[axis]
+  factor = factor[..., None, None].astype(np.float32)
+  return LazyTensor(tuple(shape), first.dtype, lambda: np.concatenate([first.read(), second.read() * factor], axis))
+
+
+def _once(tensor: LazyTensor) -> LazyTensor:
+  """The tensor, read whole when a part is asked for first."""
+  return dataclasses.replace(tensor, read=functools.cache(tensor.read), stacked=0, read_part=None)
+
+
+def _as_rounded(path: str, tensor: LazyTensor, record: dict[str, Any]) -> LazyTensor:
   """A parameter as the run had it, which may have quantized it."""
-  if format is None or not is_quantizable(path):
+  if record["quantize"] is None or not is_quantizable(path):
     return tensor
+  settings = record["quantize"], record["group_size"], record.get("double_quantize", False)
 
   def layer(index):
-    return np.asarray(dense(quantize_matrix(path, jnp.asarray(tensor.part(index)), format, group_size), tensor.dtype))
-
-  return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
-
-
-def _with_change(tensor: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
-  """A stack of matrices plus the products of an adapter's, each when it is read."""
-  narrow = functools.cache(lambda: (a.read(), b.read()))
-
-  def layer(index):
-    change = np.matmul(*(x[index] for x in narrow())) * np.float32(scale)
-    return (tensor.part(index).astype(np.float32) + change).astype(tensor.dtype)
+    return np.asarray(dense(quantize_matrix(path, jnp.asarray(tensor.part(index)), *settings), tensor.dtype))
 
   return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
 

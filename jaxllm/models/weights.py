@@ -338,20 +338,13 @@ def combine(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def num_parameters(params: PyTree) -> int:
   """How many numbers the parameters stand for, adapters' too."""
-  leaves = jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+  leaves = jax.tree.leaves(params, is_leaf=lambda w: is_weight(w) and not is_adapted(w))
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def is_adapted(w: Any) -> bool:
   """Whether a weight has an adapter."""
   return isinstance(w, Weight) and w.adapted
-
-
-def adapted_paths(params: PyTree) -> list[str]:
-  """The paths of the weights that have an adapter."""
-  found: list[str] = []
-  map_weights_with_path(lambda path, w: found.append(path) if is_adapted(w) else None, params)
-  return found
 
 
 def without_adapters(params: PyTree) -> PyTree:

@@ -21,6 +21,7 @@ class TrainingConfig:
   seq_len: int = 256
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0
+  neftune_alpha: float = 0.0  # noise on the embeddings of a training step (`jaxllm.models.noise`); 0: none
   ema_decay: float | None = None  # keep an exponential moving average of the weights
   on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
   spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
@@ -35,7 +36,7 @@ class TrainingConfig:
     for name in ("steps", "batch_size", "seq_len", "accumulation"):
       if getattr(self, name) < 1:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("eval_every", "eval_batches", "sample_every"):
+    for name in ("eval_every", "eval_batches", "sample_every", "neftune_alpha"):
       if getattr(self, name) < 0:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
     if self.batch_size % self.accumulation:
@@ -118,9 +119,13 @@ class ModelInitConfig:
   step: int | None = None  # of a training run; None: the latest
   quantize: Literal["int8", "int4", "nf4", "fp8"] | None = None  # the layers' matrices, which are frozen then
   group_size: int | None = 64  # weights that share a scale; None: those of an output feature
+  double_quantize: bool = False  # the scales in 8 bits too, in blocks of 256 (QLoRA, arXiv 2305.14314)
+  new_tokens: tuple[str, ...] = ()  # the tokenizer and the vocabulary have these too; they begin as the mean token
 
   def __post_init__(self):
-    for name in ("adapter", "step"):
+    if self.double_quantize and self.quantize is None:
+      raise ConfigError("model_init.double_quantize is set, but model_init.quantize is not: there are no scales")
+    for name in ("adapter", "step", "new_tokens"):
       if getattr(self, name) and not self.path:
         raise ConfigError(f"model_init.{name} is set, but model_init.path is not: there is no model that it belongs to")
 
