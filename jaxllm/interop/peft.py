@@ -146,7 +146,7 @@ def _check_targets(
       f"the adapter in {directory} lacks the weights of {', '.join(missing[:8])}, which its {CONFIG_FILE} names"
     )
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    if not any(ends((target,), module) for module in modules):
+    if not any(ends((target,), module) for module in modules) and not ends(settings.excluded, target):
       raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
 
 
