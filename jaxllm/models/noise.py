@@ -53,6 +53,5 @@ class NoisyTable(Weight):
 
 def with_noise(params: Any, alpha: float, key: jax.Array) -> Any:
   """The parameters with noise on the tokens' embeddings, an encoder's too where it shares them."""
-  return map_weights_with_path(
-    lambda path, w: NoisyTable(w, path_key(key, "noise"), alpha) if path == TABLE else w, params
-  )
+  own = path_key(key, "noise")
+  return map_weights_with_path(lambda path, w: NoisyTable(w, own, alpha) if path == TABLE else w, params)

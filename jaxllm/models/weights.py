@@ -347,13 +347,6 @@ def is_adapted(w: Any) -> bool:
   return isinstance(w, Weight) and w.adapted
 
 
-def adapted_paths(params: PyTree) -> list[str]:
-  """The paths of the weights that have an adapter."""
-  found: list[str] = []
-  map_weights_with_path(lambda path, w: found.append(path) if is_adapted(w) else None, params)
-  return found
-
-
 def without_adapters(params: PyTree) -> PyTree:
   """The parameters as they were before adapters: the same arrays, no copies."""
   return map_weights(_bare, params)

@@ -178,6 +178,8 @@ class RunConfig:
 
   def __post_init__(self):
     if not self.model_init.path:  # else the model is known when that is open
+      if getattr(self.peft, "path", ""):
+        raise ConfigError("peft.path is set, but model_init.path is not: there is no model that the adapter belongs to")
       self.check()
 
   def check(self) -> None:

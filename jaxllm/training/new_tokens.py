@@ -50,14 +50,10 @@ def grown(stored: StoredModel, tokens: Sequence[str], tokenizer: Path, vocab_siz
     )
   vocab_size = max(size, config.vocab_size, vocab_size)
   axes = {TABLE: 0} | ({f"{HEAD}/weight": 1, f"{HEAD}/bias": 0} if config.head == "lm" else {})
-  tensors = {
-    path: _longer(stored.tensors[path], axis, first, vocab_size)
-    for path, axis in axes.items()
-    if path in stored.tensors
-  }
-  return dataclasses.replace(
-    stored, config=dataclasses.replace(config, vocab_size=vocab_size), tensors=dict(stored.tensors) | tensors
-  )
+  tensors = dict(stored.tensors)
+  for path in axes.keys() & tensors.keys():
+    tensors[path] = _longer(tensors[path], axes[path], first, vocab_size)
+  return dataclasses.replace(stored, config=dataclasses.replace(config, vocab_size=vocab_size), tensors=tensors)
 
 
 def _longer(tensor: LazyTensor, axis: int, first: int, size: int) -> LazyTensor:

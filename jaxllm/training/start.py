@@ -190,10 +190,8 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     model = _with_changes(policy.config, run.model)
     if config.new_tokens:
       policy = grown(policy, config.new_tokens, Path(run.data.tokenizer.path), model.vocab_size)
-      model, run = (
-        dataclasses.replace(model, vocab_size=policy.config.vocab_size),
-        trains_new_tokens(run, policy.config),
-      )
+      model = dataclasses.replace(model, vocab_size=policy.config.vocab_size)
+      run = trains_new_tokens(run, model)
     run = dataclasses.replace(run, model=model)
     policy = _without_other_head(policy, run.model)
     run.check()
