@@ -70,6 +70,8 @@ def write_adapter(
   if lost := sorted(changes.keys() - written):
     raise ConfigError(f"PEFT has no module with {', '.join(lost)} alone, so their adapters cannot be written")
   lazy, saved = _whole(config, known, full)
+  if config.architecture == "encoder_decoder" and TABLE in {*changes, *full}:
+    raise ConfigError("PEFT has no adapter for an embedding that an encoder and a decoder share")
   if config.tie_embeddings and config.head == "lm":  # the head takes part, and PEFT keeps copies for it
     if found := next((m for m in ranks if modules[m].weight.ours == (TABLE,)), None):
       if changes[TABLE].magnitude is not None:

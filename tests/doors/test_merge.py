@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,3 +104,25 @@ def test_a_run_of_its_own_is_merged_on_the_weights_that_it_had(door, job, base, 
   over_files = load_model(base / "run", adapter=tmp_path / "run" / "adapter", merge=True)(TOKENS)
   far = np.abs(np.asarray(over_files) - np.asarray(load_model(tmp_path / "x")(TOKENS))).max()
   assert far > 1e-3 if quantize else far < 1e-5
+
+
+def test_text_is_evaluated_with_models_of_other_forms(door, base, tmp_path):
+  """An adapter's own directory, a Hugging Face one and a .gguf file: the same loss, or one line that says why not."""
+  config = base / "one" / "adapter_config.json"
+  adapter = shutil.copytree(base / "one", tmp_path / "adapter")
+  settings = json.loads(config.read_text()) | {"base_model_name_or_path": str(base / "run")}
+  (adapter / "adapter_config.json").write_text(json.dumps(settings))
+  model = load_model(adapter)
+  for form, name in (("hf", "hf"), ("gguf", "x.gguf")):
+    model.save(tmp_path / name, form)
+  data = json.loads((base / "run" / "config.json").read_text())["data"]["dir"]
+  losses = {}
+  for name in ("adapter", "hf", "x.gguf"):
+    code, out, err = door("evaluate", f"--model={tmp_path / name}", f"--data={data}", "--json", "--seq-len=32")
+    assert code == 0 or (code == 2 and err.startswith("error: ") and err.count("\n") == 1), err
+    if code == 0:
+      losses[name] = json.loads(out)["eval/loss"]
+    code, _, err = door("evaluate", f"--model={tmp_path / name}", "--json")
+    assert code == 2 and err.count("\n") == 1 and "does not say what it was trained on" in err
+  assert losses.keys() >= {"adapter", "hf"}
+  assert max(losses.values()) - min(losses.values()) < 1e-4

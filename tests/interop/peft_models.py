@@ -48,8 +48,8 @@ def logits(model) -> np.ndarray:
     import torch
 
     ids = torch.from_numpy(IDS)
-    is_t5 = "decoder_start_token_id" in model.config.to_dict() and model.config.is_encoder_decoder
-    more = {"decoder_input_ids": ids[:, ::2].contiguous()} if is_t5 else {}
+    two = getattr(model.config, "is_encoder_decoder", False)
+    more = {"decoder_input_ids": ids[:, ::2].contiguous()} if two else {}
     with torch.no_grad():
       return model.eval()(input_ids=ids, **more).logits.numpy()
   ids = jnp.asarray(IDS, jnp.int32)
