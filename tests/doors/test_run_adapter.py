@@ -12,7 +12,9 @@ from jaxllm.inference.model import Model
 from jaxllm.interop.open import open_model
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import map_weights_with_path
+from jaxllm.prepare import prepare_and_report
 from jaxllm.training.loop import train
+from jaxllm.training.start import with_tokenizer
 
 LORA = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05}
 TOKENS = np.arange(16, dtype=np.int32)[None] + 20
@@ -61,24 +63,21 @@ def test_every_kind(job, base, tmp_path, kind):
   want = load_model(tmp_path / "run")(TOKENS)
   assert np.abs(np.asarray(load_model(base / "hf")(TOKENS)) - want).max() > 1e-3
   adapter = tmp_path / "run" / "adapter"
-  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter)(TOKENS), want, atol=1e-5)
-  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter, merge=True)(TOKENS), want, atol=1e-5)
+  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter)(TOKENS), want, atol=3e-5)
+  np.testing.assert_allclose(load_model(base / "hf", adapter=adapter, merge=True)(TOKENS), want, atol=3e-5)
 
 
-def test_it_has_the_tokenizer_and_the_rows_of_new_tokens(door, job, base, tmp_path):
+def test_it_has_the_tokenizer_and_the_rows_of_new_tokens(job, base, tmp_path):
   keys = LORA | {"model_init.path": str(base / "hf"), "model_init.new_tokens": ("<a>", "<b>"), "training.steps": 3}
   keys |= {"data.dir": str(tmp_path / "data")}
-  flags = [f"--config.{key}={value!r}" for key, value in keys.items()]
-  code, _, err = door("prepare", f"--config={job}", *flags)
-  assert code == 0, err
-  code, _, err = door("train", f"--config={job}", f"--workdir={tmp_path / 'run'}", *flags)
-  assert code == 0, err
+  prepare_and_report(with_tokenizer(load_config(str(job), list(keys.items()))).data)
+  run(job, tmp_path / "run", **keys)
   want, alone = load_model(tmp_path / "run"), load_model(tmp_path / "run" / "adapter")
   first = load_model(base / "hf").tokenizer.vocab_size
   assert alone.tokenizer.encode("<b>").tolist()[-1] == first + 1 == want.tokenizer.encode("<b>").tolist()[-1]
   assert alone.config.vocab_size == want.config.vocab_size
   ids = np.array([[first, first + 1, *range(20, 28)]], np.int32)
-  np.testing.assert_allclose(alone(ids), want(ids), atol=1e-5)
+  np.testing.assert_allclose(alone(ids), want(ids), atol=3e-5)
 
 
 def test_over_quantized_weights(job, base, tmp_path):
@@ -116,7 +115,9 @@ import faulthandler, sys
 faulthandler.dump_traceback_later(150, exit=True)
 from pathlib import Path
 from jaxllm.config import load_config
+from jaxllm.prepare import prepare_and_report
 from jaxllm.training.loop import train
+from jaxllm.training.start import with_tokenizer
 job, base, out = sys.argv[1:]
 keys = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05, "model_init.path": base,
         "mesh.data": 1, "mesh.fsdp": 4, "training.steps": 3}

@@ -10,6 +10,8 @@ SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_h
 DECODER = SMALL | dict(num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0)
 GPT2 = dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=32)
 T5 = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+BART = dict(vocab_size=40, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
+BART |= dict(encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=32)
 # Name -> its class in transformers without "For…" and Config, its settings, its family
 MODELS = {
   "llama": ("LlamaForCausalLM", DECODER, "llama"),
@@ -17,6 +19,9 @@ MODELS = {
   "phi3": ("Phi3ForCausalLM", DECODER | dict(eos_token_id=1, bos_token_id=2), "phi3"),
   "gpt2": ("GPT2LMHeadModel", GPT2, "gpt2"),
   "bert": ("BertForSequenceClassification", SMALL | dict(max_position_embeddings=32, num_labels=3), "bert"),
+  "qwen3": ("Qwen3ForCausalLM", DECODER | dict(head_dim=8), "qwen3"),
+  "gpt_neox": ("GPTNeoXForCausalLM", SMALL | dict(max_position_embeddings=32), "gpt_neox"),
+  "bart": ("BartForConditionalGeneration", BART, "bart"),
   "t5": ("T5ForConditionalGeneration", T5, "t5"),
 }
 

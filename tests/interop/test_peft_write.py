@@ -15,9 +15,11 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Model
 from jaxllm.interop.adapted import changes_of
+from jaxllm.interop.huggingface import config_from_huggingface
 from jaxllm.interop.open import family_at, open_model
 from jaxllm.interop.peft_write import write_adapter
 from jaxllm.interop.stored import tensors_of
+from jaxllm.models.build import init_params
 from jaxllm.models.lora import DoraWeight, LoraWeight, column_lengths
 from jaxllm.models.weights import map_weights_with_path
 
@@ -81,6 +83,10 @@ CASES = [
   ("t5", "lora", ("query", "value", "up")),
   ("t5", "dora", ALL),
   ("gpt2", "lora", ("tokens", "up")),
+  ("qwen3", "lora", ALL),
+  ("gpt_neox", "lora", ALL),
+  ("gpt_neox", "dora", ("query", "key", "value")),
+  ("bart", "lora", ALL),
 ]
 
 
@@ -175,4 +181,21 @@ def test_what_peft_cannot_say_is_refused(base, tmp_path):
   directory = save("t5", tmp_path / "t5")
   with pytest.raises(ConfigError, match="an embedding that an encoder and a decoder share"):
     write_adapter(tmp_path / "x", open_model(directory).config, changes_of(adapted(directory, "lora", ("tokens",))))
+  assert not (tmp_path / "x").exists()
+
+
+def test_experts_have_no_module_of_peft(tmp_path):
+  """transformers has them in one tensor, and PEFT would pass over their names with a warning."""
+  sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+  sizes |= dict(num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=32)
+  config = config_from_huggingface({"model_type": "mixtral"} | sizes)
+
+  def one(path, w):
+    given = "/moe/" in path and path.endswith("up/weight")
+    return LoraWeight(w, jnp.ones((*w.shape[:-1], 2)), jnp.ones((*w.shape[:-2], 2, w.shape[-1]))) if given else w
+
+  changes = changes_of(map_weights_with_path(one, init_params(config, jax.random.key(0))))
+  assert changes
+  with pytest.raises(ConfigError, match="no module for the matrix of one expert"):
+    write_adapter(tmp_path / "x", config, changes, family="mixtral")
   assert not (tmp_path / "x").exists()
