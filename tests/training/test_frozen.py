@@ -114,11 +114,15 @@ def test_kinds_on_fsdp_and_tensor(kind, quantize, double):
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=lambda s: "x".join(s))
-def test_experts_on_meshes(sizes, quantize):
-  want, want_losses = on_one_device(quantize, True)
-  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, quantize=quantize))
+def test_experts_on_meshes(sizes, quantize, kind="lora"):
+  want, want_losses = on_one_device(quantize, True, kind)
+  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, KINDS[kind], quantize))
   np.testing.assert_allclose(losses, want_losses, rtol=5e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), jax.device_get(state.params), want)
+
+
+def test_dora_on_experts_on_a_mesh():
+  test_experts_on_meshes(dict(fsdp=2, expert=2, tensor=2), None, "dora")
 
 
 def test_adapters_begin_as_the_base_and_learn_by_the_chain_rule():
@@ -221,7 +225,7 @@ def test_qlora_freezes_two_fifths_of_the_bytes():
   assert sizes[1] <= 0.4 * sizes[0]
 
 
-@pytest.mark.parametrize("peft", [Full(), Lora(rank=4, modules_to_save=("head",))], ids=["full", "saved"])
+@pytest.mark.parametrize("peft", [Full(), Lora(rank=4, modules_to_save=("final_norm",))], ids=["full", "saved"])
 def test_the_reference_is_the_policy_as_it_began(peft):
   """Where what is under the adapters is trained too, so much of it is kept, and no more."""
   objective = DPO()
