@@ -33,6 +33,7 @@ TRAINING = TrainingConfig(batch_size=B, seq_len=T, steps=10)
 SGD = OptimizerConfig(
   name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0, weight_decay=0.0, clip_norm=None
 )
+SLOW = dataclasses.replace(SGD, learning_rate=0.02)  # where whole matrices are trained
 LORA = Lora(rank=4, alpha=8.0)
 KINDS = {
   "lora": LORA,
@@ -75,8 +76,8 @@ def train(program, steps=3):
 
 @functools.cache
 def on_one_device(quantize, experts, kind="lora", double=False):
-  model = EXPERTS if experts else MODEL
-  state, _, losses = train(program_of(model=model, quantize=quantize, peft=KINDS[kind], double=double))
+  model, slow = EXPERTS if experts else MODEL, dict(optimizer=SLOW) if kind == "more" else {}
+  state, _, losses = train(program_of(model=model, quantize=quantize, peft=KINDS[kind], double=double, **slow))
   return jax.device_get(state.params), losses
 
 
@@ -101,7 +102,8 @@ def test_adapters_on_meshes(sizes, quantize):
 def test_kinds_on_fsdp_and_tensor(kind, quantize, double):
   want, want_losses = on_one_device(quantize, False, kind, bool(double))
   mesh = MeshConfig(fsdp=4, tensor=2)
-  program = program_of(mesh, quantize=quantize, peft=KINDS[kind], double=bool(double))
+  slow = dict(optimizer=SLOW) if kind == "more" else {}
+  program = program_of(mesh, quantize=quantize, peft=KINDS[kind], double=bool(double), **slow)
   state, frozen, losses = train(program)
   np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), jax.device_get(state.params), want)
