@@ -162,3 +162,19 @@ def test_new_tokens(kind, job, base, tmp_path, capsys):
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
   assert theirs.convert_tokens_to_ids(["<note>", "<end>"]) == [first, first + 1]
+
+
+def test_an_adapter_that_one_host_does_not_see(base, adapter, two_processes):
+  code = """
+  import sys
+  from jaxllm.base.errors import UserError
+  from jaxllm.training.start import _open, _open_adapter
+  policy = _open(sys.argv[1])
+  try:
+    _open_adapter(policy, sys.argv[2] if index == 0 else "nowhere")
+  except UserError as error:
+    print("error:", error)
+  assert _open_adapter(policy, sys.argv[2])[1].kind == "lora"
+  """
+  one, other = two_processes(code, base, adapter, timeout=60)
+  assert "error: process 1 failed: nowhere is no adapter" in one and "error: nowhere is no adapter" in other
