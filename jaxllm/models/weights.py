@@ -78,6 +78,10 @@ class Weight:
     """See `with_keys`; path: of this weight."""
     return self
 
+  def ready(self) -> "Weight":
+    """See `ready`."""
+    return self
+
   @property
   def adapted(self) -> bool:
     """Whether a trained part stands beside a frozen matrix."""
@@ -193,6 +197,11 @@ def grouped(
   if jnp.promote_types(w.dtype, x.dtype) != w.dtype:
     w = w.astype(x.dtype)
   return grouped_matmul(x, w, group_sizes, backend=compute.grouped_matmul, target=compute.target, split=split)
+
+
+def ready(w: Any) -> Any:
+  """The weight for a place where each device has its own part of it at hand: what is of the whole is computed."""
+  return w.ready() if isinstance(w, Weight) else w
 
 
 def dense(w: Any, dtype: Any = None) -> Array:

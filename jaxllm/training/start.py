@@ -353,8 +353,8 @@ def keep_record(directory: Path, record: dict[str, Any]) -> None:
   if not file.exists():
     write_atomically(file, json.dumps(record, indent=2) + "\n")
     return
-  if (before := json.loads(file.read_text())) != json.loads(json.dumps(record)):
-    changed = next(key for key in record.keys() | before.keys() if before.get(key) != record.get(key))
+  before, now = json.loads(file.read_text()), json.loads(json.dumps(record))
+  if changed := next((key for key in before if before[key] != now.get(key)), None):
     raise CheckpointError(
       f"{directory} began with {before.get('path')}, whose {changed} was {before.get(changed)!r} and is now "
       f"{record.get(changed)!r}; put back what was there, or choose another --workdir"

@@ -217,14 +217,9 @@ CASES = {
     dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "q_proj"]),
     Lora(rank=4, alpha=8, targets=("embedding/tokens", "head", "attention/query")),
   ),
-  "LoRA, embedding tied to the head": (
-    "tied llama",
-    dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
-    Lora(rank=4, alpha=8, targets=("embedding/tokens", "attention/query")),
-  ),
   "LoRA, modules to save": (
     "llama",
-    LLAMA | dict(modules_to_save=["lm_head", "embed_tokens", "norm"]),
+    LLAMA | dict(modules_to_save=["lm_head", "embed_tokens", "model.norm"]),
     Lora(**OUR_LLAMA, modules_to_save=("head", "embedding/tokens", "final_norm")),
   ),
   "LoRA+": (
@@ -241,9 +236,15 @@ CASES = {
 def torch_optimizer(theirs, way):
   if way.lr_ratio != 1:
     more = dict(lr=ADAM["lr"], betas=ADAM["betas"], eps=ADAM["eps"])
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
       theirs.model, torch.optim.AdamW, loraplus_lr_ratio=way.lr_ratio, loraplus_weight_decay=0.1, **more
     )
+    # There DoRA's magnitudes decay; here no vector does
+    vectors = [w for group in optimizer.param_groups for w in group["params"] if w.ndim == 1]
+    for group in optimizer.param_groups:
+      group["params"] = [w for w in group["params"] if w.ndim > 1]
+    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0, "lr": way.lr_ratio * ADAM["lr"]})
+    return optimizer
   decays = lambda path, w: w.ndim > 1 and "embed" not in path  # noqa: E731
   trained = theirs.trained().items()
   groups = [{"params": [w for path, w in trained if decays(path, w)]}]
@@ -272,6 +273,24 @@ def test_logits_gradients_and_a_step(subject, models, tmp_path, agrees):
   for path, array in after.items():
     agrees(subject, "weights after a step of AdamW", own[path], array.reshape(own[path].shape))
   agrees(subject, "logits after a step of AdamW", ours.logits(), theirs.logits().detach())
+
+
+def test_an_embedding_that_is_the_head_too(models, tmp_path, agrees):
+  """There the two have factors of their own with one memory, and a gradient each; here it is one gradient."""
+  model, place = models("tied llama")
+  settings = dict(r=4, lora_alpha=8, target_modules=["embed_tokens"], ensure_weight_tying=True)
+  theirs = Theirs("tied llama", model, place, tmp_path, settings, randomize=True)
+  ours = Ours("tied llama", place, tmp_path, Lora(rank=4, alpha=8, targets=("embedding/tokens",)))
+  subject = "LoRA, embedding tied to the head (PEFT)"
+  ours.set(theirs.parts(theirs.trained(), ours.start.policy))
+  agrees(subject, "logits", ours.logits(), theirs.logits().detach())
+  theirs.loss().backward()
+  table, head = theirs.model.base_model.model.model.embed_tokens, theirs.model.base_model.model.lm_head
+  own = ours.gradients()
+  a = table.lora_embedding_A["default"].grad.T + head.lora_B["default"].weight.grad
+  b = table.lora_embedding_B["default"].grad.T + head.lora_A["default"].weight.grad
+  agrees(subject, "gradients", own["embedding/tokens/a"], a)
+  agrees(subject, "gradients", own["embedding/tokens/b"], b)
 
 
 def test_pissa(models, tmp_path, agrees):

@@ -76,13 +76,13 @@ def test_patterns_exclusions_and_whole_modules():
     rank_pattern={"attention/query": 2, ".*/attention/.*": 3, r".*/(key|up)": 6},
     alpha_pattern={"up": 1},
     exclude=("down",),
-    modules_to_save=("mlp/gate", "head"),
+    modules_to_save=("mlp/gate", "final_norm"),
   )
   _, after, found = adapted(way)
   ranks = {path.split("/")[-2]: (w.rank, w.scale) for path, w in found.items()}
   assert ranks == {"query": (2, 4.0), "key": (3, 8 / 3), "value": (3, 8 / 3), "output": (3, 8 / 3), "up": (6, 1 / 6)}
   trained = way.trained(after)
-  assert trained["blocks"]["mlp"]["gate"]["weight"] is True and trained["head"]["weight"] is True
+  assert trained["blocks"]["mlp"]["gate"]["weight"] is True and trained["final_norm"]["scale"] is True
   assert trained["blocks"]["mlp"]["down"]["weight"] is False and trained["embedding"]["tokens"] is False
 
 

@@ -33,6 +33,7 @@ TRAINING = TrainingConfig(batch_size=B, seq_len=T, steps=10)
 SGD = OptimizerConfig(
   name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0, weight_decay=0.0, clip_norm=None
 )
+SLOW = dataclasses.replace(SGD, learning_rate=0.02)  # where whole matrices are trained
 LORA = Lora(rank=4, alpha=8.0)
 KINDS = {
   "lora": LORA,
@@ -75,8 +76,8 @@ def train(program, steps=3):
 
 @functools.cache
 def on_one_device(quantize, experts, kind="lora", double=False):
-  model = EXPERTS if experts else MODEL
-  state, _, losses = train(program_of(model=model, quantize=quantize, peft=KINDS[kind], double=double))
+  model, slow = EXPERTS if experts else MODEL, dict(optimizer=SLOW) if kind == "more" else {}
+  state, _, losses = train(program_of(model=model, quantize=quantize, peft=KINDS[kind], double=double, **slow))
   return jax.device_get(state.params), losses
 
 
@@ -101,7 +102,8 @@ def test_adapters_on_meshes(sizes, quantize):
 def test_kinds_on_fsdp_and_tensor(kind, quantize, double):
   want, want_losses = on_one_device(quantize, False, kind, bool(double))
   mesh = MeshConfig(fsdp=4, tensor=2)
-  program = program_of(mesh, quantize=quantize, peft=KINDS[kind], double=bool(double))
+  slow = dict(optimizer=SLOW) if kind == "more" else {}
+  program = program_of(mesh, quantize=quantize, peft=KINDS[kind], double=bool(double), **slow)
   state, frozen, losses = train(program)
   np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), jax.device_get(state.params), want)
@@ -114,11 +116,15 @@ def test_kinds_on_fsdp_and_tensor(kind, quantize, double):
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=lambda s: "x".join(s))
-def test_experts_on_meshes(sizes, quantize):
-  want, want_losses = on_one_device(quantize, True)
-  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, quantize=quantize))
+def test_experts_on_meshes(sizes, quantize, kind="lora"):
+  want, want_losses = on_one_device(quantize, True, kind)
+  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, KINDS[kind], quantize))
   np.testing.assert_allclose(losses, want_losses, rtol=5e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), jax.device_get(state.params), want)
+
+
+def test_dora_on_experts_on_a_mesh():
+  test_experts_on_meshes(dict(fsdp=2, expert=2, tensor=2), None, "dora")
 
 
 def test_adapters_begin_as_the_base_and_learn_by_the_chain_rule():
@@ -221,7 +227,7 @@ def test_qlora_freezes_two_fifths_of_the_bytes():
   assert sizes[1] <= 0.4 * sizes[0]
 
 
-@pytest.mark.parametrize("peft", [Full(), Lora(rank=4, modules_to_save=("head",))], ids=["full", "saved"])
+@pytest.mark.parametrize("peft", [Full(), Lora(rank=4, modules_to_save=("final_norm",))], ids=["full", "saved"])
 def test_the_reference_is_the_policy_as_it_began(peft):
   """Where what is under the adapters is trained too, so much of it is kept, and no more."""
   objective = DPO()
