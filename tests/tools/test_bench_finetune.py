@@ -13,6 +13,7 @@ for module in ("trl", "peft", "transformers"):
   pytest.importorskip(module)
 
 
+@pytest.mark.slow
 def test_both_sides_train_the_same(agrees, tmp_path):
   out = tmp_path / "out.json"
   command = [sys.executable, "tools/bench_finetune.py", "--random=tiny", "--methods=full,lora,dpo", "--length=16"]
