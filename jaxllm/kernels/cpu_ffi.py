@@ -176,23 +176,9 @@ def release_memory(beyond: int) -> None:
 
 
 class _MallocFigures(ctypes.Structure):
-  """mallinfo2(3); uordblks: bytes in use."""
+  """The ten figures of mallinfo2(3); uordblks: bytes in use."""
 
-  _fields_ = [
-    (name, ctypes.c_size_t)
-    for name in [
-      "arena",
-      "ordblks",
-      "smblks",
-      "hblks",
-      "hblkhd",
-      "usmblks",
-      "fsmblks",
-      "uordblks",
-      "fordblks",
-      "keepcost",
-    ]
-  ]
+  _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "uordblks", "fordblks", "keepcost")]
 
 
 def call(name: str, result: Any, *args: Array, **attributes: Any) -> Any:
