@@ -5,9 +5,11 @@ times, and the interval is over questions, because the answers to one of them ar
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -57,9 +59,15 @@ def questions_of(tasks: Sequence[str], count: int, seed: int) -> list[Question]:
     except (AssertionError, ValueError) as error:
       raise ConfigError(f"reasoning-gym cannot make {count} questions of {task!r}: {error}") from error
     for entry in dataset:
-      score = lambda answer, dataset=dataset, entry=entry: float(dataset.score_answer(answer, entry=entry))  # noqa: E731
-      found.append(Question(task, entry["question"], score))
+      found.append(Question(task, entry["question"], functools.partial(_score, dataset, entry)))
   return found
+
+
+def _score(dataset: Any, entry: dict[str, Any], answer: str) -> float:
+  try:
+    return float(dataset.score_answer(answer, entry=entry))
+  except Exception:  # some verifiers fail at what they cannot read, each in its own way
+    return 0.0
 
 
 def answer_in(text: str) -> str:

@@ -59,6 +59,12 @@ def test_every_right_answer_is_found(task, reply):
     assert max(map(question.score, verified.answers_in(reply.format(answer)))) == 1
 
 
+@pytest.mark.parametrize("task", ["prime_factorization", "boxnet", "game_of_life"])
+def test_what_a_verifier_cannot_read_is_wrong(task):
+  [question] = verified.questions_of([task], 1, 3)
+  assert max(map(question.score, ["", "abc", "{}", '{"a": 1}', "0.0", "1e400"])) < 1
+
+
 @pytest.mark.parametrize(
   "text, answer",
   [
