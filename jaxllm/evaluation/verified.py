@@ -118,11 +118,12 @@ def scores_of(
 
 def accuracy(scores: Float[np.ndarray, "questions samples"]) -> Accuracy:
   """The mean score and its interval, Wilson's (1927): of as many answers, right or wrong, as would spread like the
-  questions' means (Franco et al. 2019), and of no fewer than the questions."""
+  questions' means (Franco et al. 2019), and of no fewer than the questions and no more than the answers: verifiers that
+  give a wrong answer a little spread less than what a right one would add."""
   per_question = scores.mean(1)
   count, mean = len(per_question), float(per_question.mean())
   spread = float(per_question.var(ddof=1)) if count > 1 else 0.0
-  n = max(count, count * mean * (1 - mean) / spread) if spread > 1e-12 else count
+  n = min(max(count, count * mean * (1 - mean) / spread), scores.size) if spread > 1e-12 else count
   middle, width = mean + Z95**2 / (2 * n), Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
   low, high = ((middle + sign * width) / (1 + Z95**2 / n) for sign in (-1, 1))
   return Accuracy(mean, max(0.0, low), min(1.0, high), count, float((scores.max(1) >= 1).mean()))

@@ -23,8 +23,8 @@ def test_wilsons_interval(right, n):
 
 def test_samples_of_a_question_are_not_independent():
   """Ten equal answers to each question tell no more than one."""
-  once = verified.accuracy(np.array([[0.0], [1.0], [0.5], [1.0]]))
-  tenfold = verified.accuracy(np.repeat([[0.0], [1.0], [0.5], [1.0]], 10, axis=1))
+  once = verified.accuracy(np.array([[0.0], [1.0], [0.0], [1.0]]))
+  tenfold = verified.accuracy(np.repeat([[0.0], [1.0], [0.0], [1.0]], 10, axis=1))
   assert (once.low, once.high) == (tenfold.low, tenfold.high)
   assert tenfold.solved == 0.5
 
@@ -37,6 +37,17 @@ def test_no_answer_right_is_not_certain():
     want = binomtest(right, 10).proportion_ci(0.95, "wilson")
     got = verified.accuracy(np.full((10, 4), score))
     assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-6)
+
+
+def test_a_little_for_wrong_answers_is_not_certain():
+  """None of ten is solved: that a third can be is within the interval."""
+  got = verified.accuracy(np.array([[0.01]] * 9 + [[0.02]]))
+  assert got.mean == pytest.approx(0.011) and got.high > binomial_limit(10)
+
+
+def binomial_limit(n):
+  """What share, solved in none of n questions, has a chance of 5%."""
+  return 1 - 0.05 ** (1 / n)
 
 
 def test_sampled_intervals_cover_the_truth():
