@@ -145,7 +145,8 @@ def _check_targets(
       f"the adapter in {directory} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names"
     )
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    if not any(ends((target,), module) for module in modules):
+    named = [module for module in {*matrices, *modules} if ends((target,), module)]
+    if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
       raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
 
 

@@ -119,7 +119,7 @@ class Settings:
     tables = [_key(key) for table in (self.rank_pattern, self.alpha_pattern) for key in table]
     whole = [pattern for pattern in (self.targets, self.excluded) if isinstance(pattern, str)]
     patterns = [*tables, *whole, *(self._layer_patterns() if self.layers_pattern else ())]
-    if not any(re.search(r"[*+?{]", pattern.removeprefix(KEY_START)) for pattern in patterns):
+    if not any(re.search(r"[*+?{|]", pattern.removeprefix(KEY_START)) for pattern in patterns):
       return
     program = "import json, re, sys\nfor p, m in json.load(sys.stdin): re.fullmatch(p, m), re.match(p, m)"
     text = json.dumps([(pattern, module) for pattern in patterns for module in modules])
@@ -182,7 +182,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     return found if found is None or isinstance(found, str) else tuple(found)
 
   truth = lambda name: get(name, lambda v: isinstance(v, bool), "true or false", False)  # noqa: E731
-  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0  # noqa: E731
+  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31  # noqa: E731
   is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30  # noqa: E731
   layers = get("layers_to_transform", lambda v: isinstance(v, int) or _all(int, v), "layers' numbers", ())
   patterns = names("layers_pattern") or ()

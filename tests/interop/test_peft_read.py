@@ -150,7 +150,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda t: {n: x for n, x in t.items() if "0.self_attn.q" not in n}, "lacks the weights of .*layers.0.*q_proj"),
     (lambda t: t | {FIRST.replace("q_proj", "o_proj"): t[FIRST]}, "o_proj lacks .lora_B|weights of .*o_proj"),
     (lambda t: t | {FIRST.replace("layers.0", "layers.7"): t[FIRST]}, "has no model.layers.7.self_attn.q_proj"),
-    (lambda t: t | {"a\nb\x1b[31m.weight": t[FIRST]}, r"has no a\\nb\\x1b\[31m"),
+    (lambda t: t | {"a\nb\x1b[31m.weight": t[FIRST]}, r"names a tensor 'a\\nb\\x1b\[31m"),
     (lambda t: t | {FIRST: t[FIRST][:3]}, r"lora_A.weight of shape \(3, 32\), but \(4, 32\)"),
     (lambda t: t | {FIRST: t[FIRST][:, :8]}, r"of shape \(4, 8\)"),
     (lambda t: {}, "is empty"),
