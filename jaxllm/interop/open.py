@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,13 +25,17 @@ from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
 
+TABLE = "embedding/tokens"
 CHECKPOINTS = "checkpoints"
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
 
 
+Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
+
+
 def open_model(
-  path: str | Path, *, adapter: str | Path | None = None, step: int | None = None, merge: bool = True
+  path: str | Path, *, adapter: Adapters = None, step: int | None = None, merge: bool = True
 ) -> StoredModel:
   """Opens a model directory, a training run's (its latest checkpoint, or that of `step`), a Hugging Face
   model's, a PEFT LoRA or DoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
@@ -38,7 +43,8 @@ def open_model(
   Names, shapes and types of all weights are checked; so are the checksums of a model directory.
 
   Args:
-    adapter: a PEFT adapter's directory, for the model at `path`.
+    adapter: a PEFT adapter's directory, for the model at `path`; or several, (directory, weight) where not all of one
+      is to be added.
     merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart` (of a run's own adapters
       that does not hold, they are always merged).
 
@@ -53,15 +59,23 @@ def open_model(
   if form == "run":
     model = _open_run(path, step)
   elif form == "adapter":
-    base = open_model(base_of(path), merge=merge)
-    model = dataclasses.replace(_with_adapter(base, path, merge), path=path, form="adapter")
+    base = open_model(base_of(path), merge=False)
+    model = dataclasses.replace(with_adapter(base, path), path=path, form="adapter")
   elif form == "hf":
     model = open_huggingface(path)
   elif form == "gguf":
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, local_path(adapter), merge)
+  for directory, weight in weighted(adapter):
+    model = with_adapter(model, directory, weight)
+  return model.merged() if merge else model
+
+
+def weighted(adapter: Adapters) -> list[tuple[Path, float]]:
+  """The directories of adapters and their weights."""
+  several = [adapter] if isinstance(adapter, str | Path) else adapter or []
+  return [(local_path(one), 1.0) if isinstance(one, str | Path) else (local_path(one[0]), one[1]) for one in several]
 
 
 def form_of(path: Path) -> Form:
@@ -96,16 +110,20 @@ def _described(path: Path) -> str:
   return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
 
 
-def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
-  """The model with an adapter; what `base` was trained on says nothing of that, so it goes."""
+def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> StoredModel:
+  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes."""
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
-    base = base.untied()
+    changed = any(TABLE in adapter.changes for adapter in base.apart)
+    base = (base.merged() if changed else base).untied()
     families = _families(base)
   if not families:
     as_checkpoint(base.config, base.tensors)  # says why
-  adapter = peft.open_adapter(directory, base.config, base.tensors, families)
-  model = dataclasses.replace(
+  adapter = peft.open_adapter(directory, base.config, base.tensors, families).weighted(weight)
+  for other in base.apart:
+    if both := sorted(other.full.keys() & adapter.full.keys()):
+      raise ConfigError(f"the adapters in {other.path} and {directory} both replace {both[0]}; leave one out")
+  return dataclasses.replace(
     base,
     tensors=dict(base.tensors) | adapter.full,
     tokenizer=read_tokenizer(directory) or base.tokenizer,
@@ -113,14 +131,17 @@ def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredMode
     adapters=(*base.adapters, adapter.settings),
     apart=(*base.apart, adapter),
   )
-  return model.merged() if merge else model
 
 
 def _families(model: StoredModel) -> tuple[str, ...]:
   """By whose names an adapter of the model may go: its own family's, or of all that can express it."""
-  if model.form == "hf":
-    return (read_json(model.path / CONFIG_FILE)["model_type"],)
-  return families_of(model.config)
+  own = family_at(model.path) if model.form == "hf" and model.path else None
+  return (own,) if own else families_of(model.config)
+
+
+def family_at(path: Path) -> str | None:
+  """The family of a Hugging Face model's directory; None: there stands something else."""
+  return read_json(path / CONFIG_FILE).get("model_type") if (path / CONFIG_FILE).is_file() else None
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:

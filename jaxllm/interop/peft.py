@@ -10,7 +10,7 @@ from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import Place, places
-from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, read_settings, short
+from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings, short
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -80,6 +80,7 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
     head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
     modules = {name: parts for name, parts in modules.items() if name not in head}
     full = {name: tensor for name, tensor in full.items() if name.removesuffix(".weight") not in head}
+    settings = settings.without(head)
   wanted = [*(f"{name}.weight" for name in modules), *full]
   fewest: list[str] | None = None
   for family in families:
@@ -89,12 +90,10 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
       break
     fewest = min(fewest or unknown, unknown, key=len)
   else:
-    listed = ", ".join(name.removesuffix(".weight") for name in (fewest or wanted)[:8])
-    raise CheckpointError(
-      f"the adapter in {directory} does not fit its base model, which has no {listed}"
-      + (f" and {len(fewest) - 8} more" if fewest and len(fewest) > 8 else "")
-    )
+    lacking = [name.removesuffix(".weight") for name in fewest or wanted]
+    raise CheckpointError(f"the adapter in {directory} does not fit its base model, which has no {listed(lacking)}")
   ours = {names[f"{name}.weight"].removesuffix(".weight"): parts for name, parts in modules.items()}
+  settings.check_patterns({name.rpartition(".")[0] for name in known}, f"the adapter in {directory}")
   _check_targets(directory, settings, ours, known, {names[name] for name in full})
   shapes = param_shapes(config)
   pieces: dict[str, dict[Index, _Piece]] = {}
@@ -133,7 +132,7 @@ def _check_targets(
   extra = [m for m in modules if settings.targets is not None and not settings.means(m) and matrices[m] not in tables]
   if extra:
     raise CheckpointError(
-      f"the adapter in {directory} has weights of {', '.join(extra[:8])}, which its target_modules do not name"
+      f"the adapter in {directory} has weights of {listed(extra)}, which its target_modules do not name"
     )
   of_layers = [
     m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]
@@ -143,10 +142,11 @@ def _check_targets(
   missing += [name for name in saved if name not in full]
   if missing:
     raise CheckpointError(
-      f"the adapter in {directory} lacks the weights of {', '.join(missing[:8])}, which its {CONFIG_FILE} names"
+      f"the adapter in {directory} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names"
     )
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    if not any(ends((target,), module) for module in modules):
+    named = [module for module in {*matrices, *modules} if ends((target,), module)]
+    if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
       raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
 
 

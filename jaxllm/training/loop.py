@@ -29,6 +29,7 @@ from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger
 from jaxllm.training.profiling import Profiler
 from jaxllm.training.progress import Progress, print_table
+from jaxllm.training.run_adapter import write_run_adapter
 from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
 from jaxllm.training.signals import StopRequest
@@ -238,6 +239,7 @@ class Run:
       self.sample()
     self.save()
     self.checkpoints.wait()
+    write_run_adapter(self.checkpoints.directory.parent, self.settings, self.policy(), self.state.params)
 
   def drain(self) -> None:
     """Waits for the step under way."""
