@@ -31,6 +31,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init
 
 
 def is_adapter(directory: Path) -> bool:
+  """Whether an adapter stands in a directory."""
   return (directory / CONFIG_FILE).is_file()
 
 
@@ -240,6 +241,7 @@ def _of_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def ends(names: str | Collection[str] | None, module: str) -> bool:
+  """Whether a module's name ends in one of some names, or is all of what a pattern means."""
   if names is None or isinstance(names, str):
     return names is not None and re.fullmatch(names, module) is not None
   return any(f".{module}".endswith(f".{name}") for name in names)
