@@ -76,8 +76,9 @@ class Preference:
 
   @property
   def sides(self) -> tuple[Conversation, ...]:
-    """The chosen and the rejected conversation."""
-    return tuple(Conversation(self.prompt + s, self.tools, len(self.prompt)) for s in (self.chosen, self.rejected))
+    """The chosen and the rejected conversation, whose prompt has no weight whatever its messages say."""
+    prompt = tuple(dataclasses.replace(message, weight=None) for message in self.prompt)
+    return tuple(Conversation(prompt + s, self.tools, len(self.prompt)) for s in (self.chosen, self.rejected))
 
 
 def to_json(value: Conversation | Preference) -> bytes:

@@ -21,7 +21,8 @@ from jaxllm.data.config import ChatConfig
 from jaxllm.data.conversations import TEXT, Conversation, Message
 from jaxllm.data.tokenizers import Tokenizer
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)  # reasoning that stands in the content itself
+# Reasoning that stands in the content itself; it may begin in the prompt for a reply.
+_THOUGHT = re.compile(r"\s*(<think>)?.*?</think>\s*", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -92,6 +93,13 @@ class Masker:
         turns.append(_Turn(start, start + len(text), weight, start))
         start += len(text)
       return _Rendered("".join(texts), turns)
+    if self.config.reasoning != "train":
+      for n, message in enumerate(conversation.messages):
+        if message.role == "assistant" and "<think>" in message.content and not _THOUGHT.match(message.content):
+          raise DataError(
+            f"message {n + 1} (assistant) has reasoning without an end, </think>, so that it cannot be told from the "
+            "answer; mend it, or set data.chat.reasoning to 'train'"
+          )
     if self.config.reasoning == "drop":
       bare = tuple(_without_reasoning(message) for message in conversation.messages)
       conversation = dataclasses.replace(conversation, messages=bare)

@@ -31,6 +31,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init
 
 
 def is_adapter(directory: Path) -> bool:
+  """Whether an adapter stands in a directory."""
   return (directory / CONFIG_FILE).is_file()
 
 
@@ -182,7 +183,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     return found if found is None or isinstance(found, str) else tuple(found)
 
   truth = lambda name: get(name, lambda v: isinstance(v, bool), "true or false", False)  # noqa: E731
-  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0  # noqa: E731
+  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31  # noqa: E731
   is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30  # noqa: E731
   layers = get("layers_to_transform", lambda v: isinstance(v, int) or _all(int, v), "layers' numbers", ())
   patterns = names("layers_pattern") or ()
@@ -240,6 +241,7 @@ def _of_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def ends(names: str | Collection[str] | None, module: str) -> bool:
+  """Whether a module's name ends in one of some names, or is all of what a pattern means."""
   if names is None or isinstance(names, str):
     return names is not None and re.fullmatch(names, module) is not None
   return any(f".{module}".endswith(f".{name}") for name in names)

@@ -294,6 +294,12 @@ def test_bad_pairs_are_one_line(name):
     preference_of(row)
 
 
+def test_a_prompts_replies_have_no_weight_in_a_pair():
+  first = openai(USER) + [{"role": "assistant", "content": "4", "weight": 1.0}, *openai(AGAIN)]
+  sides = preference_of({"prompt": first, "chosen": openai(REPLY), "rejected": openai(LAST)}).sides
+  assert [[m.weight for m in side.messages] for side in sides] == [[None] * 4] * 2
+
+
 def test_text_that_is_no_utf8():
   with pytest.raises(DataError, match="neither UTF-8 text nor JSON"):
     to_json(conversation_of({"text": "caf\udce9"}))

@@ -156,7 +156,7 @@ def test_bad_rows_are_named_and_skipped(job, tmp_path, capsys):
     job([*MANY, *BAD])
   with pytest.raises(DataError, match=r"0\.jsonl:41: column 'output' must be text that is not empty"):
     job([*MANY, *BAD[1:]])
-  with pytest.raises(DataError, match=r"0\.jsonl:41: a reply has '<\|im_end\|>', which ends it, in its text"):
+  with pytest.raises(DataError, match=r"0\.jsonl:41: message 2 .assistant. has '<\|im_end\|>' in its text"):
     job([*MANY, *TAIL])
   config = job([*MANY, *BAD, *TAIL], on_bad_row="skip", heldout_fraction=0.0)
   lines = [f"0.jsonl:{n}: " for n in range(41, 46)]
@@ -188,7 +188,7 @@ def test_other_tasks_skip_bad_rows_too(job):
   [
     ([], "data source 'part0' is empty"),
     (BAD[1:], r"all 2 rows of data source 'part0' are bad: .*0\.jsonl:1: "),
-    (TAIL, r"all 2 examples of data source 'part0' are bad: .*0\.jsonl:1: a reply has"),
+    (TAIL, r"all 2 examples of data source 'part0' are bad: .*0\.jsonl:1: message 2 .assistant. has"),
   ],
 )
 def test_data_without_anything_to_learn_from(job, rows, match):

@@ -248,6 +248,19 @@ def test_reasoning_and_tools_in_or_out(shown):
   assert masked.count("[[") == 1 and "[[<think>\n\n</think>\n\nIt is 4.<|im_end|>]]" in masked
 
 
+@pytest.mark.parametrize("begin", ["<think>\n", ""])
+def test_reasoning_in_the_text(shown, begin):
+  """Which data of models has without its beginning, where that stands in the prompt for a reply."""
+  chat = [TURNS[0], {"role": "assistant", "content": begin + "Two.\n</think>\n\n4"}]
+  assert shown(CHATML, chat, reasoning="drop").endswith("assistant\n[[4<|im_end|>]]\n")
+  assert shown(CHATML, chat, reasoning="mask").endswith(f"{begin}Two.\n</think>\n\n[[4<|im_end|>]]\n")
+  cut = [TURNS[0], {"role": "assistant", "content": "<think>\nTwo."}]
+  assert shown(CHATML, cut).endswith("[[<think>\nTwo.<|im_end|>]]\n")
+  for reasoning in ("drop", "mask"):
+    with pytest.raises(DataError, match="message 2 .assistant. has reasoning without an end"):
+      shown(CHATML, cut, reasoning=reasoning)
+
+
 def test_texts(shown, chat_tokenizer):
   def text(**row):
     return shown(None, None, conversation=conversation_of(row))

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from chat_tokenizer import chat_tokenizer
 
 CONFIG = '''"""A job that takes seconds."""
 from jaxllm.config import default_config
@@ -81,24 +82,10 @@ def door(capsys):
   return door
 
 
-CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 @pytest.fixture
 def chat_job(tmp_path):
   """A config file of SFT on forty questions, and flags that change it."""
-  import tokenizers
-
-  from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet
-
-  rust = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
-  rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  rust.decoder = tokenizers.decoders.ByteLevel()
-  rust.add_special_tokens(["</s>", "<|im_start|>", "<|im_end|>"])
-  HuggingFaceTokenizer(rust.to_str(), {"eos_token": "</s>", "chat_template": CHATML}).save(tmp_path / "tokenizer")
+  chat_tokenizer().save(tmp_path / "tokenizer")
   rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(40)] + [{"question": "x" * 99, "answer": "y"}]
   (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
   path = tmp_path / "sft.py"

@@ -125,7 +125,7 @@ mesh = Mesh(np.asarray(jax.devices()), ("x",))
 def put(x, *spec):
   sharding = NamedSharding(mesh, PartitionSpec(*spec))
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-model = ModelConfig(vocab_size=32, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_seq_len=16)
+model = ModelConfig(vocab_size=4096, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_seq_len=256)
 a, b = (np.arange(64, dtype=np.float32).reshape(shape) + 1 for shape in ((2, 16, 2), (2, 2, 16)))
 w = LoraWeight(put(np.ones((2, 16, 16), np.float32), None, "x"), put(a, None, "x"), put(b), scale=0.5)
 tree = lambda w: {"blocks": {"attention": {"query": {"weight": w}}}}

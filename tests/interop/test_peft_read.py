@@ -3,16 +3,20 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from peft_models import MODELS, logits, save
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.inference.load import load_model
+from jaxllm.inference.model import Model
 from jaxllm.interop.open import open_model
 from jaxllm.interop.peft_write import write_adapter
 from jaxllm.interop.safetensors import read_safetensors, write_safetensors
 from jaxllm.interop.tensors import in_memory
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import make_mesh
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -72,6 +76,17 @@ def test_an_adapter_that_peft_made(tmp_path, agrees, name):
   agrees(f"{name} of PEFT's, {family}", "logits, apart", logits(load_model(base, adapter=adapter)), want)
   agrees(f"{name} of PEFT's, {family}", "logits, merged", logits(load_model(base, adapter=adapter, merge=True)), want)
   assert np.abs(logits(load_model(base)) - want).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "ranks and scales by pattern", "DoRA of some layers"])
+def test_on_a_mesh(tmp_path, agrees, name):
+  """8 devices, matrices split both ways."""
+  base, adapter, want = made("llama", tmp_path, **SETTINGS[name][1])
+  model = load_model(base, adapter=adapter, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+  assert any(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(model.params))
+  agrees(f"{name} of PEFT's, 8 devices", "logits", logits(model), want)
+  again = Model(model.config, model.params)
+  agrees(f"{name} of PEFT's, 8 devices", "logits of its params", logits(again), want)
 
 
 def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
@@ -169,7 +184,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda t: {n: x for n, x in t.items() if "0.self_attn.q" not in n}, "lacks the weights of .*layers.0.*q_proj"),
     (lambda t: t | {FIRST.replace("q_proj", "o_proj"): t[FIRST]}, "o_proj lacks .lora_B|weights of .*o_proj"),
     (lambda t: t | {FIRST.replace("layers.0", "layers.7"): t[FIRST]}, "has no model.layers.7.self_attn.q_proj"),
-    (lambda t: t | {"a\nb\x1b[31m.weight": t[FIRST]}, r"has no a\\nb\\x1b\[31m"),
+    (lambda t: t | {"a\nb\x1b[31m.weight": t[FIRST]}, r"names a tensor 'a\\nb\\x1b\[31m"),
     (lambda t: t | {FIRST: t[FIRST][:3]}, r"lora_A.weight of shape \(3, 32\), but \(4, 32\)"),
     (lambda t: t | {FIRST: t[FIRST][:, :8]}, r"of shape \(4, 8\)"),
     (lambda t: {}, "is empty"),
