@@ -30,6 +30,7 @@ def get_config():
   c.training.batch_size = 8
   c.training.seq_len = 160
   c.training.eval_every = 25
+  c.training.replay_dir = "data/smollm2/replay"
   c.training.sample_prompts = ()
   c.optimizer.learning_rate = 5e-4
   c.optimizer.schedule = "linear"

@@ -236,9 +236,6 @@ def train_batches(
 
 def _weights(config: DataConfig, prepared: Prepared) -> dict[str, float]:
   """Weight by source name, of the sources that take part: weight above 0 and something to train on."""
-  for source in config.sources:
-    if source.weight < 0:
-      raise ConfigError(f"data source {source.path!r} has weight {source.weight}; it must not be negative")
   pairs = zip(prepared.sources, config.sources)
   weights = {info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents}
   if not weights:
