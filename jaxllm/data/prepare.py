@@ -90,7 +90,9 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
     if names.count(name) > 1:
       raise DataError(f"two data sources are called {name!r}: give them different names with their `name`")
   content = manifests.content_config(config)
-  key = manifests.digest([manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)])
+  split = ["by what is asked"] if config.task in CHAT else []
+  stamps = [source.stamp for source in sources]
+  key = manifests.digest([manifests.FORMAT, content, names, stamps, _tokenizer_stamp(config), *split])
   with _locked(directory):
     prepared = manifests.read_manifest(directory)
     already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
