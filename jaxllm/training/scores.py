@@ -208,11 +208,12 @@ def _facts(run: RunConfig, program: Program, prepared: Prepared) -> dict[str, An
   init, name = run.model_init, run.objective.cached
   path = getattr(run.objective, name, "")
   fresh = ["drawn from seed", run.training.seed, hashlib.sha256(repr(run.model).encode()).hexdigest()]
-  model = path or init.path
+  model, stored = path or init.path, getattr(run.peft, "path", "")
   return {
     "model": _weights(model, None if path else init.step) if model else fresh,
     "adapter": _weights(init.adapter) if init.adapter and not path else None,
-    "quantize": None if path else [init.quantize, init.group_size],
+    "adapter to go on with": _weights(stored) if stored and not path else None,  # it may have whole modules
+    "quantize": None if path else [init.quantize, init.group_size, init.double_quantize],
     "dtype": program.compute.dtype,
     "tokenizer": prepared.tokenizer_fingerprint,
     "template": prepared.masks,
