@@ -178,7 +178,8 @@ def release_memory(beyond: int) -> None:
 class _MallocFigures(ctypes.Structure):
   """The ten figures of mallinfo2(3); uordblks: bytes in use."""
 
-  _fields_ = [(name, ctypes.c_size_t) for name in (*"abcdefg", "uordblks", "fordblks", "keepcost")]
+  _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+  _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
 def call(name: str, result: Any, *args: Array, **attributes: Any) -> Any:
