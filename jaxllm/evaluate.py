@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--temperature", type=float, default=0.0)
   parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
   args = parser.parse_args(argv)
-  if args.tasks:
+  if args.tasks is not None:
     return _verify(args)
 
   from jaxllm.data.heldout import HeldoutBatches

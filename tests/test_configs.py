@@ -30,18 +30,18 @@ HARDWARE = {
 
 
 # These begin with a model in files, which tests/doors/test_start.py has smaller ones of.
-ON_TOP_OF_A_MODEL = {"sft_smollm2"}
+ON_TOP_OF_A_MODEL = {"sft_smollm2": "chat", "dpo_smollm2": "preference"}  # and their tasks
 
 
 def test_every_config_is_covered():
-  assert {path.stem for path in CONFIGS.glob("*.py")} == HARDWARE.keys() | ON_TOP_OF_A_MODEL
+  assert {path.stem for path in CONFIGS.glob("*.py")} == HARDWARE.keys() | ON_TOP_OF_A_MODEL.keys()
 
 
 @pytest.mark.parametrize("name", ON_TOP_OF_A_MODEL)
 def test_a_config_on_top_of_a_model(name):
   path = CONFIGS / f"{name}.py"
   run = load_config(str(path))
-  assert run.model_init.path.endswith(".gguf") and run.peft.kind == "lora" and run.data.task == "chat"
+  assert run.model_init.path and run.peft.kind == "lora" and run.data.task == ON_TOP_OF_A_MODEL[name]
   for word in (f"configs/{name}.py", "Hardware", "Time"):
     assert word in load_config_file(str(path)).__doc__
 

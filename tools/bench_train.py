@@ -13,63 +13,19 @@ system between steps), or all. Rounds during which other programs used the proce
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from sides import Side, machine, quiet_rounds
 
 SIDES = pathlib.Path(__file__).with_name("train_sides")
 SHAPE = dict(vocab=4096, embed=384, layers=6, heads=6, mlp=1024, length=256, batch=12)
 LEVERS = ("matmul", "attention", "cross_entropy", "elementwise", "unroll", "resident")
-
-
-def machine_seconds() -> float:
-  """CPU seconds that all processes of this machine have used (Linux)."""
-  fields = [int(x) for x in pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-  return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_name() -> str:
-  """The processor's name, with the features that decide its speed (Linux)."""
-  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  facts = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
-  facts = {key.strip(): value.strip() for key, value in facts.items()}
-  features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
-  return f"{facts.get('model name', platform.machine())} ({', '.join(features)})"
-
-
-class Side:
-  """One framework in its own process, idle on a pipe while another one runs."""
-
-  def __init__(self, name: str, python: str, script: str, settings: dict):
-    self.name, self.rounds, self.losses, self.foreign = name, [], [], []
-    command = [python, str(SIDES / script), json.dumps(settings)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(SIDES.parent.parent)}
-    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    self.version = json.loads(self.process.stdout.readline())
-
-  def own_seconds(self) -> float:
-    fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-  def run(self, steps: int, record: bool = True) -> None:
-    began, others = time.perf_counter(), machine_seconds() - self.own_seconds()
-    self.process.stdin.write(f"{steps}\n")
-    self.process.stdin.flush()
-    line = self.process.stdout.readline()
-    if not line:
-      raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}")
-    answer = json.loads(line)
-    self.losses += answer["losses"]
-    if record:
-      self.rounds.append(answer["times"])
-      self.foreign.append((machine_seconds() - self.own_seconds() - others) / (time.perf_counter() - began))
 
 
 def main():
@@ -89,25 +45,24 @@ def main():
 
   with tempfile.TemporaryDirectory() as folder:
     shared = SHAPE | {"dtype": args.dtype, "weights": f"{folder}/weights.npz"}
-    sides = [Side("jaxllm", args.python_jax, "jax_side.py", shared | {"without": []})]
+    sides = [Side("jaxllm", args.python_jax, SIDES / "jax_side.py", shared | {"without": []})]
     for lever in args.without:
       off = list(LEVERS) if lever == "all" else [lever]
-      sides.append(Side(f"jaxllm without {lever}", args.python_jax, "jax_side.py", shared | {"without": off}))
+      sides.append(Side(f"jaxllm without {lever}", args.python_jax, SIDES / "jax_side.py", shared | {"without": off}))
     for mode in modes:
-      sides.append(Side(f"torch {mode}", args.python_torch, "torch_side.py", shared | {"mode": mode}))
+      sides.append(Side(f"torch {mode}", args.python_torch, SIDES / "torch_side.py", shared | {"mode": mode}))
     for side in sides:
       side.run(3, record=False)  # compile and warm up
     for _ in range(args.rounds):
       for side in sides:
         side.run(args.steps)
     for side in sides:
-      side.process.stdin.close()
-      side.process.wait()
+      side.end()
 
-  quiet = [i for i in range(args.rounds) if max(side.foreign[i] for side in sides) <= args.max_foreign]
+  quiet, where = quiet_rounds(sides, args.max_foreign), machine()
   tokens = SHAPE["batch"] * SHAPE["length"]
   medians = [statistics.median(t for i in quiet or range(args.rounds) for t in side.rounds[i]) for side in sides]
-  print(f"{cpu_name()}, {os.cpu_count()} cores, {args.dtype}, {SHAPE}")
+  print(f"{where['machine']}, {args.dtype}, {SHAPE}")
   print(f"{len(quiet)} of {args.rounds} rounds quiet, {args.steps} steps each" + ("" if quiet else ": NOT QUIET"))
   rows = []
   for side, median in zip(sides, medians):
@@ -120,10 +75,9 @@ def main():
     print(f"{side.name:28}{side.version:24}{speed:8.0f} tokens/s {1e3 * median:8.1f} ms   "
           f"jaxllm is {median / medians[0]:.2f}x   loss gap {gap:.1e}")  # fmt: skip
   if args.out:
-    command = ["git", "-C", str(SIDES), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    machine = f"{cpu_name()}, {os.cpu_count()} cores"
-    facts = {"machine": machine, "commit": commit, "dtype": args.dtype, "shape": SHAPE} | {
+    facts = where | {
+      "dtype": args.dtype,
+      "shape": SHAPE,
       "quiet_rounds": len(quiet),
       "rounds": args.rounds,
       "rows": rows,

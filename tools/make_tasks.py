@@ -28,7 +28,7 @@ def main() -> None:
 
   import reasoning_gym
 
-  from jaxllm.evaluation.verified import INSTRUCTION
+  from jaxllm.evaluation.verified import INSTRUCTION, questions_of
   from jaxllm.inference.load import load_model
 
   model = load_model(args.model) if args.model else None
@@ -36,17 +36,16 @@ def main() -> None:
   draw = random.Random(args.seed)
   answered, compared = [], []
   for task in args.tasks.split(","):
-    dataset = reasoning_gym.create_dataset(task, size=args.count, seed=args.seed)
-    entries = list(dataset)
-    asked = [[{"role": "user", "content": f"{entry['question']}\n\n{INSTRUCTION}"}] for entry in entries]
-    replies = answers_of(model, asked, args) if model else None
-    for i, (ask, entry) in enumerate(zip(asked, entries, strict=True)):
+    questions = questions_of([task], args.count, args.seed)
+    right = [entry["answer"] for entry in reasoning_gym.create_dataset(task, size=args.count, seed=args.seed)]
+    asked = [[{"role": "user", "content": f"{question.text}\n\n{INSTRUCTION}"}] for question in questions]
+    replies = answers_of(model, asked, args) if model else [right] * len(right)
+    for ask, question, answer, others in zip(asked, questions, right, replies, strict=True):
       say = lambda answer: [{"role": "assistant", "content": f"Answer: {answer}"}]  # noqa: E731
-      answered.append({"prompt": ask, "completion": say(entry["answer"])})
-      others = replies[i] if replies else [other["answer"] for other in entries]
-      wrong = [other for other in others if other and dataset.score_answer(other, entry=entry) < 1]
+      answered.append({"prompt": ask, "completion": say(answer)})
+      wrong = [other for other in others if other and question.score(other) < 1]
       if wrong:
-        compared.append({"prompt": ask, "chosen": say(entry["answer"]), "rejected": say(draw.choice(wrong))})
+        compared.append({"prompt": ask, "chosen": say(answer), "rejected": say(draw.choice(wrong))})
   args.out.mkdir(parents=True, exist_ok=True)
   for name, rows in (("sft", answered), ("preference", compared)):
     draw.shuffle(rows)
@@ -61,8 +60,9 @@ def answers_of(model, asked, args, batch_size=32) -> list[list[str]]:
   answers: list[list[str]] = [[] for _ in asked]
   for start in range(0, len(asked), batch_size):
     prompts = [model.chat_ids(messages) for messages in asked[start : start + batch_size]]
-    sampling = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed + start}
-    for completion in model.generate(prompts, n=args.samples, **sampling):
+    settings = {"temperature": args.temperature, "max_tokens": args.max_tokens, "n": args.samples}
+    draws = [model.sampling(**settings, seed=args.seed * 2**32 + start + i) for i in range(len(prompts))]
+    for completion in model.generate(prompts, draws):
       answers[start + completion.prompt_index].append(answer_in(completion.text))
   return answers
 

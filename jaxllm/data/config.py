@@ -1,6 +1,7 @@
 """Settings of the data room: where text comes from and how it becomes batches."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jaxllm.base.errors import ConfigError
@@ -38,6 +39,10 @@ class SourceConfig:
     unknown = sorted(self.columns.keys() - set(COLUMNS))
     if unknown:
       raise ConfigError(f"a source's `columns` has the key {unknown[0]!r}; standard names are {', '.join(COLUMNS)}")
+    if not 0 <= self.weight < math.inf:
+      raise ConfigError(f"data source {self.path!r} has weight {self.weight}; it must be a number that is not negative")
+    if self.max_documents is not None and self.max_documents < 1:
+      raise ConfigError(f"data source {self.path!r} has max_documents {self.max_documents}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,9 @@ class DataConfig:
   dir: str = "data/default"  # prepared shards, tokenizer and manifest live here
   sources: tuple[SourceConfig, ...] = ()
   tokenizer: TokenizerConfig = TokenizerConfig()
-  heldout_fraction: float = 0.01  # of documents, chosen by a hash of the document's id
+  # Of documents, chosen by a hash of the document's id; of instruction data of prompts, so that what is asked in a
+  # held-out row is asked in no other.
+  heldout_fraction: float = 0.01
   max_heldout_bytes: int | None = None
   # How documents become rows (`jaxllm.data.tasks`). "text": to predict the next token. "masking": masked words.
   # "span_corruption" (T5), "denoising" (BART), "pairs" (source, target): for an encoder-decoder.
@@ -124,12 +131,12 @@ class DataConfig:
   prefetch: int = 16  # batches read ahead
 
   def __post_init__(self):
+    if ("classification" in self.task or self.task == "preference") and self.packing != "none":
+      raise ConfigError(f"data.task {self.task!r} has one example a row; set data.packing to 'none'")
     if self.task not in ("text", "masking") and self.packing == "split":
       raise ConfigError(
         f"data.packing 'split' cuts documents anywhere, which data.task {self.task!r} cannot use; choose "
         "'best_fit', 'first_fit' or 'none'"
       )
-    if ("classification" in self.task or self.task == "preference") and self.packing != "none":
-      raise ConfigError(f"data.task {self.task!r} has one example a row; set data.packing to 'none'")
     if self.task == "preference" and self.chat.train_on == "all":
       raise ConfigError("data.chat.train_on 'all' has no meaning for data.task 'preference', which compares answers")

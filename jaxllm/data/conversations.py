@@ -7,6 +7,7 @@ template sees.
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ _ROLES = {
   "system": "system", "developer": "system",
   "user": "user", "human": "user", "prompter": "user",
   "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-  "function_call": "assistant",
+  "ai": "assistant", "bard": "assistant", "bing": "assistant", "function_call": "assistant",
   "tool": "tool", "observation": "tool", "ipython": "tool", "function": "tool", "function_response": "tool",
 }  # fmt: skip
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -75,8 +76,9 @@ class Preference:
 
   @property
   def sides(self) -> tuple[Conversation, ...]:
-    """The chosen and the rejected conversation."""
-    return tuple(Conversation(self.prompt + s, self.tools, len(self.prompt)) for s in (self.chosen, self.rejected))
+    """The chosen and the rejected conversation, whose prompt has no weight whatever its messages say."""
+    prompt = tuple(dataclasses.replace(message, weight=None) for message in self.prompt)
+    return tuple(Conversation(prompt + s, self.tools, len(self.prompt)) for s in (self.chosen, self.rejected))
 
 
 def to_json(value: Conversation | Preference) -> bytes:
@@ -124,6 +126,7 @@ def conversation_of(row: Any, format: str = "auto", columns: Mapping[str, str] |
   if found == "prompt_completion":
     prompt, completion = _column(row, "prompt"), _column(row, "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
+      _check_bare(row)
       texts = [Message(TEXT, prompt)] if prompt else []
       return Conversation((*texts, Message(TEXT, _string(row, "completion"))), prompt=len(texts))
     before, after = _turns(prompt, "user", keys), _turns(completion, "assistant", keys)
@@ -148,15 +151,17 @@ def preference_of(row: Any, format: str = "auto", columns: Mapping[str, str] | N
   if chosen == rejected:
     raise DataError("chosen and rejected are the same")
   texts = isinstance(chosen, str) and isinstance(rejected, str)
-  if texts and (isinstance(prompt, str) or not any(map(row.get, names))):
+  apart = any(row.get(name) is not None for name in names)  # the prompt has columns of its own
+  if texts and (isinstance(prompt, str) or not apart):
+    _check_bare(row)
     shared = _shared_words(chosen, rejected) if prompt is None else ""
     sides = [(Message(TEXT, side.removeprefix(shared)),) for side in (chosen, rejected)]
-    if not (chosen and rejected):
+    if not (chosen.strip() and rejected.strip()):
       raise DataError("chosen or rejected has no text")
     return Preference((Message(TEXT, prompt or shared),) if prompt or shared else (), *sides)
   first, second = (_turns(side, "assistant", keys) for side in (chosen, rejected))
   before: tuple[Message, ...] = ()
-  if any(row.get(name) for name in names) and not (isinstance(prompt, str) and first[0].role != "assistant"):
+  if apart and not (isinstance(prompt, str) and first[0].role != "assistant"):
     found = _format(row, format, names)
     before = _turns(prompt, "user", keys) if found == "prompt_completion" else _prompt(row, found, keys)
     first, second = (s[len(before) :] if s[: len(before)] == before else s for s in (first, second))
@@ -168,6 +173,15 @@ def preference_of(row: Any, format: str = "auto", columns: Mapping[str, str] | N
   for side in (first, second):
     _check_order(before + side)
   return Preference(before, first, second, _tools(row))
+
+
+def _check_bare(row: Mapping[str, Any]) -> None:
+  """That texts, which no chat template sees, come without what only a template could write."""
+  if extra := [name for name in ("system", "tools") if row.get(name)]:
+    raise DataError(
+      f"column {extra[0]!r} has no place beside texts, which no chat template sees; map the prompt to 'instruction' "
+      "(and the completion to 'output'), which are put into the template"
+    )
 
 
 def _shared_words(first: str, second: str) -> str:
@@ -185,7 +199,9 @@ def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict
   if missing:
     raise DataError(f"no column {missing[0]!r}, which the source's `columns` names; it has: {', '.join(row)}")
   row = {name: v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for name, v in row.items()}
-  return row | {name: row[theirs] for name, theirs in columns.items() if name not in keys}, keys
+  named = {name: row[theirs] for name, theirs in columns.items() if name not in keys}
+  # A column that is mapped stands for nothing else.
+  return {name: v for name, v in row.items() if name not in columns.values()} | named, keys
 
 
 def _format(row: Mapping[str, Any], format: str, columns: Sequence[str]) -> str:
@@ -202,6 +218,8 @@ def _format(row: Mapping[str, Any], format: str, columns: Sequence[str]) -> str:
     return format
   found = next((names[column] for column in columns if row.get(column) is not None), None)
   if found is None:
+    if {"chosen", "rejected"} <= row.keys():
+      raise DataError("columns 'chosen' and 'rejected' are preferences: set data.task to 'preference'")
     raise DataError(
       f"no format has the columns {', '.join(row)}; one of {', '.join(columns)} is needed: set the source's `columns`, "
       'such as {"instruction": "question", "output": "answer"}'
@@ -216,9 +234,12 @@ def _prompt(row: Mapping[str, Any], format: str, keys: Mapping[str, str]) -> tup
   if format == "sharegpt":
     return _turns(_column(row, "conversations"), "user", keys)
   history: list[Message] = []
-  for turn in row.get("history") or ():
-    if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-      raise DataError("history is a list of pairs [question, answer]")
+  turns = row.get("history") or ()
+  if not isinstance(turns, list | tuple):
+    raise DataError("history is a list of pairs [question, answer]")
+  for turn in turns:
+    if not (isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(t, str) and t.strip() for t in turn)):
+      raise DataError("history is a list of pairs [question, answer], of texts that are not empty")
     history += [Message("user", turn[0]), Message("assistant", turn[1])]
   texts = [_string(row, "instruction")] + [text for text in [row.get("input")] if text]
   return (*history, Message("user", "\n".join(texts)))
@@ -244,10 +265,12 @@ def _with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-  tools = row.get("tools") or ()
+  tools = row.get("tools") or row.get("functions") or ()  # the latter is OpenAI's older name
   if isinstance(tools, str):
     tools = _parsed(tools, "tools")
-  if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+  if not isinstance(tools, list | tuple) or not all(
+    isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools
+  ):
     raise DataError("tools is a list of JSON schemas of functions")
   return tuple(tools)
 
@@ -276,21 +299,27 @@ def _message(number: int, item: Mapping[str, Any], keys: Mapping[str, str]) -> M
     return next((item[name] for name in names if item.get(name) is not None), None)
 
   spoken = first(keys.get("role", "role"), "from")
-  if spoken not in _ROLES:
+  role = _ROLES.get(spoken.lower()) if isinstance(spoken, str) else None
+  if role is None:
     raise DataError(f"message {number} has the role {spoken!r}; known are {', '.join(_ROLES)}")
-  role, content = _ROLES[spoken], first(keys.get("content", "content"), "value")
-  calls = item.get("tool_calls") or ()
+  content = first(keys.get("content", "content"), "value")
+  old = item.get("function_call")  # OpenAI's older form, of one call
+  calls = item.get("tool_calls") or ([old] if old else [])
   if spoken == "function_call":
     calls, content = _parsed(content or "", f"message {number}"), ""
     calls = calls if isinstance(calls, list) else [calls]
+  if not isinstance(calls, list | tuple):
+    raise DataError(f"message {number}'s tool_calls are no list")
   if isinstance(content, list):
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
       raise DataError(f"message {number} has parts that are no text, which text models cannot read")
     content = "".join(part["text"] for part in content)
-  if not isinstance(content or "", str) or not (content or calls or role in ("tool", "system")):
+  if not isinstance(content or "", str) or not ((content or "").strip() or calls or role in ("tool", "system")):
     raise DataError(f"message {number} ({role}) has no text")
   reasoning, weight = first(*_REASONING) or "", first(*_WEIGHTS)
-  if not isinstance(weight or 0, int | float) or (weight or 0) < 0 or (weight and role != "assistant"):
+  if not isinstance(reasoning, str):
+    raise DataError(f"message {number} ({role}) has reasoning that is no text")
+  if not isinstance(weight or 0, int | float) or not 0 <= (weight or 0) < math.inf or (weight and role != "assistant"):
     raise DataError(f"message {number} ({role}) has the weight {weight!r}; weights are an assistant's, and from 0 on")
   return Message(
     role,

@@ -16,7 +16,7 @@ from jaxtyping import Float32, Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.data.config import DataConfig, SourceConfig
-from jaxllm.data.conversations import Conversation, conversation_of, from_json, preference_of, to_json
+from jaxllm.data.conversations import TEXT, Conversation, conversation_of, from_json, preference_of, to_json
 from jaxllm.data.masks import Example, Masker
 from jaxllm.data.sources import Document
 from jaxllm.data.text import to_bytes
@@ -124,6 +124,14 @@ def _encode_preferences(masker: Masker, documents: Sequence[Document]) -> list[l
       ]
     )
   return parts
+
+
+def question_of(document: Document) -> bytes:
+  """What a conversation or preference asks: all before the first answer, or the whole text where that is nothing."""
+  one = _conversations(document)[0]
+  before = itertools.takewhile(lambda message: message.role not in ("assistant", TEXT), one.messages)
+  said = [(message.role, message.content) for message in one.messages[: one.prompt] or before]
+  return json.dumps(said).encode() if said else document.data
 
 
 def _conversations(document: Document) -> Sequence[Conversation]:

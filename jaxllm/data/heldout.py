@@ -1,6 +1,6 @@
 """Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -58,7 +58,12 @@ class HeldoutBatches:
         "data.heldout_fraction and prepare again"
       )
     document_bytes = np.concatenate(sizes)
-    self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
+    try:
+      self._plan = self._task.plan(np.concatenate(counts), "best_fit", None)
+    except DataError as error:
+      raise DataError(f"of the held-out rows {error}") from error
+    if not self._plan.num_rows:
+      raise DataError(f"each held-out row in {prepared.dir} is bad, see {prepared.skipped_path}")
     # In a fixed shuffled order, so that the first batches are a fair sample.
     self._order = random_order(self._plan.num_rows, 0, 0)
     if max_batches:
@@ -90,6 +95,11 @@ class HeldoutBatches:
   def _row(self, row: int) -> Batch:
     return self._task.row(self._plan.pieces(0, row), self, np.random.default_rng([0, row]))
 
+  @property
+  def every_row(self) -> Sequence[Batch]:
+    """All rows that there are, beyond `max_batches` too, in the data's order; each is made when it is asked for."""
+    return _Rows(self._row, self._plan.num_rows)
+
   def framed(self, document: int) -> np.ndarray:
     """As `TokenDocuments.framed`, sources numbered on."""
     documents, index = self._documents[document]
@@ -99,6 +109,19 @@ class HeldoutBatches:
     """As `TokenDocuments.parts`, sources numbered on."""
     documents, index = self._documents[document]
     return documents.parts(index)
+
+
+class _Rows(Sequence):
+  """Rows by number."""
+
+  def __init__(self, make: Callable[[int], Batch], count: int):
+    self._make, self._count = make, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, row):
+    return self._make(row)
 
 
 def heldout_batches(

@@ -185,9 +185,7 @@ def open_prepared(config: DataConfig) -> Prepared:
   Raises DataError when nothing is prepared there, when it was prepared with other settings, or when a file is
   missing or cut short.
   """
-  prepared = read_manifest(config.dir)
-  if prepared is None:
-    raise DataError(f"no prepared data in {config.dir}: run python -m jaxllm.prepare with this config first")
+  prepared = open_any(config.dir)
   wanted = content_config(config)
   changed = [name for name in wanted | prepared.config if wanted.get(name) != prepared.config.get(name)]
   if changed:
@@ -195,6 +193,17 @@ def open_prepared(config: DataConfig) -> Prepared:
       f"{config.dir} was prepared with another data.{changed[0]}: run python -m jaxllm.prepare again, or "
       "choose another data.dir"
     )
+  return prepared
+
+
+def open_any(directory: str | os.PathLike) -> Prepared:
+  """The build in a directory, whatever its settings.
+
+  Raises DataError when nothing is prepared there, or when a file is missing or cut short.
+  """
+  prepared = read_manifest(directory)
+  if prepared is None:
+    raise DataError(f"no prepared data in {directory}: run python -m jaxllm.prepare with this config first")
   broken = missing_files(prepared)
   if broken:
     raise DataError(

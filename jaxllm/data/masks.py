@@ -21,7 +21,8 @@ from jaxllm.data.config import ChatConfig
 from jaxllm.data.conversations import TEXT, Conversation, Message
 from jaxllm.data.tokenizers import Tokenizer
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)  # reasoning that stands in the content itself
+# Reasoning that stands in the content itself; it may begin in the prompt for a reply.
+_THOUGHT = re.compile(r"\s*(<think>)?.*?</think>\s*", re.DOTALL)
 
 
 class Example(NamedTuple):
@@ -69,6 +70,15 @@ class Masker:
     return [i for i in (self.tokenizer.eos_id, self.tokenizer.end_of_turn_id) if i is not None]
 
   @functools.cached_property
+  def _control(self) -> list[str]:
+    """The tokens that begin and end turns, as they are spelled."""
+    try:
+      ids = self.tokenizer.encode_chat(self.tokenizer.render_chat([{"role": "user", "content": "?"}]))
+    except DataError:  # a template that wants other messages
+      ids = np.zeros(0, np.int32)
+    return [self.tokenizer.token_text(i) for i in sorted({*self._stops, *ids[np.isin(ids, self._special)].tolist()})]
+
+  @functools.cached_property
   def _special(self) -> list[int]:
     return sorted(self.tokenizer.special_ids)
 
@@ -83,6 +93,13 @@ class Masker:
         turns.append(_Turn(start, start + len(text), weight, start))
         start += len(text)
       return _Rendered("".join(texts), turns)
+    if self.config.reasoning != "train":
+      for n, message in enumerate(conversation.messages):
+        if message.role == "assistant" and "<think>" in message.content and not _THOUGHT.match(message.content):
+          raise DataError(
+            f"message {n + 1} (assistant) has reasoning without an end, </think>, so that it cannot be told from the "
+            "answer; mend it, or set data.chat.reasoning to 'train'"
+          )
     if self.config.reasoning == "drop":
       bare = tuple(_without_reasoning(message) for message in conversation.messages)
       conversation = dataclasses.replace(conversation, messages=bare)
@@ -129,12 +146,13 @@ class Masker:
       numbers = [n for n, message in enumerate(conversation.messages) if message.role == "assistant"]
       if marked != text:
         raise DataError("the chat template rewrites what stands in its {% generation %} blocks")
-      if len(ends) != 2 * len(numbers):
+      blocks = _joined(list(zip(ends[::2], ends[1::2])))
+      if len(blocks) != len(numbers):
         raise DataError(
-          f"the chat template has {len(ends) // 2} {{% generation %}} blocks for {len(numbers)} replies; each reply "
+          f"the chat template has {len(blocks)} {{% generation %}} blocks for {len(numbers)} replies; each reply "
           "needs one of its own"
         )
-      return {n: span for n, span in zip(numbers, zip(ends[::2], ends[1::2])) if n in wanted}
+      return {n: span for n, span in zip(numbers, blocks) if n in wanted}
     spans = {}
     for n in wanted:
       before = dataclasses.replace(conversation, messages=conversation.messages[:n])
@@ -142,6 +160,13 @@ class Masker:
       until = dataclasses.replace(conversation, messages=conversation.messages[: n + 1])
       end = self._text(until) if n + 1 < len(conversation.messages) else text
       if not (text.startswith(start) and text.startswith(end) and len(start) < len(end)):
+        bare = self._text(before)
+        if text.startswith(end) and text.startswith(bare) and start.startswith(bare):
+          raise DataError(
+            f"the chat template is not prefix-stable: its prompt for a reply is {start[len(bare) :]!r}, and message "
+            f"{n + 1} begins otherwise. Set data.chat.variables so that it fits (enable_thinking, say), or put "
+            "{% generation %} around replies in a copy of the template and name that as data.chat.template"
+          )
         raise DataError(
           f"the chat template is not prefix-stable: it writes the turns up to message {n + 1} otherwise when others "
           "follow (it drops reasoning of earlier turns, say). Put {% generation %} around replies in a copy of it and "
@@ -153,6 +178,10 @@ class Masker:
   def _check_complete(self, conversation: Conversation, text: str, spans: dict[int, tuple[int, int]]) -> None:
     """That the template has written all that the messages say."""
     for n, message in enumerate(conversation.messages):
+      if mark := next((mark for mark in self._control if mark in message.content), None):
+        raise DataError(
+          f"message {n + 1} ({message.role}) has {mark!r} in its text, which would begin or end a turn; take it out"
+        )
       where = text[slice(*spans[n])] if n in spans else text
       parts = [] if message.role == "tool" else re.split("</?think>", message.content)
       if message.role == "assistant":
@@ -212,8 +241,9 @@ class Masker:
       weights[first : self._tokens(positions, turn.start, turn.silent)[1]] = 0
     if is_text:
       bos = [self.tokenizer.bos_id] if self._begins_with_bos else []
-      ids = np.concatenate([bos, ids, [self.tokenizer.eos_id]]).astype(np.int32)
-      weights = np.concatenate([[0] * len(bos), weights, weights[-1:]]).astype(np.float32)
+      eos = [] if self.tokenizer.eos_id in ids[-1:] else [self.tokenizer.eos_id]  # a text may bring its own
+      ids = np.concatenate([bos, ids, eos]).astype(np.int32)
+      weights = np.concatenate([[0] * len(bos), weights, weights[-1:] if eos else []]).astype(np.float32)
     self._check_bos(ids)
     weights[:1] = 0  # nothing predicts the first
     if not weights.any():
@@ -246,8 +276,11 @@ class Masker:
         "a stop token is never trained: the chat template ends a reply with no special token; name one that does as "
         "data.chat.template"
       )
-    if np.isin(ids[first:stop], self._stops).any():
-      raise DataError(f"a reply has {self.tokenizer.token_text(ids[stop])!r}, which ends it, in its text")
+    early = first + int(np.argmax(np.isin(ids[first : stop + 1], self._stops)))
+    # More than one special token may end a reply; a stop token with text behind it stands in the reply.
+    for token in np.flatnonzero(~np.isin(ids[early:stop], self._special)) + early:
+      if ids[early] in self._stops and text[slice(*positions[token])].strip():
+        raise DataError(f"a reply has {self.tokenizer.token_text(ids[early])!r}, which ends it, in its text")
     # A template with marks says itself how far a turn goes.
     return max(last, stop + 1) if marks_generation(template) else stop + 1
 
@@ -268,6 +301,17 @@ def _take_marks(text: str) -> tuple[str, list[int]]:
   """The text without marks, and where they stood in it."""
   parts = re.split(f"[{''.join(MARKS)}]", text)
   return "".join(parts), np.cumsum([len(part) for part in parts[:-1]], dtype=int).tolist()
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+  """Those that touch as one, without empty ones."""
+  joined: list[tuple[int, int]] = []
+  for start, end in spans:
+    if joined and joined[-1][1] == start:
+      joined[-1] = joined[-1][0], end
+    elif start < end:
+      joined.append((start, end))
+  return joined
 
 
 def _without_reasoning(message: Message) -> Message:

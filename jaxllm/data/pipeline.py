@@ -84,8 +84,10 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     plans: dict[str, Plan],
     shares: dict[str, float],
     empty: Batch,
+    sources: Sequence[PackedRows] = (),
   ):
     super().__init__()
+    self.sources = sources  # the rows of each
     self._dataset, self._key, self._config, self._empty = dataset, key, config, empty
     self._batch_size, self._rows = batch_size, rows
     self._plans, self._shares = plans, shares
@@ -198,7 +200,7 @@ def train_batches(
   prepared = open_prepared(config) if prepared is None else prepared
   weights = _weights(config, prepared)
   task = make_task(config, seq_len, prepared, decoder_start_id)
-  datasets, plans = [], {}
+  datasets, plans, rows_of_sources = [], {}, []
   for index, source in enumerate(prepared.sources):
     if source.name not in weights:
       continue
@@ -206,9 +208,12 @@ def train_batches(
     source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
     counts = prepared.token_counts(source, "train")
     plan = task.plan(counts, config.packing, source_seed if config.shuffle else None)
+    if not plan.num_rows:
+      raise DataError(f"no row of data source {source.name!r} is left to train on: each is bad, or held out")
     packed = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
     datasets.append((packed.shuffle(source_seed) if config.shuffle else packed).repeat())
     plans[source.name] = plan
+    rows_of_sources.append(packed)
   shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
   mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
   facts = [prepared.content, config.packing, config.shuffle, seq_len, seed, weights]
@@ -225,14 +230,12 @@ def train_batches(
     plans=plans,
     shares=shares,
     empty=empty_row(config, seq_len),
+    sources=rows_of_sources,
   )
 
 
 def _weights(config: DataConfig, prepared: Prepared) -> dict[str, float]:
   """Weight by source name, of the sources that take part: weight above 0 and something to train on."""
-  for source in config.sources:
-    if source.weight < 0:
-      raise ConfigError(f"data source {source.path!r} has weight {source.weight}; it must not be negative")
   pairs = zip(prepared.sources, config.sources)
   weights = {info.name: float(source.weight) for info, source in pairs if source.weight and info.train.documents}
   if not weights:

@@ -25,7 +25,16 @@ from jaxllm.base.files import local_path
 from jaxllm.base.locks import hold
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
-from jaxllm.data.examples import CHAT, PARTS, content_of, example_sources, make_encoder, texts_of, unpacked
+from jaxllm.data.examples import (
+  CHAT,
+  PARTS,
+  content_of,
+  example_sources,
+  make_encoder,
+  question_of,
+  texts_of,
+  unpacked,
+)
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import Record, file_sizes, write_shards
 from jaxllm.data.sources import Document, Source, open_source
@@ -81,7 +90,9 @@ def prepare(config: DataConfig, log: Callable[[str], None] = print) -> PreparedI
     if names.count(name) > 1:
       raise DataError(f"two data sources are called {name!r}: give them different names with their `name`")
   content = manifests.content_config(config)
-  key = manifests.digest([manifests.FORMAT, content, names, [s.stamp for s in sources], _tokenizer_stamp(config)])
+  split = ["by what is asked"] if config.task in CHAT else []
+  stamps = [source.stamp for source in sources]
+  key = manifests.digest([manifests.FORMAT, content, names, stamps, _tokenizer_stamp(config), *split])
   with _locked(directory):
     prepared = manifests.read_manifest(directory)
     already = prepared is not None and prepared.key == key and not manifests.missing_files(prepared)
@@ -153,7 +164,7 @@ def _remove_other_builds(directory: Path, keep: str | None) -> None:
 
 
 def _build(config: DataConfig, directory: Path, key: str, sources: list[Source], log) -> Prepared:
-  surveys = [_survey(source, log) for source in sources]
+  surveys = [_survey(source, config.task, log) for source in sources]
   heldout = _choose_heldout(surveys, config)
   if not sum(int(survey.sizes[~held].sum()) for survey, held in zip(surveys, heldout)):
     raise DataError("the corpus has no text to train on: every document is empty or held out")
@@ -194,7 +205,7 @@ def _build(config: DataConfig, directory: Path, key: str, sources: list[Source],
   return prepared
 
 
-def _survey(source: Source, log) -> _Survey:
+def _survey(source: Source, task: str, log) -> _Survey:
   hashes, sizes = array.array("Q"), array.array("Q")
   content = hashlib.sha256()
   empty, not_utf8, first = 0, 0, ""
@@ -207,7 +218,8 @@ def _survey(source: Source, log) -> _Survey:
     if not is_utf8(document.data):
       not_utf8 += 1
       first = first or document.id
-    hashes.append(int.from_bytes(hashlib.blake2b(_id_bytes(document), digest_size=8).digest(), "big"))
+    key = question_of(document) if task in CHAT else _id_bytes(document)
+    hashes.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big"))
     sizes.append(len(document.data))
   if not hashes and source.skipped:
     raise DataError(f"all {len(source.skipped)} rows of data source {source.name!r} are bad: {source.skipped[0]}")
@@ -230,22 +242,24 @@ def _id_bytes(document: Document) -> bytes:
 
 
 def _choose_heldout(surveys: list[_Survey], config: DataConfig) -> list[Bool[np.ndarray, " documents"]]:
-  """Which documents are held out: those whose id hashes below the fraction, lowest first up to the limit.
+  """Which documents are held out: those that hash below the fraction, lowest first up to the limit.
 
-  With a fraction above 0 and two documents or more, the lowest hash is held out whatever the fraction.
+  With a fraction above 0 and two hashes or more, the lowest is held out whatever the fraction. Documents with one hash
+  stay together.
   """
   hashes = np.concatenate([survey.hashes for survey in surveys])
   sizes = np.concatenate([survey.sizes for survey in surveys])
   held = np.zeros(len(hashes), bool)
   room = float("inf") if config.max_heldout_bytes is None else config.max_heldout_bytes
-  if config.heldout_fraction > 0 and len(hashes) > 1:
-    limit = config.heldout_fraction * 2.0**64
-    for rank, document in enumerate(np.argsort(hashes, kind="stable")):
-      if rank and hashes[document] >= limit:
-        break
-      if sizes[document] <= room:
-        held[document] = True
-        room -= int(sizes[document])
+  order = np.argsort(hashes, kind="stable")
+  lowest = int((hashes == hashes[order[0]]).sum())
+  if config.heldout_fraction > 0 and lowest < len(order):
+    below = int((hashes < config.heldout_fraction * 2.0**64).sum())
+    chosen = order[: max(below, lowest)]
+    for documents in np.split(chosen, 1 + np.flatnonzero(np.diff(hashes[chosen]))):
+      if (size := int(sizes[documents].sum())) <= room:
+        held[documents] = True
+        room -= size
   return np.split(held, np.cumsum([len(survey.hashes) for survey in surveys])[:-1])
 
 

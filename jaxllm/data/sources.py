@@ -4,6 +4,7 @@ A document is bytes with a stable id (source name, path relative to the source, 
 training and held-out documents survives moving the corpus or adding to it.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -235,12 +236,13 @@ def _read_text(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
 def _read_jsonl(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   with open(path, "rb") as file:
     for number, line in enumerate(file, 1):
+      line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
       if not line.strip():
         continue
       where = f"{path}:{number}"
       try:
         row = json.loads(line.decode("utf-8", "surrogateescape"))
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         row = DataError(f"{where}: not a JSON object: {_first_line(error)}; mend or remove the line")
       yield number, row, where
 
@@ -248,24 +250,30 @@ def _read_jsonl(path: str, relative: str, config: SourceConfig) -> Iterator[Row]
 def _read_json(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:
   """The objects of a list, each by the line on which it begins."""
   with open(path, "rb") as file:
-    text = file.read().decode("utf-8", "surrogateescape")
+    text = file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
   if not text.lstrip().startswith("["):
     raise DataError(f"{path}:1: not a JSON list of objects; one object a line is kind 'jsonl'")
-  decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+  decoder, between = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
   at, row = text.index("[") + 1, 0
   line = 1 + text.count("\n", 0, at)
   while True:
-    begin = at + len(between.match(text, at)[0])  # type: ignore[index]  # it matches nothing too
-    line += text.count("\n", at, begin)
-    if text.startswith("]", begin):
-      return
+    space = between.match(text, at)
+    assert space is not None  # it matches nothing too
+    line += text.count("\n", at, space.end())
+    if text.startswith("]", space.end()) and not space[1]:
+      break
     try:
-      value, at = decoder.raw_decode(text, begin)
-    except ValueError as error:
+      if bool(space[1]) != bool(row):
+        raise ValueError("one comma must stand between two objects, and none elsewhere")
+      value, at = decoder.raw_decode(text, space.end())
+    except (ValueError, RecursionError) as error:
       raise DataError(f"{path}:{line}: not a JSON list of objects: {_first_line(error)}; mend it") from error
     yield row, value, f"{path}:{line}"
-    line += text.count("\n", begin, at)
+    line += text.count("\n", space.end(), at)
     row += 1
+  if rest := text[space.end() + 1 :].strip():
+    line += text.count("\n", 0, text.index(rest[0], space.end() + 1)) - text.count("\n", 0, space.end())
+    raise DataError(f"{path}:{line}: {rest[:20]!r} stands behind the JSON list's end; remove it")
 
 
 def _read_parquet(path: str, relative: str, config: SourceConfig) -> Iterator[Row]:

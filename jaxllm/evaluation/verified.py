@@ -5,9 +5,11 @@ times, and the interval is over questions, because the answers to one of them ar
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -49,23 +51,40 @@ def questions_of(tasks: Sequence[str], count: int, seed: int) -> list[Question]:
   except ImportError:
     raise ConfigError("tasks with checked answers need reasoning-gym; pip install 'jaxllm[tasks]'") from None
   found = []
-  for task in tasks:
+  for task in dict.fromkeys(name.strip() for name in tasks):
     if task not in DATASETS:
       raise ConfigError(f"reasoning-gym has no task {task!r}; it has {', '.join(sorted(DATASETS))}")
-    dataset = reasoning_gym.create_dataset(task, size=count, seed=seed)
+    try:
+      dataset = reasoning_gym.create_dataset(task, size=count, seed=seed)
+    except (AssertionError, ValueError) as error:
+      raise ConfigError(f"reasoning-gym cannot make {count} questions of {task!r}: {error}") from error
     for entry in dataset:
-      score = lambda answer, dataset=dataset, entry=entry: float(dataset.score_answer(answer, entry=entry))  # noqa: E731
-      found.append(Question(task, entry["question"], score))
+      found.append(Question(task, entry["question"], functools.partial(_score, dataset, entry)))
   return found
+
+
+def _score(dataset: Any, entry: dict[str, Any], answer: str) -> float:
+  try:
+    return float(dataset.score_answer(answer, entry=entry))
+  except Exception:  # some verifiers fail at what they cannot read, each in its own way
+    return 0.0
 
 
 def answer_in(text: str) -> str:
   """What a reply gives as its answer: between the last <answer> tags, or after the last "Answer:", or all of it."""
+  return answers_in(text)[0]
+
+
+def answers_in(text: str) -> list[str]:
+  """The ways to read a reply's answer: the line behind "Answer:" without marks and full stop, the line as it stands,
+  and all that follows, for an answer may be a grid, and may end with a full stop."""
   if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
-    return tagged[-1].strip()
-  if said := re.findall(r"(?im)^[\s*_#]*answer[\s*_]*:[\s*_]*(.*?)[\s*_.]*$", text):
-    return said[-1].strip()
-  return text.strip()
+    return [tagged[-1].strip()]
+  said = list(re.finditer(r"(?im)^[\s*_#]*answer[ \t*_]*:(\*\*|__)?", text))
+  rest = text[said[-1].end() if said else 0 :].strip()
+  line = rest.partition("\n")[0].strip() if said else rest
+  bare = line.lstrip("*_ ").rstrip("*_. ") if said else rest
+  return list(dict.fromkeys((bare, line, rest)))
 
 
 def scores_of(
@@ -74,8 +93,13 @@ def scores_of(
   """The score of every answer; a model with a chat template is asked in a chat.
 
   Args:
-    samples: answers to each question. sampling: `SamplingParams`, temperature 0 for the likeliest answer.
+    samples: answers to each question.
+    sampling: of `SamplingParams`, temperature 0 for the likeliest answer. `seed` is that of the first question; each
+      draws by one of its own, whatever batch it is in.
   """
+  if batch_size < 1:
+    raise ConfigError(f"the batch size is {batch_size}; it must be at least 1")
+  seed = sampling.pop("seed", None)
   chats = model.tokenizer is not None and "default" in model.tokenizer.chat_templates
   rows = []
   for start in range(0, len(questions), batch_size):
@@ -84,22 +108,22 @@ def scores_of(
     prompts = [
       model.chat_ids([{"role": "user", "content": text}]) if chats else model.prompt_ids(f"{text}\n") for text in texts
     ]
-    done = model.generate(prompts, n=samples, **sampling)
+    seeds = [None if seed is None else (seed + n) % 2**64 for n in range(start, start + len(asked))]
+    done = model.generate(prompts, [model.sampling(**sampling, n=samples, seed=own) for own in seeds])
     for i, question in enumerate(asked):
       replies = [completion.text for completion in done if completion.prompt_index == i]
-      rows.append([question.score(answer_in(reply)) for reply in replies])
+      rows.append([max(map(question.score, answers_in(reply))) for reply in replies])
   return np.asarray(rows, np.float64)
 
 
 def accuracy(scores: Float[np.ndarray, "questions samples"]) -> Accuracy:
-  """The mean score and its interval: Wilson's (1927) where every answer is right or wrong and was given once, else the
-  normal one over the questions' means."""
+  """The mean score and its interval, Wilson's (1927): of as many answers, right or wrong, as would spread like the
+  questions' means (Franco et al. 2019), and of no fewer than the questions and no more than the answers: verifiers that
+  give a wrong answer a little spread less than what a right one would add."""
   per_question = scores.mean(1)
-  n, mean = len(per_question), float(per_question.mean())
-  if scores.shape[1] == 1 and np.isin(scores, (0, 1)).all():
-    middle, width = mean + Z95**2 / (2 * n), Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
-    low, high = ((middle + sign * width) / (1 + Z95**2 / n) for sign in (-1, 1))
-  else:
-    width = Z95 * float(per_question.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
-    low, high = max(0.0, mean - width), min(1.0, mean + width)
-  return Accuracy(mean, low, high, n, float((scores.max(1) >= 1).mean()))
+  count, mean = len(per_question), float(per_question.mean())
+  spread = float(per_question.var(ddof=1)) if count > 1 else 0.0
+  n = min(max(count, count * mean * (1 - mean) / spread), scores.size) if spread > 1e-12 else count
+  middle, width = mean + Z95**2 / (2 * n), Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
+  low, high = ((middle + sign * width) / (1 + Z95**2 / n) for sign in (-1, 1))
+  return Accuracy(mean, max(0.0, low), min(1.0, high), count, float((scores.max(1) >= 1).mean()))

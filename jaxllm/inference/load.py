@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from jaxllm.base.chips import chip_of
 from jaxllm.inference.model import Model
-from jaxllm.interop.open import open_model
+from jaxllm.interop.open import Adapters, open_model
 from jaxllm.interop.stored import DTYPES, StoredModel, check_dtype
 from jaxllm.models.config import Compute
 
@@ -15,7 +15,7 @@ from jaxllm.models.config import Compute
 def load_model(
   path: str | Path,
   *,
-  adapter: str | Path | None = None,
+  adapter: Adapters = None,
   step: int | None = None,
   dtype: str | None = None,
   mesh: Mesh | None = None,
@@ -25,7 +25,8 @@ def load_model(
   a Hugging Face directory, a PEFT LoRA or DoRA adapter's directory, or a .gguf file.
 
   Args:
-    adapter: a PEFT adapter's directory, for the model at `path`.
+    adapter: a PEFT adapter's directory, for the model at `path`; or several, (directory, weight) where not all of one
+      is to be added.
     dtype: of weights and computation, "float32", "bfloat16" or "float16"; None: as the weights are stored.
     mesh: places the parameters over its devices; None: the default device.
     merge: adapters are merged into the weights; else they are kept apart, as weights that a tree of parameters holds.

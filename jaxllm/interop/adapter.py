@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,20 +71,25 @@ class Change:
       self, a=part(self.a), b=part(self.b), magnitude=part(self.magnitude), scales=scales, where=where
     )
 
-  def merged(self, tensor: LazyTensor) -> LazyTensor:
-    """The parameter with the change in it, each matrix when it is read; summed in float32, in the tensor's type."""
+  def merged(self, tensor: LazyTensor, dtype: Any = None) -> LazyTensor:
+    """The parameter with the change in it, each matrix when it is read; summed in float32.
+
+    Args:
+      dtype: of the result; None: the tensor's.
+    """
+    dtype = np.dtype(dtype or tensor.dtype)
 
     def matrix(index: Index) -> np.ndarray:
       w = tensor.part(index)
       if not self.where[index]:
-        return w
+        return w.astype(dtype)
       change = np.matmul(*(t.part(index).astype(np.float32) for t in (self.a, self.b)))
       total = w.astype(np.float32) + change * np.float32(self.scales[index])
       if self.magnitude is not None:
         total *= self.magnitude.part(index).astype(np.float32) / np.linalg.norm(total, axis=-2)
-      return total.astype(tensor.dtype)
+      return total.astype(dtype)
 
-    return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, matrix)
+    return from_parts(tensor.shape, dtype, len(tensor.shape) - 2, matrix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +109,25 @@ class StoredAdapter:
     """As `peft.kind` has it."""
     return "dora" if any(change.magnitude is not None for change in self.changes.values()) else "lora"
 
+  def weighted(self, weight: float) -> "StoredAdapter":
+    """The adapter with its changes multiplied, as in a weighted sum of several.
+
+    Raises:
+      ConfigError: the weight is no number, or there is more to the adapter than sums.
+    """
+    if weight == 1:
+      return self
+    if not math.isfinite(weight):
+      raise ConfigError(f"the weight of the adapter in {self.path} is {weight}; it must be a number")
+    if self.full or self.kind == "dora":
+      has = "modules that are saved whole" if self.full else "magnitudes (DoRA)"
+      raise ConfigError(f"the adapter in {self.path} has {has}, so it cannot be taken with a weight of {weight:g}")
+    changes = {path: dataclasses.replace(c, scales=c.scales * weight) for path, c in self.changes.items()}
+    return dataclasses.replace(self, changes=changes)
+
   def merged(self, tensors: Tensors) -> dict[str, LazyTensor]:
-    """A model's parameters with the adapter's changes in them."""
-    return dict(tensors) | {path: change.merged(tensors[path]) for path, change in self.changes.items()}
+    """A model's parameters with the adapter's changes in them, those that it changes in float32."""
+    return dict(tensors) | {path: change.merged(tensors[path], np.float32) for path, change in self.changes.items()}
 
 
 def place(change: Change, base: Any, axes: LogicalAxes, mesh: Mesh | None, rules: AxisRules) -> Any:

@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise CheckpointError(f"{path.parent} has no {path.name}") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise CheckpointError(f"cannot read {path}: {error}") from error
   if not isinstance(value, dict):
     raise CheckpointError(f"{path} holds no JSON object")

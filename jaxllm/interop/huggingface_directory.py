@@ -8,6 +8,7 @@ from typing import Any
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import new_directory
 from jaxllm.data.tokenizers import as_huggingface
+from jaxllm.interop.bitsandbytes import is_bitsandbytes, kept, turned, unpacked
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
@@ -17,7 +18,7 @@ from jaxllm.interop.directory_files import (
   write_json,
 )
 from jaxllm.interop.families import FAMILIES
-from jaxllm.interop.huggingface import config_to_huggingface, from_huggingface, to_huggingface
+from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
 from jaxllm.interop.safetensors import read_sharded, write_sharded
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
@@ -33,11 +34,11 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
 
   Raises:
     CheckpointError: there is no config.json or no weights, or only a pickle of them, or they are damaged.
-    ConfigError: the weights are quantized.
+    ConfigError: the weights are quantized, and not by bitsandbytes.
   """
   config = read_json(directory / CONFIG_FILE)
   method = config.get("quantization_config")
-  if method:
+  if method and not is_bitsandbytes(method):
     name = method.get("quant_method") if isinstance(method, dict) else method
     raise ConfigError(f"the weights in {directory} are quantized ({name!r}); use the model that they were made from")
   return config, read_sharded(directory)
@@ -50,7 +51,14 @@ def open_huggingface(directory: Path) -> StoredModel:
     CheckpointError, ConfigError: see `read_huggingface` and `from_huggingface`. DataError: the tokenizer is damaged.
   """
   hf, tensors = read_huggingface(directory)
-  config, params = from_huggingface(hf, tensors)
+  method = hf.get("quantization_config")
+  if method:
+    tensors, packed = unpacked(method, tensors)
+    c, family = config_from_huggingface(hf), hf["model_type"]
+    config, params = from_huggingface(hf, turned(tensors, packed, c, family))
+    params = kept(params, packed, config, family)
+  else:
+    config, params = from_huggingface(hf, tensors)
   generation = {name: hf[name] for name in SPECIAL_IDS if hf.get(name) is not None}
   if (directory / GENERATION_FILE).is_file():
     generation = read_generation_config(directory)

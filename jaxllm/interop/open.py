@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.interop import peft
+from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
@@ -24,13 +27,23 @@ from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
 
+TABLE = "embedding/tokens"
 CHECKPOINTS = "checkpoints"
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
+START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
+
+
+Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
 
 def open_model(
-  path: str | Path, *, adapter: str | Path | None = None, step: int | None = None, merge: bool = True
+  path: str | Path,
+  *,
+  adapter: Adapters = None,
+  step: int | None = None,
+  merge: bool = True,
+  own_apart: bool = False,
 ) -> StoredModel:
   """Opens a model directory, a training run's (its latest checkpoint, or that of `step`), a Hugging Face
   model's, a PEFT LoRA or DoRA adapter's (its base is where adapter_config.json says), or a .gguf file.
@@ -38,9 +51,10 @@ def open_model(
   Names, shapes and types of all weights are checked; so are the checksums of a model directory.
 
   Args:
-    adapter: a PEFT adapter's directory, for the model at `path`.
-    merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart` (of a run's own adapters
-      that does not hold, they are always merged).
+    adapter: a PEFT adapter's directory, for the model at `path`; or several, (directory, weight) where not all of one
+      is to be added.
+    merge: adapters are merged into the weights; else they stand apart in `StoredModel.apart`.
+    own_apart: that holds for a run's own adapters too, which are merged without it: a run is a model.
 
   Raises:
     CheckpointError: no such path, not a model, or damaged. ConfigError: a URL, a model that cannot be expressed,
@@ -52,16 +66,25 @@ def open_model(
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
   if form == "run":
     model = _open_run(path, step)
+    model = model if own_apart else model.merged()
   elif form == "adapter":
-    base = open_model(base_of(path), merge=merge)
-    model = dataclasses.replace(_with_adapter(base, path, merge), path=path, form="adapter")
+    base = open_model(base_of(path), merge=False)
+    model = dataclasses.replace(with_adapter(base, path), path=path, form="adapter")
   elif form == "hf":
     model = open_huggingface(path)
   elif form == "gguf":
     model = _open_gguf(path)
   else:
     model = open_model_directory(path)
-  return model if adapter is None else _with_adapter(model, local_path(adapter), merge)
+  for directory, weight in weighted(adapter):
+    model = with_adapter(model, directory, weight)
+  return model.merged() if merge else model
+
+
+def weighted(adapter: Adapters) -> list[tuple[Path, float]]:
+  """The directories of adapters and their weights."""
+  several = [adapter] if isinstance(adapter, str | Path) else adapter or []
+  return [(local_path(one), 1.0) if isinstance(one, str | Path) else (local_path(one[0]), one[1]) for one in several]
 
 
 def form_of(path: Path) -> Form:
@@ -96,15 +119,22 @@ def _described(path: Path) -> str:
   return f"a directory with {', '.join(names[:3])}{more}" if names else "an empty directory"
 
 
-def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredModel:
-  """The model with an adapter; what `base` was trained on says nothing of that, so it goes."""
+def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> StoredModel:
+  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes."""
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
-    base = base.untied()
+    changed = any(TABLE in adapter.changes for adapter in base.apart)
+    base = (base.merged() if changed else base).untied()
     families = _families(base)
   if not families:
     as_checkpoint(base.config, base.tensors)  # says why
-  adapter = peft.open_adapter(directory, base.config, base.tensors, families)
+  rows = peft.vocabulary_of(directory, families[0])
+  if rows and rows != base.config.vocab_size:  # it was trained on a model with new tokens
+    base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))
+  adapter = peft.open_adapter(directory, base.config, base.tensors, families).weighted(weight)
+  for other in base.apart:
+    if both := sorted(other.full.keys() & adapter.full.keys()):
+      raise ConfigError(f"the adapters in {other.path} and {directory} both replace {both[0]}; leave one out")
   model = dataclasses.replace(
     base,
     tensors=dict(base.tensors) | adapter.full,
@@ -113,67 +143,98 @@ def _with_adapter(base: StoredModel, directory: Path, merge: bool) -> StoredMode
     adapters=(*base.adapters, adapter.settings),
     apart=(*base.apart, adapter),
   )
-  return model.merged() if merge else model
+  check_shapes(model.config, model.tensors, directory)
+  return model
 
 
 def _families(model: StoredModel) -> tuple[str, ...]:
   """By whose names an adapter of the model may go: its own family's, or of all that can express it."""
-  if model.form == "hf":
-    return (read_json(model.path / CONFIG_FILE)["model_type"],)
-  return families_of(model.config)
+  own = family_at(model.path) if model.form == "hf" and model.path else None
+  return (own,) if own else families_of(model.config)
+
+
+def family_at(path: Path) -> str | None:
+  """The family of a Hugging Face model's directory; None: there stands something else."""
+  return read_json(path / CONFIG_FILE).get("model_type") if (path / CONFIG_FILE).is_file() else None
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
+  """A run's model, its own adapters apart."""
   config = read_model_config(directory)
   tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
+  own: tuple[StoredAdapter, ...] = ()
   if (directory / START_FILE).is_file():
-    tensors = _with_start(config, directory, tensors)
+    record = read_json(directory / START_FILE)
+    changes = _own_changes(directory, record, tensors)
+    own = (StoredAdapter({"peft_type": "LORA"}, changes, {}, directory),) if changes else ()
+    tensors = _with_start(config, directory, record, tensors)
   check_shapes(config, tensors, directory / CHECKPOINTS)
   tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
-  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups)
+  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own)
 
 
-def _with_start(config: ModelConfig, directory: Path, trained: Tensors) -> Tensors:
-  """All parameters of a run that trains some of them: those, adapters merged, on top of what it began with."""
-  record = read_json(directory / START_FILE)
+def _with_start(
+  config: ModelConfig, directory: Path, record: dict[str, Any], trained: Tensors
+) -> dict[str, LazyTensor]:
+  """All parameters of a run that trains some of them, but for adapters: those, and what it began with."""
   if record["path"] == START:
     base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
   else:
-    base = dict(open_model(record["path"], adapter=record["adapter"], step=record["step"]).tensors)
+    model = open_model(record["path"], adapter=record["adapter"], step=record["step"])
+    base = dict((model if config.tie_embeddings else model.untied() if model.config.tie_embeddings else model).tensors)
   tensors: dict[str, LazyTensor] = {}
   for path in param_shapes(config):
     if path in trained:
       tensors[path] = trained[path]
-      continue
-    if f"{path}/base" in trained:  # the config trains what stands under the adapter too
+    elif f"{path}/base" in trained:  # the config trains what stands under the adapter too
       tensors[path] = trained[f"{path}/base"]
     elif path in base:
-      tensors[path] = _as_rounded(path, base[path], record["quantize"], record["group_size"])
-    if f"{path}/a" in trained:
-      change = (trained[f"{path}/a"], trained[f"{path}/b"], record["scales"][path])
-      tensors[path] = _with_change(tensors[path], *change)
+      tensors[path] = _as_rounded(path, base[path], record)
   return tensors
 
 
-def _as_rounded(path: str, tensor: LazyTensor, format: str | None, group_size: int | None) -> LazyTensor:
+def _own_changes(directory: Path, record: dict[str, Any], trained: Tensors) -> dict[str, Change]:
+  """What a run's adapters make of the parameters that it began with.
+
+  One that began with singular values has these beside it, taken away: it is of twice the rank.
+  """
+  kept: Tensors = {}
+  if (directory / START_ADAPTER).is_dir():
+    kept = {name: LazyTensor(*array) for name, array in open_params(directory / START_ADAPTER, 0).items()}
+  changes = {}
+  for path, scale in record["scales"].items():
+    a, b, magnitude = (trained.get(f"{path}/{part}") for part in ("a", "b", "magnitude"))
+    lead = a.shape[:-2]
+    factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    if f"{path}/a" in kept:  # scale a₀ b₀, for factors that are not divided by the root of it
+      b = _joined(b, kept[f"{path}/b"], -2, -1 / factor)
+      a = _joined(a, kept[f"{path}/a"], -1, np.ones(lead))
+    lengths = None if magnitude is None else _once(magnitude)
+    changes[path] = Change(_once(a), _once(b), factor, np.ones(lead, bool), lengths)
+  return changes
+
+
+def _joined(first: LazyTensor, second: LazyTensor, axis: int, factor: np.ndarray) -> LazyTensor:
+  shape = list(first.shape)
+  shape[axis] += second.shape[axis]
+  factor = factor[..., None, None].astype(np.float32)
+  return LazyTensor(tuple(shape), first.dtype, lambda: np.concatenate([first.read(), second.read() * factor], axis))
+
+
+def _once(tensor: LazyTensor) -> LazyTensor:
+  """The tensor, read whole when a part is asked for first."""
+  return dataclasses.replace(tensor, read=functools.cache(tensor.read), stacked=0, read_part=None)
+
+
+def _as_rounded(path: str, tensor: LazyTensor, record: dict[str, Any]) -> LazyTensor:
   """A parameter as the run had it, which may have quantized it."""
-  if format is None or not is_quantizable(path):
+  if record["quantize"] is None or not is_quantizable(path):
     return tensor
+  settings = record["quantize"], record["group_size"], record.get("double_quantize", False)
 
   def layer(index):
-    return np.asarray(dense(quantize_matrix(path, jnp.asarray(tensor.part(index)), format, group_size), tensor.dtype))
-
-  return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
-
-
-def _with_change(tensor: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> LazyTensor:
-  """A stack of matrices plus the products of an adapter's, each when it is read."""
-  narrow = functools.cache(lambda: (a.read(), b.read()))
-
-  def layer(index):
-    change = np.matmul(*(x[index] for x in narrow())) * np.float32(scale)
-    return (tensor.part(index).astype(np.float32) + change).astype(tensor.dtype)
+    return np.asarray(dense(quantize_matrix(path, jnp.asarray(tensor.part(index)), *settings), tensor.dtype))
 
   return from_parts(tensor.shape, tensor.dtype, len(tensor.shape) - 2, layer)
 

@@ -9,8 +9,9 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families.table import Family
 from jaxllm.interop.huggingface import Place, places
-from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, read_settings, short
+from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings, short
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -44,7 +45,7 @@ def _split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyT
     ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
     if ending:
       modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
-    else:
+    elif ".original_module." not in name:  # what was there before it was trained
       full[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
   return modules, full
 
@@ -57,9 +58,20 @@ def changes_tied_table(directory: Path, family: str) -> bool:
   modules, full = _split(read_weights(directory))
   names = {*modules, *(name.removesuffix(".weight") for name in full)}
   own = FAMILIES[family]
-  table = next(weight.theirs for weight in own.weights if weight.ours == ("embedding/tokens",))
-  tied = {table.removesuffix(".weight"), own.head.removesuffix(".weight")}
+  tied = {_table(own).removesuffix(".weight"), own.head.removesuffix(".weight")}
   return any(own.prefix + name in tied or name in tied for name in names)
+
+
+def vocabulary_of(directory: Path, family: str) -> int | None:
+  """The rows of the embedding that an adapter has whole, as one with new tokens does; None: it has none."""
+  full = _split(read_weights(directory))[1]
+  own = FAMILIES[family]
+  table = full.get(_table(own)) or full.get(_table(own).removeprefix(own.prefix))
+  return table.shape[0] if table is not None and len(table.shape) == 2 else None
+
+
+def _table(family: Family) -> str:
+  return next(weight.theirs for weight in family.weights if weight.ours == ("embedding/tokens",))
 
 
 def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, families: Sequence[str]) -> StoredAdapter:
@@ -80,6 +92,7 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
     head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
     modules = {name: parts for name, parts in modules.items() if name not in head}
     full = {name: tensor for name, tensor in full.items() if name.removesuffix(".weight") not in head}
+    settings = settings.without(head)
   wanted = [*(f"{name}.weight" for name in modules), *full]
   fewest: list[str] | None = None
   for family in families:
@@ -89,12 +102,10 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
       break
     fewest = min(fewest or unknown, unknown, key=len)
   else:
-    listed = ", ".join(name.removesuffix(".weight") for name in (fewest or wanted)[:8])
-    raise CheckpointError(
-      f"the adapter in {directory} does not fit its base model, which has no {listed}"
-      + (f" and {len(fewest) - 8} more" if fewest and len(fewest) > 8 else "")
-    )
+    lacking = [name.removesuffix(".weight") for name in fewest or wanted]
+    raise CheckpointError(f"the adapter in {directory} does not fit its base model, which has no {listed(lacking)}")
   ours = {names[f"{name}.weight"].removesuffix(".weight"): parts for name, parts in modules.items()}
+  settings.check_patterns({name.rpartition(".")[0] for name in known}, f"the adapter in {directory}")
   _check_targets(directory, settings, ours, known, {names[name] for name in full})
   shapes = param_shapes(config)
   pieces: dict[str, dict[Index, _Piece]] = {}
@@ -133,7 +144,7 @@ def _check_targets(
   extra = [m for m in modules if settings.targets is not None and not settings.means(m) and matrices[m] not in tables]
   if extra:
     raise CheckpointError(
-      f"the adapter in {directory} has weights of {', '.join(extra[:8])}, which its target_modules do not name"
+      f"the adapter in {directory} has weights of {listed(extra)}, which its target_modules do not name"
     )
   of_layers = [
     m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]
@@ -143,10 +154,11 @@ def _check_targets(
   missing += [name for name in saved if name not in full]
   if missing:
     raise CheckpointError(
-      f"the adapter in {directory} lacks the weights of {', '.join(missing[:8])}, which its {CONFIG_FILE} names"
+      f"the adapter in {directory} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names"
     )
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    if not any(ends((target,), module) for module in modules):
+    named = [module for module in {*matrices, *modules} if ends((target,), module)]
+    if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
       raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
 
 
@@ -238,4 +250,4 @@ def _replaced(tensor: LazyTensor, pieces: Mapping[Index, LazyTensor]) -> LazyTen
   axes = len(next(iter(pieces)))
   dtype = np.result_type(tensor.dtype, *(piece.dtype for piece in pieces.values()))
   part = lambda index: (pieces[index].read() if index in pieces else tensor.part(index)).astype(dtype)  # noqa: E731
-  return from_parts(tensor.shape, dtype, axes, part)
+  return from_parts((*tensor.shape[:axes], *next(iter(pieces.values())).shape), dtype, axes, part)

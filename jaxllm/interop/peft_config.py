@@ -1,9 +1,12 @@
 """adapter_config.json of PEFT's LoRA and DoRA adapters: which modules have which rank and scale."""
 
 import dataclasses
+import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,13 @@ UNSUPPORTED = (
   "arrow_config",
   "monteclora_config",
 )
+KEY_START = r"(.*\.)?"  # of a key of rank_pattern and alpha_pattern, as PEFT has it
+PATTERN_SECONDS = 10.0
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or their beginning
 
 
 def is_adapter(directory: Path) -> bool:
+  """Whether an adapter stands in a directory."""
   return (directory / CONFIG_FILE).is_file()
 
 
@@ -36,10 +42,13 @@ def base_of(directory: Path) -> Path:
     CheckpointError: adapter_config.json is damaged or names no path on this machine.
   """
   name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
-  if isinstance(name, str) and name and "\0" not in name:
-    for path in (Path(name).expanduser(), directory / name):
-      if path.exists() and path.resolve() != directory.resolve():
-        return path
+  if isinstance(name, str) and name:
+    try:
+      for path in (Path(name).expanduser(), directory / name):
+        if path.exists() and path.resolve() != directory.resolve():
+          return path
+    except (OSError, RuntimeError, ValueError):
+      pass  # too long, of an unknown user, or with characters that no path has
   raise CheckpointError(
     f"the adapter in {directory} belongs to {short(name)}, which is no path to another model here; set "
     f"base_model_name_or_path in its {CONFIG_FILE} to where that model is"
@@ -64,6 +73,15 @@ class Settings:
   tied: bool  # a tied embedding is changed as the head too
   dropout: float
 
+  def without(self, modules: Collection[str]) -> "Settings":
+    """The same without these among its targets."""
+    listed = (
+      self.targets
+      if isinstance(self.targets, str) or self.targets is None
+      else tuple(target for target in self.targets if target not in modules)
+    )
+    return dataclasses.replace(self, targets=listed, saved=tuple(name for name in self.saved if name not in modules))
+
   def scale(self, module: str, rank: int) -> float:
     """What a module's product is multiplied by."""
     alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
@@ -80,9 +98,44 @@ class Settings:
       return False
     if self.layers is None or isinstance(self.targets, str):
       return True
+    patterns = self._layer_patterns()
+    found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
+    return found is not None and int(found[found.re.groups]) in self.layers
+
+  def _layer_patterns(self) -> list[str]:
     starts = [rf"(?:^|.*?\.){pattern}\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\."]
-    found = next((match for start in starts if (match := re.match(rf"{start}(\d+)\.", module))), None)
-    return found is not None and int(found[1]) in self.layers
+    return [rf"{start}(\d+)\." for start in starts]
+
+  def check_patterns(self, modules: Collection[str], here: str) -> None:
+    """That its patterns can be matched against a model's modules: there are some that take longer than the universe.
+
+    A matcher cannot be stopped from within, so one of its own is tried on all of them first.
+
+    Args:
+      here: what has the patterns, for the message.
+
+    Raises:
+      ConfigError: it takes too long, or more memory than there is.
+    """
+    tables = [_key(key) for table in (self.rank_pattern, self.alpha_pattern) for key in table]
+    whole = [pattern for pattern in (self.targets, self.excluded) if isinstance(pattern, str)]
+    patterns = [*tables, *whole, *(self._layer_patterns() if self.layers_pattern else ())]
+    if not any(re.search(r"[*+?{|]", pattern.removeprefix(KEY_START)) for pattern in patterns):
+      return
+    program = "import json, re, sys\nfor p, m in json.load(sys.stdin): re.fullmatch(p, m), re.match(p, m)"
+    text = json.dumps([(pattern, module) for pattern in patterns for module in modules])
+    try:
+      subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        input=text,
+        text=True,
+        check=True,
+        timeout=PATTERN_SECONDS,
+        capture_output=True,
+      )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+      longest = short(max(patterns, key=len))
+      raise ConfigError(f"{here} has patterns, {longest} among them, that take too long to match") from None
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
@@ -120,7 +173,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     of_each = lambda value: isinstance(value, dict) and all(map(fits, value.values()))  # noqa: E731
     found = get(name, of_each, f"a table of patterns, each with {kind}", {})
     for pattern in found:
-      _compiled(pattern, f"{here} has {name}")
+      _compiled(pattern, f"{here} has {name}", _key(pattern))
     return found
 
   def names(name: str) -> Any:
@@ -130,8 +183,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     return found if found is None or isinstance(found, str) else tuple(found)
 
   truth = lambda name: get(name, lambda v: isinstance(v, bool), "true or false", False)  # noqa: E731
-  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0  # noqa: E731
-  is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31  # noqa: E731
+  is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30  # noqa: E731
   layers = get("layers_to_transform", lambda v: isinstance(v, int) or _all(int, v), "layers' numbers", ())
   patterns = names("layers_pattern") or ()
   for pattern in patterns:
@@ -157,11 +210,13 @@ def _all(kind: type, value: Any) -> bool:
   return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
 
-def _compiled(pattern: str, what: str) -> None:
+def _compiled(pattern: str, what: str, whole: str | None = None) -> None:
   try:
     re.compile(pattern)
-  except re.error as error:
-    raise ConfigError(f"{what} = {short(pattern)}, which is no regular expression: {error}") from None
+    re.compile(whole or pattern)
+  except (re.error, RecursionError, OverflowError) as error:
+    reason = short(str(error))[1:-1]
+    raise ConfigError(f"{what} = {short(pattern)}, which is no regular expression: {reason}") from None
 
 
 def short(value: Any) -> str:
@@ -170,11 +225,23 @@ def short(value: Any) -> str:
   return text if len(text) <= 60 else text[:57] + "..."
 
 
+def listed(names: Sequence[str]) -> str:
+  """A stranger's names in a message of one line: the first eight, and how many more there are."""
+  more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+  return ", ".join(ascii(name)[1:-1] for name in names[:8]) + more
+
+
+def _key(key: str) -> str:
+  """What a key of rank_pattern and alpha_pattern is as a pattern."""
+  return rf"{KEY_START}({key})$"
+
+
 def _of_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
-  return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+  return next((value for key, value in table.items() if re.match(_key(key), module)), default)
 
 
 def ends(names: str | Collection[str] | None, module: str) -> bool:
+  """Whether a module's name ends in one of some names, or is all of what a pattern means."""
   if names is None or isinstance(names, str):
     return names is not None and re.fullmatch(names, module) is not None
   return any(f".{module}".endswith(f".{name}") for name in names)

@@ -70,11 +70,18 @@ class StoredModel:
     check_dtype(dtype)
     return self if dtype is None else dataclasses.replace(self, tensors=cast(self.tensors, jnp.dtype(dtype)))
 
-  def merged(self) -> "StoredModel":
-    """The same model with its adapters merged into its tensors, each when it is read."""
+  def merged(self, dtype: str | None = None) -> "StoredModel":
+    """The same model with its adapters merged into its tensors, each when it is read, summed in float32.
+
+    Args:
+      dtype: of all weights; None: as they are without the adapters. Raises ConfigError where it is an impossible one.
+    """
+    check_dtype(dtype)
     tensors = self.tensors
     for adapter in self.apart:
       tensors = adapter.merged(tensors)
+    types = {path: jnp.dtype(dtype or tensor.dtype) for path, tensor in self.tensors.items()}
+    tensors = {path: cast({path: tensor}, types[path])[path] for path, tensor in tensors.items()}
     return dataclasses.replace(self, tensors=tensors, apart=())
 
   def untied(self) -> "StoredModel":
@@ -100,7 +107,8 @@ class StoredModel:
     Args:
       dtype: of all of them, "float32", "bfloat16" or "float16"; None: of each as it is stored.
       mesh: they are placed over its devices by `rules`; None: on this process's first device.
-      per_layer: a `PerLayer` in place of each stacked array, as decoding wants them.
+      per_layer: a `PerLayer` in place of each stacked array, as decoding wants them; on one device what files hold
+        quantized stays so.
 
     Raises:
       CheckpointError: a tensor turns out damaged. ConfigError: an impossible dtype, or a mesh that does not
@@ -114,7 +122,11 @@ class StoredModel:
       shardings = traverse_util.flatten_dict(param_shardings(shapes, axes, mesh, rules), sep="/")
     placed: dict[str, Any] = {}
     for path in traverse_util.flatten_dict(shapes, sep="/"):
-      placed[path] = _put(path, tensors[path], shardings.get(path, here), per_layer)
+      in_files = self.tensors[path].quantized
+      if in_files is not None and per_layer and mesh is None:
+        placed[path] = PerLayer(tuple(jax.device_put(in_files((i,)), here) for i in range(tensors[path].shape[0])))
+      else:
+        placed[path] = _put(path, tensors[path], shardings.get(path, here), per_layer)
     logical = traverse_util.flatten_dict(axes, sep="/")
     for adapter in self.apart:
       for path, change in adapter.changes.items():

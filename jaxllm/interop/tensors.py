@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class LazyTensor:
   read: Callable[[], np.ndarray]
   stacked: int = 0
   read_part: Callable[[Index], np.ndarray] | None = None
+  quantized: Callable[[Index], Any] | None = None  # of a stack that is so in files: a layer's weight, codes and scales
 
   def part(self, index: Index) -> np.ndarray:
     """`read()[index]` for integers that index leading axes, reading no more than that where it can."""

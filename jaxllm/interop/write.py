@@ -47,7 +47,7 @@ def write_model(
     raise ConfigError("a model directory has no family; choose the format hf or gguf, or leave family out")
   if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.vocab_size:
     raise DataError("the tokenizer has more tokens than the model; it belongs to another model")
-  model = model.merged().cast(dtype)
+  model = model.merged(dtype)
   if format == "jaxllm":
     write_model_directory(path, model, max_shard_bytes)
   elif format == "hf":

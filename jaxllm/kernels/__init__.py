@@ -7,6 +7,7 @@ from jaxllm.kernels.head_loss import (
   cross_entropy,
   cross_entropy_gradients,
   token_log_probs,
+  token_log_probs_and_slopes,
   token_log_probs_gradients,
 )
 from jaxllm.kernels.paged import KVPages, paged_attention, write_pages
@@ -26,6 +27,7 @@ __all__ = [
   "quantize",
   "quantized_matmul",
   "token_log_probs",
+  "token_log_probs_and_slopes",
   "token_log_probs_gradients",
   "write_pages",
 ]

@@ -97,8 +97,15 @@ def unstack_layers(params: Params) -> Params:
 
 
 def stack_layers(params: Params) -> Params:
-  """The inverse of `unstack_layers`: every weight with a leading layer axis. The layers must be of one kind."""
-  whole = lambda w: jax.tree.map(lambda *parts: jnp.stack(parts), *w.layers)  # noqa: E731
+  """The inverse of `unstack_layers`: every weight with a leading layer axis.
+
+  A `PerLayer` whose layers are of several kinds, as adapters of some of them make it, stays one.
+  """
+
+  def whole(w):
+    kinds = {(jax.tree.structure(layer), tuple(part.shape for part in jax.tree.leaves(layer))) for layer in w.layers}
+    return w if len(kinds) > 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *w.layers)
+
   return _map_blocks(lambda blocks: map_weights(whole, blocks), params)
 
 

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxllm.kernels.matmul import matmul
+from jaxllm.kernels.matmul import low_rank_matmul, matmul
 from jaxllm.models.weights import (
   Weight,
   dense,
   grouped,
+  is_weight,
   part_axes,
   path_key,
   project,
   project_transposed,
+  ready,
   register,
   rows,
   without_adapters,
@@ -88,8 +90,11 @@ class LoraWeight(Weight):
     return self.scale * jnp.matmul(self.a, self._second)
 
   def project(self, x, compute, axes, transposed):
+    dropped = self._dropped(x)
+    if not is_weight(self.base) and dropped is x and not transposed:
+      return low_rank_matmul(x, self.base, self.a, self.scale * self._second, backend=compute.backend("matmul"))
     y = (project_transposed if transposed else project)(x, self.base, compute, axes)
-    return y + self._change(self._dropped(x), compute, transposed)
+    return y + self._change(dropped, compute, transposed)
 
   def rows(self, ids, dtype, axis):
     return rows(self.base, ids, dtype, axis) + self._changed_rows(ids, dtype, axis)
@@ -126,6 +131,9 @@ class LoraWeight(Weight):
     own = path_key(key, path)
     return dataclasses.replace(self, base=base, key=jax.random.split(own, self.shape[:-2]) if self.ndim > 2 else own)
 
+  def ready(self):
+    return dataclasses.replace(self, base=ready(self.base))
+
   @property
   def adapted(self):
     return True
@@ -145,16 +153,10 @@ class DoraWeight(LoraWeight):
 
   magnitude: Float[Array, "*lead O"] = None  # type: ignore[assignment]
 
-  def factor(self, split=None) -> Float[Array, "*lead O"]:
-    """What each output is multiplied by, m / |base + scale a b|, in float32.
-
-    Args:
-      split: as in `grouped`, where the parts at hand are this device's.
-    """
+  def factor(self) -> Float[Array, "*lead O"]:
+    """What each output is multiplied by, m / |base + scale a b|, in float32."""
     w = lax.stop_gradient(dense(self.base).astype(jnp.float32) + self._delta().astype(jnp.float32))
     squares = jnp.square(w).sum(-2)
-    if split and split[1] == 1:
-      squares = lax.psum(squares, split[0])
     return self.magnitude.astype(jnp.float32) / jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
   def project(self, x, compute, axes, transposed):
@@ -173,11 +175,12 @@ class DoraWeight(LoraWeight):
     return y * self.factor().astype(dtype)
 
   def grouped(self, x, group_sizes, compute, split):
-    factor = self.factor(split).astype(x.dtype)
-    if split and split[1] == 2:
-      factor = lax.all_gather(factor, split[0], axis=1, tiled=True)
-    of_row = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(x))
-    return super().grouped(x, group_sizes, compute, split) * factor[of_row]
+    return self.ready().grouped(x, group_sizes, compute, split)
+
+  def ready(self):
+    names = [field.name for field in dataclasses.fields(LoraWeight)]
+    inner = LoraWeight(**{name: getattr(self, name) for name in names})
+    return ScaledWeight(inner.ready(), self.factor())
 
   def dense(self):
     return (dense(self.base) + self._delta()) * self.factor()[..., None, :]
@@ -190,6 +193,36 @@ class DoraWeight(LoraWeight):
 
   def trained(self):
     return dataclasses.replace(super().trained(), magnitude=True)
+
+
+@register("inner", "factor")
+@dataclasses.dataclass(frozen=True)
+class ScaledWeight(Weight):
+  """A stack of experts whose outputs are multiplied by a factor each: DoRA, when the lengths are known.
+
+  inner: [*lead, I, O]. factor: [*lead, O].
+  """
+
+  inner: Any
+  factor: Float[Array, "*lead O"]
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.inner.shape
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.inner.dtype
+
+  def grouped(self, x, group_sizes, compute, split):
+    factor = self.factor.astype(x.dtype)
+    if split and split[1] == 2:
+      factor = lax.all_gather(factor, split[0], axis=1, tiled=True)
+    of_row = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(x))
+    return grouped(x, self.inner, group_sizes, compute, split) * factor[of_row]
+
+  def part_axes(self, axes, ways):
+    return ScaledWeight(part_axes(self.inner, axes, ways), (*axes[:-2], axes[-1]))
 
 
 def column_lengths(w: Any) -> Float[Array, "*lead O"]:

@@ -15,7 +15,7 @@ from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.mlp import ACTIVATIONS, MLP
-from jaxllm.models.weights import dense, grouped, part_axes
+from jaxllm.models.weights import dense, grouped, part_axes, ready
 from jaxllm.parallel.kernels import by_experts
 from jaxllm.parallel.sharding import constrain, ways_here
 
@@ -132,6 +132,7 @@ def dropless(
   feed, x: Float[Array, "B T D"], weights, experts, matrices: Matrices, compute: Compute = Compute()
 ) -> Float[Array, "B T D"]:
   """Every token through all its experts: rows sorted by expert, one grouped product for each matrix."""
+  matrices = tuple(map(ready, matrices))  # type: ignore[assignment]
   axes = tuple(w if w is None else part_axes(w, names, ways_here) for w, names in zip(matrices, MATRIX_AXES))
   return by_experts(functools.partial(_dropless, feed, compute), x, weights, experts, matrices, axes)
 

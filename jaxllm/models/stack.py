@@ -23,6 +23,9 @@ from jaxllm.parallel.sharding import constrain
 
 # XLA:CPU is faster on straight code than in a loop; beyond this depth its compile time is not worth it.
 CPU_UNROLL = 8
+# Before jax 0.11 it has no updates of slices in 16 bits: at every layer of a loop it would widen all that the layers
+# before have kept for the backward pass, and round it again, which takes several times as long as the layer itself.
+CPU_UNROLL_16_BITS = 64 if jax.__version_info__ < (0, 11) else CPU_UNROLL
 FEED_FORWARD = {"mlp": MLP, "moe": MoE}
 
 
@@ -163,7 +166,9 @@ def _unroll(c: ModelConfig, compute: Compute, steps: int, period: int) -> int:
   if compute.unroll_layers is not None:
     return max(1, min(steps, compute.unroll_layers // period))
   on_cpu = backends.TARGETS[compute.target] == "cpu"
-  return steps if on_cpu and c.num_layers <= CPU_UNROLL else 1
+  most = CPU_UNROLL if compute.dtype == "float32" else CPU_UNROLL_16_BITS
+  # Out of a loop, XLA for CPUs takes what `compute.remat` would compute again for what it has still, and keeps it.
+  return steps if on_cpu and c.num_layers <= most and compute.remat == "none" else 1
 
 
 def _stack(build: Callable, count: int, rngs: nnx.Rngs):

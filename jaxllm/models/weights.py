@@ -78,6 +78,10 @@ class Weight:
     """See `with_keys`; path: of this weight."""
     return self
 
+  def ready(self) -> "Weight":
+    """See `ready`."""
+    return self
+
   @property
   def adapted(self) -> bool:
     """Whether a trained part stands beside a frozen matrix."""
@@ -193,6 +197,11 @@ def grouped(
   if jnp.promote_types(w.dtype, x.dtype) != w.dtype:
     w = w.astype(x.dtype)
   return grouped_matmul(x, w, group_sizes, backend=compute.grouped_matmul, target=compute.target, split=split)
+
+
+def ready(w: Any) -> Any:
+  """The weight for a place where each device has its own part of it at hand: what is of the whole is computed."""
+  return w.ready() if isinstance(w, Weight) else w
 
 
 def dense(w: Any, dtype: Any = None) -> Array:
@@ -338,20 +347,13 @@ def combine(trained: PyTree, frozen: PyTree) -> PyTree:
 
 def num_parameters(params: PyTree) -> int:
   """How many numbers the parameters stand for, adapters' too."""
-  leaves = jax.tree.leaves(params, is_leaf=lambda w: isinstance(w, QuantizedWeight))
+  leaves = jax.tree.leaves(params, is_leaf=lambda w: is_weight(w) and not is_adapted(w))
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def is_adapted(w: Any) -> bool:
   """Whether a weight has an adapter."""
   return isinstance(w, Weight) and w.adapted
-
-
-def adapted_paths(params: PyTree) -> list[str]:
-  """The paths of the weights that have an adapter."""
-  found: list[str] = []
-  map_weights_with_path(lambda path, w: found.append(path) if is_adapted(w) else None, params)
-  return found
 
 
 def without_adapters(params: PyTree) -> PyTree:

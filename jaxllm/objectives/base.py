@@ -42,6 +42,8 @@ class Objective:
   # Models it needs besides "policy", which are frozen. One with a field of its name is read from the path in it; with
   # an empty path, or without a field, it is the policy as it began, which costs no memory under adapters.
   others: ClassVar[tuple[str, ...]] = ()
+  # A model besides the policy whose `scores` of each row are computed once, before step 0, and come with the batch
+  cached: str = ""
   routers: ClassVar[bool] = False  # whether it adds the losses of routers, which a model with experts needs
   writes_text: ClassVar[bool] = False  # whether the model continues text: it is sampled from, and has bits per byte
 
@@ -67,6 +69,15 @@ class Objective:
   def row(self, data: DataConfig, seq_len: int) -> Row:
     """The batch that it reads: one row of padding, with the names, shapes and dtypes that all rows have."""
     return empty_row(data, seq_len)
+
+  @property
+  def uncached(self) -> "Objective":
+    """The same with the model `cached` among `others`."""
+    return self
+
+  def scores(self, model: Transformer, batch: Batch) -> Batch:
+    """What the model `cached` says of each row of a batch: entries of `row`, with the names that they have there."""
+    raise NotImplementedError
 
   def __call__(self, models: Models, batch: Batch, key: jax.Array | None = None) -> Loss:
     """The loss of a batch, pure; `key` is for what it draws."""

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
@@ -20,8 +21,9 @@ class DPO(Objective):
   """Losses of a pair's log-ratios (Rafailov et al., arXiv 2305.18290, equation 7, and those that followed it).
 
   Batch: `chosen` and `rejected` rows; a row's log-probability is the sum over the tokens that have a loss weight. The
-  reference is the policy as it began, which under adapters is the policy without them, or the model at `reference`.
-  Each pair weighs the same. With x the score of the chosen row less that of the rejected one:
+  reference is the policy as it began, which under adapters is the policy without them, or the model at `reference`;
+  with `cache_reference` the batch brings what it says, `reference_logps` [B] of each side. Each pair weighs the same.
+  With x the score of the chosen row less that of the rejected one:
 
   sigmoid: -log σ(β x), smoothed with `label_smoothing` e: -(1 - e) log σ(β x) - e log σ(-β x) (cDPO).
   hinge: max(0, 1 - β x) (SLiC, arXiv 2305.10425). ipo: (x - 1 / 2β)², scores per token (arXiv 2310.12036, as TRL has
@@ -40,6 +42,7 @@ class DPO(Objective):
   sft_weight: float = 0.0  # of the chosen rows' mean loss per token, added (RPO, arXiv 2404.19733)
   reference: str = ""  # of a model in files; "": the policy as it began
   reference_free: bool = False  # a reference for which all rows are equally likely
+  cache_reference: bool = False  # its log-probabilities once, on disk; then it is neither in memory nor computed again
 
   def __post_init__(self):
     if self.beta <= 0:
@@ -49,17 +52,40 @@ class DPO(Objective):
       raise ConfigError(f"objective.label_smoothing is {self.label_smoothing}; it must be at least 0, below {limit}")
     if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
       raise ConfigError(f"objective.label_smoothing is for 'sigmoid' and 'robust', not for {self.loss_type!r}")
+    for name in ("reference", "cache_reference"):
+      if self.reference_free and getattr(self, name):
+        raise ConfigError(f"objective.{name} is set, and objective.reference_free too, which has no reference")
 
   @property
   def others(self) -> tuple[str, ...]:  # type: ignore[override]
-    return () if self.reference_free else ("reference",)
+    return () if self.reference_free or self.cache_reference else ("reference",)
+
+  @property
+  def cached(self) -> str:  # type: ignore[override]
+    return "reference" if self.cache_reference else ""
+
+  @property
+  def uncached(self) -> "DPO":
+    return dataclasses.replace(self, cache_reference=False)
+
+  def row(self, data, seq_len):
+    row = super().row(data, seq_len)
+    if not self.cache_reference:
+      return row
+    return {side: entries | {"reference_logps": np.zeros((), np.float32)} for side, entries in row.items()}
+
+  def scores(self, model, batch):
+    logps = _row_log_probs(model, _side_by_side(batch))[0]
+    return {side: {"reference_logps": logps[:, i]} for i, side in enumerate(("chosen", "rejected"))}
 
   def __call__(self, models, batch, key=None) -> Loss:
     rows = _side_by_side(batch)
     logps, tokens, logits = _row_log_probs(models["policy"], rows)
     lengths = jnp.maximum(tokens, 1)
     reference = jnp.zeros_like(logps)
-    if not self.reference_free:
+    if self.cache_reference:
+      reference = rows["reference_logps"].reshape(-1, 2)
+    elif not self.reference_free:
       reference = jax.lax.stop_gradient(_row_log_probs(models["reference"], rows)[0])
     gains = logps - reference  # [B, 2]
     scores = gains / lengths if self.length_normalized or self.loss_type == "ipo" else gains

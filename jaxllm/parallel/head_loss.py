@@ -175,11 +175,25 @@ def _token_log_probs(split, x, matrix, targets, mask):
 
 def _forward_tokens(split, *primals):
   arrays, asked = _values(primals)
-  return _token_log_probs(split, *arrays), (*arrays, asked)
+  if asked.head or asked.bias:
+    return _token_log_probs(split, *arrays), (*arrays, asked, None)
+  x, matrix, targets, mask = arrays
+
+  def local(x, matrix, targets, mask):
+    wide = _whole(split, x, matrix)
+    *results, slopes = kernels.token_log_probs_and_slopes(*wide, targets, mask=mask, **dict(split.options))
+    return tuple(results), slopes[..., : x.shape[-1]]
+
+  arguments = *_arguments(split, x, matrix), (targets, split.tokens), (mask, split.tokens)
+  results, slopes = split.run(local, ((split.tokens, split.tokens), split.hidden), *arguments)
+  return results, (*arrays, asked, slopes)
 
 
 def _backward_tokens(split, saved, cotangents):
-  x, matrix, targets, mask, asked = saved
+  x, matrix, targets, mask, asked, slopes = saved
+  if slopes is not None and isinstance(cotangents[1], jax.custom_derivatives.SymbolicZero):
+    d_logp = _instantiated(cotangents[0])[..., None]
+    return (d_logp * slopes).astype(x.dtype), asked.only(matrix), None, None
 
   def local(x, matrix, targets, mask, *d):
     wide, options = _whole(split, x, matrix), dict(split.options)

@@ -2,39 +2,73 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
 from jaxtyping import PyTree
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.models.weights import map_weights_with_path, path_key, trained_parts
+from jaxllm.models.weights import is_adapted, map_weights_with_path, path_key, trained_parts
 
 ALL_LINEAR = "all-linear"
+Parts = Mapping[str, Any]  # arrays by the names of a weight's parts
 
 
 class Peft:
   """The base of all ways. A subclass is a frozen dataclass in a file of its own and an entry of `registry.AnyPeft`."""
 
   kind: ClassVar[str]  # peft.kind
-  adapters_only: ClassVar[bool] = True  # whether nothing but what it adds is trained
+  adapters_only: ClassVar[bool] = True  # whether nothing but what it adds, and what it `saves`, is trained
+
+  def check(self, params: PyTree) -> None:
+    """That its settings fit a model's parameters, which may be shapes. Raises ConfigError where they do not."""
 
   def wraps(self, module: str) -> bool:
     """Whether it changes the matrix of a module, like "blocks/attention/query"."""
     raise NotImplementedError
 
-  def wrap(self, w: Any, key: jax.Array) -> Any:
-    """The weight that takes the place of the weight `w`."""
+  def saves(self, path: str) -> bool:
+    """Whether a parameter is trained as it is, beside adapters."""
+    return False
+
+  def keeps(self, path: str) -> bool:
+    """Whether what the adapter of a parameter begins with is worth a place in files: it is dear to compute."""
+    return False
+
+  def wrap(self, module: str, w: Any, key: jax.Array, kept: Parts) -> Any:
+    """The weight that takes the place of a module's weight `w`.
+
+    Args:
+      kept: what `keep` gave for it; {}: it is computed now.
+    """
     raise NotImplementedError
 
-  def adapt(self, params: PyTree, key: jax.Array) -> PyTree:
-    """The parameters with this way's weights in place of those that it changes; the key is for fresh ones."""
-    return map_weights_with_path(lambda path, w: self._adapted(path, w, key), params)
+  def lr_scale(self, path: str, matrix: bool, learning_rate: float) -> float:
+    """How many times as fast as `learning_rate` an array learns; path: of the array, parts of a weight included."""
+    return 1.0
 
-  def _adapted(self, path, w, key):
-    module = path.removesuffix("/weight")
-    return self.wrap(w, path_key(key, path)) if self.wraps(module) else w
+  def adapt(
+    self,
+    params: PyTree,
+    key: jax.Array,
+    kept: Mapping[str, Parts] = {},
+    leave: Callable[[str], bool] = lambda path: False,
+  ) -> PyTree:
+    """The parameters with this way's weights in place of those that it changes.
+
+    Args:
+      key: for fresh weights. kept: parts by path, see `wrap`.
+      leave: paths of parameters that are left alone in any case.
+    """
+
+    def one(path, w):
+      module = module_of(path)
+      if module is None or leave(path) or not self.wraps(module):
+        return w
+      return self.wrap(module, w, path_key(key, path), kept.get(path, {}))
+
+    return map_weights_with_path(one, params)
 
   def trained(self, params: PyTree, also: Callable[[str], bool] = lambda path: False) -> PyTree[bool]:
     """A tree of bools like `adapt`'s result: which arrays are trained.
@@ -44,7 +78,7 @@ class Peft:
     """
 
     def one(path, w):
-      ours = not self.adapters_only or self.wraps(path.removesuffix("/weight")) or also(path)
+      ours = not self.adapters_only or is_adapted(w) or self.saves(path) or also(path)
       return trained_parts(w) if ours else jax.tree.map(lambda _: False, w)
 
     return map_weights_with_path(one, params)
@@ -61,11 +95,23 @@ class Full(Peft):
     return False
 
 
-def modules_of(params: PyTree) -> list[str]:
-  """The modules that have a matrix, like "blocks/attention/query"."""
+def module_of(path: str) -> str | None:
+  """The module whose matrix a parameter is, like "blocks/attention/query" or "embedding/tokens"; None: it is none."""
+  if path.endswith("/weight"):
+    return path.removesuffix("/weight")
+  return path if is_table(path) else None
+
+
+def is_table(module: str) -> bool:
+  """Whether a module is a table of vectors, of which rows are taken."""
+  return module.split("/")[-2:-1] == ["embedding"]
+
+
+def paths_of(params: PyTree) -> list[str]:
+  """The paths of all parameters."""
   paths: list[str] = []
   map_weights_with_path(lambda path, w: paths.append(path), params)
-  return [path.removesuffix("/weight") for path in paths if path.endswith("/weight")]
+  return paths
 
 
 def is_linear(module: str) -> bool:
@@ -80,17 +126,25 @@ def matches(target: str, module: str) -> bool:
   return f"/{module}".endswith(f"/{target}") or re.fullmatch(target, module) is not None
 
 
-def check_targets(targets: Iterable[str], params: PyTree) -> None:
-  """That every target means something.
+def has(target: str, path: str) -> bool:
+  """Whether a target means one of the modules that a parameter is in."""
+  names = path.split("/")
+  return any(matches(target, "/".join(names[:i])) for i in range(1, len(names) + 1))
+
+
+def check_targets(key: str, targets: Iterable[str], names: list[str], match: Callable = matches) -> None:
+  """That every target of a config's key means something.
+
+  Args:
+    names: what there is: modules, or paths with `has` as `match`.
 
   Raises:
     ConfigError: one does not, or is no regular expression.
   """
-  modules = modules_of(params)
   for target in targets:
     try:
-      found = any(matches(target, module) for module in modules)
+      found = any(match(target, name) for name in names)
     except re.error as error:
-      raise ConfigError(f"peft.targets: {target!r} is not a regular expression: {error}") from None
+      raise ConfigError(f"{key}: {target!r} is not a regular expression: {error}") from None
     if not found:
-      raise ConfigError(f"peft.targets: {target!r} matches no module; there are {', '.join(modules)}")
+      raise ConfigError(f"{key}: {target!r} matches no module; there are {', '.join(names)}")

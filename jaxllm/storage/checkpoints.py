@@ -269,12 +269,15 @@ def _finish_writing(response: Any, failed: str) -> None:
 def steps_to_keep(scores: Mapping[int, float | None], newest: int, config: CheckpointConfig) -> set[int]:
   """Which of the steps survive after saving `newest`.
 
-  `scores` has the metric that each was saved with; the lowest are the best, of equals the newest. A step without
-  one, or with NaN, is not among them. Steps past `newest` are of a course that it abandons.
+  `scores` has the metric that each was saved with; the lowest are the best (the highest, where the config says so), of
+  equals the newest. A step without one, or with NaN, is not among them. Steps past `newest` are of a course that it
+  abandons.
   """
   steps = sorted(step for step in scores if step <= newest)
   keep = {newest, *steps[max(0, len(steps) - config.keep_last) :]}
-  ranked = sorted((scores[s], -s) for s in steps if scores[s] is not None and math.isfinite(scores[s]))
+  sign = -1 if config.highest else 1
+  found = {step: score for step in steps if (score := scores[step]) is not None and math.isfinite(score)}
+  ranked = sorted((sign * score, -step) for step, score in found.items())
   keep |= {-negative for _, negative in ranked[: config.keep_best]}
   if config.keep_every:
     keep |= {step for step in steps if step % config.keep_every == 0}

@@ -1,6 +1,7 @@
 """Settings of a run's checkpoints."""
 
 import dataclasses
+from typing import Literal
 
 from jaxllm.base.errors import ConfigError
 
@@ -9,8 +10,9 @@ from jaxllm.base.errors import ConfigError
 class CheckpointConfig:
   every: int = 500  # steps; 0: only at the end
   keep_last: int = 2  # the newest stays in any case
-  keep_best: int = 1  # by the lowest `best_metric` among steps where it was measured; 0: none
+  keep_best: int = 1  # by `best_metric`, among steps where it was measured; 0: none
   best_metric: str = "eval/loss"
+  best_mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name, else the lowest
   keep_every: int | None = None  # also keep for ever each multiple of this many steps
   asynchronous: bool = True
 
@@ -18,3 +20,20 @@ class CheckpointConfig:
     for name in ("every", "keep_last", "keep_best", "keep_every"):
       if (getattr(self, name) or 0) < 0:
         raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
+
+  @property
+  def highest(self) -> bool:
+    """Whether more of `best_metric` is better."""
+    return self.best_mode == "max" or self.best_mode == "auto" and bool(higher_is_better(self.best_metric))
+
+
+_MORE = ("accuracy", "accuracies", "f1", "margins")
+_LESS = ("loss", "perplexity", "bits_per_byte")
+
+
+def higher_is_better(metric: str) -> bool | None:
+  """Whether more of a metric is better, by the end of its name; None: it does not say."""
+  last = metric.rsplit("/", 1)[-1]
+  if any(last == name or last.endswith("_" + name) for name in _MORE):
+    return True
+  return False if any(last == name or last.endswith("_" + name) for name in _LESS) else None

@@ -1,5 +1,6 @@
 """What the loop asks for batches: prepared data on disk, or whatever else makes them."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from jaxllm.objectives.base import Batch
 from jaxllm.parallel.batch import local_rows
 from jaxllm.training.compile import Program
 from jaxllm.training.config import RunConfig
+
+logger = logging.getLogger("jaxllm")
 
 
 class Batches(Protocol):
@@ -51,6 +54,9 @@ class DiskBatches:
   def __init__(self, rows: TrainBatches, heldout: HeldoutBatches | None):
     self._rows = rows
     self.heldout: Iterable[Batch] | None = heldout
+    self._parts: list[Any] = list(rows.sources)
+    if heldout is not None:
+      self._parts.append(heldout.every_row)
 
   @property
   def epochs(self) -> float:
@@ -58,6 +64,19 @@ class DiskBatches:
 
   def next(self, policy: Callable[[], Params]) -> Batch | None:
     return next(self._rows, None)
+
+  @property
+  def num_rows(self) -> int:
+    """Rows that training and evaluation can ever read, on all hosts; `data.epochs` and other limits aside."""
+    return sum(map(len, self._parts))
+
+  def row(self, number: int) -> Batch:
+    """One of them, as it is in the first pass over the data."""
+    for part in self._parts:
+      if number < len(part):
+        return part[number]
+      number -= len(part)
+    raise IndexError(number)
 
   def get_state(self) -> Any:
     return self._rows.get_state()
@@ -85,6 +104,8 @@ def disk_batches(program: Program, run: RunConfig, prepared: Prepared) -> Batche
   )
   rows = train_batches(run.data, **shared, seed=training.seed)  # type: ignore[arg-type]
   heldout = None  # where nothing is held out there is nothing to evaluate
-  if prepared.total("heldout", "documents"):
+  if prepared.total("heldout", "tokens"):
     heldout = heldout_batches(run.data, **shared, max_batches=training.eval_batches)  # type: ignore[arg-type]
+  elif prepared.total("heldout", "documents"):
+    logger.warning("nothing to evaluate on: each held-out row is bad, see %s", prepared.skipped_path)
   return DiskBatches(rows, heldout)

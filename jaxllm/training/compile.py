@@ -14,6 +14,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
 from jaxllm.models.build import Params, declare, init_params
 from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
+from jaxllm.models.noise import with_noise
 from jaxllm.models.weights import (
   combine,
   map_weights,
@@ -39,7 +40,7 @@ from jaxllm.training.config import OptimizerConfig, TrainingConfig
 from jaxllm.training.optimizer import make_optimizer, state_shardings
 from jaxllm.training.param_rules import plan_params
 from jaxllm.training.schedules import make_schedule
-from jaxllm.training.start import Loaded, Start
+from jaxllm.training.start import ADAPTER, POLICY, Loaded, Start
 from jaxllm.training.state import TrainState, init_state
 from jaxllm.training.step import make_train_step
 
@@ -66,6 +67,7 @@ class Program:
   batch: Any
   init: Any  # jitted: (key, loaded) -> (state, frozen)
   init_frozen: Any  # jitted: (key, loaded) -> frozen, for a run that has its state already
+  begin: Any  # jitted: (key, loaded) -> the policy's parameters before adapters
   step: Any  # jitted: (state, frozen, batch) -> (state, metrics)
   evaluate: Any  # jitted: (trained, frozen, batch) -> the objective's metrics as (sum, weight)
 
@@ -100,7 +102,7 @@ class Program:
 
   def policy(self, trained: Any, frozen: Frozen) -> Params:
     """All parameters of the model that is trained."""
-    return combine(trained, frozen["policy"])
+    return combine(trained, frozen[POLICY])
 
 
 def make_program(
@@ -125,12 +127,20 @@ def make_program(
   graph, stored_shapes, axes = declare(model, compute)
   stored_shapes = start.with_stored_dtypes(stored_shapes)
 
-  def adapt(params, key):
-    return peft.adapt(start.quantize(params), key)
+  def quantize(params):
+    return start.quantize(params, peft.saves)
 
-  shapes = jax.eval_shape(adapt, stored_shapes, jax.random.key(0))
+  def adapt(params, key, kept):
+    if start.adapter is not None:
+      return start.with_adapter(params, kept)
+    return peft.adapt(params, key, kept, leave=start.is_fresh)
+
+  began_shapes = jax.eval_shape(quantize, stored_shapes)
+  if start.adapter is None:
+    peft.check(began_shapes)
+  shapes = jax.eval_shape(adapt, began_shapes, jax.random.key(0), start.adapter_shapes)
   params = _placed(shapes, axes, mesh, rules)
-  plans = plan_params(optimizer_config, shapes, peft.trained(shapes, start.is_fresh))
+  plans = plan_params(optimizer_config, shapes, peft.trained(shapes, start.is_fresh), peft.lr_scale)
   is_trained = jax.tree.unflatten(jax.tree.structure(shapes), [plan.algorithm != "frozen" for plan in plans])
   trained_shapes = partition(shapes, is_trained)[0]
   shardings = partition(jax.tree.map(lambda leaf: leaf.sharding, params), is_trained)[0]
@@ -138,26 +148,34 @@ def make_program(
     optimizer_config, training.steps, trained_shapes, shardings, [p for p in plans if p.algorithm != "frozen"]
   )
   schedule = make_schedule(optimizer_config, training.steps)
+  noise = training.neftune_alpha / (model.embedding_scale or 1)
 
   # The objective's other models: from files, or the policy as it began.
   others = {name: declare(config, compute) for name, config in start.others.items()}
   as_begun = set(objective.others) - set(others)
-  shared = as_begun if peft.adapters_only else set()  # it is there still, under the adapters
-  copied = as_begun - shared
+  changed = without_adapters(is_trained)  # of what it has, the rest is there still, under the adapters
+  copied = as_begun if any(jax.tree.leaves(changed)) else set()
+
+  def begin(key, loaded):
+    return quantize(start.filled(init_params(model, key), loaded.get(POLICY, {})))
 
   def init(key, loaded):
-    began = start.quantize(start.filled(init_params(model, key), loaded.get("policy", {})))
-    trained, frozen = partition(peft.adapt(began, key), is_trained)
+    began = begin(key, loaded)
+    trained, frozen = partition(adapt(began, key, loaded.get(ADAPTER, {})), is_trained)
     trained = jax.tree.map(lambda w: w.astype(jnp.float32), trained)
-    models = {"policy": frozen} | {name: jax.tree.map(jnp.copy, began) for name in copied}
+    models = {POLICY: frozen} | {name: jax.tree.map(jnp.copy, partition(began, changed)[0]) for name in copied}
     models |= {name: traverse_util.unflatten_dict(loaded[name], sep="/") for name in others}
     return init_state(trained, optimizer, training, compute, optimizer_config), models
 
   def models(trained, frozen, key=None):
-    params = combine(trained, frozen["policy"])
-    found = {"policy": nnx.merge(graph, params if key is None else with_keys(params, key))}
-    found |= {name: nnx.merge(graph, without_adapters(jax.lax.stop_gradient(params))) for name in shared}
-    found |= {name: nnx.merge(graph, frozen[name]) for name in copied}
+    params = combine(trained, frozen[POLICY])
+    under = without_adapters(jax.lax.stop_gradient(params))
+    if key is not None:
+      params = with_keys(params, key)
+      params = with_noise(params, noise, key) if noise else params
+    found = {POLICY: nnx.merge(graph, params)}
+    for name in as_begun:
+      found[name] = nnx.merge(graph, combine(frozen[name], under) if name in copied else under)
     return found | {name: nnx.merge(other[0], frozen[name]) for name, other in others.items()}
 
   def train_step(state, frozen, batch):  # the name that dumps and profiles show
@@ -183,15 +201,15 @@ def make_program(
   )
 
   # What lies where
-  began = _placed(jax.eval_shape(start.quantize, stored_shapes), axes, mesh, rules)
+  began = _placed(began_shapes, axes, mesh, rules)
   teachers = {name: _placed(start.teacher_shapes(name), other[2], mesh, rules) for name, other in others.items()}
   is_frozen = not all(jax.tree.leaves(is_trained)) or bool(copied)
-  loaded = start.from_files(began, teachers, keep_fresh=is_frozen)
+  loaded = start.from_files(began, teachers, keep_fresh=is_frozen, adapted=params, keeps=peft.keeps)
   abstract, _ = jax.eval_shape(init, jax.random.key(0), loaded)
   specs = state_shardings(abstract, trained_shapes, shardings)
   state = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, specs)
-  frozen = {"policy": partition(params, is_trained)[1]}
-  frozen |= {name: began for name in copied} | teachers
+  frozen = {POLICY: partition(params, is_trained)[1]}
+  frozen |= {name: partition(began, changed)[0] for name in copied} | teachers
   sharding_of = functools.partial(jax.tree.map, lambda leaf: leaf.sharding)
   whole = replicated(mesh)
   return Program(
@@ -205,6 +223,7 @@ def make_program(
     loaded=loaded,
     batch=batch,
     init=jax.jit(init, out_shardings=(specs, sharding_of(frozen))),
+    begin=jax.jit(begin, out_shardings=sharding_of(began)),
     init_frozen=jax.jit(lambda key, loaded: init(key, loaded)[1], out_shardings=sharding_of(frozen)),
     step=jax.jit(
       train_step,

@@ -11,7 +11,27 @@ from jaxllm.objectives.registry import AnyObjective
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.peft.base import Full
 from jaxllm.peft.registry import AnyPeft
-from jaxllm.storage.config import CheckpointConfig
+from jaxllm.storage.config import CheckpointConfig, higher_is_better
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStoppingConfig:
+  """When a run ends before its last step, because a held-out figure gets no better (`training.watch`)."""
+
+  patience: int = 0  # evaluations without an improvement after which it ends; 0: never
+  metric: str = "eval/loss"  # of metrics.jsonl: "eval/rewards/accuracies", "replay/loss"
+  min_delta: float = 0.0  # an improvement is more than this
+  mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name
+
+  def __post_init__(self):
+    for name in ("patience", "min_delta"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"training.early_stopping.{name} is {getattr(self, name)}; it must not be negative")
+    if self.patience and self.mode == "auto" and higher_is_better(self.metric) is None:
+      raise ConfigError(
+        f"training.early_stopping.metric is {self.metric!r}, of which it is not known whether more is better: set "
+        "training.early_stopping.mode to 'min' or 'max'"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +41,17 @@ class TrainingConfig:
   seq_len: int = 256
   accumulation: int = 1  # micro-batches per optimizer step
   seed: int = 0
+  neftune_alpha: float = 0.0  # noise on the embeddings of a training step (`jaxllm.models.noise`); 0: none
   ema_decay: float | None = None  # keep an exponential moving average of the weights
   on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
   spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
   eval_every: int = 0  # 0: only at the end
   eval_batches: int = 0  # 0: the whole held-out set
+  early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+  # A prepared data directory whose held-out split is measured at step 0 and at each evaluation: what the run forgets
+  replay_dir: str = ""
+  replay_limit: float | None = None  # nats that the loss on it may rise
+  on_forgetting: Literal["stop", "warn"] = "stop"  # where it rises by more
   sample_every: int = 0  # 0: only at the end
   sample_prompts: tuple[str, ...] = ("",)
   sample_tokens: int = 128
@@ -35,9 +61,13 @@ class TrainingConfig:
     for name in ("steps", "batch_size", "seq_len", "accumulation"):
       if getattr(self, name) < 1:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("eval_every", "eval_batches", "sample_every"):
+    for name in ("eval_every", "eval_batches", "sample_every", "neftune_alpha"):
       if getattr(self, name) < 0:
         raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
+    if self.early_stopping.patience and not self.eval_every:
+      raise ConfigError("training.early_stopping.patience counts evaluations; set training.eval_every")
+    if self.replay_limit is not None and not self.replay_dir:
+      raise ConfigError("training.replay_limit is set, but training.replay_dir is not: there is nothing to measure")
     if self.batch_size % self.accumulation:
       raise ConfigError(
         f"training.batch_size {self.batch_size} is not divisible by training.accumulation {self.accumulation}"
@@ -118,9 +148,13 @@ class ModelInitConfig:
   step: int | None = None  # of a training run; None: the latest
   quantize: Literal["int8", "int4", "nf4", "fp8"] | None = None  # the layers' matrices, which are frozen then
   group_size: int | None = 64  # weights that share a scale; None: those of an output feature
+  double_quantize: bool = False  # the scales in 8 bits too, in blocks of 256 (QLoRA, arXiv 2305.14314)
+  new_tokens: tuple[str, ...] = ()  # the tokenizer and the vocabulary have these too; they begin as the mean token
 
   def __post_init__(self):
-    for name in ("adapter", "step"):
+    if self.double_quantize and self.quantize is None:
+      raise ConfigError("model_init.double_quantize is set, but model_init.quantize is not: there are no scales")
+    for name in ("adapter", "step", "new_tokens"):
       if getattr(self, name) and not self.path:
         raise ConfigError(f"model_init.{name} is set, but model_init.path is not: there is no model that it belongs to")
 
@@ -144,6 +178,8 @@ class RunConfig:
 
   def __post_init__(self):
     if not self.model_init.path:  # else the model is known when that is open
+      if getattr(self.peft, "path", ""):
+        raise ConfigError("peft.path is set, but model_init.path is not: there is no model that the adapter belongs to")
       self.check()
 
   def check(self) -> None:

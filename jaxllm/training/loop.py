@@ -15,9 +15,9 @@ from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.settings import to_mapping
 from jaxllm.data.manifest import open_prepared
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.kernels.cpu_ffi import keep_memory_resident
+from jaxllm.kernels.cpu_ffi import keep_memory_resident, release_memory
 from jaxllm.models.build import Params, check_model_on_mesh, init_params
-from jaxllm.objectives.heldout import describe, heldout_metrics
+from jaxllm.objectives.heldout import describe
 from jaxllm.parallel import agreement
 from jaxllm.parallel.batch import local_rows, put_batch
 from jaxllm.parallel.mesh import make_mesh
@@ -25,17 +25,24 @@ from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.training.batches import Batches, MakeBatches, disk_batches
 from jaxllm.training.compile import Frozen, Program, make_program
 from jaxllm.training.config import RunConfig
+from jaxllm.training.evaluation import Evaluation, open_replay
+from jaxllm.training.memory import explain_out_of_memory
 from jaxllm.training.meter import Meter
 from jaxllm.training.metrics import MetricsLogger
 from jaxllm.training.profiling import Profiler
 from jaxllm.training.progress import Progress, print_table
+from jaxllm.training.rehearsal import rehearse
+from jaxllm.training.run_adapter import write_run_adapter
 from jaxllm.training.run_directory import hold_run_directory, open_run_directory
 from jaxllm.training.samples import sample_text
+from jaxllm.training.scores import fill_scores, with_scores
 from jaxllm.training.signals import StopRequest
 from jaxllm.training.start import begun, keep_record, open_start, start_record
 from jaxllm.training.startup import startup_table
 from jaxllm.training.state import TrainState
+from jaxllm.training.teachers import check_teachers
 from jaxllm.training.trackers import flatten, make_trackers
+from jaxllm.training.watch import Watch, check_early_stopping, checkpoints_to_keep, evaluations_so_far
 
 logger = logging.getLogger("jaxllm")
 
@@ -55,7 +62,8 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
 
   Raises:
     ConfigError, DataError, CheckpointError: the run cannot start, or the disk is full.
-    TrainingStopped: a bad step, where `training.on_bad_step` is "stop".
+    TrainingStopped: a bad step, where `training.on_bad_step` is "stop"; more forgotten than `training.replay_limit`.
+    OutOfMemory: the devices have too little; the message says what takes it, and what would take less.
   """
   agreement.check_same({**flatten(to_mapping(run)), "--workdir": str(workdir)}, "the config")
   run, start = open_start(run, Path(workdir))
@@ -79,7 +87,13 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
         f"the tokenizer of {run.data.dir} has {tokenizer.vocab_size} tokens but model.vocab_size is "
         f"{run.model.vocab_size}; raise it"
       )
-    batches = make_batches(program, run, prepared)
+    check_teachers(start, tokenizer, run.model)
+    batches = with_scores(make_batches(program, run, prepared), run.objective)
+    heldout = replay = None
+    if batches.heldout is not None:
+      heldout = Evaluation(run.objective, program.evaluate, batches.heldout, program.batch)
+    replay = open_replay(run, program, prepared)
+    check_early_stopping(training, program, heldout, replay)
   # Of what is "auto" the run says what it came to, which a resumed one keeps.
   settings["compute"]["dtype"] = program.compute.dtype
   agreement.check_same({"its digest": prepared.content}, f"the data in {run.data.dir}")
@@ -91,11 +105,16 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     directory = enter(hold_run_directory(workdir))
     open_run_directory(directory, settings)
     agreement.first_does(lambda: tokenizer.save(directory / "tokenizer"))
-    checkpoints = enter(Checkpoints(directory / "checkpoints", run.checkpoint))
+    memory = enter(explain_out_of_memory(program, run, directory))
+    kept = checkpoints_to_keep(run.checkpoint, training)
+    checkpoints = enter(Checkpoints(directory / "checkpoints", dataclasses.replace(run.checkpoint, **kept)))
     profiler = enter(Profiler(run.profile, directory))
 
-    # Where it starts: the last good checkpoint, or fresh weights, or those of a model; what is frozen comes from there.
+    # What models that are not kept say of the rows, from disk or computed now.
     key = jax.random.key(training.seed)
+    fill_scores(batches, run, program, prepared, directory, key)
+
+    # Where it starts: the last good checkpoint, or fresh weights, or those of a model; what is frozen comes from there.
     if jax.tree.leaves(program.frozen):
       agreement.first_does(lambda: keep_record(directory, start_record(start, program.params)))
     loaded = begun(directory, start, program.loaded, lambda: init_params(run.model, key, mesh, run.mesh.rules))
@@ -108,14 +127,18 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       batches.set_state(data_state)
       resumed = step
       logger.info("resuming from step %d", step)
+    del loaded  # what is not a part of state or frozen goes
     began = time.monotonic()
     lowered = program.step.lower(*program.arguments)
     if jax.process_count() > 1:
       text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
       agreement.check_same({"its digest": text}, "the compiled step (versions, environment variables)")
-    compiled = lowered.compile()
+    memory.compiled = compiled = lowered.compile()
+    memory.warn_if_short()
     if jax.process_index() == 0:
       print_table(startup_table(program, compiled, run, prepared, time.monotonic() - began), str(directory))
+
+    state = rehearse(program, compiled, state, frozen, heldout, replay)
 
     trackers = make_trackers(run.logging, directory, settings, resumed)
     metrics = enter(MetricsLogger(directory, resumed, trackers))
@@ -125,6 +148,9 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
       compiled=compiled,
       rows=local_rows(program.batch),
       batches=batches,
+      heldout=heldout,
+      replay=replay,
+      watch=Watch(training, directory, evaluations_so_far(directory)),
       tokenizer=tokenizer,
       stop=stop,
       checkpoints=checkpoints,
@@ -157,6 +183,9 @@ class Run:
   compiled: jax.stages.Compiled
   rows: tuple[int, ...]  # of each batch that this process reads
   batches: Batches
+  heldout: Evaluation | None
+  replay: Evaluation | None
+  watch: Watch
   tokenizer: Tokenizer
   stop: StopRequest
   checkpoints: Checkpoints
@@ -174,18 +203,23 @@ class Run:
   stopped: bool = False  # somebody asked for it
 
   def __post_init__(self):
-    self.positions = {self.step: self.batches.get_state()}  # where the data stood after the last few steps
+    # Where the data stood after the last few steps, and how many passes over it that was
+    self.positions = {self.step: (self.batches.get_state(), self.batches.epochs)}
     self.unlogged: set[int] = set()  # the last finished step, if it is not in metrics.jsonl
     # The last dispatched step and its metrics, read while the next one computes
     self.running: tuple[int, dict[str, jax.Array]] | None = None
 
   def take_steps(self) -> None:
-    """Steps until there are enough, the data ends, or a process is asked to stop."""
+    """Steps until there are enough, the data ends, an evaluation says so, or a process is asked to stop."""
     training = self.settings.training
+    analysis = self.compiled.memory_analysis()
+    freed = 3 * analysis.temp_size_in_bytes // 2 if analysis and self.program.compute.target == "cpu" else None
     self.ask()
-    while self.step < training.steps and not self.stopped:
+    if self.step == 0 and not self.stopped:
+      self.evaluate()  # what there is to forget
+    while self.step < training.steps and not self.stopped and not self.watch.ended:
       self.act()
-      if self.stopped:
+      if self.stopped or self.watch.ended:
         break
       batch = self.batches.next(self.policy)
       if batch is None:
@@ -198,11 +232,13 @@ class Run:
       self.meter.dispatched(device_metrics)
       self.profiler.after_step(device_metrics)
       self.step += 1
-      self.positions[self.step] = self.batches.get_state()
+      self.positions[self.step] = self.batches.get_state(), self.batches.epochs
       self.positions.pop(self.step - 3, None)
       if self.running is not None:
         self.finish(*self.running)
       self.running = self.step, device_metrics
+      if freed is not None:
+        release_memory(beyond=freed)
       self.ask()  # while the devices compute
 
   def policy(self) -> Params:
@@ -226,6 +262,7 @@ class Run:
       with self.meter.pause():
         for act in due:
           act()
+        self.watch.record(self.checkpoints.steps())
 
   def end(self) -> None:
     """What follows the last step."""
@@ -238,6 +275,17 @@ class Run:
       self.sample()
     self.save()
     self.checkpoints.wait()
+    write_run_adapter(
+      self.checkpoints.directory.parent, self.settings, self.policy(), self.state.params, self.tokenizer
+    )
+    self.watch.record(self.checkpoints.steps())
+    if self.watch.ended and self.watch.forgets:
+      raise TrainingStopped(f"{self.watch.forgets}. Step {self.step} is saved in {self.checkpoints.directory}")
+    if self.watch.ended:
+      self.progress.say(self.watch.patience_ends)
+    if self.watch.best and not self.stopped:
+      best = self.watch.best[0]
+      self.progress.say(f"the best step is {best}, which is kept: --model=RUN --step={best}")
 
   def drain(self) -> None:
     """Waits for the step under way."""
@@ -272,33 +320,45 @@ class Run:
   def log(self, number: int) -> None:
     """A line of metrics.jsonl for a step that is done, and of progress."""
     metrics = self.measured[number]
-    metrics |= {"tokens": number * self.program.tokens_per_step, "epoch": self.batches.epochs} | self.meter.rates()
+    metrics |= {
+      "tokens": number * self.program.tokens_per_step,
+      "epoch": self.positions[number][1],
+    } | self.meter.rates()
     self.latest.update(metrics)
     self.metrics.log(number, metrics)
     self.progress.update(number, metrics)
     self.unlogged = set()
 
   def evaluate(self) -> None:
-    """Held-out loss, of the averaged weights too where there are any; once a step."""
-    if self.batches.heldout is None or "eval/loss" in self.measured.get(self.step, {}):
-      return
+    """Held-out loss, of the averaged weights too where there are any, and the loss on the replay set; once a step.
+
+    Before step 0 only the latter, which is what later ones are measured against.
+    """
+    asked = [("replay/", self.replay, self.state.params)]
+    if self.step:
+      asked += [("eval/", self.heldout, self.state.params)]
+      asked += [("eval_ema/", self.heldout, self.state.ema)] if self.state.ema is not None else []
+    done = self.measured.setdefault(self.step, {})
+    missing = [(prefix, *what) for prefix, *what in asked if what[0] is not None and f"{prefix}loss" not in done]
     with contextlib.suppress(_StoppedMeanwhile):
-      self._evaluate(self.state.params, "eval/")
-      if self.state.ema is not None:
-        self._evaluate(self.state.ema, "eval_ema/")
+      for prefix, evaluation, params in missing:
+        values = evaluation(params, self.frozen, prefix, self.ask_while_evaluating)
+        done.update(values)
+        self.latest.update(values)
+        self.metrics.log(self.step, values)
+        self.watch.see(self.step, done)
+        self.progress.say(f"step {self.step}: {describe(values, prefix)}{self.watch.risen(prefix)}")
+    if missing and not self.stopped:
+      if self.watch.forgets and not self.watch.ended:
+        logger.warning("%s", self.watch.forgets)
+      if self.watch.best and self.watch.best[0] == self.step:
+        self.save()
 
-  def _evaluate(self, params: Any, prefix: str) -> None:
-    def metric_sums(batch):
-      self.ask()
-      if self.stopped:
-        raise _StoppedMeanwhile  # a resumed run makes up for it
-      return self.program.evaluate(params, self.frozen, put_batch(batch, self.program.batch, self.rows))
-
-    values = heldout_metrics(self.settings.objective, metric_sums, self.batches.heldout, prefix)
-    self.measured.setdefault(self.step, {}).update(values)
-    self.latest.update(values)
-    self.metrics.log(self.step, values)
-    self.progress.say(f"step {self.step}: {describe(values, prefix)}")
+  def ask_while_evaluating(self) -> None:
+    """As `ask`, but gives an evaluation up, for which a resumed run makes up."""
+    self.ask()
+    if self.stopped:
+      raise _StoppedMeanwhile
 
   def sample(self) -> None:
     """Text that the model writes."""
@@ -313,5 +373,5 @@ class Run:
     if number == self.saved:
       return
     good = dataclasses.replace(self.state, halted=jnp.zeros_like(self.state.halted))
-    self.checkpoints.save(number, good, self.positions[number], self.measured.get(number, {}))
+    self.checkpoints.save(number, good, self.positions[number][0], self.measured.get(number, {}))
     self.saved = number

@@ -6,6 +6,7 @@ looks like a matrix. Names decide, therefore, and shapes only after the layer ax
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -40,7 +41,12 @@ def param_paths(params: PyTree) -> list[str]:
   ]
 
 
-def plan_params(config: OptimizerConfig, params: PyTree, trained: PyTree[bool] | None = None) -> list[ParamPlan]:
+LrScale = Callable[[str, bool, float], float]  # see `jaxllm.peft.base.Peft.lr_scale`
+
+
+def plan_params(
+  config: OptimizerConfig, params: PyTree, trained: PyTree[bool] | None = None, lr_scale: LrScale | None = None
+) -> list[ParamPlan]:
   """Returns one ParamPlan per array of `params` (or ShapeDtypeStructs; of a weight one per part), in leaf order.
 
   Matrices decay; norm scales, biases, embeddings and other vectors do not. `config.rules` come first:
@@ -48,6 +54,9 @@ def plan_params(config: OptimizerConfig, params: PyTree, trained: PyTree[bool] |
   no earlier rule applied; its weight_decay of None keeps what the parameter would have had. Arrays that are not
   `trained` (by default quantized weights and what adapters stand beside) and those with lr_scale 0 are frozen. Under
   muon, embeddings, heads, norms and biases take adamw, as Jordan (2024) recommends.
+
+  Args:
+    lr_scale: (path, whether it is a matrix, learning rate) -> factor of the learning rate, times that of the rules.
 
   Raises:
     ConfigError: a rule's pattern is no regular expression, applies to no parameter, or its lr_scale is
@@ -68,7 +77,7 @@ def plan_params(config: OptimizerConfig, params: PyTree, trained: PyTree[bool] |
   for path, leaf, train in zip(param_paths(params), jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
     index = next((i for i, pattern in enumerate(patterns) if pattern.search(path)), None)
     used.add(index)
-    plans.append(_plan(config, None if index is None else config.rules[index], path, leaf, train))
+    plans.append(_plan(config, None if index is None else config.rules[index], path, leaf, train, lr_scale))
 
   for i, rule in enumerate(config.rules):
     if i not in used:
@@ -81,15 +90,15 @@ def plan_params(config: OptimizerConfig, params: PyTree, trained: PyTree[bool] |
   return plans
 
 
-def _plan(config, rule, path, leaf, train) -> ParamPlan:
+def _plan(config, rule, path, leaf, train, scale) -> ParamPlan:
   stacked = "blocks" in path.split("/")
   vector_by_name = bool(_NORM_SCALE.search(path) or _BIAS.search(path))
   matrix = leaf.ndim - stacked >= 2 and not vector_by_name
   decays = matrix and not _EMBEDDING.search(path)
   weight_decay = config.weight_decay if decays else 0.0
-  lr_scale = 1.0
+  lr_scale = 1.0 if scale is None else scale(path, matrix, config.learning_rate)
   if rule is not None:
-    lr_scale = rule.lr_scale
+    lr_scale *= rule.lr_scale
     weight_decay = weight_decay if rule.weight_decay is None else rule.weight_decay
 
   algorithm = config.name

@@ -26,8 +26,9 @@ from jaxllm.parallel.agreement import first_does, gather
 from jaxllm.training.config import RunConfig, moved
 from jaxllm.training.trackers import flatten
 
-# What a resumed run may change: how it is watched, where it runs (equal within float tolerance on another
-# mesh), and what becomes of bad steps. The number of steps may grow, and the schedule stretches with it.
+# What a resumed run may change: how it is watched, where it runs and in how many micro-batches (equal within float
+# tolerance), when it ends early, and what becomes of bad steps. The number of steps may grow, and the schedule
+# stretches with it.
 MAY_CHANGE = (
   "logging.*",
   "checkpoint.*",
@@ -35,7 +36,11 @@ MAY_CHANGE = (
   "mesh.*",
   "data.workers",
   "data.prefetch",
+  "training.accumulation",
+  "training.early_stopping.*",
   "training.eval_*",
+  "training.on_forgetting",
+  "training.replay_limit",
   "training.sample_*",
   "compute.remat*",
   "training.on_bad_step",

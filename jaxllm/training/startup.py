@@ -8,7 +8,7 @@ from jaxllm.base.chips import CHIPS
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.show import example_rows
 from jaxllm.kernels import backends
-from jaxllm.models.weights import adapted_paths, num_parameters
+from jaxllm.models.weights import is_adapted, map_weights_with_path, num_parameters
 from jaxllm.parallel.mesh import target_of
 from jaxllm.training import flops
 from jaxllm.training.compile import Program
@@ -22,7 +22,6 @@ def startup_table(
   training, compute = run.training, program.compute
   total = num_parameters(program.params)
   trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
-  adapted = [path.removesuffix("/weight") for path in adapted_paths(program.params)]
   active = ""
   if program.model.moe is not None:
     active = f"; a token is multiplied by {flops.matmul_parameters(program.model):,}"
@@ -38,7 +37,7 @@ def startup_table(
   train_tokens = prepared.total("train", "tokens")
   rows = [
     ("parameters", f"{total:,}, {trained:,} trained ({trained / total:.1%}){active}"),
-    *([("adapters", f"{run.peft.kind} on {', '.join(adapted)}")] if adapted else []),
+    *_adapter_rows(program, run),
     ("objective", f"{run.objective.name} of {run.data.task}"),
     ("mesh", f"{program.mesh.size} x {compute.target}" + (f": {axes}" if axes else "")),
     ("state per device", _size(state_bytes)),
@@ -58,6 +57,27 @@ def startup_table(
       f"{training.steps * tokens_per_step / max(train_tokens, 1):.3g} epochs",
     ),
   ]
+
+
+def _adapter_rows(program: Program, run: RunConfig) -> list[tuple[str, str]]:
+  """Which modules have adapters, and which are trained whole beside them, by how many matrices there are of each."""
+  if not run.peft.adapters_only:
+    return []
+  adapted, whole = [], []
+
+  def one(path, w, part):
+    if is_adapted(w):
+      adapted.append(f"{_short(path)} x {math.prod(w.shape[:-2])}")
+    elif jax.tree.leaves(part):
+      whole.append(_short(path))
+
+  map_weights_with_path(one, program.params, program.state.params)
+  rows = [("adapters", f"{run.peft.kind} on {', '.join(adapted) or 'nothing'}")]
+  return rows + ([("trained whole", ", ".join(whole))] if whole else [])
+
+
+def _short(path: str) -> str:
+  return path.removesuffix("/weight").removeprefix("blocks/")
 
 
 def kernels_in_use(target: str) -> str:

@@ -1,6 +1,7 @@
 """Every format of instruction data becomes one value, or one line that says what is wrong with the row."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def test_preferences(name):
   assert from_json(to_json(want)) == want
 
 
+@pytest.mark.parametrize("user, reply", [("Human", "GPT"), ("USER", "Assistant"), ("human", "bard"), ("user", "ai")])
+def test_names_of_roles(user, reply):
+  chat = [{"from": user, "value": "2+2?"}, {"from": reply, "value": "4"}]
+  assert conversation_of({"conversations": chat}) == Conversation((USER, REPLY))
+
+
+def test_openais_older_calls():
+  call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}
+  answer = {"role": "function", "name": "f", "content": "4"}
+  found = conversation_of({"messages": [*openai(USER), call, answer, *openai(REPLY)], "functions": [{"name": "f"}]})
+  assert found.messages[1].tool_calls == ({"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},)
+  assert found.tools == ({"name": "f"},)
+
+
 def test_columns_and_keys_are_mapped():
   row = {"question": "2+2?", "answer": "4", "prompt": "no", "completion": "no"}
   columns = {"instruction": "question", "output": "answer"}
@@ -162,6 +177,8 @@ def test_columns_and_keys_are_mapped():
   assert conversation_of(chat, "openai", keys) == conversation_of(chat, "auto", keys) == Conversation((USER, REPLY))
   pair = {"q": "2+2?", "good": "4", "bad": "Yes."}
   assert preference_of(pair, "alpaca", {"instruction": "q", "chosen": "good", "rejected": "bad"}) == PAIR
+  texts = {"prompt": "2+2?", "chosen": "4", "rejected": "Yes."}  # put into the template by what they are called
+  assert preference_of(texts, "auto", {"instruction": "prompt"}) == PAIR
   with pytest.raises(DataError, match="no column 'q', which the source's `columns` names; it has: text"):
     conversation_of({"text": "x"}, "auto", {"instruction": "q"})
   with pytest.raises(ConfigError, match="has the key 'anwser'; standard names are instruction, "):
@@ -180,6 +197,21 @@ BAD = {
   "no_list": ({"messages": 5}, "a conversation is a list of messages"),
   "no_messages": ({"messages": []}, "a conversation is a list of messages"),
   "role": ({"messages": [{"role": "narrator", "content": "x"}]}, "message 1 has the role 'narrator'; known are system"),
+  "role_list": ({"messages": [{"role": ["user"], "content": "x"}]}, r"message 1 has the role \['user'\]; known are"),
+  "no_reasoning": (
+    {"messages": openai(USER) + [{"role": "assistant", "content": "4", "reasoning": ["x"]}]},
+    r"message 2 \(assistant\) has reasoning that is no text",
+  ),
+  "blank": (
+    {"messages": openai(USER) + [{"role": "assistant", "content": " \n"}]},
+    r"message 2 \(assistant\) has no text",
+  ),
+  "no_calls": ({"messages": openai(USER) + [{"role": "assistant", "tool_calls": 5}]}, "message 2's tool_calls are no"),
+  "no_function": ({"messages": openai(USER, REPLY), "tools": [{"function": "x"}]}, "tools is a list of JSON schemas"),
+  "history_number": ({"instruction": "x", "output": "y", "history": 5}, "history is a list of pairs"),
+  "history_blank": ({"instruction": "x", "output": "y", "history": [["q", ""]]}, "of texts that are not empty"),
+  "system_beside_texts": ({"prompt": "x", "completion": "y", "system": "z"}, "'system' has no place beside texts"),
+  "tools_beside_texts": ({"prompt": "x", "completion": "y", "tools": [{}]}, "'tools' has no place beside texts"),
   "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 has parts that are no text"),
   "empty": (
     {"messages": openai(USER) + [{"role": "assistant", "content": ""}]},
@@ -210,6 +242,13 @@ BAD = {
     {"messages": openai(USER, REPLY)[:1] + [{"role": "assistant", "content": "4", "weight": -1}]},
     "weight -1",
   ),
+  **{
+    f"weight_{weight}": (
+      {"messages": openai(USER) + [{"role": "assistant", "content": "4", "weight": weight}]},
+      rf"message 2 \(assistant\) has the weight {weight}",
+    )
+    for weight in (math.nan, math.inf)
+  },
   "user_weight": (
     {"messages": [openai(USER)[0] | {"weight": 1}, *openai(REPLY)]},
     r"message 1 \(user\) has the weight 1",
@@ -237,6 +276,12 @@ BAD_PAIRS = {
   ),
   "missing": ({"prompt": "x", "chosen": "a"}, "no column 'rejected'; it has: prompt, chosen"),
   "empty": ({"prompt": "x", "chosen": "a", "rejected": ""}, "chosen or rejected has no text"),
+  "blank": ({"prompt": "x", "chosen": "a", "rejected": " "}, "chosen or rejected has no text"),
+  "no_instruction": ({"instruction": "", "chosen": "a", "rejected": "b"}, "column 'instruction' must be text"),
+  "system_beside_texts": (
+    {"prompt": "x", "chosen": "a", "rejected": "b", "system": "z"},
+    "column 'system' has no place beside texts, .* map the prompt to 'instruction'",
+  ),
   "unasked": ({"chosen": openai(REPLY), "rejected": openai(LAST)}, "out of order: message 1 is assistant's"),
   "unanswered": ({"chosen": openai(USER, REPLY), "rejected": openai(USER, REPLY, AGAIN)}, "the last message is user's"),
 }
@@ -247,6 +292,12 @@ def test_bad_pairs_are_one_line(name):
   row, match = BAD_PAIRS[name]
   with pytest.raises(DataError, match=match):
     preference_of(row)
+
+
+def test_a_prompts_replies_have_no_weight_in_a_pair():
+  first = openai(USER) + [{"role": "assistant", "content": "4", "weight": 1.0}, *openai(AGAIN)]
+  sides = preference_of({"prompt": first, "chosen": openai(REPLY), "rejected": openai(LAST)}).sides
+  assert [[m.weight for m in side.messages] for side in sides] == [[None] * 4] * 2
 
 
 def test_text_that_is_no_utf8():

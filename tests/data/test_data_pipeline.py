@@ -275,8 +275,9 @@ def test_weight_zero_leaves_a_source_out(mixture):
   assert set(open_batches(weights(0, 1)).source_epochs) == {"second"}
   with pytest.raises(ConfigError, match="no data source has a weight above 0"):
     open_batches(weights(0, 0))
-  with pytest.raises(ConfigError, match="must not be negative"):
-    open_batches(weights(-1, 1))
+  for weight in (-1, float("nan"), float("inf")):
+    with pytest.raises(ConfigError, match="it must be a number that is not negative"):
+      weights(weight, 1)
 
 
 def test_errors(config):

@@ -156,7 +156,7 @@ def test_bad_rows_are_named_and_skipped(job, tmp_path, capsys):
     job([*MANY, *BAD])
   with pytest.raises(DataError, match=r"0\.jsonl:41: column 'output' must be text that is not empty"):
     job([*MANY, *BAD[1:]])
-  with pytest.raises(DataError, match=r"0\.jsonl:41: a reply has '<\|im_end\|>', which ends it, in its text"):
+  with pytest.raises(DataError, match=r"0\.jsonl:41: message 2 .assistant. has '<\|im_end\|>' in its text"):
     job([*MANY, *TAIL])
   config = job([*MANY, *BAD, *TAIL], on_bad_row="skip", heldout_fraction=0.0)
   lines = [f"0.jsonl:{n}: " for n in range(41, 46)]
@@ -188,7 +188,7 @@ def test_other_tasks_skip_bad_rows_too(job):
   [
     ([], "data source 'part0' is empty"),
     (BAD[1:], r"all 2 rows of data source 'part0' are bad: .*0\.jsonl:1: "),
-    (TAIL, r"all 2 examples of data source 'part0' are bad: .*0\.jsonl:1: a reply has"),
+    (TAIL, r"all 2 examples of data source 'part0' are bad: .*0\.jsonl:1: message 2 .assistant. has"),
   ],
 )
 def test_data_without_anything_to_learn_from(job, rows, match):
@@ -272,10 +272,31 @@ def test_bad_pairs_name_their_line(job):
   row = {"instruction": "x", "chosen": "a", "rejected": "b"}
   with pytest.raises(DataError, match=r"0\.jsonl:2: chosen and rejected are the same"):
     job([row, {**row, "rejected": "a"}], task="preference", packing="none")
-  with pytest.raises(ConfigError, match="data.task 'preference' has one example a row; set data.packing to 'none'"):
-    DataConfig(task="preference", packing="best_fit")
+  for packing in ("best_fit", "split"):
+    with pytest.raises(ConfigError, match="data.task 'preference' has one example a row; set data.packing to 'none'"):
+      DataConfig(task="preference", packing=packing)
   with pytest.raises(ConfigError, match="data.chat.train_on 'all' has no meaning"):
     DataConfig(task="preference", packing="none", chat=ChatConfig(train_on="all"))
+
+
+@pytest.mark.parametrize("task", ["chat", "preference"])
+def test_what_is_asked_in_a_heldout_row_is_asked_in_no_other(job, task):
+  pairs = [{"prompt": f"{n % 12}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(60)]
+  chats = [[{"instruction": f"{n % 12}?", "output": f"answer {n}"} for n in part] for part in (range(36), range(24))]
+  packing = "none" if task == "preference" else "best_fit"
+  prepared = open_prepared(job(*([pairs] if task == "preference" else chats), task=task, packing=packing))
+  tokenizer, asked = prepared.tokenizer(), {}
+  for split in ("train", "heldout"):
+    documents = [prepared.documents(source, split) for source in prepared.sources]
+    asked[split] = {tokenizer.decode(each.parts(n)[0]) for each in documents for n in range(len(each))}
+  assert asked["heldout"] and asked["train"] and not asked["heldout"] & asked["train"]
+  assert len(asked["heldout"] | asked["train"]) == 12
+  assert prepared.total("heldout", "documents") == 5 * len(asked["heldout"])
+
+
+def test_a_question_that_is_the_only_one_is_not_held_out(job):
+  prepared = open_prepared(job([{"instruction": "why?", "output": str(n)} for n in range(5)]))
+  assert prepared.total("train", "documents") == 5
 
 
 @pytest.mark.parametrize("task, rows", [("chat", MANY), ("preference", PAIRS)])

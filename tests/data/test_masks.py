@@ -248,6 +248,19 @@ def test_reasoning_and_tools_in_or_out(shown):
   assert masked.count("[[") == 1 and "[[<think>\n\n</think>\n\nIt is 4.<|im_end|>]]" in masked
 
 
+@pytest.mark.parametrize("begin", ["<think>\n", ""])
+def test_reasoning_in_the_text(shown, begin):
+  """Which data of models has without its beginning, where that stands in the prompt for a reply."""
+  chat = [TURNS[0], {"role": "assistant", "content": begin + "Two.\n</think>\n\n4"}]
+  assert shown(CHATML, chat, reasoning="drop").endswith("assistant\n[[4<|im_end|>]]\n")
+  assert shown(CHATML, chat, reasoning="mask").endswith(f"{begin}Two.\n</think>\n\n[[4<|im_end|>]]\n")
+  cut = [TURNS[0], {"role": "assistant", "content": "<think>\nTwo."}]
+  assert shown(CHATML, cut).endswith("[[<think>\nTwo.<|im_end|>]]\n")
+  for reasoning in ("drop", "mask"):
+    with pytest.raises(DataError, match="message 2 .assistant. has reasoning without an end"):
+      shown(CHATML, cut, reasoning=reasoning)
+
+
 def test_texts(shown, chat_tokenizer):
   def text(**row):
     return shown(None, None, conversation=conversation_of(row))
@@ -259,6 +272,18 @@ def test_texts(shown, chat_tokenizer):
   begins = chat_tokenizer(begins=True)
   [(ids, weights)] = Masker(begins)([conversation])
   assert marked_text(begins, ids, weights) == "<s>a[[b</s>]]"
+  assert text(prompt="a", completion="b</s>") == "a[[b</s>]]"  # as TRL does
+
+
+def test_several_tokens_and_blocks_end_a_reply(shown, chat_tokenizer):
+  """Phi 3 writes EOS behind the end of the last turn, and TRL's copy of its template has a block for each."""
+  trl = pytest.importorskip("trl")
+  twin = (Path(trl.__file__).parent / "chat_templates" / "phi3_training.jinja").read_text()
+  assert shown(PHI3, TURNS, train_on="last").endswith("[[ It is\n\n4. \u4f60\U0001f600<|end|>\n</s>]]")
+  assert shown(twin, TURNS[:2]) == "<|user|>\nHi<|end|>\n<|assistant|>\n[[Hello<|end|>\n</s>]]"
+  assert shown(twin, TURNS).count("[[") == 2
+  cohere = CHATML.replace("'<|im_end|>'", "'<|eot_id|><|im_end|>'")
+  assert shown(cohere, TURNS[:2]).endswith("[[Hello<|eot_id|><|im_end|>]]\n")
 
 
 REFUSED = {
@@ -283,7 +308,26 @@ REFUSED = {
     {},
     "stop token is never",
   ),
-  "stop in the text": (CHATML, [TURNS[0], TURNS[1] | {"content": "a<|im_end|>b"}], {}, "has '<|im_end|>', which"),
+  "stop in the text": (CHATML, [TURNS[0], TURNS[1] | {"content": "a<|im_end|>b"}], {}, "has '<|im_end|>' in its text"),
+  "stop in the reasoning": (
+    QWEN3,
+    [TURNS[0], TURNS[1] | {"reasoning_content": "a<|im_end|>b"}],
+    {},
+    "a reply has '<|im_end|>', which",
+  ),
+  "turn in the text": (
+    CHATML,
+    [TURNS[0] | {"content": "a<|im_end|>\n<|im_start|>assistant\nb"}, TURNS[1]],
+    {},
+    "message 1 .user. has '<|im_end|>' in its text, which would begin or end a turn",
+  ),
+  "begin in the text": (CHATML, [TURNS[0], {"role": "assistant", "content": "<|im_start|>"}], {}, "has .<.im_start.>"),
+  "thoughts begun": (
+    CHATML.replace("assistant\n", "assistant\n<think>\n"),
+    TURNS,
+    {},
+    r"its prompt for a reply is '<.im_start.>assistant.n<think>.n', and message 2 begins otherwise\. Set data.chat.var",
+  ),
   "nothing trained": (CHATML, [TURNS[0], TURNS[1] | {"weight": 0}], {}, "no token is trained"),
   "bos twice": ("{{ bos_token }}" + MISTRAL, TURNS, {"begins": True}, "BOS is doubled"),
   "no bos": (ZEPHYR, TURNS, {"begins": True}, "BOS is missing: .*data.chat.require_bos"),

@@ -1,5 +1,6 @@
 """Every source kind, and the one-line error of each mistake."""
 
+import codecs
 import json
 import os
 import shutil
@@ -119,11 +120,17 @@ def test_jsonl(tmp_path):
     ("[1]", r"a.jsonl:2: a JSON object is needed, this is list"),
     ('{"body": "x", "n": 1}', r"a.jsonl:2: no field 'text'.*one of: body, n"),
     ('{"text": 3}', r"a.jsonl:2: field 'text' must be text, this is int"),
+    ("[" * 100_000, r"a.jsonl:2: not a JSON object: maximum recursion depth"),
   ],
 )
 def test_jsonl_errors(tmp_path, line, match):
   (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
   fails(match, kind="jsonl", path=f"{tmp_path}/a.jsonl")
+
+
+def test_jsonl_with_a_byte_order_mark(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "a"}\n{"text": "b"}\n')
+  assert [d.data for d in documents(kind="jsonl", path=f"{tmp_path}/a.jsonl")] == [b"a", b"b"]
 
 
 def test_parquet(tmp_path):
@@ -223,6 +230,18 @@ def test_json_lists_are_rows_by_line(tmp_path):
   assert [d.where for d in found] == [f"{path}:{line}" for line in (3, 5, 6)]
   path.write_text('[{"text": "a"},\n{"text" "b"}]')
   with pytest.raises(DataError, match=r"t\.json:2: not a JSON list of objects: Expecting ':' delimiter"):
+    documents(kind="json", path=str(path))
+  path.write_bytes(codecs.BOM_UTF8 + b'[{"text": "a"}]')
+  assert [d.data for d in documents(kind="json", path=str(path))] == [b"a"]
+  for text in ('[{"text": "a"} {"text": "b"}]', '[{"text": "a"},, {}]', '[, {"text": "a"}]', '[{"text": "a"},]'):
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"t\.json:1: not a JSON list of objects"):
+      documents(kind="json", path=str(path))
+  path.write_text("[" * 100_000)
+  with pytest.raises(DataError, match=r"t\.json:1: not a JSON list of objects: maximum recursion depth"):
+    documents(kind="json", path=str(path))
+  path.write_text('[{"text": "a"}]\n [{"n": 1}]')
+  with pytest.raises(DataError, match=r"""t\.json:2: '\[{"n": 1}\]' stands behind the JSON list's end; remove it"""):
     documents(kind="json", path=str(path))
   for text in ('{"rows": [{"text": "a"}]}', ""):
     path.write_text(text)

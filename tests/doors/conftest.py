@@ -1,8 +1,10 @@
 """A tiny corpus, prepared once, and a config file that trains on it in seconds."""
 
+import json
 import random
 
 import pytest
+from chat_tokenizer import chat_tokenizer
 
 CONFIG = '''"""A job that takes seconds."""
 from jaxllm.config import default_config
@@ -78,3 +80,43 @@ def door(capsys):
     return code, out, err
 
   return door
+
+
+@pytest.fixture
+def chat_job(tmp_path):
+  """A config file of SFT on forty questions, and flags that change it."""
+  chat_tokenizer().save(tmp_path / "tokenizer")
+  rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(40)] + [{"question": "x" * 99, "answer": "y"}]
+  (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  path = tmp_path / "sft.py"
+  path.write_text(f"""
+from jaxllm.config import default_config
+
+
+def get_config():
+  c = default_config()
+  c.data.task = "chat"
+  c.data.packing = "best_fit"
+  c.data.dir = "{tmp_path}/data"
+  columns = dict(instruction="question", output="answer")
+  c.data.sources = [dict(kind="jsonl", path="{tmp_path}/qa.jsonl", format="alpaca", columns=columns)]
+  c.data.tokenizer.path = "{tmp_path}/tokenizer"
+  c.data.heldout_fraction = 0.2
+  c.model.vocab_size = 260
+  c.model.embed_dim = 32
+  c.model.num_layers = 1
+  c.model.num_heads = 2
+  c.model.max_seq_len = 64
+  c.training.steps = 6
+  c.training.batch_size = 4
+  c.training.seq_len = 64
+  c.training.sample_tokens = 4
+  c.optimizer.schedule = "constant"  # which more steps do not change
+  c.optimizer.learning_rate = 1e-2
+  c.optimizer.warmup_steps = 1
+  c.logging.every = 1
+  c.logging.tensorboard = False
+  c.mesh.data = 1
+  return c
+""")
+  return f"--config={path}"

@@ -6,58 +6,10 @@ from pathlib import Path
 
 import pytest
 
-CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 
 @pytest.fixture
-def job(tmp_path):
-  """A config file of SFT on forty questions, and flags that change it."""
-  import tokenizers
-
-  from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet
-
-  rust = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet(), []))
-  rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  rust.decoder = tokenizers.decoders.ByteLevel()
-  rust.add_special_tokens(["</s>", "<|im_start|>", "<|im_end|>"])
-  HuggingFaceTokenizer(rust.to_str(), {"eos_token": "</s>", "chat_template": CHATML}).save(tmp_path / "tokenizer")
-  rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(40)] + [{"question": "x" * 99, "answer": "y"}]
-  (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-  path = tmp_path / "sft.py"
-  path.write_text(f"""
-from jaxllm.config import default_config
-
-
-def get_config():
-  c = default_config()
-  c.data.task = "chat"
-  c.data.packing = "best_fit"
-  c.data.dir = "{tmp_path}/data"
-  columns = dict(instruction="question", output="answer")
-  c.data.sources = [dict(kind="jsonl", path="{tmp_path}/qa.jsonl", format="alpaca", columns=columns)]
-  c.data.tokenizer.path = "{tmp_path}/tokenizer"
-  c.data.heldout_fraction = 0.2
-  c.model.vocab_size = 260
-  c.model.embed_dim = 32
-  c.model.num_layers = 1
-  c.model.num_heads = 2
-  c.model.max_seq_len = 64
-  c.training.steps = 6
-  c.training.batch_size = 4
-  c.training.seq_len = 64
-  c.training.sample_tokens = 4
-  c.optimizer.schedule = "constant"  # which more steps do not change
-  c.optimizer.learning_rate = 1e-2
-  c.optimizer.warmup_steps = 1
-  c.logging.every = 1
-  c.logging.tensorboard = False
-  c.mesh.data = 1
-  return c
-""")
-  return f"--config={path}"
+def job(chat_job):
+  return chat_job
 
 
 def losses(run):

@@ -1,7 +1,12 @@
 """CPU training kernels against float64 references: forward and gradients, float32 and bfloat16."""
 
+import ctypes
 import functools
+import platform
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -83,6 +88,54 @@ def test_matmul_master_weights(build):
   y, pull = jax.vjp(lambda x, w: matmul_lib.matmul(x, w, backend="cpu"), x, w)
   dx, dw = pull(y)
   assert y.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,I,O,r", [(20, 33, 5, 3), (40, 33, 5, 3), (129, 96, 130, 16), (33, 700, 64, 40)])
+def test_low_rank_matmul(build, rows, I, O, r, dtype):
+  """Rows too few for the C++ product too."""
+  x, w = normal(0, 1, rows, I, dtype=dtype), normal(1, I, O, dtype=dtype, scale=I**-0.5)
+  a, b = normal(2, I, r, dtype=dtype, scale=I**-0.5), normal(3, r, O, dtype=dtype, scale=r**-0.5)
+  run = lambda *arrays: matmul_lib.low_rank_matmul(*arrays, backend="cpu")  # noqa: E731
+  check(run, lambda x, w, a, b: x @ w + (x @ a) @ b, (x, w, a, b), dtype)
+
+
+def test_low_rank_matmul_is_one_product_each_way(build):
+  """With a frozen w: its gradient is not computed, and no sum of two results is."""
+  x, w, a, b = normal(0, 64, 48), normal(1, 48, 80), normal(2, 48, 8), normal(3, 8, 80)
+
+  def loss(x, a, b):
+    return (matmul_lib.low_rank_matmul(x, w, a, b, backend="cpu") ** 2).sum()
+
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, a, b).compile().as_text()
+  if cpu_ffi.available():
+    assert text.count('custom_call_target="cpu_matmul_plus"') == 2
+    assert text.count('custom_call_target="cpu_matmul"') == 4  # x a, dy bᵀ, and the gradients of a and b
+  assert not re.search(r"f32\[48,80\]\S* (custom-call|dot)", text)
+
+
+def test_memory_that_is_freed_stays_within_a_bound():
+  """A process that keeps freed memory has it back beyond a bound, and not below it."""
+  code = """
+    import numpy as np
+    from pathlib import Path
+    from jaxllm.kernels import cpu_ffi
+    held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+    assert cpu_ffi.keep_memory_resident()
+    arrays = [np.ones(1 << 24, np.uint8) for _ in range(24)]
+    pinned = arrays[::8]
+    before = held()
+    del arrays
+    cpu_ffi.release_memory(beyond=8 << 30)
+    kept = held()
+    cpu_ffi.release_memory(beyond=0)
+    print(before - kept, before - held())
+  """
+  if platform.system() != "Linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"):
+    pytest.skip("glibc from 2.33 on")
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+  kept, given = map(int, done.stdout.split())
+  assert kept < 64 and given > 200  # MiB, of 336 that were freed
 
 
 def reference_attention(q, k, v, causal, window, seg, scale):

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import cross_entropy, token_log_probs
+from jaxllm.kernels import cross_entropy, dispatch, token_log_probs, token_log_probs_and_slopes
+from jaxllm.kernels.head_loss.api import TOKENS
+from jaxllm.kernels.head_loss.chunks import UNWANTED, Coefficients, Options
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
 
@@ -67,6 +69,41 @@ def test_tokens_without_weight_may_hold_anything(backend):
   (dx, d_head), (logp, lse) = jax.grad(total, (0, 1), has_aux=True)(poisoned.x, case.head)
   assert all(np.isfinite(a).all() for a in (dx, d_head, logp, lse))
   assert (np.asarray(logp)[case.weights == 0] == 0).all() and (np.asarray(dx)[case.weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("wanted", [0, 1, 75, 111])
+def test_unwanted_tokens_have_no_logits(dtype, wanted):
+  """In the C++ kernel. The others' results are the same bits as with all of them, and those of the oracle."""
+  case = Case.draw(1, 111, 40, 515, dtype=dtype)
+  call = dispatch.Call(TOKENS, "cpu", "cpu", Options(of_head=True))
+  keep = np.zeros(111, bool)
+  keep[np.random.default_rng(2).permutation(111)[:wanted]] = True
+  x, targets = case.x[0], case.targets[0]
+  marked = jnp.asarray(np.where(keep, targets, UNWANTED))
+  coefficients = Coefficients(*(jnp.where(keep, value, 0.0) for value in (1.5, 0.01, 2.0, 0.001)))
+  forward, backward = (jax.jit(lambda *a, f=f: f(call, *a)) for f in (call.module.forward, call.module.backward))
+  stats, dx, d_head = backward(x, case.head, marked, coefficients)
+  full, full_dx, full_head = backward(x, case.head, jnp.asarray(targets), coefficients)
+  for got, want in zip((*stats, *forward(x, case.head, marked), dx), (*full, *full, full_dx), strict=True):
+    assert not np.asarray(got)[~keep].any()
+    np.testing.assert_array_equal(np.asarray(got)[keep], np.asarray(want)[keep])
+  close(d_head, full_head, 1e-6)
+  lse, logits = np.asarray(stats.lse)[keep], case.logits(None)[2][keep]
+  np.testing.assert_allclose(lse, np.log(np.exp(logits).sum(-1)), rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+@pytest.mark.parametrize("dtype, softcap", [(jnp.float32, None), (jnp.float32, 3.0), (jnp.bfloat16, None)])
+def test_slopes_of_log_probs(backend, dtype, softcap):
+  case = Case.draw(2, 37, 24, 53, dtype=dtype)
+  mask = case.weights != 0
+  options = dict(mask=jnp.asarray(mask), softcap=softcap, backend=backend)
+  logp, lse, slopes = token_log_probs_and_slopes(case.x, case.head, jnp.asarray(case.targets), **options)
+  want = case.log_probs_oracle(mask, np.zeros_like(mask), softcap=softcap)
+  close((logp, lse), (want[0] * mask, want[1] * mask), TOLERANCE[dtype])
+  close(slopes, want[2], TOLERANCE[dtype])
+  assert slopes.dtype == dtype
 
 
 @pytest.mark.parametrize("head_dtype", [jnp.float32, jnp.bfloat16])

@@ -1,5 +1,6 @@
 """The head's loss on a mesh: one device's numbers, and no collective that the mesh does not promise."""
 
+import functools
 import importlib.util
 import logging
 import sys
@@ -233,6 +234,32 @@ def made(jaxpr):
     yield from (var.aval.shape for var in equation.outvars if equation.primitive.name in ("dot_general", "ffi_call"))
     for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from made(inner)
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=4, tensor=2)], ids=["one device", "mesh"])
+def test_under_a_frozen_head_the_logits_are_computed_once(sizes):
+  """Of log-probabilities alone, which preference losses are made of; the gradient is that of any other head."""
+  (x, head, bias), targets, weights = draw()
+
+  def loss(x, head, bias):
+    options = dict(bias=bias, mask=weights != 0, backend="xla", target="cpu")
+    logp = head_loss.token_log_probs(x, head, targets, **options)[0]
+    return (weights * logp).sum() ** 2 / 100
+
+  def within(x, head, bias, asked):
+    if sizes is None:
+      return jax.grad(loss, asked)(x, head, bias)
+    with activation_sharding(make_mesh(MeshConfig(**sizes)), RULES):
+      return jax.grad(loss, asked)(x, head, bias)
+
+  products = {}
+  for asked in (0, (0, 1)):
+    run = functools.partial(within, asked=asked)
+    text = str(jax.make_jaxpr(run)(x, head, bias))
+    products[asked] = text.count("dot_general[")
+  assert products == {0: 2, (0, 1): 4}  # logits and dx; logits twice, dx and the head's
+  close(jax.jit(functools.partial(within, asked=0))(x, head, bias), jax.grad(loss)(x, head, bias))
+  close(jax.jit(functools.partial(within, asked=(0, 1)))(x, head, bias)[0], jax.grad(loss)(x, head, bias))
 
 
 @pytest.mark.parametrize("sizes", [None, dict(fsdp=4, tensor=2)], ids=["one device", "mesh"])

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.data.config import DataConfig
 from jaxllm.models.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxllm.models.weights import dense, map_weights, without_adapters
+from jaxllm.objectives.dpo import DPO
 from jaxllm.parallel.batch import put_batch
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.peft.base import Full
+from jaxllm.peft.dora import Dora
 from jaxllm.peft.lora import Lora
 from jaxllm.training.compile import make_program
 from jaxllm.training.config import ModelInitConfig, OptimizerConfig, ParamRule, TrainingConfig
@@ -30,7 +33,15 @@ TRAINING = TrainingConfig(batch_size=B, seq_len=T, steps=10)
 SGD = OptimizerConfig(
   name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, b1=0.0, weight_decay=0.0, clip_norm=None
 )
+SLOW = dataclasses.replace(SGD, learning_rate=0.02)  # where whole matrices are trained
 LORA = Lora(rank=4, alpha=8.0)
+KINDS = {
+  "lora": LORA,
+  "dora": Dora(rank=4, alpha=8.0),
+  "more": Lora(
+    rank=4, alpha=8.0, rank_pattern={".*/attention/.*": 2}, modules_to_save=("embedding/tokens", "mlp/gate")
+  ),
+}
 ONE = MeshConfig(data=1)
 
 
@@ -46,8 +57,9 @@ def batch(seed=0):
   }
 
 
-def program_of(mesh=ONE, model=MODEL, peft=LORA, quantize=None, optimizer=SGD, training=TRAINING, **more):
-  start = Start(ModelInitConfig(quantize=quantize, group_size=64 if quantize in ("int4", "nf4") else None))
+def program_of(mesh=ONE, model=MODEL, peft=LORA, quantize=None, optimizer=SGD, training=TRAINING, double=False, **more):
+  group_size = 64 if quantize in ("int4", "nf4") else None
+  start = Start(ModelInitConfig(quantize=quantize, group_size=group_size, double_quantize=double))
   compute = ComputeConfig(matmul="xla", attention="xla", elementwise="xla", cross_entropy="xla")
   devices = make_mesh(mesh)
   return make_program(model, training, optimizer, mesh, devices, compute_config=compute, peft=peft, start=start, **more)
@@ -63,9 +75,9 @@ def train(program, steps=3):
 
 
 @functools.cache
-def on_one_device(quantize, experts):
-  model = EXPERTS if experts else MODEL
-  state, _, losses = train(program_of(model=model, quantize=quantize))
+def on_one_device(quantize, experts, kind="lora", double=False):
+  model, slow = EXPERTS if experts else MODEL, dict(optimizer=SLOW) if kind == "more" else {}
+  state, _, losses = train(program_of(model=model, quantize=quantize, peft=KINDS[kind], double=double, **slow))
   return jax.device_get(state.params), losses
 
 
@@ -86,13 +98,33 @@ def test_adapters_on_meshes(sizes, quantize):
     assert np.prod(values.sharding.shard_shape(values.shape)) * 4 == values.size
 
 
+@pytest.mark.parametrize("kind, quantize, double", [("dora", None, 0), ("dora", "nf4", 0), ("more", "nf4", 1)])
+def test_kinds_on_fsdp_and_tensor(kind, quantize, double):
+  want, want_losses = on_one_device(quantize, False, kind, bool(double))
+  mesh = MeshConfig(fsdp=4, tensor=2)
+  slow = dict(optimizer=SLOW) if kind == "more" else {}
+  program = program_of(mesh, quantize=quantize, peft=KINDS[kind], double=bool(double), **slow)
+  state, frozen, losses = train(program)
+  np.testing.assert_allclose(losses, want_losses, rtol=2e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), jax.device_get(state.params), want)
+  up = program.params["blocks"]["mlp"]["up"]["weight"]
+  if double:
+    assert (
+      up.base.weight.scales.dtype == jnp.uint8 and state.params["blocks"]["mlp"]["gate"]["weight"].dtype == "float32"
+    )
+
+
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("sizes", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=lambda s: "x".join(s))
-def test_experts_on_meshes(sizes, quantize):
-  want, want_losses = on_one_device(quantize, True)
-  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, quantize=quantize))
+def test_experts_on_meshes(sizes, quantize, kind="lora"):
+  want, want_losses = on_one_device(quantize, True, kind)
+  state, _, losses = train(program_of(MeshConfig(**sizes), EXPERTS, KINDS[kind], quantize))
   np.testing.assert_allclose(losses, want_losses, rtol=5e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), jax.device_get(state.params), want)
+
+
+def test_dora_on_experts_on_a_mesh():
+  test_experts_on_meshes(dict(fsdp=2, expert=2, tensor=2), None, "dora")
 
 
 def test_adapters_begin_as_the_base_and_learn_by_the_chain_rule():
@@ -173,3 +205,58 @@ def test_the_policy_without_its_adapter():
   params = program_of(quantize="nf4").params
   bare = without_adapters(params)
   assert bare["blocks"]["mlp"]["up"]["weight"] is params["blocks"]["mlp"]["up"]["weight"].base
+
+
+def test_qlora_freezes_two_fifths_of_the_bytes():
+  """Of SmolLM2-135M's sizes, with the embedding, which is the head too, in float32."""
+  smol = ModelConfig(
+    vocab_size=49152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    mlp_dim=1536,
+    max_seq_len=T,
+    tie_embeddings=True,
+  )
+  sizes = [
+    bytes_of(program_of(model=smol, peft=Lora(rank=8), quantize=quantize, double=bool(quantize)).frozen)
+    for quantize in (None, "nf4")
+  ]
+  assert sizes[0] == 4 * 134_515_008
+  assert sizes[1] <= 0.4 * sizes[0]
+
+
+@pytest.mark.parametrize("peft", [Full(), Lora(rank=4, modules_to_save=("final_norm",))], ids=["full", "saved"])
+def test_the_reference_is_the_policy_as_it_began(peft):
+  """Where what is under the adapters is trained too, so much of it is kept, and no more."""
+  objective = DPO()
+  rows = {name: batch(seed) for seed, name in enumerate(("chosen", "rejected"))}
+  data = DataConfig(task="preference", packing="none")
+  program = program_of(peft=peft, objective=objective, data=data)
+  state, frozen = program.init(jax.random.key(1), {})
+  kept = jax.tree.leaves(frozen["reference"])
+  assert len(kept) == (1 if isinstance(peft, Lora) else len(jax.tree.leaves(program.params)))
+  metrics = []
+  for _ in range(3):
+    state, found = program.step(state, frozen, put_batch(rows, program.batch))
+    metrics.append(jax.device_get(found))
+  assert float(metrics[0]["rewards/margins"]) == 0.0
+  # A reference that moved with the policy would give no reward
+  assert abs(float(metrics[2]["rewards/chosen"])) > 1e-4
+
+
+def test_noise_draws_anew_at_every_step_and_not_in_evaluation():
+  noisy = program_of(training=dataclasses.replace(TRAINING, neftune_alpha=5.0))
+  rows = put_batch(batch(), noisy.batch)
+
+  def losses_of(program, steps):
+    state, frozen = program.init(jax.random.key(1), {})
+    at = lambda i: dataclasses.replace(state, step=jnp.int32(i))  # noqa: E731
+    losses = [float(program.step(jax.tree.map(jnp.copy, at(i)), frozen, rows)[1]["loss"]) for i in steps]
+    return losses, float(program.evaluate(state.params, frozen, rows)["nll"][0])
+
+  losses, heldout = losses_of(noisy, (0, 0, 1))
+  plain, same = losses_of(program_of(), (0,))
+  assert losses[0] == losses[1] and len({*losses, *plain}) == 3
+  assert heldout == same

@@ -1,5 +1,6 @@
 """One tokenizer interface over SentencePiece models and Hugging Face tokenizer files."""
 
+from jaxllm.data.tokenizers.added import with_tokens
 from jaxllm.data.tokenizers.base import Ids, Tokenizer
 from jaxllm.data.tokenizers.export import as_huggingface
 from jaxllm.data.tokenizers.files import find_tokenizer, load_tokenizer
@@ -15,4 +16,5 @@ __all__ = [
   "byte_alphabet",
   "find_tokenizer",
   "load_tokenizer",
+  "with_tokens",
 ]

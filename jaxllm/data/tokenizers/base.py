@@ -200,6 +200,10 @@ class Tokenizer(abc.ABC):
     return next((int(i) for i in rest if i in self.special_ids), None)
 
   @abc.abstractmethod
+  def with_settings(self, settings: dict[str, Any]) -> "Tokenizer":
+    """The same tokenizer with another tokenizer_config.json."""
+
+  @abc.abstractmethod
   def files(self) -> dict[str, bytes]:
     """What `load_tokenizer` reads, by file name."""
 

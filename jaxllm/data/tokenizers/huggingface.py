@@ -167,6 +167,9 @@ class HuggingFaceTokenizer(Tokenizer):
     tokens = (self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size))
     return [special.get(i, text(token).encode()) for i, token in enumerate(tokens)]
 
+  def with_settings(self, settings):
+    return HuggingFaceTokenizer(self._definition, settings)
+
   def files(self):
     # The class by which transformers loads any tokenizer.json.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens, **self.settings}

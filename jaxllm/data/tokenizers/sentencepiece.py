@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,9 @@ class SentencePieceTokenizer(Tokenizer):
     return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
   def _encode_plain(self, texts):
-    return self._processor.encode(texts, num_threads=os.cpu_count())
+    if not self._added_text:
+      return self._processor.encode(texts, num_threads=os.cpu_count())
+    return [self._encode_parsing(text, self._added_text) for text in texts]
 
   def _encode_run(self, text, follows):
     return (self._continuation if follows else self._processor).encode(text)
@@ -114,9 +117,10 @@ class SentencePieceTokenizer(Tokenizer):
       ids += [i for i in (*bos, *parsed, *eos) if i is not None] if add_special else parsed
     return np.array(ids, np.int32), np.zeros(len(ids), np.int32)
 
-  def _encode_parsing(self, text: str) -> list[int]:
+  def _encode_parsing(self, text: str, tokens: re.Pattern | None = None) -> list[int]:
+    """Ids of a text in which some tokens are themselves; None: all that are no plain pieces."""
     ids, processor = [], self._processor
-    for index, run in enumerate(self._tokens_in_text.split(text)):
+    for index, run in enumerate((tokens or self._tokens_in_text).split(text)):
       if index % 2:
         ids.append(self._ids[run])
       elif run:
@@ -128,8 +132,13 @@ class SentencePieceTokenizer(Tokenizer):
 
   @functools.cached_property
   def _tokens_in_text(self) -> re.Pattern:
-    longest_first = sorted(self._ids, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    return _any_of(self._ids)
+
+  @functools.cached_property
+  def _added_text(self) -> re.Pattern | None:
+    """The added tokens that stand for text, which are themselves in documents too."""
+    added = [token["content"] for token in self.added_tokens.values() if not token["special"]]
+    return _any_of(added) if added else None
 
   def encode_chats(self, texts):
     return [self._encode_with_positions(text) for text in texts]
@@ -161,8 +170,15 @@ class SentencePieceTokenizer(Tokenizer):
   def pieces(self):
     return self._piece_bytes
 
+  def with_settings(self, settings):
+    return SentencePieceTokenizer(self.model, settings)
+
   def files(self):
     return {SENTENCEPIECE_FILE: self.model} | settings_file(self.settings)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+  return re.compile("(" + "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ")")
 
 
 def _added_tokens(settings: dict[str, Any], pieces: int) -> dict[int, dict[str, Any]]:

@@ -193,7 +193,9 @@ def mlp_name(activation: str, gated: bool) -> str:
 
 
 def activation_name(mlp: str) -> str:
-  """The Hugging Face activation name of a `ModelConfig.mlp`."""
+  """The Hugging Face activation name of a `ModelConfig.mlp`. Raises ConfigError where there is none."""
+  if mlp not in MLPS:
+    raise ConfigError(f"no config.json can say the activation {mlp!r} here")
   return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == MLPS[mlp][0])
 
 

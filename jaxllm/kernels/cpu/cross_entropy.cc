@@ -2,7 +2,7 @@
 //
 // The logits of a chunk exist once, in scratch, and become their own gradient there (Liger kernel, Hsu et al. 2024):
 // (k0 + k1 lse) softmax - k2 onehot(target) - k3, with four coefficients for each token. The head's own gradient is left
-// out where its buffer is empty.
+// out where its buffer is empty. Tokens whose target is UNWANTED have no logits at all: zeros stand for their results.
 #include "gemm.h"
 
 // Row of V logits -> lse, target's logit, largest, sum; with gradients, the row is overwritten by them.
@@ -87,13 +87,49 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool transposed
   }
 }
 
+constexpr int32_t UNWANTED = INT32_MIN;
+
+// `run` on the wanted tokens: where they are not all, those are moved together and what comes of them is moved back.
+template <typename G>
+static void run_wanted(ffi::ThreadPool& pool, const void* x_, Mat head, bool transposed, const int32_t* targets,
+                       const float* k, int64_t M, int64_t D, int64_t V, float* stats, void* dx_, float* dhead,
+                       bool grad) {
+  using T = typename G::T;
+  std::vector<int64_t> at;
+  for (int64_t m = 0; m < M; m++)
+    if (targets[m] != UNWANTED) at.push_back(m);
+  const int64_t n = (int64_t)at.size();
+  if (n == M) return run<G>(pool, x_, head, transposed, targets, k, M, D, V, stats, dx_, dhead, grad);
+  static thread_local Scratch sx, sd, st, sk, ss;
+  const T* x = (const T*)x_;
+  T *dx = (T*)dx_, *x2 = sx.get<T>(n * D + 1), *dx2 = grad ? sd.get<T>(n * D + 1) : nullptr;
+  int32_t* t2 = st.get<int32_t>(n + 1);
+  float *k2 = sk.get<float>(4 * n + 1), *stats2 = ss.get<float>(4 * n + 1);
+  for (int64_t i = 0; i < n; i++) {
+    memcpy(x2 + i * D, x + at[i] * D, D * sizeof(T));
+    t2[i] = targets[at[i]];
+    for (int64_t j = 0; j < 4; j++) k2[j * n + i] = k[j * M + at[i]];
+  }
+  memset(stats, 0, 4 * M * sizeof(float));
+  if (grad) memset(dx, 0, M * D * sizeof(T));
+  if (n == 0) {
+    if (dhead) memset(dhead, 0, V * D * sizeof(float));
+    return;
+  }
+  run<G>(pool, x2, head, transposed, t2, k2, n, D, V, stats2, dx2, dhead, grad);
+  for (int64_t i = 0; i < n; i++) {
+    for (int64_t j = 0; j < 4; j++) stats[j * M + at[i]] = stats2[j * n + i];
+    if (grad) memcpy(dx + at[i] * D, dx2 + i * D, D * sizeof(T));
+  }
+}
+
 static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head,
                                    ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> coefficients,
                                    ffi::Result<ffi::Buffer<ffi::F32>> stats, ffi::Result<ffi::AnyBuffer> dx,
                                    ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool transposed, bool grad) {
   int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[transposed ? 0 : 1];
   bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
-  auto f = xb ? run<BF16> : run<F32>;
+  auto f = xb ? run_wanted<BF16> : run_wanted<F32>;
   f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, transposed, targets.typed_data(),
     coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(),
     dhead->element_count() ? dhead->typed_data() : nullptr, grad);

@@ -351,5 +351,10 @@ struct BF16 {
 // ---------------------------------------------------------------- whole products
 
 // C = A B over all threads. Float32 inputs: exact float32. bf16 compute: operands rounded to bfloat16, float32 sums.
+// With `more`, C += A2 B2 too, while a block of C is still in the cache.
+struct More {
+  Mat A, B;
+  int64_t K = 0;
+};
 void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K, Mat A, Mat B, void* C, int64_t ldc,
-          bool c_bf16, bool acc);
+          bool c_bf16, bool acc, More more = {});

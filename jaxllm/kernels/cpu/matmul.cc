@@ -4,8 +4,8 @@
 static int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 
 static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, float* C, int64_t ldc,
-                     bool acc) {
-  static thread_local Scratch sb;
+                     bool acc, More more) {
+  static thread_local Scratch sb, sm;
   const int64_t panels = (N + NR - 1) / NR, chunks = (K + 319) / 320, KC = round_up((K + chunks - 1) / chunks, 16);
   float* bp = sb.get<float>(panels * NR * K);
   const float *a = (const float*)A.p, *b = (const float*)B.p;
@@ -23,6 +23,8 @@ static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat
           f32_pack_panel(dst + (p * kc + k) * NR, bk + (B.trans ? k : k * B.ld), B.ld, B.trans, std::min(rows, kc - k), N, p * NR);
     }
   });
+  float* mp = sm.get<float>(panels * NR * more.K);
+  if (more.K) F32::pack(mp, (const float*)more.B.p, more.B.ld, more.B.trans, more.K, N);
   // Blocks of up to 192 rows, whose packed chunk fits the second-level cache; as many for each thread.
   int64_t threads = std::max<int64_t>(1, pool.num_threads());
   int64_t mc = round_up((M + threads - 1) / threads, MR);
@@ -34,13 +36,16 @@ static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat
       F32::block(m, N, kc, a + (A.trans ? k0 * A.ld + m0 : m0 * A.ld + k0), A.ld, A.trans, bp + panels * NR * k0,
                  NR * kc, C + m0 * ldc, ldc, acc || ch > 0);
     }
+    if (more.K)
+      F32::block(m, N, more.K, (const float*)more.A.p + m0 * more.A.ld, more.A.ld, false, mp, NR * more.K, C + m0 * ldc,
+                 ldc, true);
   });
 }
 
 template <typename SA, typename SB, typename TC>
 static void gemm_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, TC* C, int64_t ldc,
-                      bool acc) {
-  static thread_local Scratch sb;
+                      bool acc, More more) {
+  static thread_local Scratch sb, sm;
   const int64_t panels = (N + NR - 1) / NR, stride = BF16::panel(K);
   bf16* bp = sb.get<bf16>(panels * stride);
   const SA* a = (const SA*)A.p;
@@ -49,27 +54,35 @@ static void gemm_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Ma
     for (int64_t p = panels * i / groups; p < panels * (i + 1) / groups; p++)
       bf16_pack_panel(bp + p * stride, (const SB*)B.p, B.ld, B.trans, K, N, p * NR);
   });
+  bf16* mp = sm.get<bf16>(panels * BF16::panel(more.K));
+  if (more.K) {
+    if (more.B.is_bf16) BF16::pack(mp, (const bf16*)more.B.p, more.B.ld, more.B.trans, more.K, N);
+    else BF16::pack(mp, (const float*)more.B.p, more.B.ld, more.B.trans, more.K, N);
+  }
   int64_t mc = std::min<int64_t>(128, std::max<int64_t>(32, round_up((M + 7) / 8, 32)));
   parallel_for(pool, (int)((M + mc - 1) / mc), [&](int i) {
     AmxScope amx;
     int64_t m0 = i * mc, m = std::min(mc, M - m0);
     BF16::block(m, N, K, a + (A.trans ? m0 : m0 * A.ld), A.ld, A.trans, bp, stride, C + m0 * ldc, ldc, acc);
+    if (more.K)
+      BF16::block(m, N, more.K, (const SA*)more.A.p + m0 * more.A.ld, more.A.ld, false, mp, BF16::panel(more.K),
+                  C + m0 * ldc, ldc, true);
   });
 }
 
 template <typename SA, typename SB>
 static void gemm_bf16_out(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, void* C, int64_t ldc,
-                          bool c_bf16, bool acc) {
-  if (c_bf16) gemm_bf16<SA, SB, bf16>(pool, M, N, K, A, B, (bf16*)C, ldc, acc);
-  else gemm_bf16<SA, SB, float>(pool, M, N, K, A, B, (float*)C, ldc, acc);
+                          bool c_bf16, bool acc, More more) {
+  if (c_bf16) gemm_bf16<SA, SB, bf16>(pool, M, N, K, A, B, (bf16*)C, ldc, acc, more);
+  else gemm_bf16<SA, SB, float>(pool, M, N, K, A, B, (float*)C, ldc, acc, more);
 }
 
 void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K, Mat A, Mat B, void* C, int64_t ldc,
-          bool c_bf16, bool acc) {
-  if (!use_bf16) return gemm_f32(pool, M, N, K, A, B, (float*)C, ldc, acc);
+          bool c_bf16, bool acc, More more) {
+  if (!use_bf16) return gemm_f32(pool, M, N, K, A, B, (float*)C, ldc, acc, more);
   auto f = A.is_bf16 ? (B.is_bf16 ? gemm_bf16_out<bf16, bf16> : gemm_bf16_out<bf16, float>)
                      : (B.is_bf16 ? gemm_bf16_out<float, bf16> : gemm_bf16_out<float, float>);
-  f(pool, M, N, K, A, B, C, ldc, c_bf16, acc);
+  f(pool, M, N, K, A, B, C, ldc, c_bf16, acc, more);
 }
 
 // ---------------------------------------------------------------- a few rows
@@ -214,3 +227,20 @@ static ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuf
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_matmul, MatmulImpl,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>().Attr<bool>("ta").Attr<bool>("tb"));
+
+// C = A op(B) + A2 op(B2); A2 is of A's type, B2 float32 or bfloat16.
+static ffi::Error MatmulPlusImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer a2,
+                                 ffi::AnyBuffer b2, ffi::Result<ffi::AnyBuffer> c, bool tb) {
+  const auto is_bf16 = [](auto& x) { return x.element_type() == ffi::BF16; };
+  const auto mat = [&](auto& x, bool trans) { return Mat{x.untyped_data(), x.dimensions()[1], trans, is_bf16(x)}; };
+  const int64_t M = a.dimensions()[0], K = a.dimensions()[1], N = b.dimensions()[tb ? 0 : 1], K2 = a2.dimensions()[1];
+  if (K != b.dimensions()[tb ? 1 : 0] || K2 != b2.dimensions()[tb ? 1 : 0] || M != a2.dimensions()[0] ||
+      N != b2.dimensions()[tb ? 0 : 1] || is_bf16(a) != is_bf16(a2))
+    return ffi::Error::InvalidArgument("matmul_plus: the operands do not fit");
+  gemm(pool, is_bf16(a) || is_bf16(b), M, N, K, mat(a, false), mat(b, tb), c->untyped_data(), N,
+       c->element_type() == ffi::BF16, false, {mat(a2, false), mat(b2, tb), K2});
+  return ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_matmul_plus, MatmulPlusImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<bool>("tb"));

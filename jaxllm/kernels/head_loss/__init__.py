@@ -5,6 +5,7 @@ from jaxllm.kernels.head_loss.api import (
   cross_entropy,
   cross_entropy_gradients,
   token_log_probs,
+  token_log_probs_and_slopes,
   token_log_probs_gradients,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
   "cross_entropy",
   "cross_entropy_gradients",
   "token_log_probs",
+  "token_log_probs_and_slopes",
   "token_log_probs_gradients",
 ]

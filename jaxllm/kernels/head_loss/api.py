@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import dispatch
-from jaxllm.kernels.head_loss.chunks import Coefficients, Options
+from jaxllm.kernels.head_loss.chunks import UNWANTED, Coefficients, Options
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +125,24 @@ def token_log_probs(
   return tuple(jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (logp, lse))  # type: ignore[return-value]
 
 
+def token_log_probs_and_slopes(
+  x: Float[Array, "B T D"],
+  head: Float[Array, "D V"] | Float[Array, "V D"],
+  targets: Int[Array, "B T"],
+  **options: Any,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T D"]]:
+  """What `token_log_probs` returns, and the gradient of each token's log-probability by its x, in x's dtype.
+
+  For callers that differentiate in x alone, whose backward pass is then one multiplication: the logits are computed
+  once. Options and errors are those of `token_log_probs`.
+  """
+  call, flat, ids, keep = _token_call(x, head, targets, of_head=False, **options)
+  ones, zeros = jnp.where(keep, 1.0, 0.0), jnp.zeros(keep.shape)
+  stats, dx, _ = call.module.backward(call, flat, head, ids, Coefficients(-ones, zeros, -ones, zeros))
+  logp, lse = (jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (stats.at - stats.lse, stats.lse))
+  return logp, lse, dx.reshape(x.shape)
+
+
 def token_log_probs_gradients(
   x: Float[Array, "B T D"],
   head: Float[Array, "D V"] | Float[Array, "V D"],
@@ -197,7 +215,9 @@ def _choose(op, backend, target, options, x, head, targets) -> dispatch.Call:
 def _flat(x, targets, keep):
   """Tokens in one row; what is not kept is cleared, because 0 times NaN is NaN."""
   x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).astype(jnp.int32)
-  return x if keep is None else jnp.where(keep[:, None], x, 0), targets
+  if keep is None:
+    return x, targets
+  return jnp.where(keep[:, None], x, 0), jnp.where(keep, targets, UNWANTED)
 
 
 # ---------------------------------------------------------------- the weighted sum

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+# The target of a token of which nothing is wanted: a backend may leave it out, its results are not looked at.
+UNWANTED = -(2**31)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
