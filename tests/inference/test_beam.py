@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
