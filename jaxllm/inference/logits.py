@@ -199,7 +199,9 @@ def _allowed(settings: SamplingParams, vocab_size: int) -> UInt32[np.ndarray, " 
 
 def _biased(settings: SamplingParams) -> list[tuple[tuple[int, ...], float]]:
   """Sequences and the bias of their last token; those of one token that never come are masked instead."""
-  biased = [((int(token),), bias) for token, bias in (settings.logit_bias or {}).items()]
+  biased: list[tuple[tuple[int, ...], float]] = [
+    ((int(token),), bias) for token, bias in (settings.logit_bias or {}).items()
+  ]
   biased += [(ids, bias) for ids, bias in (settings.sequence_bias or {}).items()]
   return biased + [(ids, -np.inf) for ids in settings.bad_words_ids if len(ids) > 1]
 

@@ -182,12 +182,12 @@ def _holds(good: Callable[[Any], bool], value: Any) -> bool:
 
 
 def _whole(value: Any, low: int) -> bool:
-  return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
+  return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
 
 
 def _number(value: Any, low: float, high: float) -> bool:
   numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-  return numeric and low <= value <= high and not math.isinf(value)
+  return numeric and bool(low <= value <= high) and not math.isinf(value)
 
 
 def _ids(value: Any) -> bool:

@@ -13,12 +13,14 @@ from jaxllm.inference.params import SamplingParams
 
 PROMPT = list(b"abcabcab")
 NEW = 14
+FEW = list(range(97, 104))  # so few tokens that they come again
 SETTINGS = [
+  dict(),
   dict(repetition_penalty=1.4),
   dict(no_repeat_ngram_size=2),
   dict(presence_penalty=1.5, frequency_penalty=1.0),
-  dict(logit_bias={7: 3.0, 9: 3.5}, sequence_bias={(7, 8): 20.0}),
-  dict(bad_words_ids=[[97], [98, 99], [7, 7, 7]], allowed_token_ids=[7, 97, 98, 99, 100]),
+  dict(logit_bias={97: 3.0, 99: 3.5}, sequence_bias={(97, 98): 20.0}),
+  dict(bad_words_ids=[[97], [98, 99], [102, 103], [103, 101, 103]]),
   dict(forced_bos_token_id=5, forced_eos_token_id=6),
 ]
 
@@ -57,7 +59,8 @@ def plain_loop(model, settings):
 
 def test_greedy_texts_with_mixed_settings_are_those_of_plain_loops():
   model = tiny.loose_model()
-  each = [SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, **one) for one in SETTINGS]
+  usual = dict(temperature=0, max_tokens=NEW, ignore_eos=True, allowed_token_ids=FEW)
+  each = [SamplingParams(**usual, **one) for one in SETTINGS]
   together = model.generate([PROMPT] * len(each), each)
   want = [plain_loop(model, one) for one in each]
   assert [one.token_ids for one in together] == want
@@ -123,7 +126,7 @@ def test_best_of_gives_the_likeliest():
 
 def test_no_token_left_is_one_clear_error():
   model = tiny.loose_model()
-  with pytest.raises(DataError, match="no token can be drawn at position 9 of prompt 1"):
+  with pytest.raises(DataError, match="no token can be drawn at position 8 of prompt 1"):
     model.generate(PROMPT, allowed_token_ids=[97], no_repeat_ngram_size=1)
   with pytest.raises(ConfigError, match="logit_bias names token 258"):
     model.generate(PROMPT, logit_bias={258: 1.0})
@@ -133,9 +136,12 @@ def test_no_token_left_is_one_clear_error():
 
 def test_the_models_file_changes_its_texts(tmp_path):
   tiny.save(tmp_path / "m")
-  written = dict(do_sample=False, repetition_penalty=1.4, max_new_tokens=NEW, eos_token_id=[])
+  others = [i for i in range(258) if i not in FEW]
+  written = dict(do_sample=False, repetition_penalty=1.4, suppress_tokens=others, max_new_tokens=NEW, eos_token_id=[])
   (tmp_path / "m" / "generation_config.json").write_text(json.dumps(written))
   from jaxllm.inference.load import load_model
 
   model = load_model(tmp_path / "m")
-  assert model.generate(PROMPT)[0].token_ids == plain_loop(model, SamplingParams(repetition_penalty=1.4))
+  want = [plain_loop(model, SamplingParams(allowed_token_ids=FEW, repetition_penalty=r)) for r in (1.4, 1.0)]
+  assert [model.generate(PROMPT, **one)[0].token_ids for one in ({}, dict(repetition_penalty=1.0))] == want
+  assert want[0] != want[1]

@@ -173,7 +173,7 @@ def test_draws_follow_the_penalized_distribution():
   tile = lambda x: jnp.broadcast_to(jnp.asarray(x), (count, *np.shape(x)))  # noqa: E731
   drawn = rows.draw(tile(logits), tile(np.int32(3)), tile(history))
   # Token 1 stands in the prompt, token 2 was drawn twice; both are negative, so the penalty multiplies them.
-  changed = np.array([logits[0], logits[1] * 1.5, logits[2] * 1.5 - 2 * 0.5 - 0.25, logits[3] + 1])
+  changed = np.array([logits[0], logits[1] * 1.5, logits[2] * 1.5 - 2 * 0.5 - 0.25, logits[3] + 1], np.float64)
   weights = np.exp(changed) / np.exp(changed).sum()
   assert stats.chisquare(np.bincount(drawn, minlength=4), count * weights).pvalue > 1e-3
 

@@ -44,7 +44,7 @@ def draw(settings, samples, logits, positions):
     (dict(typical_p=0.2), [0, 0.25, 0, 0, 0, 0, 0]),
     (dict(typical_p=0.3), [0, 0.25, 0.15, 0, 0, 0, 0]),
     (dict(typical_p=0.5), [0.4, 0.25, 0.15, 0, 0, 0, 0]),
-    (dict(top_k=2, typical_p=0.3), [0, 0.25, 0, 0, 0, 0, 0]),  # of what top-k leaves: 0.96 and 0.49 beside 0.67
+    (dict(top_k=2, typical_p=0.3), [0.4, 0, 0, 0, 0, 0, 0]),  # of what top-k leaves: 0.49 and 0.96 beside 0.67
   ],
 )
 def test_draws_follow_the_closed_form(settings, weights):
