@@ -15,6 +15,9 @@ from jaxllm.inference.logits import EVERYTHING, pack, words_for
 from jaxllm.inference.params import StructuredOutputsParams
 
 
+STUCK = "NoExtensionBias"  # what `llguidance` calls a text that no token continues
+
+
 class Guide:
   """Follows the text of one completion.
 
@@ -73,10 +76,9 @@ class Guide:
     self.allowed = self._mask()
     if self._matcher.is_error():
       raise _refusal(self._matcher.get_error())
-    stuck = not np.any(self.allowed & self._text)
-    self.finished = stuck and self._matcher.is_accepting()
-    if stuck and not self.finished:
-      raise ConfigError("structured_outputs: the tokenizer has no token with which the text could go on")
+    self.finished = not np.any(self.allowed & self._text)
+    if self.finished and not self._matcher.is_accepting():
+      raise _refusal(STUCK)
 
   def _mask(self) -> UInt32[np.ndarray, " W"]:
     from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
@@ -176,4 +178,6 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
 
 def _refusal(message: str) -> ConfigError:
   """The first sentence of what `llguidance` says, which goes on with the parser's state."""
+  if STUCK in message:
+    return ConfigError("structured_outputs: the tokenizer has no token with which the text could go on")
   return ConfigError("structured_outputs: " + " ".join(message.partition("<state>")[0].split()))

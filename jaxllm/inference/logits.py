@@ -18,6 +18,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.params import SamplingParams, check_vocabulary
 
 EVERYTHING = np.uint32(0xFFFFFFFF)
+Biased = tuple[tuple[int, ...], float]  # a sequence, and the bias of its last token
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +198,7 @@ def _allowed(settings: SamplingParams, vocab_size: int) -> UInt32[np.ndarray, " 
   return ~pack(never, vocab_size) & (EVERYTHING if only is None else pack(only, vocab_size))
 
 
-def _biased(settings: SamplingParams) -> list[tuple[tuple[int, ...], float]]:
+def _biased(settings: SamplingParams) -> list[Biased]:
   """Sequences and the bias of their last token; those of one token that never come are masked instead."""
   biased: list[tuple[tuple[int, ...], float]] = [
     ((int(token),), bias) for token, bias in (settings.logit_bias or {}).items()
@@ -206,7 +207,7 @@ def _biased(settings: SamplingParams) -> list[tuple[tuple[int, ...], float]]:
   return biased + [(ids, -np.inf) for ids in settings.bad_words_ids if len(ids) > 1]
 
 
-def _table(biased: Sequence[tuple[tuple[int, ...], float]], count: int, length: int):
+def _table(biased: Sequence[Biased], count: int, length: int):
   if len(biased) > count:
     raise ConfigError(f"{len(biased)} biased tokens and banned sequences; there is room for {count}")
   tokens, bias = np.full((count, length), -1, np.int32), np.zeros(count, np.float32)

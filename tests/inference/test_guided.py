@@ -80,9 +80,13 @@ def is_json(text):
   return True
 
 
+def one_line(text):
+  return is_json(text) and not re.search(r"\s", re.sub(r'"(\\.|[^"\\])*"', "", text))
+
+
 WANTED = {
   "json": (dict(json=SCHEMA), is_json),
-  "json_line": (dict(json=json.dumps(SCHEMA), disable_any_whitespace=True), lambda t: is_json(t) and " " not in t),
+  "json_line": (dict(json=json.dumps(SCHEMA), disable_any_whitespace=True), one_line),
   "json_object": (dict(json_object=True), lambda text: isinstance(json.loads(text), dict)),
   "regex": (dict(regex=r"(ab|c)+[0-9]{2,4}-?x"), lambda text: re.fullmatch(r"(ab|c)+[0-9]{2,4}-?x", text)),
   "choice": (dict(choice=["yes", "no", 'say "hi"', "a\\b"]), lambda text: text in ("yes", "no", 'say "hi"', "a\\b")),
@@ -100,7 +104,7 @@ def members(words):
 
 
 def random_text(wanted, kind, seed, vocab_size=None, longest=500):
-  """The text of tokens drawn from those allowed, up to an end; what closes something is likelier, or JSON never ends."""
+  """The text of tokens drawn from those allowed, up to an end; what closes something is likelier."""
   tok, rng = tokenizer(kind), np.random.default_rng(seed)
   vocab_size = vocab_size or tok.vocab_size
   closes = [re.search(rb'["}\])]', piece) is not None for piece in tok.pieces()]
