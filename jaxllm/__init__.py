@@ -12,6 +12,7 @@ _EXPORTS = {
   "Model": "jaxllm.inference.model",
   "load_model": "jaxllm.inference.load",
   "SamplingParams": "jaxllm.inference.params",
+  "StructuredOutputsParams": "jaxllm.inference.params",
 }
 __all__ = list(_EXPORTS)
 

@@ -14,7 +14,6 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.logits import EVERYTHING, pack, words_for
 from jaxllm.inference.params import StructuredOutputsParams
 
-
 STUCK = "NoExtensionBias"  # what `llguidance` calls a text that no token continues
 
 

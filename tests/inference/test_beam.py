@@ -93,7 +93,7 @@ def test_beams(name, length_penalty, early_stopping):
   [
     dict(no_repeat_ngram_size=2, min_length=4, forced_eos_token_id=1),
     dict(repetition_penalty=1.6, bad_words_ids=[[5], [6, 7]], suppress_tokens=[9], min_new_tokens=3),
-    dict(forced_bos_token_id=8, begin_suppress_tokens=[4, 5], sequence_bias={(8, 11): 3.0, (12,): -2.0}),
+    dict(forced_bos_token_id=8, begin_suppress_tokens=[4, 28], sequence_bias={(8, 11): 3.0, (12,): -2.0}),
   ],
 )
 @pytest.mark.parametrize("name", CASES)
