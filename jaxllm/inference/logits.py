@@ -61,24 +61,28 @@ class LogitRules:
       history: each row's tokens, read before `positions` only.
       allowed: further tokens that may come, from a grammar for example.
     """
-    logits = logits.astype(jnp.float32)
-    penalized = jnp.any((self.repetition != 1) | (self.presence != 0) | (self.frequency != 0))
-    logits = _where(jnp.any(self.bias != 0), lambda x: x + self._biases(x.shape[1], positions, history), logits)
-    logits = _where(penalized, lambda x: self._penalize(x, positions, history), logits)
-    repeats = lambda x: jnp.where(self._repeated(x.shape[1], positions, history), -jnp.inf, x)  # noqa: E731
-    logits = _where(jnp.any(self.ngram > 0), repeats, logits)
-
     first = positions == self.begins
     words = self.allowed & jnp.where(first[:, None], self.allowed_first, EVERYTHING)
     words &= jnp.where((positions < self.ends_from)[:, None], ~self.ends, EVERYTHING)
     words = words if allowed is None else words & allowed
-    masked = lambda x: jnp.where(unpack(words, x.shape[1]), x, -jnp.inf)  # noqa: E731
-    logits = _where(jnp.any(words != EVERYTHING), masked, logits)
-
     forced = jnp.where(positions == self.last, self.forced_last, -1)
-    forced = jnp.where(first & (self.forced_first >= 0), self.forced_first, forced)[:, None]
-    only = lambda x: jnp.where(forced < 0, x, jnp.where(jnp.arange(x.shape[1]) == forced, 0.0, -jnp.inf))  # noqa: E731
-    return _where(jnp.any(forced >= 0), only, logits)
+    forced = jnp.where(first & (self.forced_first >= 0), self.forced_first, forced)
+
+    biased, repeats = jnp.any(self.bias != 0), jnp.any(self.ngram > 0)
+    penalized = jnp.any((self.repetition != 1) | (self.presence != 0) | (self.frequency != 0))
+    masked, forces = jnp.any(words != EVERYTHING), jnp.any(forced >= 0)
+
+    def change(logits):
+      vocab = logits.shape[1]
+      logits = _where(biased, lambda x: x + self._biases(vocab, positions, history), logits)
+      logits = _where(penalized, lambda x: self._penalize(x, positions, history), logits)
+      logits = _where(repeats, lambda x: jnp.where(self._repeated(vocab, positions, history), -jnp.inf, x), logits)
+      logits = _where(masked, lambda x: jnp.where(unpack(words, vocab), x, -jnp.inf), logits)
+      only = jnp.where(jnp.arange(vocab) == forced[:, None], 0.0, -jnp.inf)
+      return jnp.where((forced >= 0)[:, None], only, logits)
+
+    # One question for all: each one that is asked costs a copy of the logits.
+    return _where(biased | penalized | repeats | masked | forces, change, logits.astype(jnp.float32))
 
   def _biases(self, vocab, positions, history) -> Float32[Array, "B V"]:
     before = jnp.arange(1 - self.sequences.shape[2], 0)  # L - 1 places

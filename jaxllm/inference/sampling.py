@@ -107,7 +107,8 @@ def sample(
     return jnp.where(temperature > 0, drawn, greedy)
 
   token = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, None)
-  return jnp.where(jnp.isfinite(logits.max(-1)), token, -1)
+  highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]  # NaN if one is: argmax finds it
+  return jnp.where(jnp.isfinite(highest), token, -1)
 
 
 @jax.tree_util.register_dataclass
