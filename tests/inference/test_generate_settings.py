@@ -16,11 +16,11 @@ NEW = 14
 FEW = list(range(97, 104))  # so few tokens that they come again
 SETTINGS = [
   dict(),
-  dict(repetition_penalty=1.4),
+  dict(repetition_penalty=3.0),
   dict(no_repeat_ngram_size=2),
   dict(presence_penalty=1.5, frequency_penalty=1.0),
-  dict(logit_bias={97: 3.0, 99: 3.5}, sequence_bias={(97, 98): 20.0}),
-  dict(bad_words_ids=[[97], [98, 99], [102, 103], [103, 101, 103]]),
+  dict(logit_bias={101: -9.0, 99: 3.5}, sequence_bias={(99, 98): 20.0}),
+  dict(bad_words_ids=[[97], [101, 101], [102, 103], [103, 101, 103]]),
   dict(forced_bos_token_id=5, forced_eos_token_id=6),
 ]
 
@@ -137,11 +137,11 @@ def test_no_token_left_is_one_clear_error():
 def test_the_models_file_changes_its_texts(tmp_path):
   tiny.save(tmp_path / "m")
   others = [i for i in range(258) if i not in FEW]
-  written = dict(do_sample=False, repetition_penalty=1.4, suppress_tokens=others, max_new_tokens=NEW, eos_token_id=[])
+  written = dict(do_sample=False, repetition_penalty=3.0, suppress_tokens=others, max_new_tokens=NEW, eos_token_id=[])
   (tmp_path / "m" / "generation_config.json").write_text(json.dumps(written))
   from jaxllm.inference.load import load_model
 
   model = load_model(tmp_path / "m")
-  want = [plain_loop(model, SamplingParams(allowed_token_ids=FEW, repetition_penalty=r)) for r in (1.4, 1.0)]
+  want = [plain_loop(model, SamplingParams(allowed_token_ids=FEW, repetition_penalty=r)) for r in (3.0, 1.0)]
   assert [model.generate(PROMPT, **one)[0].token_ids for one in ({}, dict(repetition_penalty=1.0))] == want
   assert want[0] != want[1]
