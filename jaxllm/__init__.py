@@ -11,7 +11,8 @@ import importlib
 _EXPORTS = {
   "Model": "jaxllm.inference.model",
   "load_model": "jaxllm.inference.load",
-  "SamplingParams": "jaxllm.inference.sampling",
+  "SamplingParams": "jaxllm.inference.params",
+  "StructuredOutputsParams": "jaxllm.inference.params",
 }
 __all__ = list(_EXPORTS)
 

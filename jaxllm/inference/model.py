@@ -1,7 +1,7 @@
 """A loaded model: parameters, tokenizer and settings, with logits, generation and saving."""
 
-import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,16 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.encode import embeddings, hidden_states
 from jaxllm.inference.generate import generate_tokens, stream_tokens
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.generation_config import default_sampling, default_settings
+from jaxllm.inference.params import SamplingParams
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.weights import cast
 from jaxllm.objectives.causal_lm import CausalLM
+
+log = logging.getLogger("jaxllm")
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -49,6 +52,8 @@ class Model:
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)
+    for line in default_settings(self.generation, config.architecture)[1]:
+      log.warning("generation_config.json: %s", line)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
       raise DataError(
         f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}; "
@@ -141,15 +146,8 @@ class Model:
     return stream_tokens(*self._request(prompts, sampling, settings), **self._ends(), steps=steps)
 
   def sampling(self, **settings) -> SamplingParams:
-    """SamplingParams with the model's own defaults (from generation_config.json) and these settings."""
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names |= {"max_new_tokens": "max_tokens", "num_beams": "num_beams", "length_penalty": "length_penalty"}
-    names["early_stopping"] = "early_stopping"
-    own = {ours: self.generation[name] for name, ours in names.items() if self.generation.get(name) is not None}
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := sorted(settings.keys() - known):
-      raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    return SamplingParams(**(own | settings))
+    """SamplingParams with the model's own defaults (see `jaxllm.inference.generation_config`) and these settings."""
+    return default_sampling(self.generation, self.config.architecture, **settings)
 
   def prompt_ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer begins a text with."""

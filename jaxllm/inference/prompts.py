@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 from jaxllm.models.caches import KVCache, init_cache
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.transformer import Transformer
@@ -83,9 +83,17 @@ def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
 
 
 def room_for(settings: SamplingParams, prompt: Sequence[int], config: ModelConfig) -> tuple[int, int]:
-  """How many tokens a row of the cache begins with, and how many more may follow."""
+  """How many tokens a row of the cache begins with, and how many more may follow.
+
+  Raises:
+    ConfigError: `max_length` leaves no room for one.
+  """
   begins = len(prompt) if config.architecture == "decoder" else 1
   room = config.max_seq_len - begins
+  if settings.max_length is not None:
+    room = min(room, settings.max_length - begins)
+  if room < 1:
+    raise ConfigError(f"the prompt has {begins} tokens and max_length is {settings.max_length}; raise it")
   return begins, min(room, settings.max_tokens or room)
 
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 from jaxllm.training.compile import Program
 from jaxllm.training.config import TrainingConfig
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -86,6 +86,28 @@ def test_beams(name, length_penalty, early_stopping):
   assert [list(c.token_ids) for c in got] == want
   np.testing.assert_allclose([c.score for c in got], scores, rtol=1e-4)
   assert [(c.prompt_index, c.index) for c in got] == [(i, n) for i in range(len(PROMPTS)) for n in range(2)]
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(no_repeat_ngram_size=2, min_length=4, forced_eos_token_id=1),
+    dict(repetition_penalty=1.6, bad_words_ids=[[5], [6, 7]], suppress_tokens=[9], min_new_tokens=3),
+    dict(forced_bos_token_id=8, begin_suppress_tokens=[4, 28], sequence_bias={(8, 11): 3.0, (12,): -2.0}),
+  ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_settings_that_change_logits(name, settings):
+  prompts = PROMPTS[:1] if name.startswith("Llama") else PROMPTS  # padding would count as text there
+  if name.startswith("Llama"):
+    settings = {k: v for k, v in settings.items() if k != "forced_bos_token_id"}
+    settings |= {"min_length": len(prompts[0]) + 4} if "min_length" in settings else {}
+  want, scores = transformers_generate(name, prompts, num_beams=3, num_return_sequences=2, **settings)
+  plain, _ = transformers_generate(name, prompts, num_beams=3, num_return_sequences=2)
+  ours = {dict(min_new_tokens="min_tokens").get(k, k): v for k, v in settings.items()}
+  got = models(name)[1].generate(prompts, num_beams=3, n=2, max_tokens=NEW, **ours)
+  assert [list(c.token_ids) for c in got] == want != plain
+  np.testing.assert_allclose([c.score for c in got], scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_beams", [2, 7])

@@ -13,7 +13,7 @@ from jaxllm.data.tokenizers import HuggingFaceTokenizer
 from jaxllm.generate import main, reply
 from jaxllm.inference.generate import Delta
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.generate import generate_tokens, stream_tokens
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 from jaxllm.models.build import declare, stack_layers
 from jaxllm.models.config import Compute
 
