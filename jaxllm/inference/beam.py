@@ -121,7 +121,8 @@ class _Search:
   def __init__(self, prompt, settings: SamplingParams, config: ModelConfig, tokenizer: Decodes | None, eos_ids):
     settings = with_word_ids(settings, tokenizer)
     self.settings, self.prompt_tokens = settings, len(prompt)
-    self.begins, self.limit = room_for(settings, prompt, config)
+    self.begins = len(prompt) if config.architecture == "decoder" else 1
+    self.limit = room_for(settings, range(self.begins), config.max_seq_len)
     self.eos = frozenset(() if settings.ignore_eos else eos_ids)
     self.ends = self.eos | set(settings.stop_token_ids)
     self.done = False

@@ -36,7 +36,7 @@ class Model:
 
   Attributes:
     config: what the model is. tokenizer: None if it has none; then prompts are token ids.
-    graph: static; `nnx.merge(graph, params)` is the callable Transformer.
+    compute: how it computes. graph: static; `nnx.merge(graph, params)` is the callable Transformer.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
   """
 
@@ -50,6 +50,7 @@ class Model:
     generation: dict[str, Any] | None = None,
   ):
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
+    self.compute = compute
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)
     for line in default_settings(self.generation, config.architecture)[1]:

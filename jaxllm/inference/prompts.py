@@ -82,19 +82,18 @@ def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
     raise ConfigError(f"{name} holds token {bad}, but the model's vocabulary has {config.vocab_size} tokens")
 
 
-def room_for(settings: SamplingParams, prompt: Sequence[int], config: ModelConfig) -> tuple[int, int]:
-  """How many tokens a row of the cache begins with, and how many more may follow.
+def room_for(settings: SamplingParams, first: Sequence[int], longest: int) -> int:
+  """How many tokens may follow the `first` ones of a decoder's row that holds at most `longest`.
 
   Raises:
     ConfigError: `max_length` leaves no room for one.
   """
-  begins = len(prompt) if config.architecture == "decoder" else 1
-  room = config.max_seq_len - begins
+  room = longest - len(first)
   if settings.max_length is not None:
-    room = min(room, settings.max_length - begins)
+    room = min(room, settings.max_length - len(first))
   if room < 1:
-    raise ConfigError(f"the prompt has {begins} tokens and max_length is {settings.max_length}; raise it")
-  return begins, min(room, settings.max_tokens or room)
+    raise ConfigError(f"the prompt has {len(first)} tokens and max_length is {settings.max_length}; raise it")
+  return min(room, settings.max_tokens or room)
 
 
 def bucket(length: int, config: ModelConfig) -> int:

@@ -38,8 +38,8 @@ class Row:
       raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
     self.prompt_index, self.index, self.prompt = prompt_index, index, prompt
     self.settings = settings = with_word_ids(settings, tokenizer)
-    self.begins, room = room_for(settings, prompt, config)
-    self.limit = self.begins + room
+    self.begins = len(prompt) if config.architecture == "decoder" else 1
+    self.limit = self.begins + room_for(settings, range(self.begins), config.max_seq_len)
     self._eos = frozenset(() if settings.ignore_eos else eos_ids)
     self.ends = self._eos | set(settings.stop_token_ids)
     self._least = max(settings.min_tokens, settings.min_length - self.begins)

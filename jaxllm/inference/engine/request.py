@@ -2,34 +2,50 @@
 
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import time
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import numpy as np
+from jaxtyping import UInt32
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.inference.completions import Logprob, RequestMetrics
 from jaxllm.inference.engine.pages import Held, first_key, next_key
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.engine.steps import LogProbs
+from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.sampling import SamplingRows
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Guides(Protocol):
+  """What follows a completion and says which tokens may come next; see `jaxllm.inference.guided.Guide`."""
+
+  allowed: UInt32[np.ndarray, " W"]
+  finished: bool
+
+  def take(self, token: int) -> None: ...
+
+  def allowed_after(self, drafts: Sequence[int]) -> UInt32[np.ndarray, "K+1 W"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
   """One completion of a prompt.
 
-  An encoder_decoder reads the prompt with its encoder and begins with `config.decoder_start_id`.
+  An encoder_decoder reads the prompt with its encoder and begins with `config.decoder_start_id`. With
+  `sampling.prompt_logprobs` the prompt is read anew even where its pages are found.
   """
 
   prompt: Sequence[int]
+  # `n`, `best_of` and texts (`stop`, `bad_words`, `structured_outputs`) are for clients, which have a tokenizer.
   sampling: SamplingParams = SamplingParams()
   eos_ids: Sequence[int] = ()  # end the completion unless `sampling.ignore_eos`
   index: int = 0  # which completion of its prompt: what is drawn depends on the seed and on this
   priority: int = 0  # the lowest goes first, among equals the first come
   salt: str = ""  # pages are shared between requests of one salt only
-  # So many log-probabilities of every token of the prompt but the first, beside that token's own; the prompt is then
-  # read anew even where its pages are found. None: none at all.
-  prompt_logprobs: int | None = None
+  guide: Guides | None = None  # of this completion alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +55,13 @@ class Delta:
   id: int
   token_ids: tuple[int, ...] = ()
   # With `sampling.logprobs`, for each token: log-probabilities at temperature 1 of itself and of the likeliest ones.
-  logprobs: tuple[dict[int, float], ...] | None = None
-  prompt_logprobs: tuple[dict[int, float], ...] | None = None  # of the tokens after the prompt's first, as they come
+  logprobs: tuple[dict[int, Logprob], ...] | None = None
+  prompt_logprobs: tuple[dict[int, Logprob], ...] | None = None  # of the tokens after the prompt's first, as they come
   finish_reason: FinishReason | None = None
   stop_reason: int | None = None  # the one of `stop_token_ids` that ended it
   error: str | None = None  # of the finish_reason "error"
+  metrics: RequestMetrics | None = None  # with the last delta
+  cached_tokens: int = 0  # of the prompt, found when the request was first admitted; with the last delta
 
 
 class Row:
@@ -58,6 +76,8 @@ class Row:
     self.settings = request.sampling
     if self.settings.seed is None:  # drawn again after a preemption, a token must be the same
       self.settings = dataclasses.replace(self.settings, seed=secrets.randbits(64))
+    self.eos = frozenset(() if self.settings.ignore_eos else request.eos_ids)
+    self.ends = self.eos | set(self.settings.stop_token_ids)
     self.tokens = list(first_tokens)
     self.begins = len(self.tokens)  # tokens before the first drawn one
     self.limit = limit  # of tokens in all
@@ -66,7 +86,13 @@ class Row:
     self.slot: int | None = None  # its place on the device while it runs
     self.held: Held | None = None
     self.finished = False
+    self.speculates = False  # whether drafts are asked for
+    self.drafts: tuple[int, ...] = ()  # guesses at its next tokens, for the next step
     self.keys: list[bytes] = []  # of the pages that its known tokens fill
+    self.cached: int | None = None  # tokens found when it was first admitted
+    self.sampling: SamplingRows  # its settings as the device takes them
+    self.steps = 0  # in which tokens were drawn for it
+    self._times: dict[str, float] = {"arrival_time": time.monotonic()}
 
   @property
   def order(self) -> tuple[int, int]:
@@ -83,8 +109,20 @@ class Row:
     return self.total < self.limit
 
   @property
+  def waits(self) -> bool:
+    """Whether its next step needs to know what the one before has drawn."""
+    return self.speculates or self.request.guide is not None
+
+  @property
+  def scores(self) -> bool:
+    """Whether it still wants log-probabilities of its prompt."""
+    return self.settings.prompt_logprobs is not None and self.scored < self.begins
+
+  @property
   def left(self) -> int:
     """Tokens to compute before the next one can be drawn; of a prompt that is only scored, all but the last."""
+    if self.waits and self.pending:
+      return 0
     goal = self.total if self.draws else self.begins - 1 if self.limit == self.begins else 0
     return max(0, goal - self.computed)
 
@@ -94,21 +132,36 @@ class Row:
       before = self.keys[-1] if self.keys else first_key(*facts)
       self.keys.append(next_key(before, self.tokens[start : start + page_size]))
 
+  def note(self, what: Literal["first_scheduled_time", "first_token_time"]) -> None:
+    """That this happens now, if it had not before."""
+    self._times.setdefault(what, time.monotonic())
+
+  def metrics(self) -> RequestMetrics:
+    """When things happened; it ends now."""
+    return RequestMetrics(**self._times, finished_time=time.monotonic(), target_steps=self.steps)
+
   def take(self, token: int) -> tuple[FinishReason | None, int | None]:
-    """Adds a drawn token; why it is the last, if it is."""
+    """Adds a drawn token; why it is the last, if it is.
+
+    Raises:
+      ConfigError: the guide cannot go on behind it.
+    """
+    self.note("first_token_time")
     self.tokens.append(token)
-    ends = () if self.settings.ignore_eos else self.request.eos_ids
-    if token in ends:
-      return "stop", None
-    if token in self.settings.stop_token_ids:
-      return "stop", token
+    if token in self.ends:
+      return "stop", None if token in self.eos else token
+    if self.request.guide is not None:
+      self.request.guide.take(token)
+      if self.request.guide.finished:
+        return "stop", None
     return ("length" if len(self.tokens) >= self.limit else None), None
 
 
-def probabilities(token: int, logprob: float, top: tuple[np.ndarray, np.ndarray], count: int) -> Mapping[int, float]:
-  """Log-probabilities by token: of the `count` likeliest ones, and of this one."""
-  ids, values = top
-  return {int(i): float(p) for i, p in zip(ids[:count], values[:count])} | {token: float(logprob)}
+def probabilities(token: int, found: LogProbs, place: int | tuple[int, int], count: int) -> dict[int, Logprob]:
+  """Log-probabilities by token: of this one, and of the `count` likeliest."""
+  ids, values = found.top_ids[place][:count], found.top[place]
+  top = {int(i): Logprob(float(p), rank) for rank, (i, p) in enumerate(zip(ids, values), 1)}
+  return {token: Logprob(float(found.token[place]), int(found.rank[place]))} | top
 
 
 def check_tokens(tokens: Sequence[int], what: str, vocab_size: int, longest: int, limit: str) -> list[int]:

@@ -11,12 +11,14 @@ from jaxllm.inference.engine.request import Row
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A row's part of a step: `count` tokens from position `start` on; `draws`: and then the next token."""
+  """A row's part of a step: `count` tokens from position `start` on, the last `drafts` of them guessed; `draws`: and
+  then the next token."""
 
   row: Row
   start: int
   count: int
   draws: bool
+  drafts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Scheduler:
   so displace all others, and admission refuses what does not fit alone: it always goes on.
 
   Args:
-    max_rows: that run at once. max_tokens: of a step, all rows together.
+    max_rows: that run at once.
+    max_tokens: of a step, all rows together; at least `max_rows`.
     max_chunk: of a row in a step. What is more waits for the next one.
     facts: of a row, what its keys and values depend on besides tokens (`pages.first_key`).
   """
@@ -53,15 +56,16 @@ class Scheduler:
     max_chunk: int,
     facts: Callable[[Row], Sequence[str | int | Sequence[int]]] = lambda row: (),
   ):
-    if max_tokens < max_rows:
-      raise ConfigError(
-        f"max_tokens_per_step is {max_tokens}; each of max_num_seqs = {max_rows} sequences needs one token of it"
-      )
     self.pages, self.max_tokens, self.max_chunk, self._facts = pages, max_tokens, max_chunk, facts
     self.waiting: list[Row] = []  # both in order
     self.running: list[Row] = []
     self.preemptions = self.prefix_queries = self.prefix_hits = 0  # the last two in tokens
     self._slots = list(range(max_rows))[::-1]
+
+  @property
+  def steady(self) -> bool:
+    """Whether the next step only draws: no row is in its prompt, and none can come in."""
+    return all(row.left <= 1 for row in self.running) and not (self.waiting and self._slots)
 
   def add(self, row: Row) -> None:
     """Lets a row wait for its turn.
@@ -117,7 +121,9 @@ class Scheduler:
       self.preemptions += 1
       self._wait(last)
     if room >= 1:
-      self._give(row, min(count, room), plan)
+      count = min(count, room)
+      spare = min(self.max_tokens - plan.tokens, self.max_chunk, room) - count
+      self._give(row, count, plan, row.drafts[: max(0, spare)])
 
   def _admit(self, plan: Plan) -> bool:
     """Lets the first waiting row run, if there is room for all its tokens. It waits while some are not known."""
@@ -126,25 +132,29 @@ class Scheduler:
       return False
     row = self.waiting[0]
     row.update_keys(self.pages.page_size, *self._facts(row))
-    reads_all = row.request.prompt_logprobs is not None and row.scored < row.begins
-    held = self.pages.begin([] if reads_all else row.keys, len(row.tokens))
+    held = self.pages.begin([] if row.scores else row.keys, len(row.tokens))
     if held is None:
       return False
     self.waiting.pop(0)
     bisect.insort(self.running, row, key=lambda one: one.order)
     row.held, row.slot, row.computed = held, self._slots.pop(), len(held) * self.pages.page_size
     plan.admitted.append(row)
+    row.note("first_scheduled_time")
     self.prefix_queries += len(row.tokens)
     self.prefix_hits += row.computed
+    row.cached = row.computed if row.cached is None else row.cached
     count = min(row.left, budget, self.max_chunk, self.pages.room(held) - row.computed)
     if count > 0:
       self._give(row, count, plan)
       self._advance(plan.work[-1])
     return True
 
-  def _give(self, row: Row, count: int, plan: Plan) -> None:
+  def _give(self, row: Row, count: int, plan: Plan, drafts: Sequence[int] = ()) -> None:
+    draws = row.draws and count == row.left
+    drafts = tuple(drafts) if draws else ()
+    count += len(drafts)
     self.pages.extend(row.held, row.computed + count)
-    plan.work.append(Work(row, row.computed, count, row.draws and count == row.left))
+    plan.work.append(Work(row, row.computed, count, draws, drafts))
 
   def _advance(self, work: Work) -> None:
     """The row as it will be when the step is done."""
@@ -152,6 +162,11 @@ class Scheduler:
     row.computed += work.count
     row.pending += work.draws
     self.know(row)
+
+  def settle(self, work: Work, accepted: int) -> None:
+    """Takes back the drafts behind the first `accepted` ones."""
+    if work.row.slot is not None:
+      work.row.computed = work.start + work.count - len(work.drafts) + accepted
 
   def know(self, row: Row) -> None:
     """Names the pages whose tokens have become known."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.inference.engine import Engine, Request
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 # Few and small programs, compiled without LLVM's optimisations, which take a third of the time.
 SMALL = dict(

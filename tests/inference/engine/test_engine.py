@@ -13,7 +13,8 @@ from harness import Poisoned, greedy, serve
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Engine, Request
-from jaxllm.inference.sampling import SamplingParams, sampling_rows
+from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.sampling import sampling_rows
 from jaxllm.models.build import unstack_layers
 from jaxllm.models.config import AdapterConfig, Compute, ModelConfig
 from jaxllm.parallel.config import MeshConfig
@@ -95,7 +96,8 @@ def test_what_is_drawn_depends_on_seed_and_index_alone():
 
   def choose(i, after, position):
     logits = jnp.asarray(after)[None]  # the noise is the sampler's, added to logits that no cache has seen
-    return sampling_rows([settings[i]], [i]).draw(logits, jnp.asarray([position]))[0]
+    facts = dict(begins=[0], limits=[0], ends=[()], vocab_size=101)
+    return sampling_rows([settings[i]], [i], **facts).draw(logits, jnp.asarray([position]), jnp.zeros((1, 1), int))[0]
 
   for i in (1, 3):
     assert together[i] == plain_loop("plain", PROMPTS[i], 10, choose=functools.partial(choose, i))
@@ -115,8 +117,8 @@ def test_without_overlap_the_same():
 
 
 def test_log_probabilities_are_the_models():
-  sampling = SamplingParams(temperature=0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True)
-  requests = [Request(prompt, sampling, prompt_logprobs=2) for prompt in PROMPTS]
+  sampling = SamplingParams(temperature=0.7, seed=5, max_tokens=8, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+  requests = [Request(prompt, sampling) for prompt in PROMPTS]
   served, found = engine(), {}
   numbers = [served.submit(request) for request in requests]
   while served.busy:
@@ -222,7 +224,7 @@ def test_logits_that_are_no_numbers_end_their_request_only():
   while served.busy:
     harness.collect(served.step(), found)
   last = found[numbers[1]][-1]
-  assert (last.finish_reason, last.token_ids) == ("error", ()) and "no numbers" in last.error
+  assert (last.finish_reason, last.token_ids) == ("error", ()) and "no finite numbers" in last.error
   for number, prompt in ((numbers[0], PROMPTS[2]), (numbers[2], PROMPTS[4])):
     assert [token for delta in found[number] for token in delta.token_ids] == plain_loop("window", prompt, 10)
   assert serve(served, [greedy(PROMPTS[2])]) == [plain_loop("window", PROMPTS[2], 10)]
@@ -274,7 +276,7 @@ def test_other_dtypes_hold_what_they_can(dtype, kv_dtype):
     (Request([-1]), "holds token -1"),
     (greedy([1] * 30, 20), "30 tokens and up to 18 more need 12 global pages of 4 tokens, and there are 11"),
     (greedy([1], logprobs=4), "logprobs is 4; this engine gives up to 3"),
-    (Request([1], prompt_logprobs=4), "prompt_logprobs is 4"),
+    (greedy([1], prompt_logprobs=4), "prompt_logprobs is 4"),
     (greedy([1], num_beams=2), "num_beams"),
   ],
 )
@@ -289,7 +291,7 @@ def test_what_can_never_be_served_is_refused(request_, message):
   "settings, message",
   [
     (dict(max_model_len=49), "max_model_len is 49; it must be at least 1 and at most 48"),
-    (dict(max_tokens_per_step=2), "max_tokens_per_step is 2"),
+    (dict(max_tokens_per_step=2), "max_tokens_per_step is 2; each of max_num_seqs = 3"),
     (dict(num_pages=0), "num_pages is 0"),
     (dict(page_size=0), "page_size is 0"),
   ],

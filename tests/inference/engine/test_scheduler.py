@@ -8,7 +8,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine.pages import Pages
 from jaxllm.inference.engine.request import Request, Row
 from jaxllm.inference.engine.scheduler import Scheduler
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 SIZE = 4
 
@@ -210,5 +210,3 @@ def test_what_never_fits_is_refused_with_the_limit():
   with pytest.raises(ConfigError, match="11 tokens and up to 11 more need 6 global pages of 4 tokens, and there are 5"):
     device.submit(1, [1] * 11, 11)
   device.run()
-  with pytest.raises(ConfigError, match="max_tokens_per_step is 2; each of max_num_seqs = 3"):
-    Device(Pages({"global": 5}, SIZE), max_tokens=2)
