@@ -9,6 +9,7 @@ import importlib
 
 # name -> the module it comes from, imported at first use: `import jaxllm` alone loads not even jax.
 _EXPORTS = {
+  "LLM": "jaxllm.inference.llm",
   "Model": "jaxllm.inference.model",
   "load_model": "jaxllm.inference.load",
   "SamplingParams": "jaxllm.inference.params",

@@ -35,8 +35,9 @@ class CompletionOutput:
   cumulative_logprob: float | None = None  # of all its tokens, where log-probabilities were asked for
   # For each token: itself and the most likely tokens.
   logprobs: tuple[dict[int, Logprob], ...] | None = None
-  finish_reason: Literal["stop", "length", "abort"] | None = None  # None: not finished
+  finish_reason: Literal["stop", "length", "abort", "error"] | None = None  # None: not finished
   stop_reason: int | str | None = None  # the token id or string that stopped it; None for the end-of-text token
+  error: str | None = None  # of the finish_reason "error"
 
   def finished(self) -> bool:
     """Whether it is whole."""
@@ -87,6 +88,28 @@ class RequestOutput:
   prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
   metrics: RequestMetrics | None = None
   num_cached_tokens: int = 0  # tokens of the prompt that the prefix cache had
+
+  @property
+  def error(self) -> str | None:
+    """What was wrong with the request, if anything was."""
+    return next((one.error for one in self.outputs if one.error is not None), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOutput:
+  """A text as a vector."""
+
+  embedding: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingRequestOutput:
+  """The vector of one text."""
+
+  request_id: str
+  prompt_token_ids: tuple[int, ...]
+  outputs: EmbeddingOutput
+  finished: bool = True
 
 
 def request_outputs(

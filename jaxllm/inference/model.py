@@ -22,7 +22,8 @@ from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.weights import cast
+from jaxllm.models.quantization import quantize_matrix
+from jaxllm.models.weights import cast, map_weights_with_path
 from jaxllm.objectives.causal_lm import CausalLM
 
 log = logging.getLogger("jaxllm")
@@ -65,6 +66,15 @@ class Model:
   def params(self) -> Params:
     """The parameters, layers stacked: a copy made at every call, since the model keeps each layer apart."""
     return stack_layers(self._weights)
+
+  def quantize(self, format: str, group_size: int | None = None) -> None:
+    """Rounds the weights to a format of `jaxllm.kernels.quantize` (int8, int4, nf4, …), those that can be.
+
+    Raises:
+      ConfigError: no such format, or groups that do not divide a matrix.
+    """
+    change = lambda path, w: quantize_matrix(path, w, format, group_size)  # noqa: E731
+    self._weights = map_weights_with_path(change, self._weights)
 
   def __call__(
     self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None
@@ -228,7 +238,7 @@ class Model:
       CheckpointError: the path holds something else, or cannot be written.
       ConfigError: an impossible setting, or the format cannot express the model.
     """
-    generation = {"eos_token_id": list(self._ends()["eos_ids"])} | self.generation
+    generation = {"eos_token_id": list(self.eos_ids)} | self.generation
     stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation)
     write_model(stored, path, format=format, **settings)
 
@@ -245,6 +255,11 @@ class Model:
     return self.graph, self._weights, self.config, self._ids(prompts), sampling
 
   def _ends(self):
+    return {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids}
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """Tokens that end a text: what its generation_config.json says, or else its tokenizer, and the end of a turn."""
     ends = self.generation.get("eos_token_id")
     if ends is None and self.tokenizer is not None:
       ends = self.tokenizer.eos_id
@@ -252,7 +267,7 @@ class Model:
     turn = None if self.tokenizer is None else self.tokenizer.end_of_turn_id
     if turn is not None and turn not in ends:  # some models' files name only what ends a document
       ends += (turn,)
-    return {"tokenizer": self.tokenizer, "eos_ids": ends}
+    return ends
 
   def _text_tokenizer(self) -> Tokenizer:
     if self.tokenizer is None:

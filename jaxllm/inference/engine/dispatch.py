@@ -15,6 +15,8 @@ from jaxllm.inference.engine.sizes import Shape, Sizes
 from jaxllm.inference.engine.steps import DRAWS, SCORES, SHOWS, Drawn
 from jaxllm.inference.logits import EVERYTHING
 
+Shown = tuple[dict[int, Logprob], ...]
+
 UNKNOWN = -1  # a draft that only the device knows
 
 
@@ -65,7 +67,7 @@ class Gained:
 
   work: Work
   tokens: tuple[int, ...]
-  logprobs: tuple[dict[int, Logprob], ...] | None
+  logprobs: Shown | None
   scores: list[dict[int, Logprob]] | None  # of the tokens behind those that it read
 
 
@@ -81,9 +83,7 @@ def gained(step: Arranged, drawn: Drawn, packed: bool) -> Iterator[Gained]:
     yield Gained(work, *_drawn(work, place, token, count, shown), _scored(work, start, scores, wish))
 
 
-def _drawn(
-  work: Work, place: int, token, count, shown
-) -> tuple[tuple[int, ...], tuple[dict[int, Logprob], ...] | None]:
+def _drawn(work: Work, place: int, token, count, shown) -> tuple[tuple[int, ...], Shown | None]:
   if not work.draws:
     return (), None
   tokens, wanted = tuple(int(t) for t in token[place, : count[place]]), work.row.settings.logprobs

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine.dispatch import Arranged, Gained, arrange, gained
+from jaxllm.inference.engine.drafting import check_draft
 from jaxllm.inference.engine.pages import Pages
 from jaxllm.inference.engine.programs import Programs
 from jaxllm.inference.engine.request import Delta, FinishReason, Request, Row, check_tokens
 from jaxllm.inference.engine.scheduler import Plan, Scheduler
 from jaxllm.inference.engine.sizes import engine_sizes
+from jaxllm.inference.engine.speculation import DraftModel, Speculation, Speculator
 from jaxllm.inference.engine.steps import NO_NUMBERS, Drawn
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import room_for
@@ -63,6 +66,7 @@ class Engine:
     row_buckets: Sequence[int] | None = None,
     token_buckets: Sequence[int] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
+    speculative: Speculation | None = None,
   ):
     """
     Args:
@@ -81,6 +85,7 @@ class Engine:
       row_buckets, token_buckets: rows of steps that only decode, and tokens of the others, for which programs are
         compiled; None: powers of two, and of four.
       compiler_options: of XLA.
+      speculative: guesses that are checked many at once; no step is scheduled ahead then, as with `overlap` False.
 
     Raises:
       ConfigError: the model writes no text, or a size is impossible.
@@ -99,7 +104,7 @@ class Engine:
       kv_dtype=kv_dtype,
       max_logprobs=max_logprobs,
       max_biases=max_biases,
-      max_drafts=0,
+      max_drafts=0 if speculative is None else speculative.num_speculative_tokens,
       row_buckets=row_buckets,
       token_buckets=token_buckets,
     )
@@ -110,11 +115,17 @@ class Engine:
     )
     self._scheduler = Scheduler(self._pages, max_num_seqs, max_tokens_per_step, sizes.tokens[-1], self._facts)
     place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
-    self._programs = Programs(config, compute, place, sizes, rules, compiler_options)
+    self._speculator = None if speculative is None else Speculator(speculative, sizes)
+    self._draft_params: Params | None = None
+    draft = None if speculative is None else speculative.draft
+    if draft is not None:
+      check_draft(draft.config, config, sizes.max_model_len)
+      self._draft_params = self._placed(draft.params, draft)
+    self._programs = Programs(config, compute, place, sizes, rules, compiler_options, draft)
     self._state = self._programs.empty()
     self._rows: dict[int, Row] = {}
     self._numbers = itertools.count()
-    self._flight: collections.deque[tuple[Arranged, Drawn]] = collections.deque()
+    self._flight: collections.deque[tuple[Arranged, Drawn, float]] = collections.deque()
     self._early: list[Delta] = []  # of requests that ended outside `step`
     held = sum(x.nbytes for x in jax.tree.leaves(self._state.layers))
     log.info("engine: %s pages of %d tokens, %.2f GiB of keys and values", sizes.pages, page_size, held / 2**30)
@@ -131,7 +142,7 @@ class Engine:
 
   def warm_up(self) -> None:
     """Compiles every program that any request may need; before that the engine compiles as it goes."""
-    self._programs.warm_up(self._params, self._state)
+    self._programs.warm_up(self._params, self._state, self._draft_params)
 
   def submit(self, request: Request) -> int:
     """Takes a request in; its number, which its deltas bear.
@@ -142,15 +153,16 @@ class Engine:
     """
     return self._submit(request, draws=True)
 
-  def abort(self, number: int) -> None:
-    """Ends a request; its last delta says "abort". One that is over, or never was, is left alone."""
+  def abort(self, number: int) -> Delta | None:
+    """Ends a request; its last delta, which `step` does not give again. None: it is over, or never was."""
     row = self._rows.get(number)
-    if row is not None:
-      self._early.append(self._last(row, "abort"))
+    return None if row is None else self._last(row, "abort")
 
   def step(self) -> list[Delta]:
     """Schedules and starts a step, and gives back what the one before has drawn (without `overlap`: this one)."""
     deltas, self._early = self._early, []
+    if self._speculator is not None:
+      self._speculator.propose(self._scheduler.running if self._scheduler.steady else ())
     plan = self._scheduler.schedule()
     if plan.work:
       self._start(plan)
@@ -186,7 +198,7 @@ class Engine:
     except ConfigError:
       for number in asked:
         self.abort(number)
-      self._early = [delta for delta in self._early if delta.id not in asked]
+      self._early = [delta for delta in self._early if delta.id not in asked]  # of a single token
       raise
     found, others = {number: [] for number in asked}, []
     while any(number in self._rows for number in asked):
@@ -201,7 +213,7 @@ class Engine:
 
   def stats(self) -> dict[str, int]:
     """Counts of now and since the start; `prefix_*` in tokens, `pages_free` with those that hold shareable text."""
-    s = self._scheduler
+    s, guesses = self._scheduler, self._speculator
     return {
       "running": len(s.running),
       "waiting": len(s.waiting),
@@ -210,6 +222,8 @@ class Engine:
       "prefix_hits": s.prefix_hits,
       "pages_free": self._pages.available,
       "pages_total": self._pages.total,
+      "draft_tokens": 0 if guesses is None else guesses.drafted,
+      "accepted_tokens": 0 if guesses is None else guesses.accepted,
       "compilations": self._programs.compilations,
     }
 
@@ -223,12 +237,18 @@ class Engine:
         self._state = self._programs.encode(self._params, self._state, row.slot, row.request.prompt)
     step = arrange(plan, self.sizes, self._pages)
     batch = self._programs.batch(step.shape, step.rows, step.tables, step.drafts, step.allowed)
+    start = time.perf_counter()
+    if self._draft_params is not None:
+      self._state = self._programs.draft(self._draft_params, self._state, batch, step.shape)
     self._state, drawn = self._programs.step(self._params, self._state, batch, step.shape)
-    self._flight.append((step, drawn))
+    self._flight.append((step, drawn, start))
 
-  def _read(self, step: Arranged, drawn: Drawn) -> list[Delta]:
+  def _read(self, step: Arranged, drawn: Drawn, start: float) -> list[Delta]:
     """Waits for a step and takes what it has drawn; of rows that have ended meanwhile it is left out."""
     deltas = []
+    if self._speculator is not None:
+      jax.block_until_ready(drawn.token)
+      self._speculator.took(step.shape, time.perf_counter() - start)
     for one in gained(step, drawn, self.sizes.packed):
       row = one.work.row
       row.pending -= one.work.draws
@@ -248,6 +268,8 @@ class Engine:
     before, reason, stop, error = len(row.tokens), None, None, None
     self._scheduler.settle(one.work, len(one.tokens) - 1)
     row.steps += 1
+    if self._speculator is not None:
+      self._speculator.note(row, len(one.work.drafts), len(one.tokens) - 1)
     for token in one.tokens:
       if token < 0:
         reason, error = "error", SPOILED[token]
@@ -289,6 +311,7 @@ class Engine:
       prompt = first = check_tokens(request.prompt, "the prompt", c.vocab_size, most, f"max_model_len {longest}")
     limit = len(first) + (room_for(s, first, longest) if draws else 0)
     row = Row(next(self._numbers), dataclasses.replace(request, prompt=tuple(prompt)), first, limit)
+    row.speculates = self._speculator is not None
     row.sampling = self._programs.settings([row.settings], request.index, row.begins, limit, tuple(row.ends))
     if row.left < 1:  # a single token to score
       self._early.append(Delta(row.id, finish_reason="length"))
@@ -301,17 +324,20 @@ class Engine:
     """Ends a row; after an error nobody may read what it has computed."""
     self._scheduler.finish(row, spoiled=reason == "error")
     del self._rows[row.id]
+    if self._speculator is not None:
+      self._speculator.forget(row)
     return Delta(row.id, finish_reason=reason, metrics=row.metrics(), cached_tokens=row.cached or 0, **facts)
 
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
     return self.version, row.request.salt, source
 
-  def _placed(self, params: Params) -> Params:
-    """The weights as they compute: each layer apart, in the engine's dtype, on its devices."""
+  def _placed(self, params: Params, draft: DraftModel | None = None) -> Params:
+    """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""
+    config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
     if self._mesh is None:
       params = jax.device_put(params)  # arrays stay on the device where they are
     else:
-      _, shapes, axes = declare(self.config, self.compute)
+      _, shapes, axes = declare(config, compute)
       params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
-    return cast(unstack_layers(params), self.compute.dtype)
+    return cast(unstack_layers(params), compute.dtype)

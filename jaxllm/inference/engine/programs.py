@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxllm.inference.engine.drafting import draft_function, draft_layers
 from jaxllm.inference.engine.sizes import SMALLEST, Shape, Sizes, buckets
+from jaxllm.inference.engine.speculation import DraftModel
 from jaxllm.inference.engine.steps import Batch, Drawn, State, begin, encode_function, step_function
 from jaxllm.inference.logits import EVERYTHING, words_for
 from jaxllm.inference.params import SamplingParams
@@ -37,6 +39,7 @@ class Programs:
     sizes: Sizes,
     rules: AxisRules = AxisRules(),
     options: Mapping[str, Any] | None = None,
+    draft: DraftModel | None = None,
   ):
     self.config, self.compute, self.sizes = config, compute, sizes
     self.compilations, self.ready = 0, False
@@ -45,6 +48,10 @@ class Programs:
     graph = declare(config, compute)[0]
     self._steps = {shape: step_function(graph, sizes, shape) for shape in sizes.shapes()}
     self._encode = encode_function(graph, compute.dtype)
+    self._draft_model, self._drafts = draft, {}
+    if draft is not None:
+      of = declare(draft.config, draft.compute)[0]
+      self._drafts = {shape: draft_function(of, sizes, shape, config.vocab_size) for shape in self._steps}
     self._options = None if options is None else dict(options)  # of the compiler
     self._compiled: dict[tuple, Any] = {}
     self._whole = replicated(place) if isinstance(place, Mesh) else place
@@ -65,7 +72,9 @@ class Programs:
         layers = tuple((jnp.zeros(shape, self.compute.dtype),) * 2 for _ in range(c.num_layers))
         encoded = Encoded(None, jnp.zeros(shape[:2], jnp.int32), layers)
       sampling = jax.tree.map(jnp.asarray, self.settings([SamplingParams(temperature=0, seed=0)] * s.slots))
-      return State(cache.layers, (), jnp.zeros((s.slots, s.max_model_len), jnp.int32), sampling, encoded)
+      small = self._draft_model
+      drafts = () if small is None else draft_layers(small.config, c, s, small.compute)
+      return State(cache.layers, drafts, jnp.zeros((s.slots, s.max_model_len), jnp.int32), sampling, encoded)
 
     with jax.default_device(None if self._mesh else self._whole):
       return jax.jit(self._on_mesh(make))()
@@ -100,6 +109,10 @@ class Programs:
     """Computes the batch's tokens and draws, see `step_function`."""
     return self._program(("step", shape), self._steps[shape], (params, state, batch))
 
+  def draft(self, params: Params, state: State, batch: Batch, shape: Shape) -> State:
+    """The draft model reads the batch and guesses, see `draft_function`; before the step itself."""
+    return self._program(("draft", shape), self._drafts[shape], (params, state, batch))
+
   def begin(self, state: State, slot: int, tokens: Sequence[int], sampling: SamplingRows) -> State:
     """A row with these tokens, none of them computed, and settings takes a slot."""
     row = np.zeros(self.sizes.max_model_len, np.int32)
@@ -114,11 +127,11 @@ class Programs:
     arguments = params, state, *self.put((np.int32(slot), tokens, np.int32(len(source))))
     return self._program(("encode", length), self._encode, arguments)
 
-  def warm_up(self, params: Params, state: State) -> None:
+  def warm_up(self, params: Params, state: State, draft_params: Params | None = None) -> None:
     """Compiles all programs that are missing, and says how long it took; a compilation after that is a fault of ours,
     which is logged and counted."""
     start, lowered = time.perf_counter(), {}
-    for key, function, arguments in self._all(params, state):
+    for key, function, arguments in self._all(params, state, draft_params):
       if key not in self._compiled:
         lowered[key] = self._lower(function, arguments)
     with ThreadPoolExecutor() as pool:
@@ -127,12 +140,14 @@ class Programs:
     self.ready = True
     log.info("engine: %d programs ready in %.1f s", len(lowered), time.perf_counter() - start)
 
-  def _all(self, params, state) -> Iterator[tuple[tuple, Callable, tuple]]:
+  def _all(self, params, state, draft_params) -> Iterator[tuple[tuple, Callable, tuple]]:
     for shape, step in self._steps.items():
       empty = np.zeros((shape.rows, self.sizes.max_pages), np.int32)
       tables, drafts = dict.fromkeys(self.sizes.pages, empty), np.zeros((shape.rows, shape.drafts), np.int32)
       batch = self.batch(shape, np.zeros((5, shape.rows), np.int32), tables, drafts, None)
       yield ("step", shape), step, (params, state, batch)
+      if self._drafts:
+        yield ("draft", shape), self._drafts[shape], (draft_params, state, batch)
     row = np.zeros(self.sizes.max_model_len, np.int32)
     settings = self.settings([SamplingParams(temperature=0, seed=0)])
     yield ("begin",), begin, (state, *self.put((np.int32(0), row, settings)))
@@ -156,7 +171,7 @@ class Programs:
   def _lower(self, function, arguments):
     state = next(one for one in arguments if isinstance(one, State))
     stays = jax.tree.map(lambda x: x.sharding, state)
-    out = stays if function in (begin, self._encode) else (stays, None)
+    out = (stays, None) if function in self._steps.values() else stays
     donated = next(i for i, one in enumerate(arguments) if one is state)
     how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
     return jax.jit(self._on_mesh(function), **how).lower(*arguments)

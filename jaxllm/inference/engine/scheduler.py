@@ -152,6 +152,7 @@ class Scheduler:
   def _give(self, row: Row, count: int, plan: Plan, drafts: Sequence[int] = ()) -> None:
     draws = row.draws and count == row.left
     drafts = tuple(drafts) if draws else ()
+    row.drafts = ()
     count += len(drafts)
     self.pages.extend(row.held, row.computed + count)
     plan.work.append(Work(row, row.computed, count, draws, drafts))

@@ -72,6 +72,14 @@ def serve(engine, requests, waits=()):
   return [[token for delta in found[number] for token in delta.token_ids] for number in numbers]
 
 
+def answers(engine, requests):
+  """The last delta of each request."""
+  found, numbers = {}, [engine.submit(request) for request in requests]
+  while engine.busy:
+    collect(engine.step(), found)
+  return [found[number][-1] for number in numbers]
+
+
 def collect(deltas, found):
   for delta in deltas:
     assert not found.get(delta.id) or found[delta.id][-1].finish_reason is None, "a delta after the last one"

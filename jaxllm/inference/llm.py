@@ -1,0 +1,234 @@
+"""`LLM`: a model and an engine of its own, in the shape of vLLM's."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.inference.completions import (
+  CompletionOutput,
+  EmbeddingOutput,
+  EmbeddingRequestOutput,
+  RequestOutput,
+  request_outputs,
+)
+from jaxllm.inference.engine import Engine
+from jaxllm.inference.engine.speculation import DraftModel, Speculation
+from jaxllm.inference.load import load_model
+from jaxllm.inference.model import Message
+from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.requests import Requests
+from jaxllm.interop.open import Adapters
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import make_mesh
+
+log = logging.getLogger("jaxllm")
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class LLM:
+  """Writes text with a model, many prompts at once.
+
+  Attributes:
+    model: the loaded `Model`. engine: its `Engine`.
+  """
+
+  def __init__(
+    self,
+    model: str | Path,
+    *,
+    adapter: Adapters = None,
+    dtype: str | None = None,
+    tensor_parallel_size: int = 1,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 16,
+    num_pages: int | None = None,
+    page_size: int = 16,
+    max_num_batched_tokens: int | None = None,
+    kv_cache_dtype: str | None = None,
+    enable_prefix_caching: bool = True,
+    max_logprobs: int = 20,
+    seed: int | None = None,
+    speculative: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
+    compile_at_start: bool = True,
+    **engine_settings: Any,
+  ):
+    """
+    Args:
+      model: whatever `load_model` reads. adapter: as there, and dtype.
+      tensor_parallel_size: devices over which weights and pages are split.
+      max_model_len: tokens of a prompt and its completion; None: the model's.
+      max_num_seqs: completions that are computed at once; others wait.
+      num_pages: of the cache of keys and values, each of `page_size` tokens; None: as many as are ever needed.
+      max_num_batched_tokens: of a step; a longer prompt is read in several. None: 512, or fewer if no more are needed.
+      kv_cache_dtype: also "int8" and "float8_e4m3fn".
+      seed: makes what is drawn without a seed of its own the same in every run.
+      speculative: {"method": "ngram"} guesses from what the text has said before, {"method": "draft", "model": PATH}
+        with a small model; the others are fields of `jaxllm.inference.engine.speculation.Speculation`. The text stays
+        the same.
+      quantization: of the weights, a format of `jaxllm.kernels.quantize`: "int8", "int4", "nf4", ….
+      compile_at_start: all programs, so that no request waits for one; False: each when it is first needed.
+      engine_settings: others of `Engine`.
+
+    Raises:
+      CheckpointError, ConfigError, DataError: as `load_model` and `Engine`.
+    """
+    mesh = None
+    if tensor_parallel_size != 1:
+      if not 1 <= tensor_parallel_size <= len(jax.devices()):
+        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size}; there are {len(jax.devices())} devices")
+      mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor_parallel_size))
+    self.model = load_model(model, adapter=adapter, dtype=dtype, mesh=mesh)
+    if quantization is not None:
+      self.model.quantize(quantization)
+    longest = self.model.config.max_seq_len if max_model_len is None else max_model_len
+    self.engine = Engine.of(
+      self.model,
+      mesh=mesh,
+      max_model_len=max_model_len,
+      max_num_seqs=max_num_seqs,
+      num_pages=num_pages,
+      page_size=page_size,
+      max_tokens_per_step=max_num_batched_tokens or max(max_num_seqs, min(512, max_num_seqs * longest)),
+      kv_dtype=kv_cache_dtype,
+      prefix_cache=enable_prefix_caching,
+      max_logprobs=max_logprobs,
+      speculative=None if speculative is None else _speculation(speculative, dtype),
+      **engine_settings,
+    )
+    self._requests = Requests(self.engine, self.model.tokenizer, self.model.eos_ids)
+    self._seed, self._asked = seed, 0
+    if compile_at_start:
+      self.engine.warm_up()
+
+  def get_default_sampling_params(self) -> SamplingParams:
+    """The model's own, from its generation_config.json."""
+    return self.model.sampling()
+
+  def generate(
+    self,
+    prompts: Prompt | Sequence[Prompt],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+  ) -> list[RequestOutput]:
+    """Completes a prompt, or each of several: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+
+    A prompt that is refused harms no other: its answer has one output with the finish_reason "error" and an `error`.
+
+    Args:
+      sampling_params: for all prompts, or for each; None: the model's own.
+
+    Raises:
+      ConfigError: every prompt was refused; what the first one's answer says.
+    """
+    each = [prompts] if _is_one(prompts) else list(prompts)
+    settings = self.model.sampling() if sampling_params is None else sampling_params
+    settings = [settings] * len(each) if isinstance(settings, SamplingParams) else list(settings)
+    if len(settings) != len(each):
+      raise ConfigError(f"{len(settings)} sampling settings for {len(each)} prompts; give one, or one for each")
+    return self._answers([self._submit(prompt, one) for prompt, one in zip(each, settings)])
+
+  def chat(
+    self,
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    continue_final_message: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
+  ) -> list[RequestOutput]:
+    """The reply to a chat, or to each of several; see `Model.chat_ids` and `generate`."""
+    chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
+    ids = [self.model.chat_ids(chat, tools, continue_final_message, chat_template_kwargs) for chat in chats]
+    return self.generate([{"prompt_token_ids": one} for one in ids], sampling_params)
+
+  def embed(
+    self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
+  ) -> list[EmbeddingRequestOutput]:
+    """A vector for each text; see `Model.embed`."""
+    ids = [self._ids(prompt)[1] for prompt in ([prompts] if _is_one(prompts) else prompts)]
+    vectors = self.model.embed(ids, pooling=pooling, normalize=normalize)
+    return [
+      EmbeddingRequestOutput(
+        request_id=str(number), prompt_token_ids=tuple(one), outputs=EmbeddingOutput(tuple(vector.tolist()))
+      )
+      for number, (one, vector) in enumerate(zip(ids, vectors))
+    ]
+
+  def score(self, prompts: Prompt | Sequence[Prompt]) -> list[Float32[np.ndarray, " T-1"]]:
+    """Of each text the log-probabilities, in nats, of its tokens from the second on; see `Engine.score`."""
+    return self.engine.score([self._ids(prompt)[1] for prompt in ([prompts] if _is_one(prompts) else prompts)])
+
+  def stats(self) -> dict[str, Any]:
+    """Counts of the engine: see `Engine.stats`."""
+    return self.engine.stats()
+
+  def _ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    if isinstance(prompt, Mapping):
+      known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+      if not known:
+        raise ConfigError(
+          f"a prompt of {', '.join(map(repr, prompt)) or 'nothing'}; it needs prompt_token_ids or prompt"
+        )
+      text = prompt.get("prompt")
+      prompt = prompt[known[0]]
+      return text, self._ids(prompt)[1]
+    if isinstance(prompt, str):
+      return prompt, self.model.prompt_ids(prompt)
+    return None, [int(token) for token in prompt]
+
+  def _submit(self, prompt: Prompt, settings: SamplingParams) -> "int | RequestOutput":
+    """The number of a request, or at once the answer: of beam search, or to one that is refused."""
+    text: str | None = None
+    ids: list[int] = []
+    try:
+      text, ids = self._ids(prompt)
+      if settings.num_beams > 1:
+        return request_outputs(self.model.generate([ids], settings), [text], [ids])[0]
+      if settings.seed is None and self._seed is not None:
+        words = np.random.SeedSequence((self._seed, self._asked)).generate_state(1, np.uint64)
+        settings = dataclasses.replace(settings, seed=int(words[0]))
+      self._asked += 1
+      return self._requests.submit(ids, settings, text=text)
+    except ConfigError as error:
+      refused = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", error=str(error))
+      return RequestOutput(request_id="", prompt=text, prompt_token_ids=tuple(ids), outputs=(refused,), finished=True)
+
+  def _answers(self, asked: "list[int | RequestOutput]") -> list[RequestOutput]:
+    """Waits for them."""
+    left = [one for one in asked if isinstance(one, int)]
+    try:
+      while left and self._requests.busy:
+        self._requests.step()
+    except BaseException:  # an interruption: the next call finds an empty engine
+      for number in left:
+        self._requests.abort(number)
+      self._requests.step()
+      raise
+    answers = [self._requests.output(one) if isinstance(one, int) else one for one in asked]
+    wrong = [answer.error for answer in answers if answer.error is not None]
+    if wrong and len(wrong) == len(answers):
+      raise ConfigError(wrong[0])
+    for message in wrong:
+      log.warning("a request was refused: %s", message)
+    return answers
+
+
+def _is_one(prompts: Any) -> bool:
+  single = isinstance(prompts, str | Mapping)
+  return single or len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+
+
+def _speculation(settings: Mapping[str, Any], dtype: str | None) -> Speculation:
+  others = {name: value for name, value in settings.items() if name != "model"}
+  if settings.get("model") is None:
+    return Speculation.of(others)
+  draft = load_model(settings["model"], dtype=dtype)
+  return Speculation.of(others, DraftModel(draft.config, draft._weights, draft.compute))
