@@ -135,11 +135,9 @@ def write_stream(
 
 def write_all(model: "Model", prompts: list["Prompt"], sampling: "SamplingParams", before: list[str]) -> None:
   """Prints the completions of several prompts, or several of one, each under a line that names it."""
-  from jaxllm.inference.generate import STEPS
-
   speed = Speed()
   done = {}
-  for delta in model.stream(prompts, sampling, steps=STEPS):
+  for delta in model.stream(prompts, sampling):
     speed.add(len(delta.token_ids))
     if delta.completion is not None:
       done[delta.prompt_index, delta.index] = delta.completion

@@ -1,257 +1,184 @@
-"""Batched generation: one prefill of the prompts, then a decode step that is compiled once.
+"""A model's own engine: made for what is asked of it, and kept for the next time."""
 
-Rows are padded on the right, so that the token at position p of a row lies in slot p of its cache. What the
-prefill writes after a row's last token is never seen: a query sees no later slot, and every slot is
-overwritten before the row's length reaches it.
-"""
-
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.inference import beam
-from jaxllm.inference.completions import Completion, Delta, Logprob
-from jaxllm.inference.logits import EVERYTHING, words_for
-from jaxllm.inference.params import SamplingParams
-from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, check_prompt, read_prompts
-from jaxllm.inference.rows import Row
-from jaxllm.inference.sampling import SamplingRows, sampling_rows
-from jaxllm.inference.text import Decodes
-from jaxllm.kernels import backends
+from jaxllm.inference.completions import Completion, Delta
+from jaxllm.inference.engine import Engine
+from jaxllm.inference.params import SamplingParams, with_word_ids
+from jaxllm.inference.prompts import bucket, check_prompt, room_for
+from jaxllm.inference.requests import Requests
 from jaxllm.models.build import Params
-from jaxllm.models.caches import KVCache
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import Compute, ModelConfig
 
-# Decode steps that one dispatch runs when nobody watches. On a 2-core CPU 8 are 15% faster than 1 for a
-# 4M-parameter model, 8% for 10M, equal for 135M; up to 7 steps are wasted at the end.
-STEPS = 8
+MOST_ROWS = 64  # completions that are computed at once; others wait
+PAGE = 16  # tokens
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-  """What a decode step takes and returns: the cache, and the tokens of each row, of which the last is not in it."""
-
-  cache: KVCache
-  tokens: Int[Array, "B T"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """The tokens of a step, and where they were asked for, log-probabilities of them and of the top ones."""
-
-  token: Int[Array, " B"]
-  logprob: Float[Array, " B"] | None
-  rank: Int[Array, " B"] | None  # 1: the most likely one
-  top_logprobs: Float[Array, "B top"] | None
-  top_tokens: Int[Array, "B top"] | None
-
-  def logprobs(self, step: int, row: int, top: int, tokenizer: Decodes | None) -> dict[int, Logprob]:
-    """Those of one token, and of the `top` most likely ones."""
-    assert self.logprob is not None and self.rank is not None
-    found = {int(self.token[step, row]): (self.logprob[step, row], self.rank[step, row])}
-    ranked = zip(self.top_tokens[step, row, :top], self.top_logprobs[step, row])
-    found |= {int(token): (logprob, rank) for rank, (token, logprob) in enumerate(ranked, 1)}
-    known = 0 if tokenizer is None else tokenizer.vocab_size
-    text = lambda token: tokenizer.decode([token]) if token < known else None  # noqa: E731
-    return {token: Logprob(float(logprob), int(rank), text(token)) for token, (logprob, rank) in found.items()}
-
-
-@functools.lru_cache(maxsize=8)
-def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-  """The two jitted functions of a model.
-
-  prefill(params, prompts, rows, allowed, cache_length, top) -> (state, Drawn): reads prompts and draws the token
-    after each.
-  decode(params, state, limits [B], rows, allowed, steps, top) -> (state, Drawn with a leading axis of steps): takes
-    the state as a donation. A row stays where it is once it has `limits` tokens,
-    prompt included.
-
-  `allowed` [B, W] are the tokens that may be drawn, packed, or None for all; `top` is None, or how many
-  log-probabilities to return beside the drawn token's.
-  """
-
-  def draw(logits, positions, history, rows, allowed, top):
-    token = rows.draw(logits, positions, history, allowed)
-    if top is None:
-      return Drawn(token, None, None, None, None)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)
-    return Drawn(token, chosen[:, 0], (logprobs > chosen).sum(-1) + 1, *jax.lax.top_k(logprobs, top))
-
-  @functools.partial(jax.jit, static_argnames=("cache_length", "top"))
-  def prefill(params, prompts: Prompts, rows: SamplingRows, allowed, cache_length: int, top: int | None):
-    logits, cache = read_prompts(nnx.merge(graph, params), prompts, cache_length)
-    history = jnp.pad(prompts.tokens, ((0, 0), (0, max(cache_length - prompts.tokens.shape[1], 0))))
-    drawn = draw(logits, prompts.lengths, history, rows, allowed, top)
-    return DecodeState(cache, _put(history, prompts.lengths, drawn.token)), drawn
-
-  @functools.partial(jax.jit, static_argnames=("steps", "top"), donate_argnames="state")
-  def decode(params, state: DecodeState, limits, rows: SamplingRows, allowed, steps: int, top: int | None):
-    model = nnx.merge(graph, params)
-
-    def step(state, _):
-      before = state.cache.length
-      token = jnp.take_along_axis(state.tokens, before[:, None], axis=1)
-      x, cache = model.hidden(token, cache=state.cache)
-      drawn = draw(model.logits(x)[:, 0], before + 1, state.tokens, rows, allowed, top)
-      goes_on = before + 1 < limits
-      cache = cache.rewind(jnp.where(goes_on, before + 1, before))
-      places = jnp.where(goes_on, before + 1, state.tokens.shape[1])  # a place behind the last one: nowhere
-      return DecodeState(cache, _put(state.tokens, places, drawn.token)), drawn
-
-    if steps == 1:
-      state, drawn = step(state, None)
-      return state, jax.tree.map(lambda x: x[None], drawn)
-    return jax.lax.scan(step, state, length=steps)
-
-  return prefill, decode
-
-
-def _put(tokens: Int[Array, "B T"], places: Int[Array, " B"], new: Int[Array, " B"]) -> Int[Array, "B T"]:
-  return tokens.at[jnp.arange(len(new)), places].set(new, mode="drop")
-
-
-def generate_tokens(
-  graph: nnx.GraphDef,
-  params: Params,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingParams | Sequence[SamplingParams],
-  *,
-  tokenizer: Decodes | None = None,
-  eos_ids: Sequence[int] = (),
-) -> list[Completion]:
-  """Completes every prompt; returns the `n` completions of the first prompt, then of the second, ….
-
-  An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
+class Generator:
+  """Completes prompts with a model; see `jaxllm.inference.model.Model.generate`.
 
   Args:
-    params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones work and are slower.
-    prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
-    sampling: one for all prompts, or one for each.
-    tokenizer: for `text`, and needed for stop strings.
-    eos_ids: tokens that end a completion unless `ignore_eos`.
-
-  Raises:
-    ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
+    params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones are unstacked anew for each engine.
+    tokenizer: for `text`, and needed for stop strings. eos_ids: tokens that end a completion unless `ignore_eos`.
   """
-  deltas = stream_tokens(graph, params, config, prompts, sampling, tokenizer=tokenizer, eos_ids=eos_ids, steps=STEPS)
-  done = [delta.completion for delta in deltas if delta.completion is not None]
-  return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
+
+  def __init__(
+    self,
+    graph: nnx.GraphDef,
+    params: Params,
+    config: ModelConfig,
+    compute: Compute = Compute(),
+    tokenizer: Any = None,
+    eos_ids: Sequence[int] = (),
+  ):
+    self._graph, self._params, self._config, self._compute = graph, params, config, compute
+    self._tokenizer, self._eos_ids = tokenizer, tuple(eos_ids)
+    self._served: _Served | None = None
+
+  def complete(
+    self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+  ) -> list[Completion]:
+    """The `n` completions of the first prompt, then of the second, …; see `stream`."""
+    done = [delta.completion for delta in self.stream(prompts, sampling) if delta.completion is not None]
+    return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
+
+  def stream(
+    self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+  ) -> Iterator[Delta]:
+    """What each completion gains, as it happens.
+
+    An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
+
+    Args:
+      prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
+      sampling: one for all prompts, or one for each.
+
+    Raises:
+      ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
+      DataError: of the iterator: no token can be drawn somewhere.
+    """
+    config = self._config
+    each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(each) != len(prompts):
+      raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    for number, prompt in enumerate(prompts):
+      check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
+    if config.architecture == "encoder" or config.head != "lm":
+      raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
+    if any(settings.num_beams > 1 for settings in each):
+      return beam.search(self._graph, self._params, config, prompts, each, self._tokenizer, self._eos_ids)
+    if any(settings.prompt_logprobs is not None for settings in each):
+      raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
+    if not prompts:
+      return iter(())
+    served = self._for(prompts, each)
+    numbers: dict[int, int] = {}
+    try:
+      for i, (prompt, settings) in enumerate(zip(prompts, each)):
+        numbers[served.requests.submit(prompt, settings)] = i
+    except ConfigError:
+      served.drop(numbers)
+      raise
+    return served.deltas(numbers)
+
+  def _for(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> "_Served":
+    """An engine with room for this, the one that there is if it has."""
+    decoder = self._config.architecture == "decoder"
+    firsts = [prompt if decoder else [0] for prompt in prompts]
+    longest = max(len(first) + room_for(one, first, self._config.max_seq_len) for first, one in zip(firsts, each))
+    each = [with_word_ids(one, self._tokenizer) if self._tokenizer is not None else one for one in each]
+    biases = [ids for one in each for ids in _biases(one)]
+    asked = {
+      "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
+      "max_model_len": bucket(longest, self._config),
+      "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), self._config.vocab_size),
+      "biases": _power(max(len(_biases(one)) for one in each)),
+      "bias_tokens": _power(max(map(len, biases), default=1)),
+    }
+    served = self._served
+    if served is None or any(served.sizes[name] < value for name, value in asked.items()):
+      sizes = {name: value if served is None else max(value, served.sizes[name]) for name, value in asked.items()}
+      self._served = served = _Served(sizes, self._requests(**sizes))
+    return served
+
+  def _requests(self, max_num_seqs, max_model_len, max_logprobs, biases, bias_tokens) -> Requests:
+    engine = Engine(
+      self._config,
+      self._params,
+      compute=self._compute,
+      mesh=_mesh_of(self._params),
+      max_num_seqs=max_num_seqs,
+      max_model_len=max_model_len,
+      page_size=min(PAGE, max_model_len),
+      max_logprobs=max_logprobs,
+      max_biases=(biases, bias_tokens),
+    )
+    return Requests(engine, self._tokenizer, self._eos_ids)
 
 
-def stream_tokens(
-  graph: nnx.GraphDef,
-  params: Params,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingParams | Sequence[SamplingParams],
-  *,
-  tokenizer: Decodes | None = None,
-  eos_ids: Sequence[int] = (),
-  steps: int = 1,
-) -> Iterator[Delta]:
-  """`generate_tokens` as it happens: what each row gains from every dispatch of `steps` decode steps."""
-  each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-  if len(each) != len(prompts):
-    raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
-  prompts = [[int(token) for token in prompt] for prompt in prompts]
-  for number, prompt in enumerate(prompts):
-    check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
-  if config.architecture == "encoder" or config.head != "lm":
-    raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
-  if any(settings.num_beams > 1 for settings in each):
-    return beam.search(graph, params, config, prompts, each, tokenizer, eos_ids)
-  if any(settings.prompt_logprobs is not None for settings in each):
-    raise ConfigError("prompt_logprobs are not among what generate gives; `Model.__call__` gives a prompt's logits")
-  rows = [
-    Row(i, sample, prompt, settings, config, tokenizer, eos_ids)
-    for i, (prompt, settings) in enumerate(zip(prompts, each))
-    for sample in range(settings.draws)
-  ]
-  if any(settings.draws > settings.n for settings in each):
-    return _best(_run(graph, params, config, rows, tokenizer, STEPS), each)
-  return _run(graph, params, config, rows, tokenizer, steps)
+class _Served:
+  """An engine that several streams may share: whoever waits for his deltas makes the steps."""
+
+  def __init__(self, sizes: dict[str, int], requests: Requests):
+    self.sizes, self.requests = sizes, requests
+    self._waiting: dict[int, collections.deque[Delta]] = {}
+
+  def deltas(self, numbers: dict[int, int]) -> Iterator[Delta]:
+    """The deltas of these requests, by which number each is to be called; ends them when nobody listens any more."""
+    mine: collections.deque[Delta] = collections.deque()
+    self._waiting |= dict.fromkeys(numbers, mine)
+    left = {number: self.requests.completions(number) for number in numbers}
+    try:
+      while any(left.values()):
+        if not mine:
+          self._step()
+          continue
+        delta = mine.popleft()
+        index, done = numbers[delta.prompt_index], delta.completion
+        if done is not None:
+          if done.finish_reason == "error":
+            raise DataError(f"prompt {index + 1}: {done.error}" if len(numbers) > 1 else str(done.error))
+          done = _renumbered(done, index)
+        yield Delta(index, delta.index, delta.text, delta.token_ids, done)
+        left[delta.prompt_index] -= done is not None
+    finally:
+      self.drop(numbers)
+
+  def drop(self, numbers: dict[int, int]) -> None:
+    """Ends these requests, and forgets them."""
+    for number in numbers:
+      self.requests.forget(number)
+      self._waiting.pop(number, None)
+
+  def _step(self) -> None:
+    for delta in self.requests.step():
+      if delta.prompt_index in self._waiting:
+        self._waiting[delta.prompt_index].append(delta)
 
 
-def _best(deltas: Iterator[Delta], each: list[SamplingParams]) -> Iterator[Delta]:
-  """The `n` most likely completions of every prompt, which nobody can know before all are finished."""
-  found: list[list[Completion]] = [[] for _ in each]
-  for delta in deltas:
-    if delta.completion is None:
-      continue
-    of, number = found[delta.prompt_index], delta.prompt_index
-    of.append(delta.completion)
-    if len(of) < each[number].draws:
-      continue
-    if each[number].draws > each[number].n:
-      of.sort(key=lambda one: (-(one.cumulative_logprob or 0.0), one.index))
-    for index, best in enumerate(of[: each[number].n]):
-      yield Delta(number, index, best.text, best.token_ids, dataclasses.replace(best, index=index))
+def _renumbered(done: Completion, index: int) -> Completion:
+  return Completion(**{**vars(done), "prompt_index": index})
 
 
-def _run(graph, params, config: ModelConfig, rows: list[Row], tokenizer, steps: int) -> Iterator[Delta]:
-  if not rows:
-    return
-  compute = nnx.merge(graph, params).compute
-  shown = [row.settings.logprobs or 0 for row in rows if _shows(row)]
-  top = min(max(shown), config.vocab_size) if shown else None
-  guided = any(row.guide is not None for row in rows)
-
-  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
-  lone = len(rows) == 1 and backends.TARGETS[compute.target] == "cpu" and compute.dtype != "float32"
-  batch = rows * 2 if lone else rows
-  prompts = batch_prompts([row.prompt for row in batch], config)
-  limits = np.asarray([row.limit for row in batch], np.int32)
-  draws = sampling_rows(
-    [row.settings for row in batch],
-    [row.index for row in batch],
-    begins=[row.begins for row in batch],
-    limits=limits,
-    ends=[row.ends for row in batch],
-    vocab_size=config.vocab_size,
-  )
-
-  def allowed():
-    everything = np.full(words_for(config.vocab_size), EVERYTHING)
-    return np.stack([everything if row.guide is None else row.guide.allowed for row in batch]) if guided else None
-
-  prefill, decode = programs(graph)
-  length = bucket(int(limits.max()), config)
-  state, drawn = prefill(params, prompts, draws, allowed(), cache_length=length, top=top)
-  drawn = jax.tree.map(lambda x: x[None], drawn)
-  while True:
-    drawn = jax.tree.map(np.asarray, drawn)
-    for i, row in enumerate(rows):
-      if row.reason is None:
-        yield _take(row, drawn, i, tokenizer)
-    if all(row.reason is not None for row in rows):
-      return
-    # What a grammar admits is known once the token before it is.
-    state, drawn = decode(params, state, limits, draws, allowed(), steps=1 if guided else steps, top=top)
+def _biases(settings: SamplingParams) -> list[Sequence[int]]:
+  alone = [(token,) for token in settings.logit_bias or ()]
+  return [*alone, *(settings.sequence_bias or ()), *(ids for ids in settings.bad_words_ids if len(ids) > 1)]
 
 
-def _shows(row: Row) -> bool:
-  """Whether log-probabilities of its tokens are needed."""
-  return row.settings.logprobs is not None or row.settings.draws > row.settings.n
+def _power(value: int) -> int:
+  return 1 << max(value - 1, 0).bit_length()
 
 
-def _take(row: Row, drawn: Drawn, i: int, tokenizer) -> Delta:
-  """Gives the row its tokens, up to its end, from a dispatch's [steps, B] arrays."""
-  first, text = len(row.tokens), ""
-  for s in range(drawn.token.shape[0]):
-    shown = drawn.logprobs(s, i, row.settings.logprobs or 0, tokenizer) if _shows(row) else None
-    text += row.take(int(drawn.token[s, i]), shown)
-    if row.reason is not None:
-      break
-  done = None if row.reason is None else row.completion()
-  return Delta(row.prompt_index, row.index, text, tuple(row.tokens[first:]), done)
+def _mesh_of(params: Params):
+  """The mesh over which the weights lie, if they lie on several devices."""
+  sharding = jax.tree.leaves(params)[0].sharding
+  return sharding.mesh if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1 else None

@@ -15,7 +15,7 @@ from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.encode import embeddings, hidden_states
-from jaxllm.inference.generate import generate_tokens, stream_tokens
+from jaxllm.inference.generate import Generator
 from jaxllm.inference.generation_config import default_sampling, default_settings
 from jaxllm.inference.params import SamplingParams
 from jaxllm.interop.stored import StoredModel, tensors_of
@@ -75,6 +75,7 @@ class Model:
     """
     change = lambda path, w: quantize_matrix(path, w, format, group_size)  # noqa: E731
     self._weights = map_weights_with_path(change, self._weights)
+    self.__dict__.pop("_generator", None)  # which has the old ones
 
   def __call__(
     self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None
@@ -134,7 +135,7 @@ class Model:
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     **settings,
   ) -> list[Completion]:
-    """Completions of a prompt or of each of several (text, or token ids), as one batch.
+    """Completions of a prompt or of each of several (text, or token ids), all at once.
 
     Args:
       sampling: how to draw, for all prompts or for each; by default `self.sampling(**settings)`.
@@ -143,18 +144,16 @@ class Model:
     Raises:
       ConfigError: an empty or too long prompt, or an impossible setting.
     """
-    return generate_tokens(*self._request(prompts, sampling, settings), **self._ends())
+    return self._generator.complete(*self._request(prompts, sampling, settings))
 
   def stream(
     self,
     prompts: Prompt | Sequence[Prompt],
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    *,
-    steps: int = 1,
     **settings,
   ) -> Iterator[Delta]:
-    """Like `generate`, as it happens: text and tokens of every row after each `steps` decode steps."""
-    return stream_tokens(*self._request(prompts, sampling, settings), **self._ends(), steps=steps)
+    """Like `generate`, as it happens: what every completion gains."""
+    return self._generator.stream(*self._request(prompts, sampling, settings))
 
   def sampling(self, **settings) -> SamplingParams:
     """SamplingParams with the model's own defaults (see `jaxllm.inference.generation_config`) and these settings."""
@@ -252,10 +251,11 @@ class Model:
       sampling = self.sampling(**settings)
     elif settings:
       raise ConfigError(f"give either SamplingParams or {', '.join(settings)}, not both")
-    return self.graph, self._weights, self.config, self._ids(prompts), sampling
+    return self._ids(prompts), sampling
 
-  def _ends(self):
-    return {"tokenizer": self.tokenizer, "eos_ids": self.eos_ids}
+  @functools.cached_property
+  def _generator(self) -> Generator:
+    return Generator(self.graph, self._weights, self.config, self.compute, self.tokenizer, self.eos_ids)
 
   @property
   def eos_ids(self) -> tuple[int, ...]:

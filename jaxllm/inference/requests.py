@@ -107,6 +107,17 @@ class Requests:
         if writer.reason is None and (last := self.engine.abort(one)) is not None:
           self._early.append(last)
 
+  def completions(self, number: int) -> int:
+    """How many completions a prompt's answer has."""
+    return self._asked[number].settings.n
+
+  def forget(self, number: int) -> None:
+    """Ends a prompt's completions, and nobody asks for its answer."""
+    self.abort(number)
+    asked = self._asked.pop(number, None)
+    for one in () if asked is None else asked.writers:
+      self._of.pop(one, None)
+
   def step(self) -> list[Delta]:
     """What every completion gains by one step of the engine. With `best_of` nothing, until all are whole."""
     early, self._early = self._early, []

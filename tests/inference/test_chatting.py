@@ -11,7 +11,7 @@ from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.cli import run_door
 from jaxllm.data.tokenizers import HuggingFaceTokenizer
 from jaxllm.generate import main, reply
-from jaxllm.inference.generate import Delta
+from jaxllm.inference.completions import Delta
 from jaxllm.inference.model import Model
 from jaxllm.inference.params import SamplingParams
 

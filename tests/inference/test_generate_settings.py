@@ -126,7 +126,7 @@ def test_best_of_gives_the_likeliest():
 
 def test_no_token_left_is_one_clear_error():
   model = tiny.loose_model()
-  with pytest.raises(DataError, match="no token can be drawn at position 8 of prompt 1"):
+  with pytest.raises(DataError, match="no token can be drawn at position 8: its settings leave none"):
     model.generate(PROMPT, allowed_token_ids=[97], no_repeat_ngram_size=1)
   with pytest.raises(ConfigError, match="logit_bias names token 258"):
     model.generate(PROMPT, logit_bias={258: 1.0})

@@ -33,11 +33,6 @@ from jaxllm.parallel.sharding import param_shardings
 
 log = logging.getLogger("jaxllm")
 
-SPOILED = {
-  NO_NUMBERS: "the model's logits are no finite numbers after this text: its weights or a kernel are broken",
-  -1: "no token can be drawn after this text: its settings leave none over",
-}
-
 
 class Engine:
   """Owns a model's weights, its pages and its compiled programs; many requests share every step.
@@ -83,7 +78,7 @@ class Engine:
       prefix_cache: whether requests share the pages of a beginning that they have in common.
       overlap: a step is scheduled while the one before is computed; what is drawn is seen one step late.
       row_buckets, token_buckets: rows of steps that only decode, and tokens of the others, for which programs are
-        compiled; None: powers of two, and of four.
+        compiled; None: powers of two.
       compiler_options: of XLA.
       speculative: guesses that are checked many at once; no step is scheduled ahead then, as with `overlap` False.
 
@@ -272,7 +267,8 @@ class Engine:
       self._speculator.note(row, len(one.work.drafts), len(one.tokens) - 1)
     for token in one.tokens:
       if token < 0:
-        reason, error = "error", SPOILED[token]
+        why = "the model's logits are not finite" if token == NO_NUMBERS else "its settings leave none over"
+        reason, error = "error", f"no token can be drawn at position {len(row.tokens)}: {why}"
       else:
         try:
           reason, stop = row.take(token)
@@ -337,7 +333,7 @@ class Engine:
     config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
     if self._mesh is None:
       params = jax.device_put(params)  # arrays stay on the device where they are
-    else:
+    elif any(x.sharding.device_set != set(self._mesh.devices.flat) for x in jax.tree.leaves(params)):
       _, shapes, axes = declare(config, compute)
       params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
     return cast(unstack_layers(params), compute.dtype)

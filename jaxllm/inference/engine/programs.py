@@ -1,5 +1,6 @@
 """The engine's programs (`jaxllm.inference.engine.steps`) compiled, every shape once, and run."""
 
+import collections
 import dataclasses
 import logging
 import time
@@ -27,6 +28,9 @@ from jaxllm.parallel.sharding import activation_sharding, replicated
 
 log = logging.getLogger("jaxllm")
 
+MOST_JITTED = 256
+_JITTED: collections.OrderedDict[tuple, Any] = collections.OrderedDict()  # the least recently used first
+
 
 class Programs:
   """The compiled programs of one engine, and the state that they start from."""
@@ -48,6 +52,8 @@ class Programs:
     graph = declare(config, compute)[0]
     self._steps = {shape: step_function(graph, sizes, shape) for shape in sizes.shapes()}
     self._encode = encode_function(graph, compute.dtype)
+    small = None if draft is None else (draft.config, draft.compute)
+    self._own = repr((config, compute, sizes, self._rules, options, small)), place
     self._draft_model, self._drafts = draft, {}
     if draft is not None:
       of = declare(draft.config, draft.compute)[0]
@@ -133,7 +139,7 @@ class Programs:
     start, lowered = time.perf_counter(), {}
     for key, function, arguments in self._all(params, state, draft_params):
       if key not in self._compiled:
-        lowered[key] = self._lower(function, arguments)
+        lowered[key] = self._jitted(key, function, arguments).lower(*arguments)
     with ThreadPoolExecutor() as pool:
       self._compiled |= dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
     self.compilations += len(lowered)
@@ -164,17 +170,24 @@ class Programs:
     if key not in self._compiled:
       if self.ready:
         log.warning("engine: a program of shape %s was not compiled at the start", key)
-      self._compiled[key] = self._lower(function, arguments).compile()
+      self._compiled[key] = self._jitted(key, function, arguments)
       self.compilations += 1
     return self._compiled[key](*arguments)
 
-  def _lower(self, function, arguments):
-    state = next(one for one in arguments if isinstance(one, State))
-    stays = jax.tree.map(lambda x: x.sharding, state)
-    out = (stays, None) if function in self._steps.values() else stays
-    donated = next(i for i, one in enumerate(arguments) if one is state)
-    how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
-    return jax.jit(self._on_mesh(function), **how).lower(*arguments)
+  def _jitted(self, key, function, arguments):
+    """Engines of one model and of the same sizes share it, and so what is compiled."""
+    key = (*self._own, key)
+    if key not in _JITTED:
+      state = next(one for one in arguments if isinstance(one, State))
+      stays = jax.tree.map(lambda x: x.sharding, state)
+      out = (stays, None) if function in self._steps.values() else stays
+      donated = next(i for i, one in enumerate(arguments) if one is state)
+      how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
+      _JITTED[key] = jax.jit(self._on_mesh(function), **how)
+      while len(_JITTED) > MOST_JITTED:
+        _JITTED.popitem(last=False)
+    _JITTED.move_to_end(key)
+    return _JITTED[key]
 
   def _on_mesh(self, function):
     if self._mesh is None:

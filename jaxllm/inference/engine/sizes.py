@@ -71,12 +71,12 @@ def packs(config: ModelConfig) -> bool:
   return config.architecture == "decoder" and config.position != "relative" and not config.sink_tokens
 
 
-def buckets(low: int, high: int, factor: int = 2) -> tuple[int, ...]:
-  """`low` times powers of `factor`, and `high`."""
+def buckets(low: int, high: int) -> tuple[int, ...]:
+  """`low` times powers of two, and `high`."""
   sizes = [high]
   while low < high:
     sizes.append(low)
-    low *= factor
+    low *= 2
   return tuple(sorted(sizes))
 
 
@@ -120,11 +120,8 @@ def engine_sizes(
   most = max_tokens_per_step if packed else max(1, max_tokens_per_step // max_num_seqs)
   least = min(SMALLEST, most) if packed else most
   decode, mixed = (
-    tuple(sorted({*(n for n in asked or buckets(low, high, factor) if n < high), high}))
-    for asked, low, high, factor in (
-      (row_buckets, few, max(few, max_num_seqs), 2),
-      (token_buckets, least, most, 4),
-    )
+    tuple(sorted({*(n for n in asked or buckets(low, high) if n < high), high}))
+    for asked, low, high in ((row_buckets, few, max(few, max_num_seqs)), (token_buckets, least, most))
   )
   return Sizes(
     slots=max_num_seqs,
