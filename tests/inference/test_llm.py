@@ -1,0 +1,216 @@
+"""`LLM` in vLLM's shape, on a tiny model that is saved and loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models as tiny
+
+import jaxllm
+from jaxllm import LLM, SamplingParams
+from jaxllm.base.errors import ConfigError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+SIZES = dict(max_model_len=40, max_num_seqs=3, page_size=4, num_pages=24, dtype="float32", compile_at_start=False)
+SIZES |= dict(compiler_options={"xla_backend_optimization_level": 0}, row_buckets=(3,), token_buckets=(12,))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("models") / "tiny"
+  tiny.save(directory)
+  return directory
+
+
+@pytest.fixture(scope="module")
+def llm(saved):
+  return LLM(saved, max_num_batched_tokens=12, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def model(saved):
+  return jaxllm.load_model(saved)
+
+
+def plain_loop(model, prompt, count):
+  ids = list(prompt)
+  for _ in range(count):
+    padded = np.zeros((1, 48), np.int32)
+    padded[0, : len(ids)] = ids
+    ids.append(int(np.asarray(model(padded))[0, len(ids) - 1].argmax()))
+  return tuple(ids[len(prompt) :])
+
+
+def test_prompts_of_every_form(llm, model):
+  ids = model.prompt_ids("abc")
+  forms = ["abc", ids, {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "abc", "prompt_token_ids": ids}]
+  answers = llm.generate(forms, GREEDY)
+  want = plain_loop(model, ids, 8)
+  for answer, text in zip(answers, ["abc", None, "abc", None, "abc"], strict=True):
+    assert answer.outputs[0].token_ids == want and answer.prompt_token_ids == tuple(ids)
+    assert (answer.prompt, answer.finished, answer.outputs[0].finish_reason) == (text, True, "length")
+  assert llm.generate("abc", GREEDY)[0].outputs[0].text == answers[0].outputs[0].text
+  assert llm.generate(ids, GREEDY)[0].outputs[0].token_ids == want
+  assert llm.generate([], GREEDY) == []
+  stats = llm.stats()
+  assert stats["pages_free"] == stats["pages_total"] == 24 and stats["prefix_hits"] > 0
+
+
+def test_log_probabilities(llm, model):
+  wants = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+  answer = llm.generate("abcdef", wants)[0]
+  ids = [*answer.prompt_token_ids, *answer.outputs[0].token_ids]
+  logits = np.asarray(model(np.asarray([ids])))[0].astype(np.float64)
+  after = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  n = len(answer.prompt_token_ids)
+  assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == n
+  for i, shown in enumerate([*answer.prompt_logprobs, *answer.outputs[0].logprobs]):
+    for token, found in (shown or {}).items():
+      assert found.logprob == pytest.approx(after[i - 1, token], abs=1e-4)
+      assert found.rank == 1 + (after[i - 1] > after[i - 1, token]).sum()
+      assert i == 0 or found.decoded_token == model.tokenizer.decode([token])
+    assert i == 0 or ids[i] in shown
+  want = sum(after[n - 1 + i, token] for i, token in enumerate(answer.outputs[0].token_ids))
+  assert answer.outputs[0].cumulative_logprob == pytest.approx(want, abs=1e-3)
+  scores = llm.score("abcdef")[0]
+  np.testing.assert_allclose(scores, [after[i - 1, ids[i]] for i in range(1, n)], atol=1e-4)
+
+
+def test_same_seed_same_text_whatever_else_is_there(llm):
+  settings = SamplingParams(temperature=1.5, seed=3, n=2, max_tokens=8, ignore_eos=True)
+  alone = llm.generate("abc", settings)[0]
+  assert alone.outputs[0].token_ids != alone.outputs[1].token_ids
+  others = [SamplingParams(temperature=1.0, max_tokens=9)] * 3
+  among = llm.generate(["x", "yy", "abc", "zzzzz"], [*others[:2], settings, *others[2:]])[2]
+  assert among.outputs == alone.outputs
+
+
+def test_of_many_the_likeliest(llm):
+  settings = dict(temperature=1.5, seed=3, max_tokens=8, ignore_eos=True)
+  drawn = llm.generate("abc", SamplingParams(n=4, logprobs=0, **settings))[0].outputs
+  best = sorted(drawn, key=lambda one: -one.cumulative_logprob)[:2]
+  found = llm.generate("abc", SamplingParams(n=2, best_of=4, **settings))[0].outputs
+  assert [one.token_ids for one in found] == [one.token_ids for one in best]
+  assert [one.index for one in found] == [0, 1]
+
+
+def test_stop_strings(llm):
+  free = llm.generate("abc", GREEDY)[0].outputs[0]
+  stop = free.text[3:5]
+  place = free.text.find(stop)
+  ends = dict(temperature=0, max_tokens=8, ignore_eos=True, stop=[stop])
+  one, other = llm.generate(
+    ["abc", "abc"], [SamplingParams(**ends), SamplingParams(include_stop_str_in_output=True, **ends)]
+  )
+  assert (one.outputs[0].text, one.outputs[0].finish_reason) == (free.text[:place], "stop")
+  assert one.outputs[0].stop_reason == stop and other.outputs[0].text == free.text[: place + len(stop)]
+  assert one.metrics.target_steps == len(one.outputs[0].token_ids) < 8
+  assert llm.stats()["running"] == 0
+
+
+def test_guided(llm):
+  pytest.importorskip("llguidance")
+  choice = {"choice": ["yes", "no", "maybe"]}
+  answers = llm.generate(
+    ["abc", "de", "abc"],
+    [SamplingParams(structured_outputs=choice, max_tokens=10, seed=i, temperature=1.0) for i in range(2)] + [GREEDY],
+  )
+  assert all(one.outputs[0].text in choice["choice"] for one in answers[:2])
+  assert {one.outputs[0].finish_reason for one in answers[:2]} == {"stop"}
+  assert answers[2].outputs == llm.generate("abc", GREEDY)[0].outputs
+
+
+def test_a_bad_request_harms_no_other(llm, model):
+  want = plain_loop(model, model.prompt_ids("abc"), 8)
+  bad = [
+    ([1] * 60, GREEDY, "60 tokens, and there is room for 39 .max_model_len 40"),
+    ([], GREEDY, "empty"),
+    ([1, 999], GREEDY, "holds token 999"),
+    ("abc", SamplingParams(logprobs=21), "logprobs is 21"),
+    ("abc", SamplingParams(structured_outputs={"regex": "("}), "structured_outputs"),
+    ("abc", SamplingParams(stop_token_ids=[999]), "names token 999"),
+    ("abc", SamplingParams(allowed_token_ids=[97], suppress_tokens=[97]), "settings leave none over"),
+    ({"text": "abc"}, GREEDY, "prompt_token_ids or prompt, not 'text'"),
+  ]
+  asked = [("abc", GREEDY), *[one[:2] for one in bad], ("abc", GREEDY)]
+  answers = llm.generate([prompt for prompt, _ in asked], [settings for _, settings in asked])
+  assert answers[0].outputs[0].token_ids == answers[-1].outputs[0].token_ids == want
+  for answer, (prompt, settings, message) in zip(answers[1:-1], bad, strict=True):
+    assert answer.outputs[0].finish_reason == "error" and answer.finished
+    with pytest.raises(ConfigError, match=message):
+      llm.generate([prompt], settings)
+    assert answer.error is not None
+  assert llm.stats()["pages_free"] == llm.stats()["pages_total"]
+
+
+def test_a_pool_too_small_for_one_request(saved):
+  few = LLM(saved, **{**SIZES, "num_pages": 4, "max_num_batched_tokens": 12})
+  with pytest.raises(ConfigError, match="need 5 global pages of 4 tokens, and there are 4"):
+    few.generate([[1] * 10], SamplingParams(temperature=0, max_tokens=8))
+  assert few.generate([[1] * 5] * 3, GREEDY)[2].outputs[0].token_ids
+  assert few.stats()["preemptions"] == 0 or few.stats()["pages_free"] == 4
+
+
+def test_embeddings_are_the_models(llm, model):
+  answers = llm.embed(["abc", "de"])
+  np.testing.assert_allclose([one.outputs.embedding for one in answers], model.embed(["abc", "de"]), atol=1e-5)
+
+
+def test_a_seed_for_all(saved):
+  drawn = [LLM(saved, seed=1, **SIZES).generate(["abc", "abc"], SamplingParams(max_tokens=6)) for _ in range(2)]
+  texts = [[one.outputs[0].token_ids for one in answers] for answers in drawn]
+  assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_speculation_changes_no_text(saved, llm, method):
+  how = {"method": method, "num_speculative_tokens": 2, "adaptive": False}
+  how |= {"model": str(saved)} if method == "draft" else {"prompt_lookup_min": 1}
+  guessing = LLM(saved, speculative=how, **SIZES)
+  sampled = SamplingParams(temperature=1.0, seed=2, max_tokens=12, ignore_eos=True)
+  prompts = ["abcabcabc", "xyxyxy"]
+  for settings in (GREEDY, sampled):
+    found, want = guessing.generate(prompts, settings), llm.generate(prompts, settings)
+    assert [one.outputs for one in found] == [one.outputs for one in want]
+  assert guessing.stats()["draft_tokens"] > 0
+  if method == "draft":  # of itself: every guess holds
+    assert all(one.metrics.target_steps < 8 for one in found)
+
+
+def test_weights_of_fewer_bits(saved):
+  whole, small = LLM(saved, **SIZES), LLM(saved, quantization="int8", **SIZES)
+  sizes = [sum(x.nbytes for x in _leaves(one)) for one in (whole, small)]
+  assert sizes[1] < sizes[0]
+  a, b = whole.score("abcdefgh")[0], small.score("abcdefgh")[0]
+  assert 0 < np.abs(a - b).max() < 0.5
+
+
+def _leaves(llm):
+  import jax
+
+  return jax.tree.leaves(llm.engine._params)
+
+
+def test_the_models_own_settings(saved, tmp_path):
+  import shutil
+
+  copy = shutil.copytree(saved, tmp_path / "copy")
+  (copy / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "do_sample": False}))
+  llm = LLM(copy, **SIZES)
+  assert llm.get_default_sampling_params() == SamplingParams(temperature=0, max_tokens=3)
+  assert len(llm.generate("abc")[0].outputs[0].token_ids) <= 3
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(max_model_len=49), "max_model_len is 49"),
+    (dict(tensor_parallel_size=99), "tensor_parallel_size is 99"),
+    (dict(speculative={"method": "eagle"}), "'ngram' or 'draft'"),
+    (dict(speculative={"method": "draft"}), "needs a model"),
+    (dict(num_pages=0), "num_pages is 0"),
+  ],
+)
+def test_impossible_settings(saved, settings, message):
+  with pytest.raises(ConfigError, match=message):
+    LLM(saved, **{**SIZES, **settings})
