@@ -134,10 +134,16 @@ class _Served:
 
   def deltas(self, numbers: dict[int, int]) -> Iterator[Delta]:
     """The deltas of these requests, by which number each is to be called; ends them when nobody listens any more."""
+    found = self._deltas(numbers)
+    next(found)  # it has begun, and so will end even if nobody ever reads it
+    return found
+
+  def _deltas(self, numbers: dict[int, int]) -> Iterator[Any]:
     mine: collections.deque[Delta] = collections.deque()
     self._waiting |= dict.fromkeys(numbers, mine)
     left = {number: self.requests.completions(number) for number in numbers}
     try:
+      yield
       while any(left.values()):
         if not mine:
           self._step()
@@ -180,5 +186,5 @@ def _power(value: int) -> int:
 
 def _mesh_of(params: Params):
   """The mesh over which the weights lie, if they lie on several devices."""
-  sharding = jax.tree.leaves(params)[0].sharding
+  sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
   return sharding.mesh if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1 else None

@@ -209,8 +209,7 @@ class LLM:
         self._requests.step()
     except BaseException:  # an interruption: the next call finds an empty engine
       for number in left:
-        self._requests.abort(number)
-      self._requests.step()
+        self._requests.forget(number)
       raise
     answers = [self._requests.output(one) if isinstance(one, int) else one for one in asked]
     wrong = [answer.error for answer in answers if answer.error is not None]

@@ -157,7 +157,7 @@ class Engine:
     """Schedules and starts a step, and gives back what the one before has drawn (without `overlap`: this one)."""
     deltas, self._early = self._early, []
     if self._speculator is not None:
-      self._speculator.propose(self._scheduler.running if self._scheduler.steady else ())
+      self._speculator.propose(self._scheduler.running, self._scheduler.steady)
     plan = self._scheduler.schedule()
     if plan.work:
       self._start(plan)
@@ -333,7 +333,13 @@ class Engine:
     config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
     if self._mesh is None:
       params = jax.device_put(params)  # arrays stay on the device where they are
-    elif any(x.sharding.device_set != set(self._mesh.devices.flat) for x in jax.tree.leaves(params)):
+    elif not _lie_on(self._mesh, params):
       _, shapes, axes = declare(config, compute)
       params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
     return cast(unstack_layers(params), compute.dtype)
+
+
+def _lie_on(mesh: Mesh, params: Params) -> bool:
+  """Whether the weights are on these devices already, as whoever loaded them has split them."""
+  devices = set(mesh.devices.flat)
+  return all(getattr(x, "sharding", None) and x.sharding.device_set == devices for x in jax.tree.leaves(params))

@@ -81,10 +81,10 @@ class Speculator:
     self._trust: dict[int, Trust] = {}
     self.drafted = self.accepted = 0
 
-  def propose(self, rows: Sequence[Row]) -> None:
-    """Sets `drafts` of rows that are about to draw."""
+  def propose(self, rows: Sequence[Row], steady: bool) -> None:
+    """Sets `drafts` of rows for the next step: none unless it is `steady`, without a prompt to be read."""
     for row in rows:
-      row.drafts = self._guess(row) if row.left == 1 and row.draws else ()
+      row.drafts = self._guess(row) if steady and row.left == 1 and row.draws else ()
     guessed = [row for row in rows if row.drafts]
     if guessed and self._how.adaptive:
       plain, deep = self._sizes.shape_for([1] * len(rows)), max(len(row.drafts) for row in guessed)
