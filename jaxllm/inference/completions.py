@@ -52,6 +52,10 @@ class Completion(CompletionOutput):
   prompt_tokens: int
   score: float | None = None  # beam search: log-probability / length ** length_penalty
 
+  def output(self) -> CompletionOutput:
+    """The completion alone, whichever prompt it continues."""
+    return CompletionOutput(**{field.name: getattr(self, field.name) for field in dataclasses.fields(CompletionOutput)})
+
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
@@ -121,7 +125,11 @@ def request_outputs(
     answers[completion.prompt_index].append(completion)
   return [
     RequestOutput(
-      request_id=str(number), prompt=prompt, prompt_token_ids=tuple(ids), outputs=tuple(answer), finished=True
+      request_id=str(number),
+      prompt=prompt,
+      prompt_token_ids=tuple(ids),
+      outputs=tuple(one.output() for one in answer),
+      finished=True,
     )
     for number, (prompt, ids, answer) in enumerate(zip(prompts, prompt_token_ids, answers, strict=True))
   ]

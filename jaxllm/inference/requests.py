@@ -136,7 +136,7 @@ class Requests:
       request_id=str(number),
       prompt=asked.text,
       prompt_token_ids=asked.prompt,
-      outputs=tuple(outputs),
+      outputs=tuple(one.output() for one in outputs),
       finished=asked.finished,
       prompt_logprobs=shown,
       metrics=_together(asked.metrics) if asked.metrics else None,

@@ -42,14 +42,20 @@ def plain_loop(model, prompt, count):
 
 
 def test_prompts_of_every_form(llm, model):
-  ids = model.prompt_ids("abc")
-  forms = ["abc", ids, {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "abc", "prompt_token_ids": ids}]
+  ids = model.prompt_ids("abcdef")
+  forms = [
+    "abcdef",
+    ids,
+    {"prompt": "abcdef"},
+    {"prompt_token_ids": ids},
+    {"prompt": "abcdef", "prompt_token_ids": ids},
+  ]
   answers = llm.generate(forms, GREEDY)
   want = plain_loop(model, ids, 8)
-  for answer, text in zip(answers, ["abc", None, "abc", None, "abc"], strict=True):
+  for answer, text in zip(answers, ["abcdef", None, "abcdef", None, "abcdef"], strict=True):
     assert answer.outputs[0].token_ids == want and answer.prompt_token_ids == tuple(ids)
     assert (answer.prompt, answer.finished, answer.outputs[0].finish_reason) == (text, True, "length")
-  assert llm.generate("abc", GREEDY)[0].outputs[0].text == answers[0].outputs[0].text
+  assert llm.generate("abcdef", GREEDY)[0].outputs[0].text == answers[0].outputs[0].text
   assert llm.generate(ids, GREEDY)[0].outputs[0].token_ids == want
   assert llm.generate([], GREEDY) == []
   stats = llm.stats()
@@ -130,7 +136,7 @@ def test_a_bad_request_harms_no_other(llm, model):
     ("abc", SamplingParams(structured_outputs={"regex": "("}), "structured_outputs"),
     ("abc", SamplingParams(stop_token_ids=[999]), "names token 999"),
     ("abc", SamplingParams(allowed_token_ids=[97], suppress_tokens=[97]), "settings leave none over"),
-    ({"text": "abc"}, GREEDY, "prompt_token_ids or prompt, not 'text'"),
+    ({"text": "abc"}, GREEDY, "a prompt of 'text'; it needs prompt_token_ids"),
   ]
   asked = [("abc", GREEDY), *[one[:2] for one in bad], ("abc", GREEDY)]
   answers = llm.generate([prompt for prompt, _ in asked], [settings for _, settings in asked])
