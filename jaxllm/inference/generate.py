@@ -27,7 +27,7 @@ class Generator:
 
   Args:
     params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones are unstacked anew for each engine.
-    tokenizer: for `text`, and needed for stop strings. eos_ids: tokens that end a completion unless `ignore_eos`.
+    tokenizer: for `text`, and needed for stop strings.
   """
 
   def __init__(
@@ -37,21 +37,26 @@ class Generator:
     config: ModelConfig,
     compute: Compute = Compute(),
     tokenizer: Any = None,
-    eos_ids: Sequence[int] = (),
   ):
     self._graph, self._params, self._config, self._compute = graph, params, config, compute
-    self._tokenizer, self._eos_ids = tokenizer, tuple(eos_ids)
+    self._tokenizer = tokenizer
     self._served: _Served | None = None
 
   def complete(
-    self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    eos_ids: Sequence[int] = (),
   ) -> list[Completion]:
     """The `n` completions of the first prompt, then of the second, …; see `stream`."""
-    done = [delta.completion for delta in self.stream(prompts, sampling) if delta.completion is not None]
+    done = [delta.completion for delta in self.stream(prompts, sampling, eos_ids) if delta.completion is not None]
     return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
 
   def stream(
-    self, prompts: Sequence[Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    eos_ids: Sequence[int] = (),
   ) -> Iterator[Delta]:
     """What each completion gains, as it happens.
 
@@ -60,6 +65,7 @@ class Generator:
     Args:
       prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
       sampling: one for all prompts, or one for each.
+      eos_ids: tokens that end a completion unless `ignore_eos`.
 
     Raises:
       ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
@@ -75,7 +81,7 @@ class Generator:
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     if any(settings.num_beams > 1 for settings in each):
-      return beam.search(self._graph, self._params, config, prompts, each, self._tokenizer, self._eos_ids)
+      return beam.search(self._graph, self._params, config, prompts, each, self._tokenizer, eos_ids)
     if any(settings.prompt_logprobs is not None for settings in each):
       raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
     if not prompts:
@@ -84,7 +90,7 @@ class Generator:
     numbers: dict[int, int] = {}
     try:
       for i, (prompt, settings) in enumerate(zip(prompts, each)):
-        numbers[served.requests.submit(prompt, settings)] = i
+        numbers[served.requests.submit(prompt, settings, eos_ids=eos_ids)] = i
     except ConfigError:
       served.drop(numbers)
       raise
@@ -122,7 +128,7 @@ class Generator:
       max_logprobs=max_logprobs,
       max_biases=(biases, bias_tokens),
     )
-    return Requests(engine, self._tokenizer, self._eos_ids)
+    return Requests(engine, self._tokenizer)
 
 
 class _Served:

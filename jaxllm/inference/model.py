@@ -251,11 +251,11 @@ class Model:
       sampling = self.sampling(**settings)
     elif settings:
       raise ConfigError(f"give either SamplingParams or {', '.join(settings)}, not both")
-    return self._ids(prompts), sampling
+    return self._ids(prompts), sampling, self.eos_ids
 
   @functools.cached_property
   def _generator(self) -> Generator:
-    return Generator(self.graph, self._weights, self.config, self.compute, self.tokenizer, self.eos_ids)
+    return Generator(self.graph, self._weights, self.config, self.compute, self.tokenizer)
 
   @property
   def eos_ids(self) -> tuple[int, ...]:

@@ -52,9 +52,19 @@ class Requests:
     return bool(self._of)
 
   def submit(
-    self, prompt: Sequence[int], settings: SamplingParams, *, text: str | None = None, priority: int = 0, salt: str = ""
+    self,
+    prompt: Sequence[int],
+    settings: SamplingParams,
+    *,
+    eos_ids: Sequence[int] | None = None,
+    text: str | None = None,
+    priority: int = 0,
+    salt: str = "",
   ) -> int:
     """Takes a prompt in; its number, which its deltas bear as `prompt_index`. See `Request` for the others.
+
+    Args:
+      eos_ids: in place of the usual ones. text: of the prompt, for its answer.
 
     Raises:
       ConfigError: it can never be served, and why; nothing of it is left then.
@@ -64,7 +74,8 @@ class Requests:
       raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
     settings = with_word_ids(settings, tokenizer)
     asked, number, decoder = _Asked(text, prompt, settings), self._count, self.engine.config.architecture == "decoder"
-    eos = frozenset(() if settings.ignore_eos else self._eos_ids)
+    eos_ids = self._eos_ids if eos_ids is None else tuple(eos_ids)
+    eos = frozenset(() if settings.ignore_eos else eos_ids)
     reads = tokenizer
     if settings.structured_outputs is None and tokenizer is not None and not settings.skip_special_tokens:
       reads = SpecialText(tokenizer)
@@ -79,7 +90,7 @@ class Requests:
           logprobs=0 if settings.draws > settings.n and settings.logprobs is None else settings.logprobs,
           prompt_logprobs=settings.prompt_logprobs if index == 0 else None,
         )
-        request = Request(prompt, own, self._eos_ids, index, priority=priority, salt=salt, guide=guide)
+        request = Request(prompt, own, eos_ids, index, priority=priority, salt=salt, guide=guide)
         asked.writers[self.engine.submit(request)] = Writer(
           number,
           index,

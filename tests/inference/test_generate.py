@@ -26,8 +26,8 @@ def forward(name):
   return jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens)[0])
 
 
-def generate_tokens(graph, params, config, prompts, settings, **others):
-  return Generator(graph, params, config, **others).complete(prompts, settings)
+def generate_tokens(graph, params, config, prompts, settings, eos_ids=(), **others):
+  return Generator(graph, params, config, **others).complete(prompts, settings, eos_ids)
 
 
 def plain_loop(name, prompt, count):
