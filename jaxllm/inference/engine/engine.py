@@ -16,11 +16,12 @@ from jaxtyping import Float32
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine.dispatch import Arranged, Gained, arrange, gained
 from jaxllm.inference.engine.drafting import check_draft
+from jaxllm.inference.engine.memory import affordable, free_bytes, page_bytes
 from jaxllm.inference.engine.pages import Pages
 from jaxllm.inference.engine.programs import Programs
 from jaxllm.inference.engine.request import Delta, FinishReason, Request, Row, check_tokens
 from jaxllm.inference.engine.scheduler import Plan, Scheduler
-from jaxllm.inference.engine.sizes import engine_sizes
+from jaxllm.inference.engine.sizes import Sizes, engine_sizes
 from jaxllm.inference.engine.speculation import DraftModel, Speculation, Speculator
 from jaxllm.inference.engine.steps import NO_NUMBERS, Drawn
 from jaxllm.inference.params import SamplingParams
@@ -68,7 +69,8 @@ class Engine:
       params: stacked or per layer; they get `compute.dtype`.
       mesh: devices over which weights and pages are split by `rules`, a step's tokens being whole on each.
       max_num_seqs: rows of a step at most. max_model_len: tokens of a request, at most the model's.
-      num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need.
+      num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need, if there
+        is memory for them.
       page_size: tokens of a page.
       max_tokens_per_step: a prompt that is longer is read in several steps, beside the tokens of the others.
       kv_dtype: of keys and values; also "int8" and "float8_e4m3fn". None: `compute.dtype`, but on CPUs float32, which
@@ -88,7 +90,10 @@ class Engine:
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     self.config, self.compute, self.version, self._overlap = config, compute, "0", overlap
-    self.sizes = sizes = engine_sizes(
+    self._mesh, self._rules = mesh, rules
+    self._params = self._placed(params)
+    place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
+    sizes = engine_sizes(
       config,
       compute,
       max_num_seqs=max_num_seqs,
@@ -103,13 +108,12 @@ class Engine:
       row_buckets=row_buckets,
       token_buckets=token_buckets,
     )
-    self._mesh, self._rules = mesh, rules
-    self._params = self._placed(params)
-    self._pages = Pages(
-      sizes.pages, page_size, window=config.sliding_window, sink_tokens=config.sink_tokens, share=prefix_cache
-    )
+    window = dict(window=config.sliding_window, sink_tokens=config.sink_tokens)
+    if num_pages is None:
+      sizes = dataclasses.replace(sizes, pages=self._afforded(sizes, place, Pages(sizes.pages, page_size, **window)))
+    self.sizes = sizes
+    self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
     self._scheduler = Scheduler(self._pages, max_num_seqs, max_tokens_per_step, sizes.tokens[-1], self._facts)
-    place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
     self._speculator = None if speculative is None else Speculator(speculative, sizes)
     self._draft_params: Params | None = None
     draft = None if speculative is None else speculative.draft
@@ -327,6 +331,12 @@ class Engine:
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
     return self.version, row.request.salt, source
+
+  def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:
+    """As many pages as there is memory for beside the weights."""
+    device = place if isinstance(place, jax.Device) else place.devices.flat[0]
+    each = page_bytes(self.config, sizes.page_size, sizes.kv_dtype, self.compute.target)
+    return affordable(sizes.pages, pages.least(sizes.max_model_len), each, free_bytes(device))
 
   def _placed(self, params: Params, draft: DraftModel | None = None) -> Params:
     """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""

@@ -133,6 +133,10 @@ class Pages:
     """Those that nobody holds, shareable ones included."""
     return sum(pool.available for pool in self.pools.values())
 
+  def least(self, tokens: int) -> dict[str, int]:
+    """Pages of each kind without which a row cannot have so many tokens."""
+    return {kind: self._least(kind, tokens) for kind in self.pools}
+
   def lacks(self, tokens: int) -> str | None:
     """Why even an empty cache cannot hold a row of so many tokens, or None."""
     for kind, pool in self.pools.items():

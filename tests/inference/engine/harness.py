@@ -49,8 +49,9 @@ class Poisoned(Engine):
       masks[kind] = np.zeros(pool.count + 1, bool)
       masks[kind][[*pool._free, *self.fresh[kind]]] = True
       self.fresh[kind].clear()
-    layers = [poisoned(layer, masks[layer.table]) for layer in self._state.layers]
-    object.__setattr__(self._state, "layers", tuple(layers))
+    for name in ("layers", "draft_layers"):
+      layers = [poisoned(layer, masks[layer.table]) for layer in getattr(self._state, name)]
+      object.__setattr__(self._state, name, tuple(layers))
     super()._start(plan)
 
 
