@@ -69,8 +69,8 @@ class Engine:
       params: stacked or per layer; they get `compute.dtype`.
       mesh: devices over which weights and pages are split by `rules`, a step's tokens being whole on each.
       max_num_seqs: rows of a step at most. max_model_len: tokens of a request, at most the model's.
-      num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need, if there
-        is memory for them.
+      num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need, if
+        there is memory for them.
       page_size: tokens of a page.
       max_tokens_per_step: a prompt that is longer is read in several steps, beside the tokens of the others.
       kv_dtype: of keys and values; also "int8" and "float8_e4m3fn". None: `compute.dtype`, but on CPUs float32, which
