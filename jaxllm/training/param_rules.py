@@ -20,6 +20,7 @@ _EMBEDDING = re.compile(r"(^|/)embedding(/|$)")
 _HEAD = re.compile(r"(^|/)(lm_)?head(/|$)")
 _NORM_SCALE = re.compile(r"norm[^/]*/scale$")
 _BIAS = re.compile(r"bias$")
+_MAGNITUDE = re.compile(r"/magnitude$")  # DoRA's: of experts one vector each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def plan_params(
 
 def _plan(config, rule, path, leaf, train, scale) -> ParamPlan:
   stacked = "blocks" in path.split("/")
-  vector_by_name = bool(_NORM_SCALE.search(path) or _BIAS.search(path))
+  vector_by_name = any(name.search(path) for name in (_NORM_SCALE, _BIAS, _MAGNITUDE))
   matrix = leaf.ndim - stacked >= 2 and not vector_by_name
   decays = matrix and not _EMBEDDING.search(path)
   weight_decay = config.weight_decay if decays else 0.0
