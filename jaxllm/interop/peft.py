@@ -1,6 +1,7 @@
 """PEFT's LoRA and DoRA adapters, read: their modules as our parameters."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
     for i, path in enumerate(place.weight.ours):
       read = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
       replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, read)
-  return StoredAdapter(raw, changes, {p: _replaced(tensors[p], found) for p, found in replaced.items()}, directory)
+  full = {path: _replaced(tensors[path], found) for path, found in replaced.items()}
+  partly = sorted(p for p, found in replaced.items() if len(found) < math.prod(shapes[p][: len(next(iter(found)))]))
+  return StoredAdapter(raw, changes, full, directory, tuple(partly))
 
 
 def _check_targets(

@@ -5,7 +5,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from jaxllm.models.lora import LoraWeight
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import is_adapted, map_weights_with_path
 from jaxllm.parallel.agreement import first_does, together
-from jaxllm.peft.base import Parts, module_of
+from jaxllm.peft.base import Parts, has, module_of
 from jaxllm.peft.lora import Lora, principal
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
@@ -182,7 +183,7 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     policy = _open(config.path, adapter=config.adapter or None, step=config.step)
     if path := getattr(run.peft, "path", ""):
       policy, adapter = _open_adapter(policy, path)
-      run = dataclasses.replace(run, peft=_as_stored(run.peft, adapter))
+      run = dataclasses.replace(run, peft=_as_stored(run.peft, adapter, policy.tensors))
     data = run.data
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
@@ -217,19 +218,28 @@ def _open_adapter(policy: StoredModel, path: str) -> tuple[StoredModel, StoredAd
   return dataclasses.replace(model, apart=model.apart[:-1], run=policy.run), model.apart[-1]
 
 
-def _as_stored(peft: Lora, adapter: StoredAdapter) -> Lora:
+def _as_stored(peft: Lora, adapter: StoredAdapter, paths: Collection[str]) -> Lora:
   """The settings of an adapter in files, with what the config says of how it is trained.
 
+  Args:
+    paths: of all parameters.
+
   Raises:
-    ConfigError: the config says that it is another.
+    ConfigError: the config says that it is another, or it has parameters of some layers whole, which are trained in
+      all of them or in none.
   """
   if peft.kind != adapter.kind:
     raise ConfigError(f"peft.kind is {peft.kind!r}, but the adapter at peft.path {peft.path} is {adapter.kind!r}")
+  if adapter.partly:
+    raise ConfigError(
+      f"the adapter at peft.path {peft.path} has {', '.join(adapter.partly)} whole in some of the layers: it can be "
+      "used or merged, but not trained here"
+    )
   _, settings = read_settings(Path(peft.path).expanduser())
   own: dict[str, Any] = {"rank": settings.rank, "alpha": float(settings.alpha), "rslora": settings.rslora}
   own |= {"exclude": (), "rank_pattern": {}, "alpha_pattern": {}}  # they are in the weights
   own["targets"] = tuple(sorted(str(module_of(path)) for path in adapter.changes))
-  own["modules_to_save"] = tuple(sorted({path.rpartition("/")[0] or path for path in adapter.full}))
+  own["modules_to_save"] = tuple(sorted({_meaning(path, adapter.full, paths) for path in adapter.full}))
   for field in dataclasses.fields(peft):
     if field.name in own and getattr(peft, field.name) not in (_default(field), own[field.name]):
       raise ConfigError(
@@ -237,6 +247,13 @@ def _as_stored(peft: Lora, adapter: StoredAdapter) -> Lora:
         f"{own[field.name]!r}; leave it to the adapter"
       )
   return dataclasses.replace(peft, dropout=peft.dropout or settings.dropout, **own)
+
+
+def _meaning(path: str, wanted: Collection[str], paths: Collection[str]) -> str:
+  """What in peft.modules_to_save means a parameter: its module, if all that this means is wanted; else it alone."""
+  names = path.rpartition("/")[0], path
+  means = lambda name: {other for other in paths if has(name, other)}  # noqa: E731
+  return next((name for name in names if name and means(name) <= set(wanted)), "^" + re.escape(path))
 
 
 def _default(field: dataclasses.Field) -> Any:
