@@ -46,9 +46,10 @@ class Lora(Peft):
     for key, rank in {"rank": self.rank, **_keys("rank_pattern", self.rank_pattern)}.items():
       if rank < 1:
         raise ConfigError(f"peft.{key} is {rank}; it must be at least 1")
-    for name in ("lr_ratio", "embedding_lr"):
-      if getattr(self, name) <= 0:
-        raise ConfigError(f"peft.{name} is {getattr(self, name)}; it must be over 0")
+    positive = {name: getattr(self, name) for name in ("alpha", "lr_ratio", "embedding_lr")}
+    for key, value in (positive | _keys("alpha_pattern", self.alpha_pattern)).items():
+      if value <= 0:
+        raise ConfigError(f"peft.{key} is {value}; it must be over 0")
     if not 0 <= self.dropout < 1:
       raise ConfigError(f"peft.dropout is {self.dropout}; it must be at least 0 and below 1")
     if self.path and self.init != "default":
@@ -57,9 +58,14 @@ class Lora(Peft):
   def check(self, params):
     paths = paths_of(params)
     modules = [module for path in paths if (module := module_of(path))]
-    for name in ("targets", "exclude", "rank_pattern", "alpha_pattern"):
+    for name in ("targets", "exclude"):
       check_targets(f"peft.{name}", getattr(self, name), modules)
     check_targets("peft.modules_to_save", self.modules_to_save, paths, has)
+    adapted = [module for module in modules if self.wraps(module)]
+    if self.targets and not adapted:
+      raise ConfigError("peft.targets mean only modules that peft.exclude or peft.modules_to_save mean too")
+    for name in ("rank_pattern", "alpha_pattern"):
+      check_targets(f"peft.{name}", getattr(self, name), adapted)
 
   def wraps(self, module):
     meant = any(matches(target, module) for target in self.targets)
