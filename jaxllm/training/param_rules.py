@@ -87,7 +87,8 @@ def plan_params(
         f"paths look like {plans[0].path!r}"
       )
   if all(plan.algorithm == "frozen" for plan in plans):
-    raise ConfigError("optimizer.rules freeze every parameter; leave at least one to train")
+    why = "optimizer.rules freeze every parameter" if config.rules else "peft and model_init freeze every parameter"
+    raise ConfigError(f"{why}; leave at least one to train")
   return plans
 
 
