@@ -39,8 +39,20 @@ def base_of(directory: Path) -> Path:
   """The model that an adapter belongs to; a relative path counts from here, or from the adapter.
 
   Raises:
-    CheckpointError: adapter_config.json is damaged or names no path on this machine.
+    CheckpointError: adapter_config.json is damaged or names no path on this machine; or adapters have each other as
+      their bases.
   """
+  found, seen = _named_base(directory), {directory.resolve()}
+  here = found
+  while is_adapter(here):
+    if here.resolve() in seen:
+      raise CheckpointError(f"the adapter in {directory} has no base but adapters, of which {here} is its own")
+    seen.add(here.resolve())
+    here = _named_base(here)
+  return found
+
+
+def _named_base(directory: Path) -> Path:
   name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
   if isinstance(name, str) and name:
     try:

@@ -245,6 +245,15 @@ def test_a_base_that_is_no_path_of_a_peft_adapter(lora, tmp_path, base):
   assert str(raised.value).isprintable()
 
 
+def test_peft_adapters_that_are_each_other_s_base(tmp_path):
+  for own, other in (("a", "b"), ("b", "a")):
+    (tmp_path / own).mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / other)}
+    (tmp_path / own / "adapter_config.json").write_text(json.dumps(settings))
+  with pytest.raises(CheckpointError, match="has no base but adapters"):
+    open_model(tmp_path / "a")
+
+
 def test_a_config_of_a_peft_adapter_that_is_too_deep(lora, tmp_path):
   adapter = spoiled(lora, tmp_path)
   (adapter / "adapter_config.json").write_text("[" * 100_000)
