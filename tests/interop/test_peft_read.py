@@ -149,6 +149,14 @@ def test_a_weighted_sum_is_that_of_peft(tmp_path, agrees):
     agrees(subject, "logits, merged", logits(load_model(base, adapter=both, merge=True)), want)
 
 
+def test_a_head_that_peft_saves_as_it_is_in_the_base_is_no_change(tmp_path):
+  """PEFT saves the base's own matrix of a head beside the factors: halves of such an adapter add up."""
+  base, adapter, wanted = made("llama", tmp_path, r=4, target_modules=["lm_head", "q_proj"])
+  assert "base_model.model.lm_head.base_layer.weight" in read_safetensors(adapter / "adapter_model.safetensors")
+  halves = load_model(base, adapter=[(adapter, 0.5), (adapter, 0.5)])
+  np.testing.assert_allclose(logits(halves), wanted, atol=1e-5)
+
+
 def test_weights_of_peft_adapters_that_are_no_sums_are_refused(tmp_path):
   base, adapter, _ = made("llama", tmp_path, **SETTINGS["DoRA"][1])
   with pytest.raises(ConfigError, match="has magnitudes .DoRA., so it cannot be taken with a weight of 0.5"):
