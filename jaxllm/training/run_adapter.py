@@ -64,7 +64,7 @@ def _write(
       run.model,
       changes_of(adapters),
       tensors_of(whole),
-      base=base,
+      base=None if init.adapter else base,  # which by itself is another model
       family=family_at(Path(base)) if base else None,
       tokenizer=tokenizer,
     )
