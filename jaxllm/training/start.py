@@ -191,11 +191,11 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
     run = with_tokenizer(dataclasses.replace(run, model_init=config, data=data))
-    model = _with_changes(policy.config, run.model)
+    model = _with_changes(policy, run.model)
     if config.new_tokens:
       policy = grown(policy, config.new_tokens, Path(run.data.tokenizer.path), model.vocab_size)
       model = dataclasses.replace(model, vocab_size=policy.config.vocab_size)
-      run = trains_new_tokens(run, model)
+      run = trains_new_tokens(run, model, () if adapter is None else adapter.changes)
     run = dataclasses.replace(run, model=model)
     policy = _without_other_head(policy, run.model)
     run.check()
@@ -299,11 +299,18 @@ def _config_before(directory: Path) -> dict[str, Any]:
     return {}  # opening the directory will say what is wrong
 
 
-def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+def _with_changes(stored: StoredModel, wanted: ModelConfig) -> ModelConfig:
   """What a model in files is, with the settings in which `wanted` differs from the defaults."""
   names = [field.name for field in dataclasses.fields(ModelConfig)]
   changed = {name: getattr(wanted, name) for name in names if getattr(wanted, name) != getattr(ModelConfig(), name)}
-  return dataclasses.replace(stored, **changed)
+  there = {name: getattr(stored.config, name) for name in changed}
+  if other := [
+    f"model.{name} is {changed[name]!r}, not {there[name]!r}"
+    for name in names
+    if name in changed and changed[name] != there[name]
+  ]:
+    logger.info("the config changes what the model in %s is: %s", stored.path, ", ".join(other))
+  return dataclasses.replace(stored.config, **changed)
 
 
 def _without_other_head(stored: StoredModel, model: ModelConfig) -> StoredModel:
