@@ -158,7 +158,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     ConfigError: it is no LoRA, has something that cannot be expressed here, or a value of a wrong type.
   """
   if not is_adapter(directory):
-    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}")
+    where = f"; there is one in {directory / 'adapter'}" if is_adapter(directory / "adapter") else ""
+    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}{where}")
   config = read_json(directory / CONFIG_FILE)
   here = f"the adapter in {directory}"
   if config.get("peft_type") != "LORA":
