@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.lora import LoraWeight
-from jaxllm.models.weights import dense
+from jaxllm.models.weights import dense, map_weights_with_path
 from jaxllm.peft.base import ALL_LINEAR, Peft, check_targets, has, is_table, matches, module_of, paths_of
 
 
@@ -66,6 +66,10 @@ class Lora(Peft):
       raise ConfigError("peft.targets mean only modules that peft.exclude or peft.modules_to_save mean too")
     for name in ("rank_pattern", "alpha_pattern"):
       check_targets(f"peft.{name}", getattr(self, name), adapted)
+    experts: list[str] = []  # one product has the rows of all of them, and nothing is dropped there
+    map_weights_with_path(lambda path, w: experts.append(str(module_of(path))) if len(w.shape) > 3 else None, params)
+    if self.dropout and (found := [module for module in adapted if module in experts]):
+      raise ConfigError(f"peft.dropout is not for experts: set it to 0 or put {', '.join(found)} into peft.exclude")
 
   def wraps(self, module):
     meant = any(matches(target, module) for target in self.targets)

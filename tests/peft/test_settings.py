@@ -94,6 +94,14 @@ def test_experts():
   assert "blocks/moe/router/weight" not in found and len(found) == 7
 
 
+def test_nothing_is_dropped_before_experts():
+  """As with PEFT, which refuses it too; what is no expert has dropout."""
+  with pytest.raises(ConfigError, match="peft.dropout is not for experts: set it to 0 or put blocks/moe/down, "):
+    adapted(Lora(rank=2, dropout=0.1), EXPERTS)
+  _, _, found = adapted(Lora(rank=2, dropout=0.1, exclude=(".*/moe/.*",)), EXPERTS)
+  assert len(found) == 4 and all(w.dropout == 0.1 for w in found.values())
+
+
 def test_targets_are_matrices():
   """A pattern for all that is in a block does not take its biases and norms."""
   model = dataclasses.replace(MODEL, attention_bias=True)
