@@ -19,7 +19,7 @@ from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
-from jaxllm.interop.peft_config import base_of, is_adapter
+from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
@@ -31,6 +31,7 @@ TABLE = "embedding/tokens"
 CHECKPOINTS = "checkpoints"
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
+ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form
 START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
@@ -120,7 +121,14 @@ def _described(path: Path) -> str:
 
 
 def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> StoredModel:
-  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes."""
+  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes.
+
+  Raises:
+    ConfigError: it is the run's own, besides what `open_adapter` raises.
+  """
+  if base.form == "run" and base.path and (base.path / ADAPTER).resolve() == directory.resolve():
+    raise ConfigError(f"{directory} is what {base.path} has trained, which is in its weights already; leave it out")
+  read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
     changed = any(TABLE in adapter.changes for adapter in base.apart)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import CheckpointError
 from jaxllm.config import load_config
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Model
@@ -93,6 +94,18 @@ def test_over_quantized_weights(job, base, tmp_path):
   stored = open_model(base / "run", adapter=tmp_path / "run" / "adapter", merge=False)
   model = Model(stored.config, map_weights_with_path(rounded, stored.params()))
   np.testing.assert_allclose(model(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)
+
+
+def test_over_another_adapter(job, base, tmp_path):
+  """It names no base: the model that the run began with is one with the other adapter in it."""
+  more = LORA | {"model_init.path": str(base / "hf"), "training.steps": 2}
+  run(job, tmp_path / "one", **more)
+  run(job, tmp_path / "two", **more, **{"model_init.adapter": str(tmp_path / "one" / "adapter")})
+  want, own = load_model(tmp_path / "two")(TOKENS), tmp_path / "two" / "adapter"
+  both = load_model(base / "hf", adapter=[tmp_path / "one" / "adapter", own])
+  np.testing.assert_allclose(both(TOKENS), want, atol=3e-5)
+  with pytest.raises(CheckpointError, match="belongs to None"):
+    load_model(own)
 
 
 def test_of_fresh_weights_and_of_all_weights(job, tmp_path, caplog):
