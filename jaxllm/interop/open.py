@@ -13,7 +13,18 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.interop import peft
 from jaxllm.interop.adapter import Change, StoredAdapter
-from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
+from jaxllm.interop.directory_files import (
+  ADAPTER,
+  CHECKPOINTS,
+  CONFIG_FILE,
+  START,
+  START_ADAPTER,
+  START_FILE,
+  read_generation_config,
+  read_json,
+  read_tokenizer,
+)
+from jaxllm.interop.fingerprint import check_unchanged
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, open_huggingface
@@ -28,11 +39,6 @@ from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
 
 TABLE = "embedding/tokens"
-CHECKPOINTS = "checkpoints"
-# Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
-START_FILE, START = "start.json", "start"
-ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form
-START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
@@ -190,6 +196,7 @@ def _with_start(
     base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
   else:
     model = open_model(record["path"], adapter=record["adapter"], step=record["step"])
+    check_unchanged(directory, record)
     base = dict((model if config.tie_embeddings else model.untied() if model.config.tie_embeddings else model).tensors)
   tensors: dict[str, LazyTensor] = {}
   for path in param_shapes(config):

@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 from jaxllm.base.errors import ConfigError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.adapted import changes_of
-from jaxllm.interop.open import ADAPTER, family_at
+from jaxllm.interop.directory_files import ADAPTER
+from jaxllm.interop.open import family_at
 from jaxllm.interop.peft_write import write_adapter
 from jaxllm.interop.stored import tensors_of
 from jaxllm.models.build import Params

@@ -23,6 +23,7 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.tasks import stacked
+from jaxllm.interop.fingerprint import fingerprint
 from jaxllm.models.build import Params, declare, init_params
 from jaxllm.objectives.base import Batch, Objective
 from jaxllm.parallel import agreement
@@ -31,7 +32,7 @@ from jaxllm.parallel.sharding import activation_sharding, replicated
 from jaxllm.training.batches import Batches, DiskBatches
 from jaxllm.training.compile import Program, make_program
 from jaxllm.training.config import RunConfig
-from jaxllm.training.start import POLICY, begun, fingerprint, open_start
+from jaxllm.training.start import POLICY, begun, open_start
 from jaxllm.training.teachers import check_teachers
 
 logger = logging.getLogger("jaxllm")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import re
@@ -21,10 +20,10 @@ from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.settings import from_mapping
 from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.adapter import StoredAdapter
-from jaxllm.interop.directory_files import read_json
-from jaxllm.interop.model_directory import PARAMS
-from jaxllm.interop.open import START, START_ADAPTER, START_FILE, form_of, open_model, with_adapter
-from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
+from jaxllm.interop.directory_files import START, START_ADAPTER, START_FILE
+from jaxllm.interop.fingerprint import fingerprint
+from jaxllm.interop.open import form_of, open_model, with_adapter
+from jaxllm.interop.peft_config import read_settings
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
 from jaxllm.models.adapters import is_place
@@ -38,7 +37,6 @@ from jaxllm.peft.base import Parts, has, module_of
 from jaxllm.peft.lora import Lora, principal
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
-from jaxllm.storage.manifest import NAME as MANIFEST
 from jaxllm.storage.reading import committed_steps, open_params
 from jaxllm.training.config import ModelInitConfig, RunConfig
 from jaxllm.training.new_tokens import grown, grown_tokenizer, trains_new_tokens
@@ -387,42 +385,6 @@ def keep_record(directory: Path, record: dict[str, Any]) -> None:
       f"{directory} began with {before.get('path')}, whose {changed} was {before.get(changed)!r} and is now "
       f"{record.get(changed)!r}; put back what was there, or choose another --workdir"
     )
-
-
-def fingerprint(path: Path, step: int | None = None, alone: bool = False) -> str:
-  """The SHA-256 of a model's weights in files, with their names, and of those of the models that it stands on.
-
-  Of a training run: of the manifests of its checkpoints, which have the digest of every file.
-
-  Args:
-    step: of a run; None: the latest. alone: an adapter without its base, which may be another one.
-  """
-  under: list[str] = []
-  if path.is_file():
-    files = [path]
-  elif (path / "checkpoints").is_dir():
-    step = max(committed_steps(path / "checkpoints"), default=None) if step is None else step
-    files = [path / "checkpoints" / str(step) / MANIFEST]
-    files += [path / name / "0" / MANIFEST for name in (START, START_ADAPTER) if (path / name).is_dir()]
-    if (path / START_FILE).is_file():
-      record = read_json(path / START_FILE)
-      if record["path"] != START:
-        under.append(fingerprint(Path(record["path"]), record["step"]))
-      if record["adapter"]:
-        under.append(fingerprint(Path(record["adapter"]), alone=True))
-  else:
-    found = (file for folder in (path, path / PARAMS) for file in sorted(folder.glob("*")))
-    files = [file for file in found if file.suffix in (".safetensors", ".json", ".bin") and file.is_file()]
-    if is_adapter(path) and not alone:
-      under.append(fingerprint(base_of(path)))
-  digest = hashlib.sha256()
-  for file in files:
-    digest.update(file.relative_to(path.parent).as_posix().encode())
-    with file.open("rb") as data:
-      digest.update(hashlib.file_digest(data, "sha256").digest())
-  for other in under:
-    digest.update(other.encode())
-  return digest.hexdigest()
 
 
 def _settled(config: ModelInitConfig) -> ModelInitConfig:

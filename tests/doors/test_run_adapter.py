@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from test_hosts import ends, start_two
 
 from jaxllm.base.errors import CheckpointError
 from jaxllm.config import load_config
@@ -69,6 +70,17 @@ def test_every_kind(job, base, tmp_path, kind):
   np.testing.assert_allclose(load_model(base / "hf", adapter=adapter, merge=True)(TOKENS), want, atol=3e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_two_processes_write_one(job, base, tmp_path, kind):
+  """Of parts that each has half of."""
+  keys = LORA | {"peft.kind": kind, "model_init.path": base / "hf", "training.steps": 2, "mesh.data": 1, "mesh.fsdp": 2}
+  ends(start_two(job, tmp_path / "run", *(f"--config.{name}={value}" for name, value in keys.items())))
+  want = load_model(tmp_path / "run")(TOKENS)
+  assert np.abs(np.asarray(load_model(base / "hf")(TOKENS)) - want).max() > 1e-3
+  apart = load_model(base / "hf", adapter=tmp_path / "run" / "adapter")
+  np.testing.assert_allclose(apart(TOKENS), want, atol=3e-5)
+
+
 def test_it_has_the_tokenizer_and_the_rows_of_new_tokens(job, base, tmp_path):
   keys = LORA | {"model_init.path": str(base / "hf"), "model_init.new_tokens": ("<a>", "<b>"), "training.steps": 3}
   keys |= {"data.dir": str(tmp_path / "data")}
@@ -104,7 +116,7 @@ def test_over_another_adapter(job, base, tmp_path):
   want, own = load_model(tmp_path / "two")(TOKENS), tmp_path / "two" / "adapter"
   both = load_model(base / "hf", adapter=[tmp_path / "one" / "adapter", own])
   np.testing.assert_allclose(both(TOKENS), want, atol=3e-5)
-  with pytest.raises(CheckpointError, match="belongs to None"):
+  with pytest.raises(CheckpointError, match="does not say what it belongs to"):
     load_model(own)
 
 

@@ -121,9 +121,16 @@ def test_the_base_must_stay_what_it_was(job, base, tmp_path):
   shutil.copytree(saved(base, tmp_path), moved)
   more = LORA | {"model_init.path": str(moved)}
   run(job, tmp_path / "run", **more)
+  (moved / "generation_config.json").write_text('{"temperature": 0.5}')
+  load_model(tmp_path / "run")  # that is no part of the weights
   load_model(base).save(moved, dtype="bfloat16")
   with pytest.raises(CheckpointError, match="whose digest was"):
     run(job, tmp_path / "run", **more, **{"training.steps": 8})
+  with pytest.raises(CheckpointError, match="began with .*base, which has changed since; put back what was there"):
+    load_model(tmp_path / "run")
+  shutil.rmtree(moved)
+  with pytest.raises(CheckpointError, match="base"):
+    load_model(tmp_path / "run")
 
 
 def test_a_run_that_trains_all_goes_on_without_its_base(job, base, tmp_path):

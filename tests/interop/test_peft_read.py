@@ -109,7 +109,7 @@ def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
   with pytest.raises(ConfigError, match="init_lora_weights = 'pissa', so it belongs to a base that was changed"):
     open_model(base, adapter=tmp_path / "pissa")
   model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-  agrees("PiSSA of PEFT's as LoRA", "logits", logits(load_model(base, adapter=tmp_path / "lora")), want, 1e-4)
+  agrees("PiSSA of PEFT's as LoRA", "logits", logits(load_model(base, adapter=tmp_path / "lora")), want)
 
 
 @pytest.mark.parametrize("family, saved", [("llama", ["embed_tokens", "lm_head"]), ("llama", None), ("tied", None)])

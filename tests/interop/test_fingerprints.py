@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxllm.training.start import fingerprint
+from jaxllm.interop.fingerprint import fingerprint
 
 
 def written(file, text="{}"):
