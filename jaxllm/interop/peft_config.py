@@ -61,7 +61,9 @@ def _named_base(directory: Path) -> Path:
           return path
     except (OSError, RuntimeError, ValueError):
       pass  # too long, of an unknown user, or with characters that no path has
-  what = "does not say what it belongs to" if name is None else f"belongs to {short(name)}, no path to a model here"
+  what = "does not say what it belongs to"
+  if name is not None:
+    what = f"belongs to {short(name)}, which is no path to another model here"
   raise CheckpointError(
     f"the adapter in {directory} {what}; set base_model_name_or_path in its {CONFIG_FILE} to where that model is, or "
     "name the model beside the adapter"
