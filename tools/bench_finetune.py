@@ -24,7 +24,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from sides import Side, machine, quiet_rounds
+from sides import Side, machine, quiet_rounds, take_turns
 
 SIDES = pathlib.Path(__file__).with_name("finetune_sides")
 METHODS = ("full", "lora", "qlora", "dpo")
@@ -87,13 +87,7 @@ def compare(args, method: str, found: dict[str, str], folder: str) -> dict:
   sides = [Side("jaxllm", args.python_jax, SIDES / "jax_side.py", settings)]
   for mode in args.torch.split(","):
     sides.append(Side(f"TRL {mode}", args.python_torch, SIDES / "torch_side.py", settings | {"mode": mode}))
-  for side in sides:
-    side.run(3, record=False)  # compile and warm up
-  for _ in range(args.rounds):
-    for side in sides:
-      side.run(args.steps)
-  for side in sides:
-    side.end()
+  take_turns(sides, args.rounds, args.steps)
   quiet = quiet_rounds(sides, args.max_foreign)
   tokens = settings["batch"] * settings["length"] * (2 if method == "dpo" else 1)
   rows = []

@@ -21,7 +21,7 @@ import tempfile
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from sides import Side, machine, quiet_rounds
+from sides import Side, machine, quiet_rounds, take_turns
 
 SIDES = pathlib.Path(__file__).with_name("train_sides")
 SHAPE = dict(vocab=4096, embed=384, layers=6, heads=6, mlp=1024, length=256, batch=12)
@@ -51,13 +51,7 @@ def main():
       sides.append(Side(f"jaxllm without {lever}", args.python_jax, SIDES / "jax_side.py", shared | {"without": off}))
     for mode in modes:
       sides.append(Side(f"torch {mode}", args.python_torch, SIDES / "torch_side.py", shared | {"mode": mode}))
-    for side in sides:
-      side.run(3, record=False)  # compile and warm up
-    for _ in range(args.rounds):
-      for side in sides:
-        side.run(args.steps)
-    for side in sides:
-      side.end()
+    take_turns(sides, args.rounds, args.steps)
 
   quiet, where = quiet_rounds(sides, args.max_foreign), machine()
   tokens = SHAPE["batch"] * SHAPE["length"]

@@ -72,6 +72,17 @@ class Side:
     self.process.wait()
 
 
+def take_turns(sides: list[Side], rounds: int, steps: int) -> None:
+  """So many rounds in which each side takes so many steps, after three that compile and warm up; then all end."""
+  for side in sides:
+    side.run(3, record=False)
+  for _ in range(rounds):
+    for side in sides:
+      side.run(steps)
+  for side in sides:
+    side.end()
+
+
 def quiet_rounds(sides: list[Side], most: float) -> list[int]:
   """The rounds during which other programs used at most so many cores."""
   return [i for i in range(len(sides[0].rounds)) if max(side.foreign[i] for side in sides) <= most]

@@ -245,17 +245,18 @@ def _choose_heldout(surveys: list[_Survey], config: DataConfig) -> list[Bool[np.
   """Which documents are held out: those that hash below the fraction, lowest first up to the limit.
 
   With a fraction above 0 and two hashes or more, the lowest is held out whatever the fraction. Documents with one hash
-  stay together.
+  stay together, and are trained on where they are more than the fraction of all.
   """
   hashes = np.concatenate([survey.hashes for survey in surveys])
   sizes = np.concatenate([survey.sizes for survey in surveys])
   held = np.zeros(len(hashes), bool)
   room = float("inf") if config.max_heldout_bytes is None else config.max_heldout_bytes
-  order = np.argsort(hashes, kind="stable")
-  lowest = int((hashes == hashes[order[0]]).sum())
-  if config.heldout_fraction > 0 and lowest < len(order):
-    below = int((hashes < config.heldout_fraction * 2.0**64).sum())
-    chosen = order[: max(below, lowest)]
+  _, same, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+  few = np.flatnonzero(counts[same] <= max(1, config.heldout_fraction * len(hashes)))
+  if config.heldout_fraction > 0 and len(counts) > 1 and len(few):
+    few = few[np.argsort(hashes[few], kind="stable")]
+    below = int((hashes[few] < config.heldout_fraction * 2.0**64).sum())
+    chosen = few[: max(below, counts[same[few[0]]])]
     for documents in np.split(chosen, 1 + np.flatnonzero(np.diff(hashes[chosen]))):
       if (size := int(sizes[documents].sum())) <= room:
         held[documents] = True

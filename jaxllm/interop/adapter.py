@@ -96,13 +96,15 @@ class Change:
 class StoredAdapter:
   """An adapter of which nothing but its settings is in memory.
 
-  settings: adapter_config.json. changes: by parameter. full: the parameters that it replaces.
+  settings: adapter_config.json. changes: by parameter. full: the parameters that it replaces. partly: of those, the
+  stacks of which it replaces some layers only.
   """
 
   settings: dict[str, Any]
   changes: Mapping[str, Change]
   full: Tensors
   path: Path | None = None
+  partly: tuple[str, ...] = ()
 
   @property
   def kind(self) -> str:

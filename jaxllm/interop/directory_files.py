@@ -1,4 +1,4 @@
-"""The files that directories of models have in common: config.json, generation_config.json, a tokenizer's."""
+"""The files of directories of models and of runs: config.json, generation_config.json, a tokenizer's."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,11 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+CHECKPOINTS = "checkpoints"  # of a run
+# Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
+START_FILE, START = "start.json", "start"
+ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form
+START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,13 +13,24 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path
 from jaxllm.interop import peft
 from jaxllm.interop.adapter import Change, StoredAdapter
-from jaxllm.interop.directory_files import CONFIG_FILE, read_generation_config, read_json, read_tokenizer
+from jaxllm.interop.directory_files import (
+  ADAPTER,
+  CHECKPOINTS,
+  CONFIG_FILE,
+  START,
+  START_ADAPTER,
+  START_FILE,
+  read_generation_config,
+  read_json,
+  read_tokenizer,
+)
+from jaxllm.interop.fingerprint import check_unchanged
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
-from jaxllm.interop.peft_config import base_of, is_adapter
+from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
@@ -28,10 +39,6 @@ from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
 
 TABLE = "embedding/tokens"
-CHECKPOINTS = "checkpoints"
-# Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
-START_FILE, START = "start.json", "start"
-START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
@@ -120,7 +127,14 @@ def _described(path: Path) -> str:
 
 
 def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> StoredModel:
-  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes."""
+  """The model with an adapter apart; what `base` was trained on says nothing of that, so it goes.
+
+  Raises:
+    ConfigError: it is the run's own, besides what `open_adapter` raises.
+  """
+  if base.form == "run" and base.path and (base.path / ADAPTER).resolve() == directory.resolve():
+    raise ConfigError(f"{directory} is what {base.path} has trained, which is in its weights already; leave it out")
+  read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
     changed = any(TABLE in adapter.changes for adapter in base.apart)
@@ -182,6 +196,7 @@ def _with_start(
     base = {name: LazyTensor(*array) for name, array in open_params(directory / START, 0).items()}
   else:
     model = open_model(record["path"], adapter=record["adapter"], step=record["step"])
+    check_unchanged(directory, record)
     base = dict((model if config.tie_embeddings else model.untied() if model.config.tie_embeddings else model).tensors)
   tensors: dict[str, LazyTensor] = {}
   for path in param_shapes(config):

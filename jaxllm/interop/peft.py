@@ -1,6 +1,7 @@
 """PEFT's LoRA and DoRA adapters, read: their modules as our parameters."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -126,7 +127,11 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
     for i, path in enumerate(place.weight.ours):
       read = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
       replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, read)
-  return StoredAdapter(raw, changes, {p: _replaced(tensors[p], found) for p, found in replaced.items()}, directory)
+  copies = {path for name in full if name.removesuffix(".weight") in modules for path in known[names[name]].weight.ours}
+  whole = {path: _replaced(tensors[path], found) for path, found in replaced.items()}
+  whole = {path: new for path, new in whole.items() if not (path in copies and _same(new, tensors[path]))}
+  partly = sorted(p for p, found in replaced.items() if len(found) < math.prod(shapes[p][: len(next(iter(found)))]))
+  return StoredAdapter(raw, changes, whole, directory, tuple(partly))
 
 
 def _check_targets(
@@ -243,6 +248,11 @@ def _stacked(shape: tuple[int, ...], pieces: Mapping[Index, _Piece], dropout: fl
 
   magnitude = tensor("magnitude", (outputs,)) if next(iter(pieces.values())).magnitude else None
   return Change(tensor("a", (inputs, rank)), tensor("b", (rank, outputs)), scales, where, magnitude, dropout)
+
+
+def _same(first: LazyTensor, second: LazyTensor) -> bool:
+  """Whether what PEFT saves beside the factors of an embedding or a head is what the base has."""
+  return first.shape == second.shape and np.array_equal(first.read(), second.read())
 
 
 def _replaced(tensor: LazyTensor, pieces: Mapping[Index, LazyTensor]) -> LazyTensor:

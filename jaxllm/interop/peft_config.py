@@ -39,8 +39,20 @@ def base_of(directory: Path) -> Path:
   """The model that an adapter belongs to; a relative path counts from here, or from the adapter.
 
   Raises:
-    CheckpointError: adapter_config.json is damaged or names no path on this machine.
+    CheckpointError: adapter_config.json is damaged or names no path on this machine; or adapters have each other as
+      their bases.
   """
+  found, seen = _named_base(directory), {directory.resolve()}
+  here = found
+  while is_adapter(here):
+    if here.resolve() in seen:
+      raise CheckpointError(f"the adapter in {directory} has no base but adapters, of which {here} is its own")
+    seen.add(here.resolve())
+    here = _named_base(here)
+  return found
+
+
+def _named_base(directory: Path) -> Path:
   name = read_json(directory / CONFIG_FILE).get("base_model_name_or_path")
   if isinstance(name, str) and name:
     try:
@@ -49,9 +61,12 @@ def base_of(directory: Path) -> Path:
           return path
     except (OSError, RuntimeError, ValueError):
       pass  # too long, of an unknown user, or with characters that no path has
+  what = "does not say what it belongs to"
+  if name is not None:
+    what = f"belongs to {short(name)}, which is no path to another model here"
   raise CheckpointError(
-    f"the adapter in {directory} belongs to {short(name)}, which is no path to another model here; set "
-    f"base_model_name_or_path in its {CONFIG_FILE} to where that model is"
+    f"the adapter in {directory} {what}; set base_model_name_or_path in its {CONFIG_FILE} to where that model is, or "
+    "name the model beside the adapter"
   )
 
 
@@ -146,7 +161,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     ConfigError: it is no LoRA, has something that cannot be expressed here, or a value of a wrong type.
   """
   if not is_adapter(directory):
-    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}")
+    where = f"; there is one in {directory / 'adapter'}" if is_adapter(directory / "adapter") else ""
+    raise CheckpointError(f"{directory} is no adapter: an adapter's directory has an {CONFIG_FILE}{where}")
   config = read_json(directory / CONFIG_FILE)
   here = f"the adapter in {directory}"
   if config.get("peft_type") != "LORA":

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.kernels.matmul import low_rank_matmul, matmul
 from jaxllm.models.weights import (
+  Around,
   Weight,
   dense,
   grouped,
@@ -31,7 +32,7 @@ from jaxllm.models.weights import (
 
 @register("base", "a", "b", "key", "scales", settings=("scale", "dropout"))
 @dataclasses.dataclass(frozen=True)
-class LoraWeight(Weight):
+class LoraWeight(Around):
   """base + scale a b, of which only a and b are trained (Hu et al., arXiv 2106.09685, equation 3).
 
   base: any weight [*lead, I, O]. a [*lead, I, r], b [*lead, r, O]: float32 master weights.
@@ -46,14 +47,6 @@ class LoraWeight(Weight):
   scales: Float[Array, " *lead"] | None = None
   scale: float = 1.0
   dropout: float = 0.0
-
-  @property
-  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-    return self.base.shape
-
-  @property
-  def dtype(self):  # type: ignore[override]
-    return self.base.dtype
 
   @property
   def rank(self) -> int:
@@ -195,34 +188,26 @@ class DoraWeight(LoraWeight):
     return dataclasses.replace(super().trained(), magnitude=True)
 
 
-@register("inner", "factor")
+@register("base", "factor")
 @dataclasses.dataclass(frozen=True)
-class ScaledWeight(Weight):
+class ScaledWeight(Around):
   """A stack of experts whose outputs are multiplied by a factor each: DoRA, when the lengths are known.
 
-  inner: [*lead, I, O]. factor: [*lead, O].
+  base: [*lead, I, O]. factor: [*lead, O].
   """
 
-  inner: Any
+  base: Any
   factor: Float[Array, "*lead O"]
-
-  @property
-  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-    return self.inner.shape
-
-  @property
-  def dtype(self):  # type: ignore[override]
-    return self.inner.dtype
 
   def grouped(self, x, group_sizes, compute, split):
     factor = self.factor.astype(x.dtype)
     if split and split[1] == 2:
       factor = lax.all_gather(factor, split[0], axis=1, tiled=True)
     of_row = jnp.repeat(jnp.arange(len(group_sizes)), group_sizes, total_repeat_length=len(x))
-    return grouped(x, self.inner, group_sizes, compute, split) * factor[of_row]
+    return grouped(x, self.base, group_sizes, compute, split) * factor[of_row]
 
   def part_axes(self, axes, ways):
-    return ScaledWeight(part_axes(self.inner, axes, ways), (*axes[:-2], axes[-1]))
+    return ScaledWeight(part_axes(self.base, axes, ways), (*axes[:-2], axes[-1]))
 
 
 def column_lengths(w: Any) -> Float[Array, "*lead O"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.models.weights import (
-  Weight,
+  Around,
   dense,
   map_weights_with_path,
   path_key,
@@ -23,21 +23,13 @@ TABLE = "embedding/tokens"
 
 @register("base", "key", settings=("alpha",))
 @dataclasses.dataclass(frozen=True)
-class NoisyTable(Weight):
+class NoisyTable(Around):
   """A table of embeddings whose rows are read with uniform noise within alpha / sqrt(T D); T: tokens of a row of the
   batch. As a head it is what it was."""
 
   base: Any
   key: jax.Array
   alpha: float
-
-  @property
-  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-    return self.base.shape
-
-  @property
-  def dtype(self):  # type: ignore[override]
-    return self.base.dtype
 
   def rows(self, ids, dtype, axis):
     x = rows(self.base, ids, dtype, axis)

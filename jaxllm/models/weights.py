@@ -92,6 +92,20 @@ class Weight:
     return self
 
 
+class Around(Weight):
+  """A weight around another one, its base, of whose shape and dtype it is."""
+
+  base: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.base.shape
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.base.dtype
+
+
 def register(*parts: str, settings: tuple[str, ...] = ()) -> Callable[[type], type]:
   """Makes a dataclass a pytree: its parts are arrays or weights, its settings static."""
   return functools.partial(jax.tree_util.register_dataclass, data_fields=parts, meta_fields=settings)

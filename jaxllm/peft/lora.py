@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.lora import LoraWeight
-from jaxllm.models.weights import dense
+from jaxllm.models.weights import dense, map_weights_with_path
 from jaxllm.peft.base import ALL_LINEAR, Peft, check_targets, has, is_table, matches, module_of, paths_of
 
 
@@ -46,9 +46,10 @@ class Lora(Peft):
     for key, rank in {"rank": self.rank, **_keys("rank_pattern", self.rank_pattern)}.items():
       if rank < 1:
         raise ConfigError(f"peft.{key} is {rank}; it must be at least 1")
-    for name in ("lr_ratio", "embedding_lr"):
-      if getattr(self, name) <= 0:
-        raise ConfigError(f"peft.{name} is {getattr(self, name)}; it must be over 0")
+    positive = {name: getattr(self, name) for name in ("alpha", "lr_ratio", "embedding_lr")}
+    for key, value in (positive | _keys("alpha_pattern", self.alpha_pattern)).items():
+      if value <= 0:
+        raise ConfigError(f"peft.{key} is {value}; it must be over 0")
     if not 0 <= self.dropout < 1:
       raise ConfigError(f"peft.dropout is {self.dropout}; it must be at least 0 and below 1")
     if self.path and self.init != "default":
@@ -57,9 +58,18 @@ class Lora(Peft):
   def check(self, params):
     paths = paths_of(params)
     modules = [module for path in paths if (module := module_of(path))]
-    for name in ("targets", "exclude", "rank_pattern", "alpha_pattern"):
+    for name in ("targets", "exclude"):
       check_targets(f"peft.{name}", getattr(self, name), modules)
     check_targets("peft.modules_to_save", self.modules_to_save, paths, has)
+    adapted = [module for module in modules if self.wraps(module)]
+    if self.targets and not adapted:
+      raise ConfigError("peft.targets mean only modules that peft.exclude or peft.modules_to_save mean too")
+    for name in ("rank_pattern", "alpha_pattern"):
+      check_targets(f"peft.{name}", getattr(self, name), adapted)
+    experts: list[str] = []  # one product has the rows of all of them, and nothing is dropped there
+    map_weights_with_path(lambda path, w: experts.append(str(module_of(path))) if len(w.shape) > 3 else None, params)
+    if self.dropout and (found := [module for module in adapted if module in experts]):
+      raise ConfigError(f"peft.dropout is not for experts: set it to 0 or put {', '.join(found)} into peft.exclude")
 
   def wraps(self, module):
     meant = any(matches(target, module) for target in self.targets)

@@ -17,7 +17,9 @@ from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
 from jaxllm.models.noise import with_noise
 from jaxllm.models.weights import (
   combine,
+  is_adapted,
   map_weights,
+  map_weights_with_path,
   num_parameters,
   part_axes,
   partition,
@@ -141,6 +143,7 @@ def make_program(
   shapes = jax.eval_shape(adapt, began_shapes, jax.random.key(0), start.adapter_shapes)
   params = _placed(shapes, axes, mesh, rules)
   plans = plan_params(optimizer_config, shapes, peft.trained(shapes, start.is_fresh), peft.lr_scale)
+  _check_adapters(shapes, [plan.path for plan in plans if plan.algorithm == "frozen"])
   is_trained = jax.tree.unflatten(jax.tree.structure(shapes), [plan.algorithm != "frozen" for plan in plans])
   trained_shapes = partition(shapes, is_trained)[0]
   shardings = partition(jax.tree.map(lambda leaf: leaf.sharding, params), is_trained)[0]
@@ -240,6 +243,20 @@ def _placed(shapes: Params, axes: Any, mesh: Mesh, rules: AxisRules) -> Params:
   parts = map_weights(lambda w, names: part_axes(w, names, lambda axis: ways(axis, mesh, rules)), shapes, axes)
   shardings = param_shardings(shapes, parts, mesh, rules)
   return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def _check_adapters(shapes: Params, frozen: list[str]) -> None:
+  """That all that adapters add is trained: what is frozen stands in the files that the run began with, or nowhere."""
+
+  def one(path, w):
+    names = [name for name in ("a", "b", "magnitude") if f"{path}/{name}" in frozen]
+    if is_adapted(w) and names:
+      raise ConfigError(
+        f"optimizer.rules freeze {path}/{names[0]}, a part of an adapter, which no file would have; name modules that "
+        "are to have none in peft.exclude"
+      )
+
+  map_weights_with_path(one, shapes)
 
 
 def _check_batch(row: Any, training: TrainingConfig, mesh: Mesh, rules: AxisRules) -> None:

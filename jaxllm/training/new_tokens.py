@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +67,23 @@ def _longer(tensor: LazyTensor, axis: int, first: int, size: int) -> LazyTensor:
   return LazyTensor(shape, tensor.dtype, read)
 
 
-def trains_new_tokens(run: RunConfig, model: ModelConfig) -> RunConfig:
-  """The config, with the embedding and the head trained whole beside adapters, which could not learn a new token."""
+def trains_new_tokens(run: RunConfig, model: ModelConfig, adapted: Collection[str] = ()) -> RunConfig:
+  """The config, with the embedding and the head trained whole beside adapters, which could not learn a new token.
+
+  Args:
+    adapted: the parameters that an adapter in files changes, with which the run goes on.
+
+  Raises:
+    ConfigError: the embedding or the head is one of these.
+  """
   if not isinstance(run.peft, Lora):
     return run
   own = (TABLE, HEAD) if model.head == "lm" and not model.tie_embeddings else (TABLE,)
+  for name in own:
+    if {name, f"{name}/weight"} & set(adapted):
+      raise ConfigError(
+        f"model_init.new_tokens: the adapter at peft.path {run.peft.path} has factors of {name}, which cannot learn "
+        "new tokens; name it in model_init.adapter, which merges it, and train another"
+      )
   saved = (*run.peft.modules_to_save, *(name for name in own if not run.peft.saves(name)))
   return dataclasses.replace(run, peft=dataclasses.replace(run.peft, modules_to_save=saved))

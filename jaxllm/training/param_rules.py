@@ -20,6 +20,7 @@ _EMBEDDING = re.compile(r"(^|/)embedding(/|$)")
 _HEAD = re.compile(r"(^|/)(lm_)?head(/|$)")
 _NORM_SCALE = re.compile(r"norm[^/]*/scale$")
 _BIAS = re.compile(r"bias$")
+_MAGNITUDE = re.compile(r"/magnitude$")  # DoRA's: of experts one vector each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +87,14 @@ def plan_params(
         f"paths look like {plans[0].path!r}"
       )
   if all(plan.algorithm == "frozen" for plan in plans):
-    raise ConfigError("optimizer.rules freeze every parameter; leave at least one to train")
+    why = "optimizer.rules freeze every parameter" if config.rules else "peft and model_init freeze every parameter"
+    raise ConfigError(f"{why}; leave at least one to train")
   return plans
 
 
 def _plan(config, rule, path, leaf, train, scale) -> ParamPlan:
   stacked = "blocks" in path.split("/")
-  vector_by_name = bool(_NORM_SCALE.search(path) or _BIAS.search(path))
+  vector_by_name = any(name.search(path) for name in (_NORM_SCALE, _BIAS, _MAGNITUDE))
   matrix = leaf.ndim - stacked >= 2 and not vector_by_name
   decays = matrix and not _EMBEDDING.search(path)
   weight_decay = config.weight_decay if decays else 0.0

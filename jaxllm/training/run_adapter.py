@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jaxllm.base.errors import ConfigError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.adapted import changes_of
+from jaxllm.interop.directory_files import ADAPTER
 from jaxllm.interop.open import family_at
 from jaxllm.interop.peft_write import write_adapter
 from jaxllm.interop.stored import tensors_of
@@ -21,7 +22,6 @@ from jaxllm.parallel.agreement import first_does
 from jaxllm.training.config import RunConfig
 
 logger = logging.getLogger("jaxllm")
-ADAPTER = "adapter"
 
 
 def write_run_adapter(
@@ -64,7 +64,7 @@ def _write(
       run.model,
       changes_of(adapters),
       tensors_of(whole),
-      base=base,
+      base=None if init.adapter else base,  # which by itself is another model
       family=family_at(Path(base)) if base else None,
       tokenizer=tokenizer,
     )

@@ -23,16 +23,16 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import local_path, write_atomically
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.tasks import stacked
+from jaxllm.interop.fingerprint import fingerprint
 from jaxllm.models.build import Params, declare, init_params
 from jaxllm.objectives.base import Batch, Objective
 from jaxllm.parallel import agreement
 from jaxllm.parallel.batch import put_batch
 from jaxllm.parallel.sharding import activation_sharding, replicated
-from jaxllm.storage.reading import committed_steps
 from jaxllm.training.batches import Batches, DiskBatches
 from jaxllm.training.compile import Program, make_program
 from jaxllm.training.config import RunConfig
-from jaxllm.training.start import POLICY, begun, fingerprint, open_start
+from jaxllm.training.start import POLICY, begun, open_start
 from jaxllm.training.teachers import check_teachers
 
 logger = logging.getLogger("jaxllm")
@@ -211,8 +211,8 @@ def _facts(run: RunConfig, program: Program, prepared: Prepared) -> dict[str, An
   model, stored = path or init.path, getattr(run.peft, "path", "")
   return {
     "model": _weights(model, None if path else init.step) if model else fresh,
-    "adapter": _weights(init.adapter) if init.adapter and not path else None,
-    "adapter to go on with": _weights(stored) if stored and not path else None,  # it may have whole modules
+    "adapter": _weights(init.adapter, alone=True) if init.adapter and not path else None,
+    "adapter to go on with": _weights(stored, alone=True) if stored and not path else None,  # it may have whole modules
     "quantize": None if path else [init.quantize, init.group_size, init.double_quantize],
     "dtype": program.compute.dtype,
     "tokenizer": prepared.tokenizer_fingerprint,
@@ -223,11 +223,8 @@ def _facts(run: RunConfig, program: Program, prepared: Prepared) -> dict[str, An
   }
 
 
-def _weights(path: str, step: int | None = None) -> str:
-  place = local_path(path)
-  if step is None and (place / "checkpoints").is_dir():
-    step = max(committed_steps(place / "checkpoints"), default=None)
-  return agreement.first_does(lambda: fingerprint(place, step))
+def _weights(path: str, step: int | None = None, alone: bool = False) -> str:
+  return agreement.first_does(lambda: fingerprint(local_path(path), step, alone))
 
 
 def _write(file: Path, facts: dict[str, Any], table: dict[Digest, np.ndarray]) -> None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from jaxllm.base.files import local_path, write_atomically
 from jaxllm.base.settings import from_mapping
 from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.adapter import StoredAdapter
-from jaxllm.interop.open import START, START_ADAPTER, START_FILE, form_of, open_model, with_adapter
+from jaxllm.interop.directory_files import START, START_ADAPTER, START_FILE
+from jaxllm.interop.fingerprint import fingerprint
+from jaxllm.interop.open import form_of, open_model, with_adapter
 from jaxllm.interop.peft_config import read_settings
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor
@@ -31,7 +33,7 @@ from jaxllm.models.lora import LoraWeight
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import is_adapted, map_weights_with_path
 from jaxllm.parallel.agreement import first_does, together
-from jaxllm.peft.base import Parts, module_of
+from jaxllm.peft.base import Parts, has, module_of
 from jaxllm.peft.lora import Lora, principal
 from jaxllm.storage.checkpoints import Checkpoints
 from jaxllm.storage.config import CheckpointConfig
@@ -182,16 +184,16 @@ def open_start(run: RunConfig, directory: Path) -> tuple[RunConfig, Start]:
     policy = _open(config.path, adapter=config.adapter or None, step=config.step)
     if path := getattr(run.peft, "path", ""):
       policy, adapter = _open_adapter(policy, path)
-      run = dataclasses.replace(run, peft=_as_stored(run.peft, adapter))
+      run = dataclasses.replace(run, peft=_as_stored(run.peft, adapter, policy.tensors))
     data = run.data
     if data == DataConfig() and "data" in policy.run:
       data = from_mapping(DataConfig, policy.run["data"])
     run = with_tokenizer(dataclasses.replace(run, model_init=config, data=data))
-    model = _with_changes(policy.config, run.model)
+    model = _with_changes(policy, run.model)
     if config.new_tokens:
       policy = grown(policy, config.new_tokens, Path(run.data.tokenizer.path), model.vocab_size)
       model = dataclasses.replace(model, vocab_size=policy.config.vocab_size)
-      run = trains_new_tokens(run, model)
+      run = trains_new_tokens(run, model, () if adapter is None else adapter.changes)
     run = dataclasses.replace(run, model=model)
     policy = _without_other_head(policy, run.model)
     run.check()
@@ -217,19 +219,28 @@ def _open_adapter(policy: StoredModel, path: str) -> tuple[StoredModel, StoredAd
   return dataclasses.replace(model, apart=model.apart[:-1], run=policy.run), model.apart[-1]
 
 
-def _as_stored(peft: Lora, adapter: StoredAdapter) -> Lora:
+def _as_stored(peft: Lora, adapter: StoredAdapter, paths: Collection[str]) -> Lora:
   """The settings of an adapter in files, with what the config says of how it is trained.
 
+  Args:
+    paths: of all parameters.
+
   Raises:
-    ConfigError: the config says that it is another.
+    ConfigError: the config says that it is another, or it has parameters of some layers whole, which are trained in
+      all of them or in none.
   """
   if peft.kind != adapter.kind:
     raise ConfigError(f"peft.kind is {peft.kind!r}, but the adapter at peft.path {peft.path} is {adapter.kind!r}")
+  if adapter.partly:
+    raise ConfigError(
+      f"the adapter at peft.path {peft.path} has {', '.join(adapter.partly)} whole in some of the layers: it can be "
+      "used or merged, but not trained here"
+    )
   _, settings = read_settings(Path(peft.path).expanduser())
   own: dict[str, Any] = {"rank": settings.rank, "alpha": float(settings.alpha), "rslora": settings.rslora}
   own |= {"exclude": (), "rank_pattern": {}, "alpha_pattern": {}}  # they are in the weights
   own["targets"] = tuple(sorted(str(module_of(path)) for path in adapter.changes))
-  own["modules_to_save"] = tuple(sorted({path.rpartition("/")[0] or path for path in adapter.full}))
+  own["modules_to_save"] = tuple(sorted({_meaning(path, adapter.full, paths) for path in adapter.full}))
   for field in dataclasses.fields(peft):
     if field.name in own and getattr(peft, field.name) not in (_default(field), own[field.name]):
       raise ConfigError(
@@ -237,6 +248,13 @@ def _as_stored(peft: Lora, adapter: StoredAdapter) -> Lora:
         f"{own[field.name]!r}; leave it to the adapter"
       )
   return dataclasses.replace(peft, dropout=peft.dropout or settings.dropout, **own)
+
+
+def _meaning(path: str, wanted: Collection[str], paths: Collection[str]) -> str:
+  """What in peft.modules_to_save means a parameter: its module, if all that this means is wanted; else it alone."""
+  names = path.rpartition("/")[0], path
+  means = lambda name: {other for other in paths if has(name, other)}  # noqa: E731
+  return next((name for name in names if name and means(name) <= set(wanted)), "^" + re.escape(path))
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -279,11 +297,18 @@ def _config_before(directory: Path) -> dict[str, Any]:
     return {}  # opening the directory will say what is wrong
 
 
-def _with_changes(stored: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+def _with_changes(stored: StoredModel, wanted: ModelConfig) -> ModelConfig:
   """What a model in files is, with the settings in which `wanted` differs from the defaults."""
   names = [field.name for field in dataclasses.fields(ModelConfig)]
   changed = {name: getattr(wanted, name) for name in names if getattr(wanted, name) != getattr(ModelConfig(), name)}
-  return dataclasses.replace(stored, **changed)
+  there = {name: getattr(stored.config, name) for name in changed}
+  if other := [
+    f"model.{name} is {changed[name]!r}, not {there[name]!r}"
+    for name in names
+    if name in changed and changed[name] != there[name]
+  ]:
+    logger.info("the config changes what the model in %s is: %s", stored.path, ", ".join(other))
+  return dataclasses.replace(stored.config, **changed)
 
 
 def _without_other_head(stored: StoredModel, model: ModelConfig) -> StoredModel:
@@ -339,7 +364,8 @@ def start_record(start: Start, params: Params) -> dict[str, Any]:
   for name, path in paths.items():
     if path:
       place = Path(path).expanduser().absolute()
-      record |= {name + "digest": fingerprint(place, config.step), name.removesuffix("_") or "path": str(place)}
+      digest = fingerprint(place, config.step, alone=bool(name))
+      record |= {name + "digest": digest, name.removesuffix("_") or "path": str(place)}
   return record
 
 
@@ -359,25 +385,6 @@ def keep_record(directory: Path, record: dict[str, Any]) -> None:
       f"{directory} began with {before.get('path')}, whose {changed} was {before.get(changed)!r} and is now "
       f"{record.get(changed)!r}; put back what was there, or choose another --workdir"
     )
-
-
-def fingerprint(path: Path, step: int | None = None) -> str:
-  """The SHA-256 of a model's weights in files, with their names.
-
-  Of a training run: of the manifest of its checkpoint, which has the digest of every file.
-  """
-  if path.is_file():
-    files = [path]
-  elif (path / "checkpoints").is_dir():
-    files = [path / "checkpoints" / str(step) / "manifest.json"]
-  else:
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json", ".bin"))
-  digest = hashlib.sha256()
-  for file in files:
-    digest.update(file.relative_to(path.parent).as_posix().encode())
-    with file.open("rb") as data:
-      digest.update(hashlib.file_digest(data, "sha256").digest())
-  return digest.hexdigest()
 
 
 def _settled(config: ModelInitConfig) -> ModelInitConfig:

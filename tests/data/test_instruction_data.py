@@ -294,9 +294,13 @@ def test_what_is_asked_in_a_heldout_row_is_asked_in_no_other(job, task):
   assert prepared.total("heldout", "documents") == 5 * len(asked["heldout"])
 
 
-def test_a_question_that_is_the_only_one_is_not_held_out(job):
-  prepared = open_prepared(job([{"instruction": "why?", "output": str(n)} for n in range(5)]))
-  assert prepared.total("train", "documents") == 5
+@pytest.mark.parametrize("others", [0, 1, 5])
+def test_a_question_of_more_rows_than_are_to_be_held_out_is_trained_on(job, others):
+  rows = [{"instruction": "why?", "output": str(n)} for n in range(20)]
+  rows += [{"instruction": f"why {n}?", "output": str(n)} for n in range(others)]
+  prepared = open_prepared(job(rows))
+  assert prepared.total("train", "documents") >= 20
+  assert bool(prepared.total("heldout", "documents")) == bool(others)
 
 
 @pytest.mark.parametrize("task, rows", [("chat", MANY), ("preference", PAIRS)])

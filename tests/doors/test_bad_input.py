@@ -76,21 +76,23 @@ def fails(door, job, flags, message):
   assert err.startswith("error: ") and re.search(message, err), err
 
 
-HELD = 2  # by the hash of its name
+HELD, TRAINED = 0, 1  # of CHAT, by the hashes of their questions
 
 
-@pytest.mark.parametrize("place", [HELD, 3])
-def test_a_split_without_a_good_row(plain, door, tmp_path, place):
+@pytest.mark.parametrize("good", [HELD, TRAINED])
+def test_a_split_without_a_good_row(plain, door, tmp_path, good):
   """The only good row is held out, so that there is nothing to train on; or none is, which is said."""
-  rows = [turns("user", "assistant", weight=0)] * 11
-  rows[place] = CHAT[0]
+  bad = [
+    [{"role": "user", "content": f"bad {n}"}, {"role": "assistant", "content": "c", "weight": 0}] for n in range(10)
+  ]
+  rows = [CHAT[good], *({"messages": messages} for messages in bad)]
   (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
   flags = ["--config.data.on_bad_row=skip", "--config.data.heldout_fraction=0.3"]
   _, out, err = door("prepare", plain, *flags)
   code, out, err = door("train", plain, *flags, f"--workdir={tmp_path / 'run'}")
   prepared = read_manifest(tmp_path / "data")
-  assert (prepared is None or not prepared.total("train", "tokens")) == (place == HELD)
-  if place == HELD:
+  assert (prepared is None or not prepared.total("train", "tokens")) == (good == HELD)
+  if good == HELD:
     assert code == 2 and "no row of data source 'qa' is left to train on" in err and len(err.splitlines()) == 1
   else:
     assert code == 0 and "eval" not in out, err

@@ -114,6 +114,7 @@ def test_an_adapter_begins_as_it_is_and_must_stay_there(job, base, adapter, tmp_
       {"model_init.quantize": "nf4", "model_init.group_size": 48, "model_init.double_quantize": True},
       r"blocks/\S+: groups of 48 do not divide the 32 inputs",
     ),
+    ({"model_init.adapter": "nowhere", "peft.path": ""}, "nowhere is no adapter"),
     ({"model_init.double_quantize": True}, "model_init.double_quantize is set, but model_init.quantize is not"),
     ({"training.neftune_alpha": -1}, "training.neftune_alpha is -1"),
     ({"model_init.new_tokens": ("<a>", "<a>")}, "the token '<a>' cannot be new: it is there already"),
@@ -126,6 +127,17 @@ def test_mistakes_are_one_line(keys, message, job, base, adapter, tmp_path):
     run(job, tmp_path / "run", **more)
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_factors_of_an_embedding_cannot_learn_new_tokens(job, base, tmp_path):
+  factors = {"lora_embedding_A": np.zeros((2, 320), np.float32), "lora_embedding_B": np.ones((32, 2), np.float32)}
+  tensors = {f"base_model.model.model.embed_tokens.{name}": x for name, x in factors.items()}
+  write_safetensors(tmp_path / "adapter_model.safetensors", in_memory(tensors))
+  settings = {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens"]}
+  (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+  more = {"model_init.path": str(base), "peft.path": str(tmp_path), "model_init.new_tokens": ("<a>",)}
+  with pytest.raises(ConfigError, match="has factors of embedding/tokens, which cannot learn new tokens"):
+    run(job, tmp_path / "run", **LORA | more | {"peft.rank": 8, "data.dir": str(tmp_path / "data")})
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

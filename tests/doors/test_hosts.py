@@ -158,6 +158,7 @@ class Watched(loop.Run):
     def dispatch(*args):
       events.append("dispatch")
       return compiled(*args)
+    dispatch.memory_analysis = compiled.memory_analysis
     def wait(*args, **kwargs):
       events.append("wait")
       return finish(*args, **kwargs)

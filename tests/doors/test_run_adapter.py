@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from test_hosts import ends, start_two
 
+from jaxllm.base.errors import CheckpointError
 from jaxllm.config import load_config
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Model
@@ -68,6 +70,17 @@ def test_every_kind(job, base, tmp_path, kind):
   np.testing.assert_allclose(load_model(base / "hf", adapter=adapter, merge=True)(TOKENS), want, atol=3e-5)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_two_processes_write_one(job, base, tmp_path, kind):
+  """Of parts that each has half of."""
+  keys = LORA | {"peft.kind": kind, "model_init.path": base / "hf", "training.steps": 2, "mesh.data": 1, "mesh.fsdp": 2}
+  ends(start_two(job, tmp_path / "run", *(f"--config.{name}={value}" for name, value in keys.items())))
+  want = load_model(tmp_path / "run")(TOKENS)
+  assert np.abs(np.asarray(load_model(base / "hf")(TOKENS)) - want).max() > 1e-3
+  apart = load_model(base / "hf", adapter=tmp_path / "run" / "adapter")
+  np.testing.assert_allclose(apart(TOKENS), want, atol=3e-5)
+
+
 def test_it_has_the_tokenizer_and_the_rows_of_new_tokens(job, base, tmp_path):
   keys = LORA | {"model_init.path": str(base / "hf"), "model_init.new_tokens": ("<a>", "<b>"), "training.steps": 3}
   keys |= {"data.dir": str(tmp_path / "data")}
@@ -93,6 +106,18 @@ def test_over_quantized_weights(job, base, tmp_path):
   stored = open_model(base / "run", adapter=tmp_path / "run" / "adapter", merge=False)
   model = Model(stored.config, map_weights_with_path(rounded, stored.params()))
   np.testing.assert_allclose(model(TOKENS), load_model(tmp_path / "run")(TOKENS), atol=1e-5)
+
+
+def test_over_another_adapter(job, base, tmp_path):
+  """It names no base: the model that the run began with is one with the other adapter in it."""
+  more = LORA | {"model_init.path": str(base / "hf"), "training.steps": 2}
+  run(job, tmp_path / "one", **more)
+  run(job, tmp_path / "two", **more, **{"model_init.adapter": str(tmp_path / "one" / "adapter")})
+  want, own = load_model(tmp_path / "two")(TOKENS), tmp_path / "two" / "adapter"
+  both = load_model(base / "hf", adapter=[tmp_path / "one" / "adapter", own])
+  np.testing.assert_allclose(both(TOKENS), want, atol=3e-5)
+  with pytest.raises(CheckpointError, match="does not say what it belongs to"):
+    load_model(own)
 
 
 def test_of_fresh_weights_and_of_all_weights(job, tmp_path, caplog):

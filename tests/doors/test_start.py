@@ -14,6 +14,7 @@ from jaxllm.inference.load import load_model
 from jaxllm.interop.open import open_model
 from jaxllm.kernels import dequantize, quantize
 from jaxllm.training.loop import train
+from jaxllm.training.start import open_start
 
 LORA = {"peft.kind": "lora", "peft.rank": 2, "optimizer.learning_rate": 0.05}
 TOKENS = np.arange(16, dtype=np.int32)[None] + 20
@@ -120,9 +121,16 @@ def test_the_base_must_stay_what_it_was(job, base, tmp_path):
   shutil.copytree(saved(base, tmp_path), moved)
   more = LORA | {"model_init.path": str(moved)}
   run(job, tmp_path / "run", **more)
+  (moved / "generation_config.json").write_text('{"temperature": 0.5}')
+  load_model(tmp_path / "run")  # that is no part of the weights
   load_model(base).save(moved, dtype="bfloat16")
   with pytest.raises(CheckpointError, match="whose digest was"):
     run(job, tmp_path / "run", **more, **{"training.steps": 8})
+  with pytest.raises(CheckpointError, match="began with .*base, which has changed since; put back what was there"):
+    load_model(tmp_path / "run")
+  shutil.rmtree(moved)
+  with pytest.raises(CheckpointError, match="base"):
+    load_model(tmp_path / "run")
 
 
 def test_a_run_that_trains_all_goes_on_without_its_base(job, base, tmp_path):
@@ -150,6 +158,14 @@ def test_mistakes_are_one_line(job, base, tmp_path, keys, message):
     run(job, tmp_path / "run", **{"model_init.path": str(base), **keys})
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_the_config_makes_another_model_is_said(job, base, caplog):
+  """A count of heads changes no shape, so that nothing else would tell."""
+  caplog.set_level("INFO", "jaxllm")
+  keys = [("model_init.path", str(base)), ("model.num_heads", 4), ("model.num_kv_heads", 4)]
+  open_start(load_config(str(job), keys), base / "nowhere")
+  assert "model.num_heads is 4, not 2" in caplog.text and "embed_dim" not in caplog.text
 
 
 def test_the_tokenizer_comes_along(job, base, tmp_path):

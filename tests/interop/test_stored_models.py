@@ -190,7 +190,7 @@ def lora(tmp_path):
     ({"peft_type": "IA3"}, "'IA3'; only LORA"),
     ({"use_dora": True}, "q_proj lacks a magnitude"),
     ({"base_model_name_or_path": "someone/model"}, "'someone/model', which is no path"),
-    ({"base_model_name_or_path": None}, "belongs to None"),
+    ({"base_model_name_or_path": None}, "does not say what it belongs to"),
   ],
 )
 def test_other_adapters_are_refused(lora, change, message):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
 from jaxllm.interop import peft as adapters
 from jaxllm.models.config import ComputeConfig
@@ -352,3 +353,29 @@ def test_counts_are_pefts(subject, models, tmp_path):
   theirs = Theirs(name, model, place, tmp_path, settings, randomize=False)
   ours = Ours(name, place, tmp_path, way)
   assert sum(leaf.size for leaf in jax.tree.leaves(ours.state.params)) == theirs.model.get_nb_trainable_parameters()[0]
+
+
+WHOLE = {
+  "a table": ("gpt2", dict(target_modules=["mlp.c_proj"], modules_to_save=["wte"], fan_in_fan_out=True)),
+  "biases": ("bert", dict(target_modules=["query"], bias="all")),
+}
+
+
+@pytest.mark.parametrize("subject", WHOLE)
+def test_counts_are_pefts_where_adapters_go_on(subject, models, tmp_path):
+  """What an adapter has whole is trained, and no more of the modules that this is in."""
+  name, settings = WHOLE[subject]
+  model, place = models(name)
+  theirs = Theirs(name, model, place, tmp_path, settings, randomize=True)
+  theirs.model.save_pretrained(tmp_path / "made")
+  ours = Ours(name, place, tmp_path, Lora(path=str(tmp_path / "made")))
+  assert sum(leaf.size for leaf in jax.tree.leaves(ours.state.params)) == theirs.model.get_nb_trainable_parameters()[0]
+
+
+def test_adapters_with_one_layer_whole_do_not_go_on(models, tmp_path):
+  """Here all layers of a stack are trained, or none."""
+  model, place = models("llama")
+  settings = dict(target_modules=["q_proj"], modules_to_save=["layers.0.mlp.up_proj"])
+  Theirs("llama", model, place, tmp_path, settings, randomize=True).model.save_pretrained(tmp_path / "made")
+  with pytest.raises(ConfigError, match="has blocks/mlp/up/weight whole in some of the layers"):
+    Ours("llama", place, tmp_path, Lora(path=str(tmp_path / "made")))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
 from jaxllm.models.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxllm.models.weights import dense, map_weights, without_adapters
@@ -185,6 +186,19 @@ def test_rules_freeze_too():
   assert (
     float(jnp.abs(state.params["blocks"]["mlp"]["up"]["weight"] - fresh["blocks"]["mlp"]["up"]["weight"]).max()) > 0
   )
+
+
+@pytest.mark.parametrize("pattern, peft", [("/a$", LORA), ("attention", LORA), ("magnitude", Dora(rank=4))])
+def test_rules_freeze_no_part_of_an_adapter(pattern, peft):
+  """No file would have it: checkpoints have what is trained, and the base's files what was there before."""
+  optimizer = OptimizerConfig(rules=(ParamRule(pattern, lr_scale=0.0),))
+  with pytest.raises(ConfigError, match=r"freeze blocks/attention/key/weight/\w+, a part of an adapter"):
+    program_of(peft=peft, optimizer=optimizer)
+
+
+def test_with_nothing_to_train_the_message_names_what_says_so():
+  with pytest.raises(ConfigError, match="^peft and model_init freeze every parameter"):
+    program_of(peft=Lora(targets=()))
 
 
 def test_dropout_draws_anew_at_every_step_and_not_in_evaluation():

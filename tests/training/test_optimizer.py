@@ -282,6 +282,7 @@ def test_default_decay_and_algorithms():
   ("blocks/attention/sinks", (4, 8), False, 1),
   ("blocks/moe/up", (4, 2, 8, 16), True, 2),
   ("blocks/moe/up_bias", (4, 2, 16), False, 1),
+  ("blocks/moe/up/weight/magnitude", (4, 2, 16), False, 1),
   ("encoder/blocks/mlp/up", (4, 8, 16), True, 1),
   ("embedding/positions", (32, 8), False, 0),
   ("head/bias", (32,), False, 0),

@@ -94,6 +94,14 @@ def test_experts():
   assert "blocks/moe/router/weight" not in found and len(found) == 7
 
 
+def test_nothing_is_dropped_before_experts():
+  """As with PEFT, which refuses it too; what is no expert has dropout."""
+  with pytest.raises(ConfigError, match="peft.dropout is not for experts: set it to 0 or put blocks/moe/down, "):
+    adapted(Lora(rank=2, dropout=0.1), EXPERTS)
+  _, _, found = adapted(Lora(rank=2, dropout=0.1, exclude=(".*/moe/.*",)), EXPERTS)
+  assert len(found) == 4 and all(w.dropout == 0.1 for w in found.values())
+
+
 def test_targets_are_matrices():
   """A pattern for all that is in a block does not take its biases and norms."""
   model = dataclasses.replace(MODEL, attention_bias=True)
@@ -114,6 +122,12 @@ def test_targets_are_matrices():
     (dict(modules_to_save=("hed",)), "peft.modules_to_save: 'hed' matches no module; there are blocks/"),
     (dict(rank=0), "peft.rank is 0; it must be at least 1"),
     (dict(rank_pattern={"up": 0}), "peft.rank_pattern.up is 0"),
+    (dict(alpha=0), "peft.alpha is 0; it must be over 0"),
+    (dict(alpha=-4, init="pissa"), "peft.alpha is -4; it must be over 0"),
+    (dict(alpha_pattern={"up": 0}), "peft.alpha_pattern.up is 0"),
+    (dict(targets=("up",), rank_pattern={"down": 2}), "peft.rank_pattern: 'down' matches no module; there are .*up$"),
+    (dict(exclude=("down",), alpha_pattern={"down": 2}), "peft.alpha_pattern: 'down' matches no module"),
+    (dict(targets=("up", "down"), exclude=("all-linear",)), "peft.targets mean only modules that peft.exclude"),
     (dict(lr_ratio=0), "peft.lr_ratio is 0; it must be over 0"),
     (dict(dropout=1), "peft.dropout is 1"),
     (dict(path="somewhere", init="pissa"), "peft.init is 'pissa', but an adapter at peft.path begins as it is"),
