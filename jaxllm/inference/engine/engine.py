@@ -56,6 +56,7 @@ class Engine:
     max_tokens_per_step: int = 512,
     kv_dtype: str | None = None,
     max_logprobs: int = 20,
+    processed_logprobs: bool = False,
     max_biases: tuple[int, int] = (64, 8),
     prefix_cache: bool = True,
     overlap: bool = True,
@@ -76,6 +77,7 @@ class Engine:
       kv_dtype: of keys and values; also "int8" and "float8_e4m3fn". None: `compute.dtype`, but on CPUs float32, which
         holds the same numbers.
       max_logprobs: the most that a request may ask for.
+      processed_logprobs: those of drawn tokens are after penalties, biases and masks, and not normalized again.
       max_biases: how many biased tokens and banned sequences a request may have, and of how many tokens.
       prefix_cache: whether requests share the pages of a beginning that they have in common.
       overlap: a step is scheduled while the one before is computed; what is drawn is seen one step late.
@@ -103,6 +105,7 @@ class Engine:
       max_tokens_per_step=max_tokens_per_step,
       kv_dtype=kv_dtype,
       max_logprobs=max_logprobs,
+      processed_logprobs=processed_logprobs,
       max_biases=max_biases,
       max_drafts=0 if speculative is None else speculative.num_speculative_tokens,
       row_buckets=row_buckets,
@@ -113,7 +116,8 @@ class Engine:
       sizes = dataclasses.replace(sizes, pages=self._afforded(sizes, place, Pages(sizes.pages, page_size, **window)))
     self.sizes = sizes
     self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
-    self._scheduler = Scheduler(self._pages, max_num_seqs, max_tokens_per_step, sizes.tokens[-1], self._facts)
+    limits = max_num_seqs, max_tokens_per_step, sizes.tokens[-1]
+    self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in)
     self._speculator = None if speculative is None else Speculator(speculative, sizes)
     self._draft_params: Params | None = None
     draft = None if speculative is None else speculative.draft
@@ -122,6 +126,7 @@ class Engine:
       self._draft_params = self._placed(draft.params, draft)
     self._programs = Programs(config, compute, place, sizes, rules, compiler_options, draft)
     self._state = self._programs.empty()
+    self._encoded: dict[int, Sequence[int]] = {}  # by slot: the prompt whose encoding lies there
     self._rows: dict[int, Row] = {}
     self._numbers = itertools.count()
     self._flight: collections.deque[tuple[Arranged, Drawn, float]] = collections.deque()
@@ -178,6 +183,7 @@ class Engine:
     while self._flight:
       self._early += self._read(*self._flight.popleft())
     self._params, self.version = self._placed(params), version
+    self._encoded.clear()
     self._scheduler.restart()
 
   def score(self, texts: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, " T-1"]]:
@@ -232,8 +238,9 @@ class Engine:
     """Sends a step to the device and does not wait for it."""
     for row in plan.admitted:
       self._state = self._programs.begin(self._state, row.slot, row.tokens, row.sampling)
-      if self.config.architecture == "encoder_decoder":
+      if self.config.architecture == "encoder_decoder" and not self._encoded_in(row.slot, row):
         self._state = self._programs.encode(self._params, self._state, row.slot, row.request.prompt)
+        self._encoded[row.slot] = row.request.prompt
     step = arrange(plan, self.sizes, self._pages)
     batch = self._programs.batch(step.shape, step.rows, step.tables, step.drafts, step.allowed)
     start = time.perf_counter()
@@ -310,6 +317,8 @@ class Engine:
       most = longest - 1 if draws else longest
       prompt = first = check_tokens(request.prompt, "the prompt", c.vocab_size, most, f"max_model_len {longest}")
     limit = len(first) + (room_for(s, first, longest) if draws else 0)
+    if request.generated:
+      check_tokens(request.generated, "generated", c.vocab_size, limit - len(first) - 1, "of its completion")
     row = Row(next(self._numbers), dataclasses.replace(request, prompt=tuple(prompt)), first, limit)
     row.speculates = self._speculator is not None
     row.sampling = self._programs.settings([row.settings], request.index, row.begins, limit, tuple(row.ends))
@@ -327,6 +336,9 @@ class Engine:
     if self._speculator is not None:
       self._speculator.forget(row)
     return Delta(row.id, finish_reason=reason, metrics=row.metrics(), cached_tokens=row.cached or 0, **facts)
+
+  def _encoded_in(self, slot: int, row: Row) -> bool:
+    return self._encoded.get(slot) == row.request.prompt
 
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
