@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from jaxllm.inference.prompts import room_for
 from jaxllm.models.build import Params, declare, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.weights import cast
+from jaxllm.parallel import agreement
 from jaxllm.parallel.config import AxisRules
 from jaxllm.parallel.sharding import param_shardings
 
@@ -38,7 +40,8 @@ log = logging.getLogger("jaxllm")
 class Engine:
   """Owns a model's weights, its pages and its compiled programs; many requests share every step.
 
-  It is of one thread: whoever calls `submit`, `abort` and `step` from several takes a lock.
+  It is of one thread: whoever calls `submit`, `abort` and `step` from several takes a lock. Over a mesh of several
+  processes all of them make the same calls in the same order, and all see every token.
   """
 
   def __init__(
@@ -93,6 +96,7 @@ class Engine:
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     self.config, self.compute, self.version, self._overlap = config, compute, "0", overlap
     self._mesh, self._rules = mesh, rules
+    self._lockstep = mesh is not None and mesh.is_multi_process
     self._params = self._placed(params)
     place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
     sizes = engine_sizes(
@@ -118,7 +122,7 @@ class Engine:
     self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
     limits = max_num_seqs, max_tokens_per_step, sizes.tokens[-1]
     self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in)
-    self._speculator = None if speculative is None else Speculator(speculative, sizes)
+    self._speculator = None if speculative is None else Speculator(speculative, sizes, timed=not self._lockstep)
     self._draft_params: Params | None = None
     draft = None if speculative is None else speculative.draft
     if draft is not None:
@@ -316,6 +320,9 @@ class Engine:
     else:
       most = longest - 1 if draws else longest
       prompt = first = check_tokens(request.prompt, "the prompt", c.vocab_size, most, f"max_model_len {longest}")
+    if self._lockstep and s.seed is None:
+      s = dataclasses.replace(s, seed=agreement.from_first(secrets.randbits(64)))
+      request = dataclasses.replace(request, sampling=s)
     limit = len(first) + (room_for(s, first, longest) if draws else 0)
     if request.generated:
       check_tokens(request.generated, "generated", c.vocab_size, limit - len(first) - 1, "of its completion")
@@ -346,9 +353,12 @@ class Engine:
 
   def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:
     """As many pages as there is memory for beside the weights."""
-    device = place if isinstance(place, jax.Device) else place.devices.flat[0]
+    device = place if isinstance(place, jax.Device) else place.local_devices[0]
     each = page_bytes(self.config, sizes.page_size, sizes.kv_dtype, self.compute.target)
-    return affordable(sizes.pages, pages.least(sizes.max_model_len), each, free_bytes(device))
+    free = free_bytes(device)
+    if self._lockstep:
+      free = min(agreement.gather(free))
+    return affordable(sizes.pages, pages.least(sizes.max_model_len), each, free)
 
   def _placed(self, params: Params, draft: DraftModel | None = None) -> Params:
     """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""

@@ -180,7 +180,8 @@ class Programs:
     if key not in _JITTED:
       state = next(one for one in arguments if isinstance(one, State))
       stays = jax.tree.map(lambda x: x.sharding, state)
-      out = (stays, None) if function in self._steps.values() else stays
+      read = None if self._mesh is None else self._whole  # every process reads what is drawn
+      out = (stays, read) if function in self._steps.values() else stays
       donated = next(i for i, one in enumerate(arguments) if one is state)
       how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
       _JITTED[key] = jax.jit(self._on_mesh(function), **how)
