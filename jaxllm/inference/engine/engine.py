@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
@@ -27,12 +27,11 @@ from jaxllm.inference.engine.speculation import DraftModel, Speculation, Specula
 from jaxllm.inference.engine.steps import NO_NUMBERS, Drawn
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import room_for
-from jaxllm.models.build import Params, declare, unstack_layers
+from jaxllm.models.build import Params, declare, described, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.weights import cast
 from jaxllm.parallel import agreement
 from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import param_shardings
 
 log = logging.getLogger("jaxllm")
 
@@ -364,14 +363,15 @@ class Engine:
     """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""
     config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
     if self._mesh is None:
-      params = jax.device_put(params)  # arrays stay on the device where they are
-    elif not _lie_on(self._mesh, params):
-      _, shapes, axes = declare(config, compute)
-      params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
-    return cast(unstack_layers(params), compute.dtype)
+      return cast(unstack_layers(jax.device_put(params)), compute.dtype)  # arrays stay on the device where they are
+    params = cast(unstack_layers(params), compute.dtype)
+    wanted = described(params, declare(config, compute)[2], self._mesh, self._rules)
+    return jax.tree.map(lambda x, want: _resplit(x, want.sharding), params, wanted)
 
 
-def _lie_on(mesh: Mesh, params: Params) -> bool:
-  """Whether the weights are on these devices already, as whoever loaded them has split them."""
-  devices = set(mesh.devices.flat)
-  return all(getattr(x, "sharding", None) and x.sharding.device_set == devices for x in jax.tree.leaves(params))
+def _resplit(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """An array split like this; on the devices where it is already also between processes."""
+  if getattr(x, "sharding", None) and x.sharding.device_set == sharding.device_set:
+    same = x.sharding.is_equivalent_to(sharding, x.ndim)
+    return x if same else jax.jit(lambda x: x, out_shardings=sharding)(x)
+  return jax.device_put(x, sharding)

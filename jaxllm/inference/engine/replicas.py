@@ -3,11 +3,10 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
@@ -32,7 +31,7 @@ class Replicas:
       raise ConfigError("there must be at least one replica")
     self._places = list(places)
     meshes = [place if isinstance(place, Mesh) else None for place in places]
-    weights = [moved(params, place) for place in places]
+    weights = [_on(params, place) for place in places]
     self._engines = [Engine(config, own, mesh=mesh, **settings) for own, mesh in zip(weights, meshes)]
     self.config, self.sizes = config, self._engines[0].sizes
     self._numbers = itertools.count()
@@ -74,7 +73,7 @@ class Replicas:
   def load_weights(self, params: Params, version: str) -> None:
     """See `Engine.load_weights`."""
     for engine, place in zip(self._engines, self._places):
-      engine.load_weights(moved(params, place), version)
+      engine.load_weights(_on(params, place), version)
 
   def score(self, texts: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, " T-1"]]:
     """See `Engine.score`; by one replica."""
@@ -96,10 +95,6 @@ class Replicas:
     return dataclasses.replace(delta, id=number)
 
 
-def moved(params: Any, place: jax.Device | Mesh) -> Any:
-  """The weights on these devices; on a mesh split as they were on another."""
-
-  def sharding(x):
-    return NamedSharding(place, x.sharding.spec) if isinstance(place, Mesh) else place
-
-  return jax.tree.map(lambda x: jax.device_put(x, sharding(x)), params)
+def _on(params: Params, place: jax.Device | Mesh) -> Params:
+  """The weights on this device; over a mesh the engine itself splits them."""
+  return params if isinstance(place, Mesh) else jax.device_put(params, place)
