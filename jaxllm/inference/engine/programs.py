@@ -91,7 +91,9 @@ class Programs:
       drafts = () if small is None else draft_layers(small.config, c, s, small.compute)
       return State(cache.layers, drafts, jnp.zeros((s.slots, s.max_model_len), jnp.int32), sampling, encoded)
 
-    return jax.jit(self._on_mesh(make))
+    # Over several devices its parts lie as they are constrained to.
+    alone = self._mesh is not None and self._mesh.size == 1
+    return jax.jit(self._on_mesh(make), **({"out_shardings": self._whole} if alone else {}))
 
   def settings(
     self, settings: Sequence[SamplingParams], index: int = 0, start: int = 0, limit: int = 0, ends: Sequence[int] = ()
