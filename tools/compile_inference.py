@@ -4,9 +4,9 @@
     python tools/compile_inference.py --topology=v6e --format=int8     # one of them
     python tools/compile_inference.py --out=experiments/benchmarks/compile_inference.json
 
-One row for each program: "decode 32" draws a token for each of 32 rows, "prefill 512" reads 512 tokens of prompts beside
-what the other rows draw. Bytes are of one device: "weights" and "pages" are what it keeps, "temporaries" what a program
-needs beside them. "kernels" counts the calls of kernels in the compiled program by their names, "collectives" the bytes
+One row for each program: "decode 32" draws a token for each of 32 rows, "prefill 512" reads 512 tokens of prompts
+beside what the other rows draw. Bytes are of one device: "weights" and "pages" are what it keeps, "temporaries" what a
+program needs beside them. "kernels" counts the calls of kernels in the compiled program by their names, "collectives" the bytes
 that devices send one another in a step, by kind (the size of the whole array, see `tools/collectives.py`).
 
 Needs what compiling for those chips needs: libtpu, or jax's CUDA plugin.
@@ -167,7 +167,9 @@ def main() -> None:
     for row in compile_case(topology, format):
       rows.append(row)
       gib = {name: f"{row[name] / 2**30:.2f}" for name in ("weights", "pages", "temporaries", "memory")}
-      print(topology, format, row["program"], gib, row["kernels"], row["collectives"], f"{row['seconds']} s", flush=True)
+      print(
+        topology, format, row["program"], gib, row["kernels"], row["collectives"], f"{row['seconds']} s", flush=True
+      )
     if args.out:
       args.out.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
 

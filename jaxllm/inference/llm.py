@@ -20,6 +20,7 @@ from jaxllm.inference.completions import (
   request_outputs,
 )
 from jaxllm.inference.engine import Engine
+from jaxllm.inference.engine.kept import keep_programs
 from jaxllm.inference.engine.replicas import Replicas
 from jaxllm.inference.engine.speculation import DraftModel, Speculation
 from jaxllm.inference.load import load_model
@@ -79,12 +80,15 @@ class LLM:
         with a small model; the others are fields of `jaxllm.inference.engine.speculation.Speculation`. The text stays
         the same.
       quantization: of the weights, a format of `jaxllm.kernels.quantize`: "int8", "int4", "nf4", ….
-      compile_at_start: all programs, so that no request waits for one; False: each when it is first needed.
+      compile_at_start: all programs, so that no request waits for one, and they are kept on disk for the next start;
+        False: each when it is first needed.
       engine_settings: others of `Engine`.
 
     Raises:
       CheckpointError, ConfigError, DataError: as `load_model` and `Engine`.
     """
+    if compile_at_start:
+      keep_programs()
     places = _places(tensor_parallel_size, data_parallel_size)
     mesh = places[0] if isinstance(places[0], Mesh) else None
     self.model = load_model(model, adapter=adapter, dtype=dtype, mesh=mesh)

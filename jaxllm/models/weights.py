@@ -26,7 +26,7 @@ from jaxllm.kernels.quantized import weights as quantized
 from jaxllm.models.config import Compute
 from jaxllm.parallel.kernels import quantized_matmul
 from jaxllm.parallel.rows import add_rows
-from jaxllm.parallel.sharding import LogicalAxes, constrain
+from jaxllm.parallel.sharding import LogicalAxes, constrain, ways_here
 
 Ways = Callable[[str], int]  # over how many devices the mesh splits a logical axis
 Split = tuple[tuple[str, ...], int] | None  # mesh axes, and which dimension of [E, I, O] lies over them
@@ -254,7 +254,11 @@ def _rows(table, ids, dtype, axis, columns):
   # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so. Rounded
   # where it is split, so that 16 bits travel.
   rounded = constrain(table.astype(dtype), axis, columns)
-  return jnp.take(constrain(rounded, axis, None), ids, axis=0)
+  whole = constrain(rounded, axis, None)
+  if ids.size == 1 and axis is not None and ways_here(axis) > 1:
+    # A lookup of one row becomes a slice, and a slice of what is split brings all of it to every device.
+    return jnp.take(whole, jnp.broadcast_to(ids, (2, *ids.shape[1:])), axis=0)[:1]
+  return jnp.take(whole, ids, axis=0)
 
 
 def _rows_forward(table, ids, dtype, axis, columns):
