@@ -6,8 +6,8 @@
 
 One row for each program: "decode 32" draws a token for each of 32 rows, "prefill 512" reads 512 tokens of prompts
 beside what the other rows draw. Bytes are of one device: "weights" and "pages" are what it keeps, "temporaries" what a
-program needs beside them. "kernels" counts the calls of kernels in the compiled program by their names, "collectives" the bytes
-that devices send one another in a step, by kind (the size of the whole array, see `tools/collectives.py`).
+program needs beside them. "kernels" counts the calls of kernels in the compiled program by their names, "collectives"
+the bytes that devices send one another in a step, by kind (the size of the whole array, see `tools/collectives.py`).
 
 Needs what compiling for those chips needs: libtpu, or jax's CUDA plugin.
 """
