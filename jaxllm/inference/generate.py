@@ -14,7 +14,7 @@ from jaxllm.inference import beam
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.engine import Engine
 from jaxllm.inference.params import SamplingParams, with_word_ids
-from jaxllm.inference.prompts import bucket, check_prompt, room_for
+from jaxllm.inference.prompts import bucket, check_prompt, room_for, token_ids
 from jaxllm.inference.requests import Requests
 from jaxllm.kernels import backends
 from jaxllm.models.build import Params
@@ -77,9 +77,10 @@ class Generator:
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     if len(each) != len(prompts):
       raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
-    prompts = [[int(token) for token in prompt] for prompt in prompts]
-    for number, prompt in enumerate(prompts):
-      check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
+    names = [f"prompt {number + 1}" if len(prompts) > 1 else "the prompt" for number in range(len(prompts))]
+    prompts = [token_ids(prompt, name) for prompt, name in zip(prompts, names)]
+    for name, prompt in zip(names, prompts):
+      check_prompt(prompt, name, config)
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     if any(settings.prompt_logprobs is not None for settings in each):

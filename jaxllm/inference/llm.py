@@ -26,6 +26,7 @@ from jaxllm.inference.engine.speculation import DraftModel, Speculation
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Message
 from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.prompts import token_ids
 from jaxllm.inference.requests import Requests
 from jaxllm.interop.open import Adapters
 from jaxllm.parallel.config import MeshConfig
@@ -87,6 +88,8 @@ class LLM:
     Raises:
       CheckpointError, ConfigError, DataError: as `load_model` and `Engine`.
     """
+    if seed is not None and (not isinstance(seed, int) or seed < 0):
+      raise ConfigError(f"seed is {seed!r}; it must be a whole number of at least 0")
     if compile_at_start:
       keep_programs()
     places = _places(tensor_parallel_size, data_parallel_size)
@@ -137,9 +140,11 @@ class LLM:
     Raises:
       ConfigError: every prompt was refused; what the first one's answer says.
     """
-    each = [prompts] if _is_one(prompts) else list(prompts)
+    each = _listed(prompts)
     settings = self.model.sampling() if sampling_params is None else sampling_params
     settings = [settings] * len(each) if isinstance(settings, SamplingParams) else list(settings)
+    if not all(isinstance(one, SamplingParams) for one in settings):
+      raise ConfigError("sampling settings must be SamplingParams: one, or one for each prompt")
     if len(settings) != len(each):
       raise ConfigError(f"{len(settings)} sampling settings for {len(each)} prompts; give one, or one for each")
     return self._answers([self._submit(prompt, one) for prompt, one in zip(each, settings)])
@@ -162,7 +167,7 @@ class LLM:
     self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
   ) -> list[EmbeddingRequestOutput]:
     """A vector for each text; see `Model.embed`."""
-    ids = [self._ids(prompt)[1] for prompt in ([prompts] if _is_one(prompts) else prompts)]
+    ids = [self._ids(prompt)[1] for prompt in _listed(prompts)]
     vectors = self.model.embed(ids, pooling=pooling, normalize=normalize)
     return [
       EmbeddingRequestOutput(
@@ -173,13 +178,14 @@ class LLM:
 
   def score(self, prompts: Prompt | Sequence[Prompt]) -> list[Float32[np.ndarray, " T-1"]]:
     """Of each text the log-probabilities, in nats, of its tokens from the second on; see `Engine.score`."""
-    return self.engine.score([self._ids(prompt)[1] for prompt in ([prompts] if _is_one(prompts) else prompts)])
+    return self.engine.score([self._ids(prompt)[1] for prompt in _listed(prompts)])
 
   def stats(self) -> dict[str, Any]:
     """Counts of the engine: see `Engine.stats`."""
     return self.engine.stats()
 
   def _ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    text: str | None = None
     if isinstance(prompt, Mapping):
       known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
       if not known:
@@ -188,10 +194,11 @@ class LLM:
         )
       text = prompt.get("prompt")
       prompt = prompt[known[0]]
-      return text, self._ids(prompt)[1]
+      if known[0] == "prompt":
+        return text, self.model.prompt_ids(prompt)
     if isinstance(prompt, str):
       return prompt, self.model.prompt_ids(prompt)
-    return None, [int(token) for token in prompt]
+    return text, token_ids(prompt, "the prompt")
 
   def _submit(self, prompt: Prompt, settings: SamplingParams) -> "int | RequestOutput":
     """The number of a request, or at once the answer: of beam search, or to one that is refused."""
@@ -244,12 +251,19 @@ def _places(tensor: int, data: int) -> "list[jax.Device | Mesh]":
   return [make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), own) for own in each]
 
 
-def _is_one(prompts: Any) -> bool:
-  single = isinstance(prompts, str | Mapping)
-  return single or len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+def _listed(prompts: Any) -> list[Prompt]:
+  """The prompts, of which there may be one alone."""
+  if isinstance(prompts, str | Mapping):
+    return [prompts]
+  if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, bytes):
+    raise ConfigError(f"prompts is a {type(prompts).__name__}; give text, token ids, or a list of them")
+  single = len(prompts) > 0 and isinstance(prompts[0], int | float | np.number)
+  return [prompts] if single else list(prompts)  # type: ignore[list-item]
 
 
 def _speculation(settings: Mapping[str, Any], dtype: str | None) -> Speculation:
+  if not isinstance(settings, Mapping):
+    raise ConfigError(f"speculative is {settings!r}; it must be a dict, such as {{'method': 'ngram'}}")
   others = {name: value for name, value in settings.items() if name != "model"}
   if settings.get("model") is None:
     return Speculation.of(others)

@@ -213,11 +213,11 @@ def _biased(settings: SamplingParams) -> list[Biased]:
 
 def _table(biased: Sequence[Biased], count: int, length: int):
   if len(biased) > count:
-    raise ConfigError(f"{len(biased)} biased tokens and banned sequences; there is room for {count}")
+    raise ConfigError(f"{len(biased)} biased tokens and banned sequences; there is room for {count} (max_biases)")
   tokens, bias = np.full((count, length), -1, np.int32), np.zeros(count, np.float32)
   for n, (ids, value) in enumerate(biased):
     if len(ids) > length:
-      raise ConfigError(f"a biased or banned sequence of {len(ids)} tokens; there is room for {length}")
+      raise ConfigError(f"a biased or banned sequence of {len(ids)} tokens; there is room for {length} (max_biases)")
     tokens[n, length - len(ids) :], bias[n] = ids, value
   return tokens, bias
 

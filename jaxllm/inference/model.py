@@ -18,6 +18,7 @@ from jaxllm.inference.encode import embeddings, hidden_states
 from jaxllm.inference.generate import Generator
 from jaxllm.inference.generation_config import default_sampling, default_settings
 from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.prompts import check_text
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
@@ -162,7 +163,7 @@ class Model:
   def prompt_ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer begins a text with."""
     tokenizer = self._text_tokenizer()
-    return tokenizer.encode_prompt(text).tolist() or [tokenizer.start_id]
+    return tokenizer.encode_prompt(check_text(text, "the prompt")).tolist() or [tokenizer.start_id]
 
   def chat_ids(
     self,
@@ -191,7 +192,7 @@ class Model:
       continue_final_message=continue_final_message,
       **(chat_template_kwargs or {}),
     )
-    ids = tokenizer.encode_chat(text).tolist()
+    ids = tokenizer.encode_chat(check_text(text, "the chat")).tolist()
     if len(ids) >= self.config.max_seq_len:
       raise ConfigError(
         f"the chat has {len(ids)} tokens, too many for the model's context of {self.config.max_seq_len}; "

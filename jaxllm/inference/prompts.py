@@ -1,6 +1,7 @@
 """What a prompt may be, and how much room it leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -20,6 +21,41 @@ def pad_rows(
   for i, row in enumerate(rows):
     tokens[i, : len(row)] = row
   return tokens, np.asarray([len(row) for row in rows], np.int32)
+
+
+def token_ids(tokens: Any, what: str) -> list[int]:
+  """The tokens as whole numbers.
+
+  Raises:
+    ConfigError: they are none.
+  """
+  if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
+    raise ConfigError(f"{what} is {_short(tokens)}; it must be a list of token ids")
+  ids = tokens.tolist() if isinstance(tokens, np.ndarray) else [getattr(i, "item", lambda i=i: i)() for i in tokens]
+  for token in ids:
+    if not isinstance(token, int) or isinstance(token, bool):
+      raise ConfigError(f"{what} holds {_short(token)}, which is no token id")
+  return ids
+
+
+def check_text(text: Any, what: str) -> str:
+  """The text, if it is one that can be read.
+
+  Raises:
+    ConfigError: it is no text, or holds half a character, as files of other encodings leave behind.
+  """
+  if not isinstance(text, str):
+    raise ConfigError(f"{what} is {_short(text)}; it must be text")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ConfigError(f"{what} holds {text[error.start]!a} at character {error.start}: half of a character") from None
+  return text
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:

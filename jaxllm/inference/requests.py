@@ -11,6 +11,7 @@ from jaxllm.inference.engine import Engine, Request
 from jaxllm.inference.engine.replicas import Replicas
 from jaxllm.inference.guided import Guide, PieceText
 from jaxllm.inference.params import SamplingParams, with_word_ids
+from jaxllm.inference.prompts import token_ids
 from jaxllm.inference.text import SpecialText
 from jaxllm.inference.writer import Writer, likeliest, named
 
@@ -70,7 +71,7 @@ class Requests:
     Raises:
       ConfigError: it can never be served, and why; nothing of it is left then.
     """
-    prompt, tokenizer = tuple(int(i) for i in prompt), self._tokenizer
+    prompt, tokenizer = tuple(token_ids(prompt, "the prompt")), self._tokenizer
     if settings.stop and tokenizer is None:
       raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
     settings = with_word_ids(settings, tokenizer)

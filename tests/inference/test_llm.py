@@ -240,6 +240,11 @@ def test_over_several_devices_the_same(saved, llm, sizes):
   "settings, message",
   [
     (dict(max_model_len=49), "max_model_len is 49"),
+    (dict(speculative="ngram"), "speculative is 'ngram'; it must be a dict"),
+    (dict(kv_cache_dtype="int3"), "dtype of keys and values is 'int3'; choose one of float32"),
+    (dict(seed=-1), "seed is -1"),
+    (dict(page_size=2.5), "page_size is 2.5; it must be a whole number"),
+    (dict(max_model_len="x"), "max_model_len is 'x'"),
     (dict(tensor_parallel_size=99), "tensor_parallel_size is 99"),
     (dict(tensor_parallel_size=0), "tensor_parallel_size is 0"),
     (dict(data_parallel_size=9), "data_parallel_size 9; there are 8"),
@@ -251,3 +256,31 @@ def test_over_several_devices_the_same(saved, llm, sizes):
 def test_impossible_settings(saved, settings, message):
   with pytest.raises(ConfigError, match=message):
     LLM(saved, **{**SIZES, **settings})
+
+
+@pytest.mark.parametrize(
+  "prompts, message",
+  [
+    (None, "prompts is a NoneType"),
+    (b"abc", "prompts is a bytes"),
+    ([[1.5, 2.0]], "the prompt holds 1.5, which is no token id"),
+    ([1.0, 2.0], "the prompt holds 1.0, which is no token id"),
+    ([[float("nan")]], "the prompt holds nan"),
+    ([["a", "b"]], "the prompt holds 'a'"),
+    ([[True]], "the prompt holds True"),
+    ([[2**70]], "holds token 1180591620717411303424"),
+    ({"prompt": 3}, "the prompt is 3; it must be text"),
+    ({"prompt_token_ids": "abc"}, "the prompt is 'abc'; it must be a list of token ids"),
+    ("half \ud800", r"the prompt holds '\\ud800' at character 5: half of a character"),
+  ],
+)
+def test_prompts_that_are_none(llm, prompts, message):
+  with pytest.raises(ConfigError, match=message):
+    llm.generate(prompts, GREEDY)
+  assert llm.stats()["pages_free"] == llm.stats()["pages_total"]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, [None]])
+def test_sampling_settings_that_are_none(llm, settings):
+  with pytest.raises(ConfigError, match="must be SamplingParams"):
+    llm.generate(["a"], settings)

@@ -59,7 +59,7 @@ class Engine:
     kv_dtype: str | None = None,
     max_logprobs: int = 20,
     processed_logprobs: bool = False,
-    max_biases: tuple[int, int] = (64, 8),
+    max_biases: tuple[int, int] = (300, 8),
     prefix_cache: bool = True,
     overlap: bool = True,
     row_buckets: Sequence[int] | None = None,

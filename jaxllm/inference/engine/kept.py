@@ -17,7 +17,8 @@ def keep_programs() -> None:
   """Keeps what this process compiles from here on in `$JAXLLM_CACHE_DIR` or ~/.cache/jaxllm, by jax's version and
   this CPU; unless jax has been told where (JAX_COMPILATION_CACHE_DIR), or told not to (JAX_ENABLE_COMPILATION_CACHE).
   """
-  if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+  told = jax.config.values
+  if told["jax_compilation_cache_dir"] or not told["jax_enable_compilation_cache"]:
     return
   machine = hashlib.sha256(" ".join(sorted(cpu_ffi.cpu_flags())).encode()).hexdigest()[:12]
   folder = cpu_ffi.cache_dir().parent / f"programs-{jaxlib.__version__}-{machine}"

@@ -14,6 +14,7 @@ from jaxllm.inference.completions import Logprob, RequestMetrics
 from jaxllm.inference.engine.pages import Held, first_key, next_key
 from jaxllm.inference.engine.steps import LogProbs
 from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.prompts import token_ids
 from jaxllm.inference.sampling import SamplingRows
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -171,7 +172,7 @@ def check_tokens(tokens: Sequence[int], what: str, vocab_size: int, longest: int
   Raises:
     ConfigError: there are none, more than `longest` (which `limit` names), or one that the model does not have.
   """
-  ids = [int(token) for token in tokens]
+  ids = token_ids(tokens, what)
   if not ids:
     raise ConfigError(f"{what} is empty; a completion needs at least one token before it")
   if len(ids) > longest:

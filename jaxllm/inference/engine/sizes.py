@@ -7,6 +7,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import backends
 from jaxllm.models.config import Compute, ModelConfig
 
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 SMALLEST = 16  # tokens of the smallest packed step, and of the smallest text that an encoder reads
 
 
@@ -104,18 +105,24 @@ def engine_sizes(
     ConfigError: one is impossible.
   """
   longest = config.max_seq_len if max_model_len is None else max_model_len
+  counts = num_pages.values() if isinstance(num_pages, Mapping) else [] if num_pages is None else [num_pages]
   for name, value, most in (
+    *(("num_pages", count, None) for count in counts),
     ("max_num_seqs", max_num_seqs, None),
     ("max_model_len", longest, config.max_seq_len),
     ("page_size", page_size, None),
     ("max_tokens_per_step", max_tokens_per_step, None),
   ):
+    if not isinstance(value, int) or isinstance(value, bool):
+      raise ConfigError(f"{name} is {value!r}; it must be a whole number")
     if value < 1 or most is not None and value > most:
       raise ConfigError(f"{name} is {value}; it must be at least 1" + (f" and at most {most}" if most else ""))
   if max_tokens_per_step < max_num_seqs:
     raise ConfigError(
       f"max_tokens_per_step is {max_tokens_per_step}; each of max_num_seqs = {max_num_seqs} sequences needs one of it"
     )
+  if kv_dtype not in (None, *KV_DTYPES):
+    raise ConfigError(f"the dtype of keys and values is {kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
   on_cpu, packed = backends.TARGETS[compute.target] == "cpu", packs(config)
   # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
   few = 2 if on_cpu and compute.dtype != "float32" else 1
