@@ -97,13 +97,12 @@ class LLM:
     self.model = load_model(model, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
-    longest = self.model.config.max_seq_len if max_model_len is None else max_model_len
     settings = dict(
       max_model_len=max_model_len,
       max_num_seqs=max_num_seqs,
       num_pages=num_pages,
       page_size=page_size,
-      max_tokens_per_step=max_num_batched_tokens or max(max_num_seqs, min(512, max_num_seqs * longest)),
+      max_tokens_per_step=max_num_batched_tokens,
       kv_dtype=kv_cache_dtype,
       prefix_cache=enable_prefix_caching,
       max_logprobs=max_logprobs,
@@ -185,7 +184,6 @@ class LLM:
     return self.engine.stats()
 
   def _ids(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-    text: str | None = None
     if isinstance(prompt, Mapping):
       known = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
       if not known:
@@ -193,12 +191,12 @@ class LLM:
           f"a prompt of {', '.join(map(repr, prompt)) or 'nothing'}; it needs prompt_token_ids or prompt"
         )
       text = prompt.get("prompt")
-      prompt = prompt[known[0]]
       if known[0] == "prompt":
-        return text, self.model.prompt_ids(prompt)
+        return text, self.model.prompt_ids(text)
+      return text, token_ids(prompt["prompt_token_ids"], "the prompt")
     if isinstance(prompt, str):
       return prompt, self.model.prompt_ids(prompt)
-    return text, token_ids(prompt, "the prompt")
+    return None, token_ids(prompt, "the prompt")
 
   def _submit(self, prompt: Prompt, settings: SamplingParams) -> "int | RequestOutput":
     """The number of a request, or at once the answer: of beam search, or to one that is refused."""

@@ -55,7 +55,7 @@ class Engine:
     max_model_len: int | None = None,
     num_pages: int | Mapping[str, int] | None = None,
     page_size: int = 16,
-    max_tokens_per_step: int = 512,
+    max_tokens_per_step: int | None = None,
     kv_dtype: str | None = None,
     max_logprobs: int = 20,
     processed_logprobs: bool = False,
@@ -75,7 +75,8 @@ class Engine:
       num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need, if
         there is memory for them.
       page_size: tokens of a page.
-      max_tokens_per_step: a prompt that is longer is read in several steps, beside the tokens of the others.
+      max_tokens_per_step: a prompt that is longer is read in several steps, beside the tokens of the others. None:
+        512, or fewer if no more are ever there.
       kv_dtype: of keys and values; also "int8" and "float8_e4m3fn". None: `compute.dtype`, but on CPUs float32, which
         holds the same numbers.
       max_logprobs: the most that a request may ask for.
@@ -119,7 +120,7 @@ class Engine:
       sizes = dataclasses.replace(sizes, pages=self._afforded(sizes, place, Pages(sizes.pages, page_size, **window)))
     self.sizes = sizes
     self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
-    limits = max_num_seqs, max_tokens_per_step, sizes.tokens[-1]
+    limits = max_num_seqs, sizes.step_tokens, sizes.tokens[-1]
     self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in)
     self._speculator = None if speculative is None else Speculator(speculative, sizes, timed=not self._lockstep)
     self._draft_params: Params | None = None

@@ -29,6 +29,7 @@ class Sizes:
   page_size: int
   pages: dict[str, int]
   kv_dtype: str
+  step_tokens: int  # of all rows together at most
   rows: tuple[int, ...]  # of steps with one token a row
   tokens: tuple[int, ...]  # of other steps: packed, or of each row
   drafts: tuple[int, ...]  # of steps with drafts: of each row
@@ -90,7 +91,7 @@ def engine_sizes(
   max_model_len: int | None,
   num_pages: int | Mapping[str, int] | None,
   page_size: int,
-  max_tokens_per_step: int,
+  max_tokens_per_step: int | None,
   kv_dtype: str | None,
   max_logprobs: int,
   processed_logprobs: bool,
@@ -111,12 +112,14 @@ def engine_sizes(
     ("max_num_seqs", max_num_seqs, None),
     ("max_model_len", longest, config.max_seq_len),
     ("page_size", page_size, None),
-    ("max_tokens_per_step", max_tokens_per_step, None),
+    *(() if max_tokens_per_step is None else [("max_tokens_per_step", max_tokens_per_step, None)]),
   ):
     if not isinstance(value, int) or isinstance(value, bool):
       raise ConfigError(f"{name} is {value!r}; it must be a whole number")
     if value < 1 or most is not None and value > most:
       raise ConfigError(f"{name} is {value}; it must be at least 1" + (f" and at most {most}" if most else ""))
+  if max_tokens_per_step is None:
+    max_tokens_per_step = max(max_num_seqs, min(512, max_num_seqs * longest))
   if max_tokens_per_step < max_num_seqs:
     raise ConfigError(
       f"max_tokens_per_step is {max_tokens_per_step}; each of max_num_seqs = {max_num_seqs} sequences needs one of it"
@@ -140,6 +143,7 @@ def engine_sizes(
     # XLA for CPU of jax 0.10 goes through all 16-bit pages for each token that it writes: 170 tokens a second became 95
     # (SmolLM2-135M, 8 rows, 200 pages), and fewer with more pages.
     kv_dtype=kv_dtype or ("float32" if on_cpu else compute.dtype),
+    step_tokens=max_tokens_per_step,
     rows=decode,
     tokens=mixed,
     drafts=tuple(sorted({min(2, max_drafts), max_drafts})) if max_drafts else (),
