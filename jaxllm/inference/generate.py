@@ -1,6 +1,7 @@
 """A model's own engine: made for what is asked of it, and kept for the next time."""
 
 import collections
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxllm.inference.engine import Engine
 from jaxllm.inference.params import SamplingParams, with_word_ids
 from jaxllm.inference.prompts import bucket, check_prompt, room_for
 from jaxllm.inference.requests import Requests
+from jaxllm.kernels import backends
 from jaxllm.models.build import Params
 from jaxllm.models.config import Compute, ModelConfig
 
@@ -80,55 +82,75 @@ class Generator:
       check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
-    if any(settings.num_beams > 1 for settings in each):
-      return beam.search(self._graph, self._params, config, prompts, each, self._tokenizer, eos_ids)
     if any(settings.prompt_logprobs is not None for settings in each):
       raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
-    if not prompts:
-      return iter(())
-    served = self._for(prompts, each)
+    searched = [i for i, settings in enumerate(each) if settings.num_beams > 1]
+    drawn = [i for i, settings in enumerate(each) if settings.num_beams == 1]
+    found: list[Iterator[Delta]] = []
+    if drawn:
+      found.append(self._draw({i: (prompts[i], each[i]) for i in drawn}, eos_ids))
+    if searched:
+      found.append(self._search({i: (prompts[i], each[i]) for i in searched}, eos_ids))
+    return itertools.chain(*found)
+
+  def _draw(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
+    served = self._for(*zip(*asked.values()))
     numbers: dict[int, int] = {}
     try:
-      for i, (prompt, settings) in enumerate(zip(prompts, each)):
+      for i, (prompt, settings) in asked.items():
         numbers[served.requests.submit(prompt, settings, eos_ids=eos_ids)] = i
     except ConfigError:
       served.drop(numbers)
       raise
     return served.deltas(numbers)
 
+  def _search(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
+    """Beam search, with an engine of pages so small that a beam computes nothing which another has computed."""
+    prompts, each = zip(*asked.values())
+    sizes = self._sizes(prompts, each) | {
+      "max_num_seqs": min(MOST_ROWS, _power(sum(one.num_beams for one in each))),
+      "max_logprobs": max(beam.continuations(one, eos_ids) for one in each),
+    }
+    page = 1 if backends.TARGETS[self._compute.target] == "cpu" else PAGE
+    engine = self._engine(**sizes, page_size=page, processed_logprobs=True, overlap=False)
+    numbers = list(asked)
+    for done in beam.search(engine, prompts, each, self._tokenizer, eos_ids):
+      i = numbers[done.prompt_index]
+      yield Delta(i, done.index, done.text, done.token_ids, _renumbered(done, i))
+
   def _for(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> "_Served":
     """An engine with room for this, the one that there is if it has."""
+    asked, served = self._sizes(prompts, each), self._served
+    if served is None or any(served.sizes[name] < value for name, value in asked.items()):
+      sizes = {name: value if served is None else max(value, served.sizes[name]) for name, value in asked.items()}
+      page = min(PAGE, sizes["max_model_len"])
+      self._served = served = _Served(sizes, Requests(self._engine(**sizes, page_size=page), self._tokenizer))
+    return served
+
+  def _sizes(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> dict[str, int]:
+    """Of an engine with room for this."""
     decoder = self._config.architecture == "decoder"
     firsts = [prompt if decoder else [0] for prompt in prompts]
     longest = max(len(first) + room_for(one, first, self._config.max_seq_len) for first, one in zip(firsts, each))
     each = [with_word_ids(one, self._tokenizer) if self._tokenizer is not None else one for one in each]
     biases = [ids for one in each for ids in _biases(one)]
-    asked = {
+    return {
       "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
       "max_model_len": bucket(longest, self._config),
       "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), self._config.vocab_size),
       "biases": _power(max(len(_biases(one)) for one in each)),
       "bias_tokens": _power(max(map(len, biases), default=1)),
     }
-    served = self._served
-    if served is None or any(served.sizes[name] < value for name, value in asked.items()):
-      sizes = {name: value if served is None else max(value, served.sizes[name]) for name, value in asked.items()}
-      self._served = served = _Served(sizes, self._requests(**sizes))
-    return served
 
-  def _requests(self, max_num_seqs, max_model_len, max_logprobs, biases, bias_tokens) -> Requests:
-    engine = Engine(
+  def _engine(self, *, biases: int, bias_tokens: int, **settings) -> Engine:
+    return Engine(
       self._config,
       self._params,
       compute=self._compute,
       mesh=_mesh_of(self._params),
-      max_num_seqs=max_num_seqs,
-      max_model_len=max_model_len,
-      page_size=min(PAGE, max_model_len),
-      max_logprobs=max_logprobs,
       max_biases=(biases, bias_tokens),
+      **settings,
     )
-    return Requests(engine, self._tokenizer)
 
 
 class _Served:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
@@ -20,6 +21,7 @@ from jaxllm.inference.completions import (
 )
 from jaxllm.inference.engine import Engine
 from jaxllm.inference.engine.adapters import one_each
+from jaxllm.inference.engine.replicas import Replicas
 from jaxllm.inference.engine.speculation import DraftModel, Speculation
 from jaxllm.inference.load import load_model, load_with_adapters
 from jaxllm.inference.model import Message
@@ -49,6 +51,7 @@ class LLM:
     adapters: Mapping[str, Adapters] | None = None,
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
+    data_parallel_size: int = 1,
     max_model_len: int | None = None,
     max_num_seqs: int = 16,
     num_pages: int | None = None,
@@ -68,6 +71,7 @@ class LLM:
       model: whatever `load_model` reads. adapter: as there, and dtype.
       adapters: others of the same base, directories by name: each request is under one of them or none.
       tensor_parallel_size: devices over which weights and pages are split.
+      data_parallel_size: how many times there are all weights and pages, each time on other devices.
       max_model_len: tokens of a prompt and its completion; None: the model's.
       max_num_seqs: completions that are computed at once; others wait.
       num_pages: of the cache of keys and values, each of `page_size` tokens; None: as many as are ever needed.
@@ -84,18 +88,13 @@ class LLM:
     Raises:
       CheckpointError, ConfigError, DataError: as `load_model` and `Engine`.
     """
-    mesh = None
-    if tensor_parallel_size != 1:
-      if not 1 <= tensor_parallel_size <= len(jax.devices()):
-        raise ConfigError(f"tensor_parallel_size is {tensor_parallel_size}; there are {len(jax.devices())} devices")
-      mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor_parallel_size))
+    places = _places(tensor_parallel_size, data_parallel_size)
+    mesh = places[0] if isinstance(places[0], Mesh) else None
     self.model, several = load_with_adapters(model, adapters or {}, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
     longest = self.model.config.max_seq_len if max_model_len is None else max_model_len
-    self.engine = Engine.of(
-      self.model,
-      mesh=mesh,
+    settings = dict(
       max_model_len=max_model_len,
       max_num_seqs=max_num_seqs,
       num_pages=num_pages,
@@ -108,6 +107,12 @@ class LLM:
       adapters=several,
       **engine_settings,
     )
+    self.engine: Engine | Replicas
+    if data_parallel_size == 1:
+      self.engine = Engine.of(self.model, mesh=mesh, **settings)
+    else:
+      own = self.model
+      self.engine = Replicas(own.config, own._weights, places=places, compute=own.compute, **settings)
     self._requests = Requests(self.engine, self.model.tokenizer, self.model.eos_ids)
     self._seed, self._asked = seed, 0
     if compile_at_start:
@@ -232,6 +237,21 @@ class LLM:
     for message in wrong:
       log.warning("a request was refused: %s", message)
     return answers
+
+
+def _places(tensor: int, data: int) -> "list[jax.Device | Mesh]":
+  """The devices of each replica."""
+  devices = jax.devices()
+  for name, size in (("tensor_parallel_size", tensor), ("data_parallel_size", data)):
+    if not isinstance(size, int) or size < 1:
+      raise ConfigError(f"{name} is {size!r}; it must be a whole number of at least 1")
+  if tensor * data > len(devices):
+    sizes = f"tensor_parallel_size is {tensor} and data_parallel_size {data}"
+    raise ConfigError(f"{sizes}; there {'is' if len(devices) == 1 else 'are'} {len(devices)} device(s)")
+  each = [devices[i * tensor : (i + 1) * tensor] for i in range(data)]
+  if tensor == 1:
+    return [own[0] for own in each]
+  return [make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), own) for own in each]
 
 
 def _is_one(prompts: Any) -> bool:

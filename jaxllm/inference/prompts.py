@@ -1,41 +1,15 @@
-"""Prompts as arrays, and the model's reading of them, which every way of decoding begins with."""
+"""What a prompt may be, and how much room it leaves."""
 
-import dataclasses
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.params import SamplingParams
-from jaxllm.models.caches import KVCache, init_cache
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.transformer import Transformer
 
 SMALLEST_BUCKET = 16  # tokens; prompts and caches are padded to this times a power of two
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """Right-padded prompts; those of an encoder_decoder are its encoder's `source`, with mask, and the
-  decoder begins with its start token."""
-
-  tokens: Int[Array, "B P"]
-  lengths: Int[Array, " B"]
-  source: Int[Array, "B S"] | None = None
-  source_mask: Int[Array, "B S"] | None = None
-
-
-def batch_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Prompts:
-  """Prompts as arrays, padded to lengths that few compilations share."""
-  tokens, lengths = pad_rows(prompts, config)
-  if config.architecture != "encoder_decoder":
-    return Prompts(tokens, lengths)
-  starts, ones = pad_rows([[config.decoder_start_id]] * len(prompts), config)
-  return Prompts(starts, ones, tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
 
 
 def pad_rows(
@@ -46,17 +20,6 @@ def pad_rows(
   for i, row in enumerate(rows):
     tokens[i, : len(row)] = row
   return tokens, np.asarray([len(row) for row in rows], np.int32)
-
-
-def read_prompts(model: Transformer, prompts: Prompts, cache_length: int) -> tuple[Float[Array, "B V"], KVCache]:
-  """The logits after each prompt, and a cache of `cache_length` slots that holds the prompts."""
-  batch, padded = prompts.tokens.shape
-  encoded = None if prompts.source is None else model.encode(prompts.source, segment_ids=prompts.source_mask)
-  cache = init_cache(model.config, batch, padded, model.compute.dtype).expecting(prompts.lengths)
-  x, filled = model.hidden(prompts.tokens, cache=cache, encoded=encoded, encoded_segment_ids=prompts.source_mask)
-  assert filled is not None
-  last = jnp.take_along_axis(x, (prompts.lengths - 1)[:, None, None], axis=1)
-  return model.logits(last)[:, 0], filled.grow(cache_length)
 
 
 def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:

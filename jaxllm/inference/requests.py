@@ -8,6 +8,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.completions import Completion, Delta, Logprob, RequestMetrics, RequestOutput
 from jaxllm.inference.engine import Delta as Gain
 from jaxllm.inference.engine import Engine, Request
+from jaxllm.inference.engine.replicas import Replicas
 from jaxllm.inference.guided import Guide, PieceText
 from jaxllm.inference.params import SamplingParams, with_word_ids
 from jaxllm.inference.text import SpecialText
@@ -39,7 +40,7 @@ class Requests:
     eos_ids: tokens that end a completion unless `ignore_eos`.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Any = None, eos_ids: Sequence[int] = ()):
+  def __init__(self, engine: Engine | Replicas, tokenizer: Any = None, eos_ids: Sequence[int] = ()):
     self.engine, self._tokenizer, self._eos_ids = engine, tokenizer, tuple(eos_ids)
     self._asked: dict[int, _Asked] = {}
     self._of: dict[int, int] = {}  # the engine's numbers to ours

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import QuantizedWeight, dequantize, quantize
 from jaxllm.models.weights import (
+  Around,
   Weight,
   grouped,
+  is_per_layer,
   is_quantizable,
   is_weight,
   part_axes,
@@ -29,7 +31,8 @@ BLOCK = 256  # scales that share a scale
 
 
 def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = None, double: bool = False) -> Any:
-  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain.
+  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain;
+  of one kept layer by layer each layer's, of one under an adapter the base.
 
   Args:
     format: None leaves it as it is. double: its scales are quantized too.
@@ -37,6 +40,10 @@ def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = Non
   Raises:
     ConfigError: no such format, or groups that do not divide the matrix; the message names it.
   """
+  if is_per_layer(w):
+    return w.map_parts(lambda layer: quantize_matrix(path, layer, format, group_size, double))
+  if isinstance(w, Around):
+    return dataclasses.replace(w, base=quantize_matrix(path, w.base, format, group_size, double))
   if format is None or not is_quantizable(path) or is_weight(w):
     return w
   try:

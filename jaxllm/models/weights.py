@@ -92,6 +92,7 @@ class Weight:
     return self
 
 
+@dataclasses.dataclass(frozen=True)
 class Around(Weight):
   """A weight around another one, its base, of whose shape and dtype it is."""
 

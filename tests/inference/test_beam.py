@@ -143,6 +143,26 @@ def test_impossible_settings(settings, message):
     SamplingParams(**settings)
 
 
-def test_one_batch_has_one_number_of_beams():
-  with pytest.raises(ConfigError, match="the same num_beams"):
-    list(models("LlamaForCausalLM")[1].generate(PROMPTS[:2], [SamplingParams(num_beams=2), SamplingParams()]))
+def test_searches_of_different_widths_and_draws_share_a_call():
+  model = models("LlamaForCausalLM")[1]
+  each = [SamplingParams(num_beams=2, max_tokens=NEW), SamplingParams(temperature=0, max_tokens=NEW)]
+  each.append(SamplingParams(num_beams=4, n=2, max_tokens=NEW))
+  alone = [one for prompt, own in zip(PROMPTS, each) for one in model.generate([prompt], own)]
+  together = model.generate(PROMPTS, each)
+  assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+  assert [one.prompt_index for one in together] == [0, 1, 2, 2]
+
+
+def test_a_beam_computes_only_its_new_token():
+  from jaxllm.inference import beam
+  from jaxllm.inference.engine import Engine
+
+  model = models("LlamaForCausalLM")[1]
+  settings = SamplingParams(num_beams=3, max_tokens=NEW, ignore_eos=True)
+  how = dict(page_size=1, max_logprobs=V, processed_logprobs=True, overlap=False, max_num_seqs=4)
+  engine = Engine(model.config, model._weights, compute=model.compute, **how)
+  list(beam.search(engine, PROMPTS[:1], [settings], None, ()))
+  stats = engine.stats()
+  # The prompt of 5 tokens, and then 3 beams at 8 places: all but the last token of each is found.
+  assert stats["prefix_queries"] - stats["prefix_hits"] == 5 + 3 * 8
+  assert stats["pages_free"] == stats["pages_total"]

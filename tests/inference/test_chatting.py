@@ -82,7 +82,7 @@ def test_the_turns_end_ends_a_reply_whatever_the_files_say(model):
   other = chat_model()
   assert other.tokenizer.end_of_turn_id == EOS
   other.generation["eos_token_id"] = 5
-  assert other._ends()["eos_ids"] == (5, EOS)
+  assert other.eos_ids == (5, EOS)
   last = free.token_ids[2]
   other.tokenizer.end_of_turn_id = last
   ended = other.chat(say("hi"), temperature=0, max_tokens=4)

@@ -9,6 +9,8 @@ import tiny_models as tiny
 import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.base.errors import ConfigError
+from jaxllm.inference.engine import Request
+from jaxllm.kernels import QuantizedWeight, dequantize, quantize
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SIZES = dict(max_model_len=40, max_num_seqs=3, page_size=4, num_pages=24, dtype="float32", compile_at_start=False)
@@ -183,18 +185,21 @@ def test_speculation_changes_no_text(saved, llm, method):
     assert all(one.metrics.target_steps < 8 for one in found)
 
 
-def test_weights_of_fewer_bits(saved):
-  whole, small = LLM(saved, **SIZES), LLM(saved, quantization="int8", **SIZES)
-  sizes = [sum(x.nbytes for x in _leaves(one)) for one in (whole, small)]
-  assert sizes[1] < sizes[0]
-  a, b = whole.score("abcdefgh")[0], small.score("abcdefgh")[0]
-  assert 0 < np.abs(a - b).max() < 0.5
-
-
-def _leaves(llm):
-  import jax
-
-  return jax.tree.leaves(llm.engine._params)
+@pytest.mark.parametrize("format, bound", [("int8", 0.2), ("int4", 1.5), ("nf4", 1.5)])
+def test_weights_of_fewer_bits(saved, llm, format, bound):
+  """Every matrix of the layers is rounded, and no other."""
+  small = LLM(saved, quantization=format, max_num_batched_tokens=12, **SIZES)
+  want, rounded = llm.engine._params["blocks"], small.engine._params["blocks"]
+  for name in ("query", "key", "value"):
+    for layer in range(2):
+      kept, codes = want["attention"][name]["weight"][layer], rounded["attention"][name]["weight"][layer]
+      assert isinstance(codes, QuantizedWeight) and codes.format == format
+      np.testing.assert_array_equal(dequantize(codes), dequantize(quantize(kept, format)))
+  assert not isinstance(small.engine._params["embedding"]["tokens"], QuantizedWeight)
+  a, b = llm.score("abcdefgh")[0], small.score("abcdefgh")[0]
+  assert 0 < np.abs(a - b).max() < bound
+  with pytest.raises(ConfigError, match="int3"):
+    LLM(saved, quantization="int3", **SIZES)
 
 
 def test_the_models_own_settings(saved, tmp_path):
@@ -207,11 +212,37 @@ def test_the_models_own_settings(saved, tmp_path):
   assert len(llm.generate("abc")[0].outputs[0].token_ids) <= 3
 
 
+@pytest.mark.parametrize("sizes", [dict(tensor=2), dict(data=2), dict(data=3, tensor=2)], ids=str)
+def test_over_several_devices_the_same(saved, llm, sizes):
+  """Weights and pages are split over a replica's devices; requests go to all replicas."""
+  prompts = [[3, 1, 4], [1, 5, 9, 2, 6], [5, 3], [5, 8, 9, 7], [9, 3, 2]]
+  how = {f"{name}_parallel_size": size for name, size in sizes.items()}
+  several = LLM(saved, max_num_batched_tokens=12, **how, **SIZES)
+  drawn = [SamplingParams(temperature=1.0, seed=i, max_tokens=8, ignore_eos=True) for i in range(5)]
+  for settings in (GREEDY, drawn):
+    want, found = (one.generate(prompts, settings) for one in (llm, several))
+    assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in want]
+  for score, want in zip(several.score(prompts), llm.score(prompts)):
+    np.testing.assert_allclose(score, want, atol=1e-5)
+  data, tensor = sizes.get("data", 1), sizes.get("tensor", 1)
+  engines = getattr(several.engine, "_engines", [several.engine])
+  assert len(engines) == data and several.stats()["pages_total"] == data * 24
+  assert all(engine.stats()["prefix_queries"] > 0 for engine in engines)
+  places = {device for engine in engines for device in engine._state.tokens.devices()}
+  assert len(places) == data * tensor
+  number = several.engine.submit(Request(prompts[0], GREEDY))
+  assert several.engine.abort(number).finish_reason == "abort" and several.engine.abort(number) is None
+  several.engine.step()
+  assert several.stats()["pages_free"] == several.stats()["pages_total"] and not several.engine.busy
+
+
 @pytest.mark.parametrize(
   "settings, message",
   [
     (dict(max_model_len=49), "max_model_len is 49"),
     (dict(tensor_parallel_size=99), "tensor_parallel_size is 99"),
+    (dict(tensor_parallel_size=0), "tensor_parallel_size is 0"),
+    (dict(data_parallel_size=9), "data_parallel_size 9; there are 8"),
     (dict(speculative={"method": "eagle"}), "'ngram' or 'draft'"),
     (dict(speculative={"method": "draft"}), "needs a model"),
     (dict(num_pages=0), "num_pages is 0"),

@@ -4,13 +4,14 @@ import collections
 import dataclasses
 import itertools
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
@@ -27,12 +28,12 @@ from jaxllm.inference.engine.speculation import DraftModel, Speculation, Specula
 from jaxllm.inference.engine.steps import NO_NUMBERS, Drawn
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import room_for
-from jaxllm.models.build import Params, declare, unstack_layers
+from jaxllm.models.build import Params, declare, described, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.multi_lora import Adapter
 from jaxllm.models.weights import cast
+from jaxllm.parallel import agreement
 from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import param_shardings
 
 log = logging.getLogger("jaxllm")
 
@@ -40,7 +41,8 @@ log = logging.getLogger("jaxllm")
 class Engine:
   """Owns a model's weights, its pages and its compiled programs; many requests share every step.
 
-  It is of one thread: whoever calls `submit`, `abort` and `step` from several takes a lock.
+  It is of one thread: whoever calls `submit`, `abort` and `step` from several takes a lock. Over a mesh of several
+  processes all of them make the same calls in the same order, and all see every token.
   """
 
   def __init__(
@@ -58,6 +60,7 @@ class Engine:
     max_tokens_per_step: int = 512,
     kv_dtype: str | None = None,
     max_logprobs: int = 20,
+    processed_logprobs: bool = False,
     max_biases: tuple[int, int] = (64, 8),
     prefix_cache: bool = True,
     overlap: bool = True,
@@ -79,6 +82,7 @@ class Engine:
       kv_dtype: of keys and values; also "int8" and "float8_e4m3fn". None: `compute.dtype`, but on CPUs float32, which
         holds the same numbers.
       max_logprobs: the most that a request may ask for.
+      processed_logprobs: those of drawn tokens are after penalties, biases and masks, and not normalized again.
       max_biases: how many biased tokens and banned sequences a request may have, and of how many tokens.
       prefix_cache: whether requests share the pages of a beginning that they have in common.
       overlap: a step is scheduled while the one before is computed; what is drawn is seen one step late.
@@ -96,7 +100,8 @@ class Engine:
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     self.config, self.compute, self.version, self._overlap = config, compute, "0", overlap
     self._mesh, self._rules = mesh, rules
-    self._adapters = Adapters(config, adapters or {})
+    self._lockstep = mesh is not None and mesh.is_multi_process
+    self._adapters = Adapters(config, adapters or {}, compute.dtype)
     self._params = self._placed(params)
     place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
     sizes = engine_sizes(
@@ -109,6 +114,7 @@ class Engine:
       max_tokens_per_step=max_tokens_per_step,
       kv_dtype=kv_dtype,
       max_logprobs=max_logprobs,
+      processed_logprobs=processed_logprobs,
       max_biases=max_biases,
       max_drafts=0 if speculative is None else speculative.num_speculative_tokens,
       row_buckets=row_buckets,
@@ -119,8 +125,9 @@ class Engine:
       sizes = dataclasses.replace(sizes, pages=self._afforded(sizes, place, Pages(sizes.pages, page_size, **window)))
     self.sizes = sizes
     self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
-    self._scheduler = Scheduler(self._pages, max_num_seqs, max_tokens_per_step, sizes.tokens[-1], self._facts)
-    self._speculator = None if speculative is None else Speculator(speculative, sizes)
+    limits = max_num_seqs, max_tokens_per_step, sizes.tokens[-1]
+    self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in)
+    self._speculator = None if speculative is None else Speculator(speculative, sizes, timed=not self._lockstep)
     self._draft_params: Params | None = None
     draft = None if speculative is None else speculative.draft
     if draft is not None:
@@ -128,6 +135,7 @@ class Engine:
       self._draft_params = self._placed(draft.params, draft)
     self._programs = Programs(config, compute, place, sizes, rules, compiler_options, draft, bool(self._adapters))
     self._state = self._programs.empty()
+    self._encoded: dict[int, tuple[int, Sequence[int]]] = {}  # by slot: adapter and prompt whose encoding lies there
     self._rows: dict[int, Row] = {}
     self._numbers = itertools.count()
     self._flight: collections.deque[tuple[Arranged, Drawn, float]] = collections.deque()
@@ -184,6 +192,7 @@ class Engine:
     while self._flight:
       self._early += self._read(*self._flight.popleft())
     self._params, self.version = self._placed(params), version
+    self._encoded.clear()
     self._scheduler.restart()
 
   def score(
@@ -244,8 +253,9 @@ class Engine:
     """Sends a step to the device and does not wait for it."""
     for row in plan.admitted:
       self._state = self._programs.begin(self._state, row.slot, row.tokens, row.sampling, row.adapter)
-      if self.config.architecture == "encoder_decoder":
+      if self.config.architecture == "encoder_decoder" and not self._encoded_in(row.slot, row):
         self._state = self._programs.encode(self._params, self._state, row.slot, row.request.prompt)
+        self._encoded[row.slot] = row.adapter, row.request.prompt
     step = arrange(plan, self.sizes, self._pages)
     batch = self._programs.batch(step.shape, step.rows, step.tables, step.drafts, step.allowed)
     start = time.perf_counter()
@@ -322,7 +332,12 @@ class Engine:
     else:
       most = longest - 1 if draws else longest
       prompt = first = check_tokens(request.prompt, "the prompt", c.vocab_size, most, f"max_model_len {longest}")
+    if self._lockstep and s.seed is None:
+      s = dataclasses.replace(s, seed=agreement.from_first(secrets.randbits(64)))
+      request = dataclasses.replace(request, sampling=s)
     limit = len(first) + (room_for(s, first, longest) if draws else 0)
+    if request.generated:
+      check_tokens(request.generated, "generated", c.vocab_size, limit - len(first) - 1, "of its completion")
     row = Row(next(self._numbers), dataclasses.replace(request, prompt=tuple(prompt)), first, limit)
     row.speculates, row.adapter = self._speculator is not None, number
     row.sampling = self._programs.settings([row.settings], request.index, row.begins, limit, tuple(row.ends))
@@ -341,29 +356,42 @@ class Engine:
       self._speculator.forget(row)
     return Delta(row.id, finish_reason=reason, metrics=row.metrics(), cached_tokens=row.cached or 0, **facts)
 
+  def _encoded_in(self, slot: int, row: Row) -> bool:
+    return self._encoded.get(slot) == (row.adapter, row.request.prompt)
+
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
     return self.version, row.request.salt, row.request.adapter or "", source
 
   def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:
     """As many pages as there is memory for beside the weights."""
-    device = place if isinstance(place, jax.Device) else place.devices.flat[0]
+    device = place if isinstance(place, jax.Device) else place.local_devices[0]
     each = page_bytes(self.config, sizes.page_size, sizes.kv_dtype, self.compute.target)
-    return affordable(sizes.pages, pages.least(sizes.max_model_len), each, free_bytes(device))
+    free = free_bytes(device)
+    if self._lockstep:
+      free = min(agreement.gather(free))
+    return affordable(sizes.pages, pages.least(sizes.max_model_len), each, free)
 
   def _placed(self, params: Params, draft: DraftModel | None = None) -> Params:
     """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""
     config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
+    params = params if self._mesh is not None else jax.device_put(params)  # arrays stay on the device where they are
+    params = self._split(cast(unstack_layers(params), compute.dtype), config, compute)
+    if draft is not None or not self._adapters:
+      return params
+    return self._split(self._adapters.over(params, self._mesh), config, compute)
+
+  def _split(self, params: Params, config: ModelConfig, compute: Compute) -> Params:
+    """The weights over the mesh, if there is one."""
     if self._mesh is None:
-      params = jax.device_put(params)  # arrays stay on the device where they are
-    elif not _lie_on(self._mesh, params):
-      _, shapes, axes = declare(config, compute)
-      params = jax.device_put(params, param_shardings(shapes, axes, self._mesh, self._rules))
-    params = cast(unstack_layers(params), compute.dtype)
-    return params if draft is not None else self._adapters.over(params, compute, self._mesh, self._rules)
+      return params
+    wanted = described(params, declare(config, compute)[2], self._mesh, self._rules)
+    return jax.tree.map(lambda x, want: _resplit(x, want.sharding), params, wanted)
 
 
-def _lie_on(mesh: Mesh, params: Params) -> bool:
-  """Whether the weights are on these devices already, as whoever loaded them has split them."""
-  devices = set(mesh.devices.flat)
-  return all(getattr(x, "sharding", None) and x.sharding.device_set == devices for x in jax.tree.leaves(params))
+def _resplit(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """An array split like this; on the devices where it is already also between processes."""
+  if getattr(x, "sharding", None) and x.sharding.device_set == sharding.device_set:
+    same = x.sharding.is_equivalent_to(sharding, x.ndim)
+    return x if same else jax.jit(lambda x: x, out_shardings=sharding)(x)
+  return jax.device_put(x, sharding)

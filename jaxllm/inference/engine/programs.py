@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxllm.inference.engine.drafting import draft_function, draft_layers
 from jaxllm.inference.engine.sizes import SMALLEST, Shape, Sizes, buckets
@@ -67,7 +67,16 @@ class Programs:
 
   def empty(self) -> State:
     """The state of an engine without requests."""
+    with jax.default_device(None if self._mesh else self._whole):
+      return self._make_state()()
 
+  def described(self, platform: str) -> State:
+    """The ShapeDtypeStructs of `empty`, of devices that need not be here."""
+    traced = self._make_state().trace()
+    split = traced.lower(lowering_platforms=(platform,)).compile().output_shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), traced.out_info, split)
+
+  def _make_state(self):
     def make():
       c, s = self.config, self.sizes
       pages = {kind: count + 1 for kind, count in s.pages.items()}  # and the one that is nobody's
@@ -85,8 +94,7 @@ class Programs:
       tokens = jnp.zeros((s.slots, s.max_model_len), jnp.int32)
       return State(cache.layers, drafts, tokens, sampling, encoded, tokens[:, 0] if self._adapters else None)
 
-    with jax.default_device(None if self._mesh else self._whole):
-      return jax.jit(self._on_mesh(make))()
+    return jax.jit(self._on_mesh(make))
 
   def settings(
     self, settings: Sequence[SamplingParams], index: int = 0, start: int = 0, limit: int = 0, ends: Sequence[int] = ()
@@ -140,31 +148,41 @@ class Programs:
   def warm_up(self, params: Params, state: State, draft_params: Params | None = None) -> None:
     """Compiles all programs that are missing, and says how long it took; a compilation after that is a fault of ours,
     which is logged and counted."""
-    start, lowered = time.perf_counter(), {}
-    for key, function, arguments in self._all(params, state, draft_params):
-      if key not in self._compiled:
-        lowered[key] = self._jitted(key, function, arguments).lower(*arguments)
+    start = time.perf_counter()
+    lowered = {key: traced.lower() for key, traced in self.traced(params, state, draft_params)}
     with ThreadPoolExecutor() as pool:
       self._compiled |= dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values())))
     self.compilations += len(lowered)
     self.ready = True
     log.info("engine: %d programs ready in %.1f s", len(lowered), time.perf_counter() - start)
 
+  def traced(
+    self, params: Params, state: State, draft_params: Params | None = None
+  ) -> Iterator[tuple[tuple, jax.stages.Traced]]:
+    """Every program that is not compiled yet, by its key; the arguments may be ShapeDtypeStructs."""
+    for key, function, arguments in self._all(params, state, draft_params):
+      if key not in self._compiled:
+        yield key, self._jitted(key, function, arguments).trace(*arguments)
+
   def _all(self, params, state, draft_params) -> Iterator[tuple[tuple, Callable, tuple]]:
+    whole = self._whole if isinstance(self._whole, NamedSharding) else SingleDeviceSharding(self._whole)
+
+    def like(shape, dtype=np.int32):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
     for shape, step in self._steps.items():
-      empty = np.zeros((shape.rows, self.sizes.max_pages), np.int32)
-      tables, drafts = dict.fromkeys(self.sizes.pages, empty), np.zeros((shape.rows, shape.drafts), np.int32)
-      batch = self.batch(shape, np.zeros((5, shape.rows), np.int32), tables, drafts, None)
+      tables = dict.fromkeys(self.sizes.pages, like((shape.rows, self.sizes.max_pages)))
+      words = like((shape.rows, shape.drafts + 1, words_for(self.config.vocab_size)), np.uint32)
+      batch = Batch(like((5, shape.rows)), tables, like((shape.rows, shape.drafts)), words)
       yield ("step", shape), step, (params, state, batch)
       if self._drafts:
         yield ("draft", shape), self._drafts[shape], (draft_params, state, batch)
-    row = np.zeros(self.sizes.max_model_len, np.int32)
     settings = self.settings([SamplingParams(temperature=0, seed=0)])
-    number = np.int32(0) if self._adapters else None
-    yield ("begin",), begin, (state, *self.put((np.int32(0), row, settings, number)))
+    settings = jax.tree.map(lambda x: like(x.shape, x.dtype), settings)
+    number = like(()) if self._adapters else None
+    yield ("begin",), begin, (state, like(()), like((self.sizes.max_model_len,)), settings, number)
     for length in self._source_lengths():
-      number, source = self.put((np.int32(0), np.zeros((1, length), np.int32)))
-      yield ("encode", length), self._encode, (params, state, number, source, number)
+      yield ("encode", length), self._encode, (params, state, like(()), like((1, length)), like(()))
 
   def _source_lengths(self) -> tuple[int, ...]:
     if self.config.architecture != "encoder_decoder":
@@ -185,7 +203,8 @@ class Programs:
     if key not in _JITTED:
       state = next(one for one in arguments if isinstance(one, State))
       stays = jax.tree.map(lambda x: x.sharding, state)
-      out = (stays, None) if function in self._steps.values() else stays
+      read = None if self._mesh is None else self._whole  # every process reads what is drawn
+      out = (stays, read) if function in self._steps.values() else stays
       donated = next(i for i, one in enumerate(arguments) if one is state)
       how = dict(donate_argnums=donated, out_shardings=out, compiler_options=self._options)
       _JITTED[key] = jax.jit(self._on_mesh(function), **how)

@@ -47,6 +47,7 @@ class Request:
   salt: str = ""  # pages are shared between requests of one salt only
   guide: Guides | None = None  # of this completion alone
   adapter: str | None = None  # one of the engine's; None: the model without any
+  generated: Sequence[int] = ()  # tokens of the completion that there are already: it goes on behind them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Row:
       self.settings = dataclasses.replace(self.settings, seed=secrets.randbits(64))
     self.eos = frozenset(() if self.settings.ignore_eos else request.eos_ids)
     self.ends = self.eos | set(self.settings.stop_token_ids)
-    self.tokens = list(first_tokens)
-    self.begins = len(self.tokens)  # tokens before the first drawn one
+    self.tokens = [*first_tokens, *(int(token) for token in request.generated)]
+    self.begins = len(first_tokens)  # tokens before the completion's first
     self.limit = limit  # of tokens in all
     self.computed = self.pending = 0
     self.scored = 1  # tokens whose log-probability is known or needs none, from the first on

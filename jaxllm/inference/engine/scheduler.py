@@ -46,6 +46,7 @@ class Scheduler:
     max_tokens: of a step, all rows together; at least `max_rows`.
     max_chunk: of a row in a step. What is more waits for the next one.
     facts: of a row, what its keys and values depend on besides tokens (`pages.first_key`).
+    fits: whether a place on the device suits a row better than others.
   """
 
   def __init__(
@@ -55,12 +56,13 @@ class Scheduler:
     max_tokens: int,
     max_chunk: int,
     facts: Callable[[Row], Sequence[str | int | Sequence[int]]] = lambda row: (),
+    fits: Callable[[int, Row], bool] = lambda slot, row: False,
   ):
     self.pages, self.max_tokens, self.max_chunk, self._facts = pages, max_tokens, max_chunk, facts
     self.waiting: list[Row] = []  # both in order
     self.running: list[Row] = []
     self.preemptions = self.prefix_queries = self.prefix_hits = 0  # the last two in tokens
-    self._slots = list(range(max_rows))[::-1]
+    self._slots, self._fits = list(range(max_rows))[::-1], fits
 
   @property
   def steady(self) -> bool:
@@ -137,7 +139,7 @@ class Scheduler:
       return False
     self.waiting.pop(0)
     bisect.insort(self.running, row, key=lambda one: one.order)
-    row.held, row.slot, row.computed = held, self._slots.pop(), len(held) * self.pages.page_size
+    row.held, row.slot, row.computed = held, self._take_slot(row), len(held) * self.pages.page_size
     plan.admitted.append(row)
     row.note("first_scheduled_time")
     self.prefix_queries += len(row.tokens)
@@ -148,6 +150,12 @@ class Scheduler:
       self._give(row, count, plan)
       self._advance(plan.work[-1])
     return True
+
+  def _take_slot(self, row: Row) -> int:
+    """One that fits, or else any."""
+    slot = next((slot for slot in reversed(self._slots) if self._fits(slot, row)), self._slots[-1])
+    self._slots.remove(slot)
+    return slot
 
   def _give(self, row: Row, count: int, plan: Plan, drafts: Sequence[int] = ()) -> None:
     draws = row.draws and count == row.left

@@ -34,6 +34,7 @@ class Sizes:
   top: int  # log-probabilities of the likeliest tokens
   sequences: tuple[int, int]  # biased tokens and sequences of a request, and their length
   packed: bool  # the tokens of a step stand back to back
+  processed: bool  # log-probabilities are those after the settings' rules, not normalized again
   by_slot: bool  # a row stands where its slot is: with encoded text beside it, which lies by slot
 
   @property
@@ -91,6 +92,7 @@ def engine_sizes(
   max_tokens_per_step: int,
   kv_dtype: str | None,
   max_logprobs: int,
+  processed_logprobs: bool,
   max_biases: tuple[int, int],
   max_drafts: int,
   row_buckets: Sequence[int] | None,
@@ -137,6 +139,7 @@ def engine_sizes(
     top=min(max_logprobs, config.vocab_size),
     sequences=max_biases,
     packed=packed,
+    processed=processed_logprobs,
     by_slot=config.architecture == "encoder_decoder",
   )
 

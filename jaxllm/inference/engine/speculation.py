@@ -75,8 +75,9 @@ class Speculation:
 class Speculator:
   """Asks for guesses before each step, and learns from what became of them."""
 
-  def __init__(self, speculation: Speculation, sizes: Sizes):
-    self._how, self._sizes, self._pace = speculation, sizes, Pace()
+  def __init__(self, speculation: Speculation, sizes: Sizes, timed: bool = True):
+    """`timed`: guesses depend on how long steps take, which processes in lockstep would see differently."""
+    self._how, self._sizes, self._pace, self._timed = speculation, sizes, Pace(), timed
     self._lookups: dict[int, Lookup] = {}
     self._trust: dict[int, Trust] = {}
     self.drafted = self.accepted = 0
@@ -86,7 +87,7 @@ class Speculator:
     for row in rows:
       row.drafts = self._guess(row) if steady and row.left == 1 and row.draws else ()
     guessed = [row for row in rows if row.drafts]
-    if guessed and self._how.adaptive:
+    if guessed and self._how.adaptive and self._timed:
       plain, deep = self._sizes.shape_for([1] * len(rows)), max(len(row.drafts) for row in guessed)
       held = sum(self._trust[row.id].expected(len(row.drafts)) for row in guessed)
       drafted = self._sizes.shape_for([1 + len(row.drafts) for row in rows], deep)

@@ -76,9 +76,8 @@ class Drawn:
   scores: LogProbs
 
 
-def log_probs(logits: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
-  """Log-probabilities of these tokens and of the `top` likeliest."""
-  every = jax.nn.log_softmax(logits, axis=-1)
+def log_probs(every: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
+  """Of all log-probabilities those of these tokens and of the `top` likeliest."""
   values, ids = jax.lax.top_k(every, top)
   own = jnp.take_along_axis(every, jnp.maximum(token, 0)[:, None], -1)
   return LogProbs(own[:, 0], (every > own).sum(-1) + 1, ids.astype(jnp.int32), values)
@@ -143,7 +142,15 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     tokens = tokens.at[slots, where].set(token[row[:, 0], count], mode="drop")
 
     flat = token.reshape(-1)
-    shown = _wanted(wishes & SHOWS, len(flat), sizes.top, lambda: log_probs(logits, flat, sizes.top))
+
+    def shows():
+      every = jax.nn.log_softmax(logits, axis=-1)
+      if sizes.processed:
+        of = jnp.repeat(slots, places.shape[1])
+        every = state.sampling.take(of).rules.apply(every, places.reshape(-1), tokens[of])
+      return log_probs(every, flat, sizes.top)
+
+    shown = _wanted(wishes & SHOWS, len(flat), sizes.top, shows)
     shown = jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), shown)
     following = at(positions + 1).reshape(-1)
     scoring = functools.partial(model_under, graph, params)
@@ -228,7 +235,7 @@ def _scores(
   def some(part):
     x, following, adapters = part
     model = model_under(None if adapters is None else adapters[:, None])
-    return log_probs(model.logits(x[:, None])[:, 0], following, top)
+    return log_probs(jax.nn.log_softmax(model.logits(x[:, None])[:, 0], axis=-1), following, top)
 
   size = min(AT_ONCE, len(x))
   pad = -len(x) % size

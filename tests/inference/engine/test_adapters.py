@@ -71,7 +71,7 @@ def adapters(params):
 
 def engine(kind="tied", params=None, **settings):
   params = base(kind) if params is None else params
-  how = dict(compute=oracle.XLA, num_pages=12, adapters=adapters(params))
+  how = dict(compute=oracle.XLA, num_pages=8, adapters=adapters(params))
   return Poisoned(CONFIGS[kind], params, **how | settings)
 
 
@@ -233,7 +233,7 @@ def test_adapters_that_cannot_be_mixed_are_refused_by_name():
   latent = MLAConfig(kv_lora_rank=16, nope_head_dim=8, rope_head_dim=8, value_head_dim=8)
   absorbed = {path.replace("query", "key"): fits[path]}
   for config, adapter, message in (
-    (CONFIGS["tied"], spoiled, f"'x' has numbers of {path} that are not finite"),
+    (CONFIGS["tied"], spoiled, f"'x' has numbers of {path} that are not finite in float32"),
     (CONFIGS["tied"], other, rf"'x' does not fit: {path} is \[32, 32\] here and \[16, 32\] in the adapter"),
     (CONFIGS["tied"], {"head/weight": fits[path]}, "'x' does not fit: the model has no head/weight"),
     (CONFIGS["tied"], {}, "'x' changes nothing"),
