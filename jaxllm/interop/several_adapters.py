@@ -100,10 +100,11 @@ def _check_base(base: StoredModel, name: str, adapter: StoredAdapter) -> None:
   """That the model which an adapter names is this one, if it is here: by what one of the matrices holds, since the same
   model may stand in many files, in other formats too."""
   try:
-    named = open_model(base_of(adapter.path), merge=True)
+    path = base_of(adapter.path)
+    if base.path is not None and path.resolve() == base.path.resolve():
+      return
+    named = open_model(path)
   except UserError:  # it is not here, or nothing that can be opened
-    return
-  if base.path is not None and named.path is not None and named.path.resolve() == base.path.resolve():
     return
   path = next((path for path in adapter.changes if path in named.tensors), TABLE)
   where = adapter.changes[path].where if path in adapter.changes else np.ones(())
