@@ -128,5 +128,5 @@ def summary(adapters: tuple[StoredAdapter, ...]) -> str:
       counts[path.removesuffix("/weight").removeprefix("blocks/")] += int(change.where.sum())
       ranks.add(change.rank)
   kinds = sorted({adapter.kind for adapter in adapters})
-  of_each = ", ".join(f"{kind} x {count}" for kind, count in counts.items())
+  of_each = ", ".join(f"{kind} x {count}" for kind, count in sorted(counts.items()))
   return f"{' and '.join(kinds)} of rank {', '.join(map(str, sorted(ranks)))} on {of_each}"
