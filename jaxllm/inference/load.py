@@ -59,9 +59,7 @@ def load_with_adapters(
     CheckpointError, ConfigError, DataError: as `load_model` and `open_adapters`.
   """
   check_dtype(dtype)
-  stored, found = open_model(path, adapter=adapter, merge=False), {}
-  if adapters:
-    stored, found = open_adapters(stored, adapters)
+  stored, found = open_adapters(open_model(path, adapter=adapter, merge=False), adapters)
   model = read_weights(stored, dtype=dtype, mesh=mesh)
   return model, {name: factors(several, stored.config, mesh) for name, several in found.items()}
 

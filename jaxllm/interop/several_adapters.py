@@ -55,17 +55,17 @@ def open_adapters(
     base = (base.merged() if any(TABLE in adapter.changes for adapter in base.apart) else base).untied()
     opened = {name: _over(base, name, several) for name, several in directories.items()}
   found = {name: model.apart[len(base.apart) :] for name, model in opened.items()}
-  for name, several in found.items():
+  for name, own in found.items():
     if opened[name].chat_template != base.chat_template:
       log.warning("adapter %r has a chat template of its own, which is not used: chats are the base's", name)
-    if replaced := sorted(path for adapter in several for path in adapter.full):
+    if replaced := sorted(path for adapter in own for path in adapter.full):
       raise ConfigError(
         f"the adapter {name!r} replaces {replaced[0]}, which cannot differ within a batch; load the model with this "
         "adapter alone"
       )
-    for adapter in several:
+    for adapter in own:
       _check_base(base, name, adapter)
-    log.info("adapter %r: %s", name, summary(several))
+    log.info("adapter %r: %s", name, summary(own))
   return base, found
 
 
@@ -100,10 +100,10 @@ def _check_base(base: StoredModel, name: str, adapter: StoredAdapter) -> None:
   """That the model which an adapter names is this one, if it is here: by what one of the matrices holds, since the same
   model may stand in many files, in other formats too."""
   try:
-    path = base_of(adapter.path)
-    if base.path is not None and path.resolve() == base.path.resolve():
+    directory = base_of(adapter.path)
+    if base.path is not None and directory.resolve() == base.path.resolve():
       return
-    named = open_model(path)
+    named = open_model(directory)
   except UserError:  # it is not here, or nothing that can be opened
     return
   path = next((path for path in adapter.changes if path in named.tensors), TABLE)

@@ -132,14 +132,11 @@ def test_devices_and_fewer_bits(two):
   base, adapters, _ = two
   names = [None, "few", "dora"] * 3
   prompts = [prompt for prompt in PROMPTS for _ in range(3)]
-  texts = [
-    [
-      one.outputs[0].token_ids
-      for one in LLM(base, adapters=adapters, **how, **SIZES).generate(prompts, GREEDY, adapter=names)
-    ]
-    for how in ({}, dict(tensor_parallel_size=2))
-  ]
-  assert texts[0] == texts[1]
+  texts = []
+  for how in ({}, dict(tensor_parallel_size=2), dict(data_parallel_size=2)):
+    answers = LLM(base, adapters=adapters, **how, **SIZES).generate(prompts, GREEDY, adapter=names)
+    texts.append([one.outputs[0].token_ids for one in answers])
+  assert texts[0] == texts[1] == texts[2]
   small = LLM(base, adapters=adapters, quantization="int8", **SIZES)
   whole = LLM(base, adapters=adapters, **SIZES)
   for name in (None, "few", "dora"):
