@@ -73,7 +73,8 @@ class Adapters:
         return w.map_parts(one)
       if not isinstance(w, MultiLoraWeight):
         return w
-      return dataclasses.replace(w, a=w.a.astype(self._dtype), b=w.b.astype(self._dtype))
+      owner = jax.device_put(w.owner, whole)  # or every step would bring it there
+      return dataclasses.replace(w, a=w.a.astype(self._dtype), b=w.b.astype(self._dtype), owner=owner)
 
     return map_weights(one, with_several(params, jax.tree.map(beside, self._adapters)))
 
