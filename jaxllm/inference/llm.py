@@ -20,10 +20,11 @@ from jaxllm.inference.completions import (
   request_outputs,
 )
 from jaxllm.inference.engine import Engine
+from jaxllm.inference.engine.adapters import one_each
 from jaxllm.inference.engine.kept import keep_programs
 from jaxllm.inference.engine.replicas import Replicas
 from jaxllm.inference.engine.speculation import DraftModel, Speculation
-from jaxllm.inference.load import load_model
+from jaxllm.inference.load import load_model, load_with_adapters
 from jaxllm.inference.model import Message
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import token_ids
@@ -49,6 +50,7 @@ class LLM:
     model: str | Path,
     *,
     adapter: Adapters = None,
+    adapters: Mapping[str, Adapters] | None = None,
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
     data_parallel_size: int = 1,
@@ -69,6 +71,7 @@ class LLM:
     """
     Args:
       model: whatever `load_model` reads. adapter: as there, and dtype.
+      adapters: others of the same base, directories by name: each request is under one of them or none.
       tensor_parallel_size: devices over which weights and pages are split.
       data_parallel_size: how many times there are all weights and pages, each time on other devices.
       max_model_len: tokens of a prompt and its completion; None: the model's.
@@ -94,7 +97,7 @@ class LLM:
       keep_programs()
     places = _places(tensor_parallel_size, data_parallel_size)
     mesh = places[0] if isinstance(places[0], Mesh) else None
-    self.model = load_model(model, adapter=adapter, dtype=dtype, mesh=mesh)
+    self.model, several = load_with_adapters(model, adapters or {}, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
     settings = dict(
@@ -107,6 +110,7 @@ class LLM:
       prefix_cache=enable_prefix_caching,
       max_logprobs=max_logprobs,
       speculative=None if speculative is None else _speculation(speculative, dtype),
+      adapters=several,
       **engine_settings,
     )
     self.engine: Engine | Replicas
@@ -128,6 +132,8 @@ class LLM:
     self,
     prompts: Prompt | Sequence[Prompt],
     sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    adapter: str | Sequence[str | None] | None = None,
   ) -> list[RequestOutput]:
     """Completes a prompt, or each of several: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
 
@@ -135,6 +141,7 @@ class LLM:
 
     Args:
       sampling_params: for all prompts, or for each; None: the model's own.
+      adapter: the name of one of `adapters`, for all prompts or for each; None: the model without them.
 
     Raises:
       ConfigError: every prompt was refused; what the first one's answer says.
@@ -146,7 +153,8 @@ class LLM:
       raise ConfigError("sampling settings must be SamplingParams: one, or one for each prompt")
     if len(settings) != len(each):
       raise ConfigError(f"{len(settings)} sampling settings for {len(each)} prompts; give one, or one for each")
-    return self._answers([self._submit(prompt, one) for prompt, one in zip(each, settings)])
+    names = one_each(adapter, len(each))
+    return self._answers([self._submit(*asked) for asked in zip(each, settings, names)])
 
   def chat(
     self,
@@ -156,11 +164,12 @@ class LLM:
     tools: Sequence[dict[str, Any]] | None = None,
     continue_final_message: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
+    adapter: str | Sequence[str | None] | None = None,
   ) -> list[RequestOutput]:
     """The reply to a chat, or to each of several; see `Model.chat_ids` and `generate`."""
     chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
     ids = [self.model.chat_ids(chat, tools, continue_final_message, chat_template_kwargs) for chat in chats]
-    return self.generate([{"prompt_token_ids": one} for one in ids], sampling_params)
+    return self.generate([{"prompt_token_ids": one} for one in ids], sampling_params, adapter=adapter)
 
   def embed(
     self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
@@ -175,9 +184,11 @@ class LLM:
       for number, (one, vector) in enumerate(zip(ids, vectors))
     ]
 
-  def score(self, prompts: Prompt | Sequence[Prompt]) -> list[Float32[np.ndarray, " T-1"]]:
+  def score(
+    self, prompts: Prompt | Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
+  ) -> list[Float32[np.ndarray, " T-1"]]:
     """Of each text the log-probabilities, in nats, of its tokens from the second on; see `Engine.score`."""
-    return self.engine.score([self._ids(prompt)[1] for prompt in _listed(prompts)])
+    return self.engine.score([self._ids(prompt)[1] for prompt in _listed(prompts)], adapter)
 
   def stats(self) -> dict[str, Any]:
     """Counts of the engine: see `Engine.stats`."""
@@ -198,19 +209,21 @@ class LLM:
       return prompt, self.model.prompt_ids(prompt)
     return None, token_ids(prompt, "the prompt")
 
-  def _submit(self, prompt: Prompt, settings: SamplingParams) -> "int | RequestOutput":
+  def _submit(self, prompt: Prompt, settings: SamplingParams, adapter: str | None) -> "int | RequestOutput":
     """The number of a request, or at once the answer: of beam search, or to one that is refused."""
     text: str | None = None
     ids: list[int] = []
     try:
       text, ids = self._ids(prompt)
       if settings.num_beams > 1:
+        if adapter is not None:
+          raise ConfigError("num_beams: beams are of one model; load it with this adapter alone (adapter=)")
         return request_outputs(self.model.generate([ids], settings), [text], [ids])[0]
       if settings.seed is None and self._seed is not None:
         words = np.random.SeedSequence((self._seed, self._asked)).generate_state(1, np.uint64)
         settings = dataclasses.replace(settings, seed=int(words[0]))
       self._asked += 1
-      return self._requests.submit(ids, settings, text=text)
+      return self._requests.submit(ids, settings, text=text, adapter=adapter)
     except ConfigError as error:
       refused = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", error=str(error))
       return RequestOutput(request_id="", prompt=text, prompt_token_ids=tuple(ids), outputs=(refused,), finished=True)

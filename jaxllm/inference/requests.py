@@ -62,6 +62,7 @@ class Requests:
     text: str | None = None,
     priority: int = 0,
     salt: str = "",
+    adapter: str | None = None,
   ) -> int:
     """Takes a prompt in; its number, which its deltas bear as `prompt_index`. See `Request` for the others.
 
@@ -92,7 +93,8 @@ class Requests:
           logprobs=0 if settings.draws > settings.n and settings.logprobs is None else settings.logprobs,
           prompt_logprobs=settings.prompt_logprobs if index == 0 else None,
         )
-        request = Request(prompt, own, eos_ids, index, priority=priority, salt=salt, guide=guide)
+        more = dict(priority=priority, salt=salt, guide=guide, adapter=adapter)
+        request = Request(prompt, own, eos_ids, index, **more)
         asked.writers[self.engine.submit(request)] = Writer(
           number,
           index,

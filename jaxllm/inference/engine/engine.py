@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.inference.engine.adapters import Adapters, one_each
 from jaxllm.inference.engine.dispatch import Arranged, Gained, arrange, gained
 from jaxllm.inference.engine.drafting import check_draft
 from jaxllm.inference.engine.memory import affordable, free_bytes, page_bytes
@@ -29,6 +30,7 @@ from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import room_for
 from jaxllm.models.build import Params, declare, described, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.multi_lora import Adapter
 from jaxllm.models.weights import cast
 from jaxllm.parallel import agreement
 from jaxllm.parallel.config import AxisRules
@@ -66,6 +68,7 @@ class Engine:
     token_buckets: Sequence[int] | None = None,
     compiler_options: Mapping[str, Any] | None = None,
     speculative: Speculation | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
   ):
     """
     Args:
@@ -88,15 +91,18 @@ class Engine:
         compiled; None: powers of two.
       compiler_options: of XLA.
       speculative: guesses that are checked many at once; no step is scheduled ahead then, as with `overlap` False.
+      adapters: by the names under which requests ask for them, each as `multi_lora.adapter_of` makes it of a tree of
+        parameters; all of this model.
 
     Raises:
-      ConfigError: the model writes no text, or a size is impossible.
+      ConfigError: the model writes no text, a size is impossible, or an adapter does not fit.
     """
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
     self.config, self.compute, self.version, self._overlap = config, compute, "0", overlap
     self._mesh, self._rules = mesh, rules
     self._lockstep = mesh is not None and mesh.is_multi_process
+    self._adapters = Adapters(config, adapters or {}, compute.dtype)
     self._params = self._placed(params)
     place = next(iter(jax.tree.leaves(self._params)[0].devices())) if mesh is None else mesh
     sizes = engine_sizes(
@@ -128,9 +134,9 @@ class Engine:
     if draft is not None:
       check_draft(draft.config, config, sizes.max_model_len)
       self._draft_params = self._placed(draft.params, draft)
-    self._programs = Programs(config, compute, place, sizes, rules, compiler_options, draft)
+    self._programs = Programs(config, compute, place, sizes, rules, compiler_options, draft, bool(self._adapters))
     self._state = self._programs.empty()
-    self._encoded: dict[int, Sequence[int]] = {}  # by slot: the prompt whose encoding lies there
+    self._encoded: dict[int, tuple[int, Sequence[int]]] = {}  # by slot: adapter and prompt whose encoding lies there
     self._rows: dict[int, Row] = {}
     self._numbers = itertools.count()
     self._flight: collections.deque[tuple[Arranged, Drawn, float]] = collections.deque()
@@ -182,17 +188,22 @@ class Engine:
     return deltas
 
   def load_weights(self, params: Params, version: str) -> None:
-    """Goes on with other weights of the same shapes. Requests keep the tokens that they have, whose keys and values
-    are computed again; pages of the old weights are not found any more."""
+    """Goes on with other weights of the same shapes, under the same adapters. Requests keep the tokens that they have,
+    whose keys and values are computed again; pages of the old weights are not found any more."""
     while self._flight:
       self._early += self._read(*self._flight.popleft())
     self._params, self.version = self._placed(params), version
     self._encoded.clear()
     self._scheduler.restart()
 
-  def score(self, texts: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, " T-1"]]:
+  def score(
+    self, texts: Sequence[Sequence[int]], adapter: str | Sequence[str | None] | None = None
+  ) -> list[Float32[np.ndarray, " T-1"]]:
     """Of each text's tokens from the second on the log-probability, in nats, given those before it. Other requests go
     on meanwhile; the next `step` says what they gained.
+
+    Args:
+      adapter: of all texts, or of each.
 
     Raises:
       ConfigError: as `submit`; nothing is scored then.
@@ -202,8 +213,9 @@ class Engine:
     found: dict[int, list[float]] = {}
     asked: dict[int, Sequence[int]] = {}
     try:
-      for text in texts:
-        asked[self._submit(Request(text, SamplingParams(prompt_logprobs=0)), draws=False)] = text
+      for text, name in zip(texts, one_each(adapter, len(texts))):
+        request = Request(text, SamplingParams(prompt_logprobs=0), adapter=name)
+        asked[self._submit(request, draws=False)] = text
     except ConfigError:
       for number in asked:
         self.abort(number)
@@ -241,10 +253,10 @@ class Engine:
   def _start(self, plan: Plan) -> None:
     """Sends a step to the device and does not wait for it."""
     for row in plan.admitted:
-      self._state = self._programs.begin(self._state, row.slot, row.tokens, row.sampling)
+      self._state = self._programs.begin(self._state, row.slot, row.tokens, row.sampling, row.adapter)
       if self.config.architecture == "encoder_decoder" and not self._encoded_in(row.slot, row):
         self._state = self._programs.encode(self._params, self._state, row.slot, row.request.prompt)
-        self._encoded[row.slot] = row.request.prompt
+        self._encoded[row.slot] = row.adapter, row.request.prompt
     step = arrange(plan, self.sizes, self._pages)
     batch = self._programs.batch(step.shape, step.rows, step.tables, step.drafts, step.allowed)
     start = time.perf_counter()
@@ -307,6 +319,7 @@ class Engine:
 
   def _submit(self, request: Request, draws: bool) -> int:
     c, s, longest = self.config, request.sampling, self.sizes.max_model_len
+    number = self._adapters.number(request.adapter)
     for name, value in (("logprobs", s.logprobs), ("prompt_logprobs", s.prompt_logprobs)):
       if value is not None and value > self.sizes.top:
         raise ConfigError(f"{name} is {value}; this engine gives up to {self.sizes.top} (max_logprobs)")
@@ -327,7 +340,7 @@ class Engine:
     if request.generated:
       check_tokens(request.generated, "generated", c.vocab_size, limit - len(first) - 1, "of its completion")
     row = Row(next(self._numbers), dataclasses.replace(request, prompt=tuple(prompt)), first, limit)
-    row.speculates = self._speculator is not None
+    row.speculates, row.adapter = self._speculator is not None, number
     row.sampling = self._programs.settings([row.settings], request.index, row.begins, limit, tuple(row.ends))
     if row.left < 1:  # a single token to score
       self._early.append(Delta(row.id, finish_reason="length"))
@@ -345,11 +358,11 @@ class Engine:
     return Delta(row.id, finish_reason=reason, metrics=row.metrics(), cached_tokens=row.cached or 0, **facts)
 
   def _encoded_in(self, slot: int, row: Row) -> bool:
-    return self._encoded.get(slot) == row.request.prompt
+    return self._encoded.get(slot) == (row.adapter, row.request.prompt)
 
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
-    return self.version, row.request.salt, source
+    return self.version, row.request.salt, row.request.adapter or "", source
 
   def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:
     """As many pages as there is memory for beside the weights."""
@@ -363,9 +376,16 @@ class Engine:
   def _placed(self, params: Params, draft: DraftModel | None = None) -> Params:
     """The weights, or those of a draft model, as they compute: each layer apart, in their dtype, on the devices."""
     config, compute = (self.config, self.compute) if draft is None else (draft.config, draft.compute)
+    params = params if self._mesh is not None else jax.device_put(params)  # arrays stay on the device where they are
+    params = self._split(cast(unstack_layers(params), compute.dtype), config, compute)
+    if draft is not None or not self._adapters:
+      return params
+    return self._split(self._adapters.over(params, self._mesh), config, compute)
+
+  def _split(self, params: Params, config: ModelConfig, compute: Compute) -> Params:
+    """The weights over the mesh, if there is one."""
     if self._mesh is None:
-      return cast(unstack_layers(jax.device_put(params)), compute.dtype)  # arrays stay on the device where they are
-    params = cast(unstack_layers(params), compute.dtype)
+      return params
     wanted = described(params, declare(config, compute)[2], self._mesh, self._rules)
     return jax.tree.map(lambda x, want: _resplit(x, want.sharding), params, wanted)
 

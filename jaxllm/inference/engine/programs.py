@@ -44,6 +44,7 @@ class Programs:
     rules: AxisRules = AxisRules(),
     options: Mapping[str, Any] | None = None,
     draft: DraftModel | None = None,
+    adapters: bool = False,
   ):
     self.config, self.compute, self.sizes = config, compute, sizes
     self.compilations, self.ready = 0, False
@@ -53,7 +54,8 @@ class Programs:
     self._steps = {shape: step_function(graph, sizes, shape) for shape in sizes.shapes()}
     self._encode = encode_function(graph, compute.dtype)
     small = None if draft is None else (draft.config, draft.compute)
-    self._own = repr((config, compute, sizes, self._rules, options, small)), place
+    self._adapters = adapters
+    self._own = repr((config, compute, sizes, self._rules, options, small, adapters)), place
     self._draft_model, self._drafts = draft, {}
     if draft is not None:
       of = declare(draft.config, draft.compute)[0]
@@ -89,7 +91,8 @@ class Programs:
       sampling = jax.tree.map(jnp.asarray, self.settings([SamplingParams(temperature=0, seed=0)] * s.slots))
       small = self._draft_model
       drafts = () if small is None else draft_layers(small.config, c, s, small.compute)
-      return State(cache.layers, drafts, jnp.zeros((s.slots, s.max_model_len), jnp.int32), sampling, encoded)
+      tokens = jnp.zeros((s.slots, s.max_model_len), jnp.int32)
+      return State(cache.layers, drafts, tokens, sampling, encoded, tokens[:, 0] if self._adapters else None)
 
     # Over several devices its parts lie as they are constrained to.
     alone = self._mesh is not None and self._mesh.size == 1
@@ -129,11 +132,12 @@ class Programs:
     """The draft model reads the batch and guesses, see `draft_function`; before the step itself."""
     return self._program(("draft", shape), self._drafts[shape], (params, state, batch))
 
-  def begin(self, state: State, slot: int, tokens: Sequence[int], sampling: SamplingRows) -> State:
-    """A row with these tokens, none of them computed, and settings takes a slot."""
+  def begin(self, state: State, slot: int, tokens: Sequence[int], sampling: SamplingRows, adapter: int = 0) -> State:
+    """A row with these tokens, none of them computed, settings and the adapter with this number takes a slot."""
     row = np.zeros(self.sizes.max_model_len, np.int32)
     row[: len(tokens)] = tokens
-    return self._program(("begin",), begin, (state, *self.put((np.int32(slot), row, sampling))))
+    number = np.int32(adapter) if self._adapters else None
+    return self._program(("begin",), begin, (state, *self.put((np.int32(slot), row, sampling, number))))
 
   def encode(self, params: Params, state: State, slot: int, source: Sequence[int]) -> State:
     """The encoder reads a row's text; the state keeps every layer's keys and values of it."""
@@ -177,7 +181,8 @@ class Programs:
         yield ("draft", shape), self._drafts[shape], (draft_params, state, batch)
     settings = self.settings([SamplingParams(temperature=0, seed=0)])
     settings = jax.tree.map(lambda x: like(x.shape, x.dtype), settings)
-    yield ("begin",), begin, (state, like(()), like((self.sizes.max_model_len,)), settings)
+    number = like(()) if self._adapters else None
+    yield ("begin",), begin, (state, like(()), like((self.sizes.max_model_len,)), settings, number)
     for length in self._source_lengths():
       yield ("encode", length), self._encode, (params, state, like(()), like((1, length)), like(()))
 

@@ -75,9 +75,11 @@ class Replicas:
     for engine, place in zip(self._engines, self._places):
       engine.load_weights(_on(params, place), version)
 
-  def score(self, texts: Sequence[Sequence[int]]) -> list[Float32[np.ndarray, " T-1"]]:
+  def score(
+    self, texts: Sequence[Sequence[int]], adapter: str | Sequence[str | None] | None = None
+  ) -> list[Float32[np.ndarray, " T-1"]]:
     """See `Engine.score`; by one replica."""
-    return self._engines[0].score(texts)
+    return self._engines[0].score(texts, adapter)
 
   def stats(self) -> dict[str, int]:
     """See `Engine.stats`; of all together."""

@@ -47,6 +47,7 @@ class Request:
   priority: int = 0  # the lowest goes first, among equals the first come
   salt: str = ""  # pages are shared between requests of one salt only
   guide: Guides | None = None  # of this completion alone
+  adapter: str | None = None  # one of the engine's; None: the model without any
   generated: Sequence[int] = ()  # tokens of the completion that there are already: it goes on behind them
 
 
@@ -89,6 +90,7 @@ class Row:
     self.held: Held | None = None
     self.finished = False
     self.speculates = False  # whether drafts are asked for
+    self.adapter = 0  # the engine's number of it
     self.drafts: tuple[int, ...] = ()  # guesses at its next tokens, for the next step
     self.keys: list[bytes] = []  # of the pages that its known tokens fill
     self.cached: int | None = None  # tokens found when it was first admitted

@@ -5,6 +5,7 @@ and what a step draws is there for the next one before the host has seen it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,7 @@ from jaxllm.inference.engine.sizes import Shape, Sizes
 from jaxllm.inference.sampling import SamplingRows
 from jaxllm.models.build import Params
 from jaxllm.models.caches import Encoded, KVCache, init_cache
+from jaxllm.models.multi_lora import with_adapters
 from jaxllm.models.stores import Store
 from jaxllm.models.transformer import Transformer
 
@@ -35,6 +37,7 @@ class State:
   tokens: Int[Array, "slots max_model_len"]
   sampling: SamplingRows  # by slot
   encoded: Encoded | None  # of an encoder_decoder, by slot
+  adapters: Int[Array, " slots"] | None = None  # under which each row is; None: there are none
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +101,11 @@ class Reading:
     return cls(row_of, jnp.arange(rows) * shape.tokens + jnp.maximum(counts - 1, 0))
 
 
+def model_under(graph: nnx.GraphDef, params: Params, adapters: Int[Array, "#B #T"] | None) -> Transformer:
+  """The model for tokens of which each is under the adapter with this number."""
+  return nnx.merge(graph, params if adapters is None else with_adapters(params, adapters))
+
+
 def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
   """step(params, state, batch) -> (state, Drawn): computes the batch's tokens and draws after each row's last, and with
   drafts at each of them and after the last.
@@ -107,7 +115,7 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
   """
 
   def step(params: Params, state: State, batch: Batch):
-    model: Transformer = nnx.merge(graph, params)
+    adapters_of = lambda slots: None if state.adapters is None else state.adapters[slots]  # noqa: E731
     slots, lengths, counts, wishes, drafted = batch.rows
     row, ahead = jnp.arange(len(slots))[:, None], jnp.arange(shape.drafts + 1)
     first = lengths + counts - drafted  # the first position that is drawn
@@ -120,11 +128,13 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     cache = KVCache(state.layers, lengths, counts, batch.tables, state.encoded)
     positions = cache.positions(reading.row_of.shape)
     at = lambda positions: tokens.at[slots[reading.row_of], positions].get(mode="clip")  # noqa: E731
-    x, after = model.hidden(at(positions), cache=cache)
+    adapters = adapters_of(slots[reading.row_of])
+    x, after = model_under(graph, params, adapters).hidden(at(positions), cache=cache)
     x = x.reshape(-1, x.shape[-1])
 
     read = jnp.maximum(reading.last[:, None] - drafted[:, None] + ahead, 0)  # beyond a row's own: not used
-    logits = model.logits(x[jnp.minimum(read, len(x) - 1)].reshape(-1, 1, x.shape[-1]))[:, 0]
+    drawing = model_under(graph, params, adapters_of(jnp.repeat(slots, shape.drafts + 1)[:, None]))
+    logits = drawing.logits(x[jnp.minimum(read, len(x) - 1)].reshape(-1, 1, x.shape[-1]))[:, 0]
     token = draw(logits, state.sampling, tokens, slots, places, batch.allowed)
     right = (tokens[slots[:, None], jnp.minimum(places, nowhere - 1)] == token) & (ahead < drafted[:, None])
     count = jnp.cumprod(right, axis=1).sum(1)  # drafts that hold
@@ -143,7 +153,9 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     shown = _wanted(wishes & SHOWS, len(flat), sizes.top, shows)
     shown = jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), shown)
     following = at(positions + 1).reshape(-1)
-    scores = _wanted(wishes & SCORES, len(x), sizes.top, lambda: _scores(model, x, following, sizes.top))
+    scoring = functools.partial(model_under, graph, params)
+    adapters = None if adapters is None else adapters.reshape(-1)
+    scores = _wanted(wishes & SCORES, len(x), sizes.top, lambda: _scores(scoring, x, following, adapters, sizes.top))
     state = dataclasses.replace(state, layers=after.layers, tokens=tokens, encoded=after.encoded)
     return state, Drawn(token, count + 1, shown, scores)
 
@@ -167,10 +179,18 @@ def draw(
   return jnp.where(finite, token, NO_NUMBERS).reshape(-1, deep)
 
 
-def begin(state: State, slot: Int[Array, ""], tokens: Int[Array, " T"], sampling: SamplingRows) -> State:
-  """A row with these tokens, none of them computed, and settings (of one row) takes a slot."""
+def begin(
+  state: State,
+  slot: Int[Array, ""],
+  tokens: Int[Array, " T"],
+  sampling: SamplingRows,
+  adapter: Int[Array, ""] | None = None,
+) -> State:
+  """A row with these tokens, none of them computed, settings (of one row) and adapter takes a slot."""
   settings = jax.tree.map(lambda whole, new: whole.at[slot].set(new[0]), state.sampling, sampling)
-  return dataclasses.replace(state, tokens=state.tokens.at[slot].set(tokens), sampling=settings)
+  adapters = None if state.adapters is None else state.adapters.at[slot].set(adapter)
+  tokens = state.tokens.at[slot].set(tokens)
+  return dataclasses.replace(state, tokens=tokens, sampling=settings, adapters=adapters)
 
 
 def encode_function(graph: nnx.GraphDef, dtype: str) -> Callable:
@@ -178,7 +198,7 @@ def encode_function(graph: nnx.GraphDef, dtype: str) -> Callable:
   layer's keys and values of it."""
 
   def encode(params: Params, state: State, slot, source, length):
-    model: Transformer = nnx.merge(graph, params)
+    model = model_under(graph, params, None if state.adapters is None else state.adapters[slot][None, None])
     mask = (jnp.arange(source.shape[1]) < length)[None].astype(jnp.int32)
     states = model.encode(source, segment_ids=mask)
     # A decoder's step, of which only what its layers keep of the encoder is computed: nobody reads the rest.
@@ -203,14 +223,23 @@ def _wanted(wishes: Int[Array, " R"] | Bool[Array, " R"], count: int, top: int, 
   return jax.lax.cond(jnp.any(wishes != 0), compute, lambda: none)
 
 
-def _scores(model: Transformer, x: Float[Array, "N D"], following: Int[Array, " N"], top: int) -> LogProbs:
+def _scores(
+  model_under: Callable[[Int[Array, "n 1"] | None], Transformer],
+  x: Float[Array, "N D"],
+  following: Int[Array, " N"],
+  adapters: Int[Array, " N"] | None,
+  top: int,
+) -> LogProbs:
   """Log-probabilities of the tokens that follow, some at once."""
 
   def some(part):
-    return log_probs(jax.nn.log_softmax(model.logits(part[0][:, None])[:, 0], axis=-1), part[1], top)
+    x, following, adapters = part
+    model = model_under(None if adapters is None else adapters[:, None])
+    return log_probs(jax.nn.log_softmax(model.logits(x[:, None])[:, 0], axis=-1), following, top)
 
   size = min(AT_ONCE, len(x))
   pad = -len(x) % size
-  parts = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(following, (0, pad))
+  parts = x, following, adapters
+  parts = jax.tree.map(lambda a: jnp.pad(a, [(0, pad), *[(0, 0)] * (a.ndim - 1)]), parts)
   done = jax.lax.map(some, jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), parts))
   return jax.tree.map(lambda a: a.reshape(a.shape[0] * size, *a.shape[2:])[: len(x)], done)
