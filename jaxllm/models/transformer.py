@@ -10,7 +10,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import Placement
 from jaxllm.models.caches import Cache, KVCache, NoCache
-from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.config import Compute, ModelConfig, check_batch_invariant
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init
 from jaxllm.models.linear import parameter
@@ -64,6 +64,8 @@ class Transformer(nnx.Module):
   """
 
   def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs: nnx.Rngs):
+    if compute.batch_invariant:
+      check_batch_invariant(c)
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
     if c.position == "relative":
@@ -201,7 +203,7 @@ class Transformer(nnx.Module):
     """float32 x times the head's matrix, and its bias."""
     weight, transposed = self.head_weight()
     product, axes = (project_transposed, ("vocab", "embed")) if transposed else (project, self.head.axes)
-    logits = product(x, weight, self.compute, axes).astype(jnp.float32)
+    logits = product(x, weight, self.compute, axes, jnp.float32).astype(jnp.float32)
     return logits + self.head_bias() if self.config.head_bias else logits
 
 

@@ -17,6 +17,7 @@ from jaxllm.inference.engine.sizes import Shape, Sizes
 from jaxllm.inference.sampling import SamplingRows
 from jaxllm.models.build import Params
 from jaxllm.models.caches import Encoded, KVCache, init_cache
+from jaxllm.models.head import log_probs
 from jaxllm.models.stores import Store
 from jaxllm.models.transformer import Transformer
 
@@ -73,9 +74,11 @@ class Drawn:
   scores: LogProbs
 
 
-def log_probs(logits: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
+def shown_log_probs(
+  model: Transformer, logits: Float[Array, "N V"], token: Int[Array, " N"], top: int
+) -> LogProbs:
   """Log-probabilities of these tokens and of the `top` likeliest."""
-  every = jax.nn.log_softmax(logits, axis=-1)
+  every = log_probs(model, logits)
   values, ids = jax.lax.top_k(every, top)
   own = jnp.take_along_axis(every, jnp.maximum(token, 0)[:, None], -1)
   return LogProbs(own[:, 0], (every > own).sum(-1) + 1, ids.astype(jnp.int32), values)
@@ -133,7 +136,7 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     tokens = tokens.at[slots, where].set(token[row[:, 0], count], mode="drop")
 
     flat = token.reshape(-1)
-    shown = _wanted(wishes & SHOWS, len(flat), sizes.top, lambda: log_probs(logits, flat, sizes.top))
+    shown = _wanted(wishes & SHOWS, len(flat), sizes.top, lambda: shown_log_probs(model, logits, flat, sizes.top))
     shown = jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), shown)
     following = at(positions + 1).reshape(-1)
     scores = _wanted(wishes & SCORES, len(x), sizes.top, lambda: _scores(model, x, following, sizes.top))
@@ -200,7 +203,7 @@ def _scores(model: Transformer, x: Float[Array, "N D"], following: Int[Array, " 
   """Log-probabilities of the tokens that follow, some at once."""
 
   def some(part):
-    return log_probs(model.logits(part[0][:, None])[:, 0], part[1], top)
+    return shown_log_probs(model, model.logits(part[0][:, None])[:, 0], part[1], top)
 
   size = min(AT_ONCE, len(x))
   pad = -len(x) % size
