@@ -37,6 +37,7 @@ TARGETS = (
   "cpu_quantized_matmul",
   "cpu_quantized_matmul_in_order",
   "cpu_layer_norm",
+  "cpu_copy",
   "cpu_rms_norm",
   "cpu_rms_norm_grad",
   "cpu_swiglu",

@@ -1,5 +1,5 @@
-"""RMSNorm, SwiGLU and RoPE with one-pass CPU kernels (`kernels/cpu/elementwise.cc`), forward and backward; LayerNorm
-and log-softmax.
+"""RMSNorm, SwiGLU and RoPE with one-pass CPU kernels (`kernels/cpu/elementwise.cc`), forward and backward; LayerNorm,
+log-softmax, and what keeps a product's rounding.
 
 Each function's 'xla' backend is the reference; 'cpu' computes in float32 inside and rounds once at the end, and is left
 to XLA for a few rows. 'cpu_invariant' takes the kernel for any number of rows, each of which it computes by itself.
@@ -108,6 +108,26 @@ _layer_norm.defvjp(
 )
 
 
+# ---------------------------------------------------------------- rounding
+
+
+def materialized(x: Float[Array, "*shape"], *, backend: Backend = "xla") -> Float[Array, "*shape"]:
+  """x; with 'cpu_invariant' it is in memory before anything follows.
+
+  XLA:CPU multiplies and adds in one rounding where a product and a sum fall into one loop, which depends on what else is
+  in the program; optimization barriers are gone by then.
+  """
+  return _materialized(x) if backend == "cpu_invariant" and _native(backend, x) else x
+
+
+@jax.custom_vjp
+def _materialized(x):
+  return cpu_ffi.call("cpu_copy", _like(x), x)
+
+
+_materialized.defvjp(lambda x: (_materialized(x), None), lambda _, dy: (dy,))
+
+
 # ---------------------------------------------------------------- log-softmax
 
 
@@ -115,6 +135,7 @@ def log_softmax(logits: Float[Array, "N V"], *, backend: Backend = "xla") -> Flo
   """Log-probabilities over the last axis, float32; 'cpu' is XLA's, and 'cpu_invariant' has no gradient."""
   if backend != "cpu_invariant" or logits.size == 0:
     return jax.nn.log_softmax(logits, axis=-1)
+  logits = materialized(logits.astype(jnp.float32), backend=backend)
   return logits - logit_statistics(logits, jnp.zeros(logits.shape[0], jnp.int32))[0][:, None]
 
 

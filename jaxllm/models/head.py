@@ -9,7 +9,6 @@ import functools
 from typing import Any, Protocol
 
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.kernels.elementwise import log_softmax
@@ -83,5 +82,4 @@ def token_log_probs(
 
 def log_probs(model: LanguageModel, logits: Float[Array, "N V"]) -> Float[Array, "N V"]:
   """The log-probabilities of all tokens, of the model's float32 logits (`Transformer.logits`)."""
-  # As they are: the compiler would else compute them once more inside, and round less.
-  return log_softmax(lax.optimization_barrier(logits), backend=model.compute.backend("elementwise"))
+  return log_softmax(logits, backend=model.compute.backend("elementwise"))
