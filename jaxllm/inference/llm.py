@@ -58,6 +58,7 @@ class LLM:
     seed: int | None = None,
     speculative: Mapping[str, Any] | None = None,
     quantization: str | None = None,
+    batch_invariant: bool = False,
     compile_at_start: bool = True,
     **engine_settings: Any,
   ):
@@ -75,6 +76,8 @@ class LLM:
         with a small model; the others are fields of `jaxllm.inference.engine.speculation.Speculation`. The text stays
         the same.
       quantization: of the weights, a format of `jaxllm.kernels.quantize`: "int8", "int4", "nf4", ….
+      batch_invariant: a request's tokens and log-probabilities are the same to the bit whatever else runs (on one CPU;
+        see docs/engine.md).
       compile_at_start: all programs, so that no request waits for one; False: each when it is first needed.
       engine_settings: others of `Engine`.
 
@@ -89,6 +92,10 @@ class LLM:
     self.model = load_model(model, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
+    if batch_invariant:
+      if mesh is not None:
+        raise ConfigError("batch_invariant is for one CPU device, not for tensor_parallel_size over 1")
+      engine_settings = {"compute": dataclasses.replace(self.model.compute, batch_invariant=True)} | engine_settings
     longest = self.model.config.max_seq_len if max_model_len is None else max_model_len
     self.engine = Engine.of(
       self.model,

@@ -114,8 +114,8 @@ _layer_norm.defvjp(
 def materialized(x: Float[Array, "*shape"], *, backend: Backend = "xla") -> Float[Array, "*shape"]:
   """x; with 'cpu_invariant' it is in memory before anything follows.
 
-  XLA:CPU multiplies and adds in one rounding where a product and a sum fall into one loop, which depends on what else is
-  in the program; optimization barriers are gone by then.
+  XLA:CPU multiplies and adds in one rounding where a product and a sum fall into one loop, which depends on what else
+  is in the program; optimization barriers are gone by then.
   """
   return _materialized(x) if backend == "cpu_invariant" and _native(backend, x) else x
 

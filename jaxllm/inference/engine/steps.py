@@ -74,9 +74,7 @@ class Drawn:
   scores: LogProbs
 
 
-def shown_log_probs(
-  model: Transformer, logits: Float[Array, "N V"], token: Int[Array, " N"], top: int
-) -> LogProbs:
+def shown_log_probs(model: Transformer, logits: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
   """Log-probabilities of these tokens and of the `top` likeliest."""
   every = log_probs(model, logits)
   values, ids = jax.lax.top_k(every, top)

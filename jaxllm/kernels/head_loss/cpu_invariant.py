@@ -1,4 +1,4 @@
-"""The head's loss from the very logits that a model gives token by token: their product in order, and statistics in C++."""
+"""The head's loss from the very logits that a model gives token by token: products in order, statistics in C++."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The C++ product of which each row is computed as among many, also when there are few; the gradient is the plain form."""
+"""The C++ product that computes a few rows as it does many; the gradient is the plain form."""
 
 import jax
 

@@ -118,7 +118,7 @@ def objective(kind, dtype, format, mode=None):
 
 @pytest.mark.parametrize("kind, dtype, format", CASES)
 def test_engine_and_objective_agree_to_the_bit(kind, dtype, format):
-  """Together with too few pages, alone, with a beginning found and in parts; read as a text, and in training's forms."""
+  """Together with too few pages, in parts, with a beginning found, alone; as a text that is read; as in training."""
   served = engine(kind, dtype, format, num_pages=24)
   want = serve(served, requests())
   assert kind == "window" or served.stats()["preemptions"]
