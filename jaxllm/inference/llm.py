@@ -65,6 +65,7 @@ class LLM:
     seed: int | None = None,
     speculative: Mapping[str, Any] | None = None,
     quantization: str | None = None,
+    batch_invariant: bool = False,
     compile_at_start: bool = True,
     **engine_settings: Any,
   ):
@@ -84,6 +85,8 @@ class LLM:
         with a small model; the others are fields of `jaxllm.inference.engine.speculation.Speculation`. The text stays
         the same.
       quantization: of the weights, a format of `jaxllm.kernels.quantize`: "int8", "int4", "nf4", ….
+      batch_invariant: a request's tokens and log-probabilities are the same to the bit whatever else runs (on one CPU;
+        see docs/engine.md).
       compile_at_start: all programs, so that no request waits for one, and they are kept on disk for the next start;
         False: each when it is first needed.
       engine_settings: others of `Engine`.
@@ -100,7 +103,14 @@ class LLM:
     self.model, several = load_with_adapters(model, adapters or {}, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
-    settings = dict(
+    compute = self.model.compute
+    if batch_invariant:
+      if len(places) > 1 or mesh is not None:
+        raise ConfigError(
+          "batch_invariant is for one CPU device; leave tensor_parallel_size and data_parallel_size at 1"
+        )
+      compute = dataclasses.replace(compute, batch_invariant=True)
+    settings: dict[str, Any] = {"compute": compute} | dict(
       max_model_len=max_model_len,
       max_num_seqs=max_num_seqs,
       num_pages=num_pages,
@@ -118,7 +128,7 @@ class LLM:
       self.engine = Engine.of(self.model, mesh=mesh, **settings)
     else:
       own = self.model
-      self.engine = Replicas(own.config, own._weights, places=places, compute=own.compute, **settings)
+      self.engine = Replicas(own.config, own._weights, places=places, **settings)
     self._requests = Requests(self.engine, self.model.tokenizer, self.model.eos_ids)
     self._seed, self._asked = seed, 0
     if compile_at_start:

@@ -156,25 +156,31 @@ class PerLayer(Weight):
 # The products
 
 
-def project(x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes | None = None) -> Float[Array, "*B O"]:
-  """x W for a weight W [I, O] with these logical axes, summed in float32, in x's dtype."""
+def project(
+  x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes | None = None, dtype: Any = None
+) -> Float[Array, "*B O"]:
+  """x W for a weight W [I, O] with these logical axes, summed in float32, in x's dtype.
+
+  Args:
+    dtype: of the result of a plain matrix; None: x's.
+  """
   if isinstance(w, Weight):
     return w.project(x, compute, axes, False)
   if isinstance(w, QuantizedWeight):
     return quantized_matmul(x, w, axes or (None, None), backend=compute.quantized_matmul, target=compute.target)
-  return matmul(x, w, backend=compute.backend("matmul"))
+  return matmul(x, w, backend=compute.backend("matmul"), dtype=dtype)
 
 
 def project_transposed(
-  x: Float[Array, "*B O"], w: Any, compute: Compute, axes: LogicalAxes | None = None
+  x: Float[Array, "*B O"], w: Any, compute: Compute, axes: LogicalAxes | None = None, dtype: Any = None
 ) -> Float[Array, "*B I"]:
-  """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding."""
+  """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding; dtype: as in `project`."""
   if isinstance(w, Weight):
     return w.project(x, compute, axes, True)
   if isinstance(w, QuantizedWeight):
     options = {"backend": compute.quantized_matmul, "target": compute.target}
     return quantized_matmul(x, w, axes or (None, None), transposed=True, **options)
-  return matmul(x, w, backend=compute.backend("matmul"), transposed=True)
+  return matmul(x, w, backend=compute.backend("matmul"), transposed=True, dtype=dtype)
 
 
 def rows(

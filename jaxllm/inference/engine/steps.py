@@ -18,6 +18,7 @@ from jaxllm.inference.engine.sizes import Shape, Sizes
 from jaxllm.inference.sampling import SamplingRows
 from jaxllm.models.build import Params
 from jaxllm.models.caches import Encoded, KVCache, init_cache
+from jaxllm.models.head import log_probs
 from jaxllm.models.multi_lora import with_adapters
 from jaxllm.models.stores import Store
 from jaxllm.models.transformer import Transformer
@@ -76,7 +77,7 @@ class Drawn:
   scores: LogProbs
 
 
-def log_probs(every: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
+def shown_log_probs(every: Float[Array, "N V"], token: Int[Array, " N"], top: int) -> LogProbs:
   """Of all log-probabilities those of these tokens and of the `top` likeliest."""
   values, ids = jax.lax.top_k(every, top)
   own = jnp.take_along_axis(every, jnp.maximum(token, 0)[:, None], -1)
@@ -144,11 +145,11 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     flat = token.reshape(-1)
 
     def shows():
-      every = jax.nn.log_softmax(logits, axis=-1)
+      every = log_probs(drawing, logits)
       if sizes.processed:
         of = jnp.repeat(slots, places.shape[1])
         every = state.sampling.take(of).rules.apply(every, places.reshape(-1), tokens[of])
-      return log_probs(every, flat, sizes.top)
+      return shown_log_probs(every, flat, sizes.top)
 
     shown = _wanted(wishes & SHOWS, len(flat), sizes.top, shows)
     shown = jax.tree.map(lambda a: a.reshape(*token.shape, *a.shape[1:]), shown)
@@ -235,7 +236,7 @@ def _scores(
   def some(part):
     x, following, adapters = part
     model = model_under(None if adapters is None else adapters[:, None])
-    return log_probs(jax.nn.log_softmax(model.logits(x[:, None])[:, 0], axis=-1), following, top)
+    return shown_log_probs(log_probs(model, model.logits(x[:, None])[:, 0]), following, top)
 
   size = min(AT_ONCE, len(x))
   pad = -len(x) % size

@@ -350,6 +350,12 @@ struct BF16 {
 
 // ---------------------------------------------------------------- whole products
 
+// A float32 product is summed along K in chunks of so many: each from 0 on in the order of k, then chunk after chunk.
+static inline int64_t f32_chunk(int64_t K) {
+  const int64_t chunks = (K + 319) / 320;
+  return chunks ? ((K + chunks - 1) / chunks + 15) / 16 * 16 : 16;
+}
+
 // C = A B over all threads. Float32 inputs: exact float32. bf16 compute: operands rounded to bfloat16, float32 sums.
 // With `more`, C += A2 B2 too, while a block of C is still in the cache.
 struct More {

@@ -6,7 +6,7 @@ static int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, float* C, int64_t ldc,
                      bool acc, More more) {
   static thread_local Scratch sb, sm;
-  const int64_t panels = (N + NR - 1) / NR, chunks = (K + 319) / 320, KC = round_up((K + chunks - 1) / chunks, 16);
+  const int64_t panels = (N + NR - 1) / NR, KC = f32_chunk(K), chunks = (K + KC - 1) / KC;
   float* bp = sb.get<float>(panels * NR * K);
   const float *a = (const float*)A.p, *b = (const float*)B.p;
   // packed: [chunk of K][panel][k][32]

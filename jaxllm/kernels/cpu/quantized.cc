@@ -142,6 +142,8 @@ static void many(const Codes& w, const float* x, int64_t M, float* y, int64_t f0
   }
 }
 
+// InOrder: as many rows are, also a few: each row's result is then that of the row alone.
+template <bool InOrder>
 static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                                 ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> zeros,
                                 ffi::Buffer<ffi::F32> table, ffi::Result<ffi::Buffer<ffi::F32>> y, bool packed,
@@ -155,7 +157,7 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
           zeros.element_count() ? zeros.typed_data() : nullptr, _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  if (M >= 1 && M <= 8) {
+  if (!InOrder && M >= 1 && M <= 8) {
     parallel_for(pool, (int)((F + 63) / 64),
                  [&](int i) { FEW[M - 1](w, in, out, i * 64, std::min<int64_t>(F, i * 64 + 64)); });
   } else {
@@ -163,8 +165,9 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
   }
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed")
-                                  .Attr<int64_t>("group"));
+#define BINDING                                                                                                    \
+  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()                       \
+      .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                      \
+      .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed").Attr<int64_t>("group")
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl<false>, BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul_in_order, QuantizedImpl<true>, BINDING);

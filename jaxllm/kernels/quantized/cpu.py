@@ -8,7 +8,7 @@ from jaxllm.kernels import cpu_ffi
 from jaxllm.kernels.quantized.reference import backward
 from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight
 
-__all__ = ["backward", "forward", "refuses"]
+__all__ = ["backward", "forward", "product", "refuses"]
 
 
 def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
@@ -27,13 +27,18 @@ def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
 
 def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
   """x [M, D] W -> [M, F]; weights and sums in float32."""
+  return product("cpu_quantized_matmul", call, x, weight)
+
+
+def product(kernel: str, call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """`forward` by one of the C++ kernels."""
   padded = weight.padded_features
   rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
   plain = weight.format == "int4" and weight.zeros is None  # zero point 8
   table = jnp.asarray(NF4 if weight.format == "nf4" else np.arange(16) - 8 * plain, jnp.float32)
   zeros = jnp.zeros((0, 0)) if weight.zeros is None else weight.zeros
   y = cpu_ffi.call(
-    "cpu_quantized_matmul",
+    kernel,
     jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
     rows,
     weight.values,
