@@ -28,6 +28,8 @@ SIZES = dict(vocab_size=104, embed_dim=32, num_layers=2, num_heads=4, num_kv_hea
 CONFIGS = {
   "tied": ModelConfig(**SIZES),
   "window": ModelConfig(**SIZES, tie_embeddings=False, sliding_window=5, layer_pattern=("local", "global")),
+  "int8": ModelConfig(**SIZES),
+  "nf4": ModelConfig(**SIZES),
   "pair": ModelConfig(**SIZES, architecture="encoder_decoder", position="relative", num_encoder_layers=2),
 }
 # Rank, kind, and the ends of the paths that each changes: one a few matrices, one the table that is the head too, one
@@ -42,9 +44,14 @@ NAMES = (None, *ADAPTERS)
 
 
 def base(kind):
-  """Random weights; a small embedding, or a tied head repeats the last token whatever came before."""
-  params = oracle.random_params(CONFIGS[kind])
-  return map_weights_with_path(lambda path, w: 0.2 * w if path == "embedding/tokens" else w, params)
+  """Random weights, in these codes; a small embedding, or a tied head repeats the last token whatever came before."""
+
+  def one(path, w):
+    if kind in ("int8", "nf4") and is_quantizable(path):
+      return quantize(w, kind, None if kind == "int8" else 16)
+    return 0.2 * w if path == "embedding/tokens" else w
+
+  return map_weights_with_path(one, oracle.random_params(CONFIGS[kind]))
 
 
 def adapted(params, name):
@@ -69,8 +76,8 @@ def adapters(params):
   return {name: adapter_of(adapted(params, name)) for name in ADAPTERS}
 
 
-def engine(kind="tied", params=None, **settings):
-  params = base(kind) if params is None else params
+def engine(kind="tied", **settings):
+  params = base(kind)
   how = dict(compute=oracle.XLA, num_pages=8, adapters=adapters(params))
   return Poisoned(CONFIGS[kind], params, **how | settings)
 
@@ -104,7 +111,7 @@ def wanted(kind):
   return want
 
 
-@pytest.mark.parametrize("kind", ["tied", "window"])
+@pytest.mark.parametrize("kind", ["tied", "window", "int8", "nf4"])
 def test_any_mix_is_each_adapter_s_plain_loop(kind):
   served = engine(kind)
   assert serve(served, mix(), waits=(0, 0, 3, 1, 0, 2)) == wanted(kind)
@@ -144,17 +151,6 @@ def test_scores_and_log_probabilities():
   with pytest.raises(ConfigError, match="2 adapters for 1 texts"):
     served.score([PROMPTS[0]], ["dora", None])
   assert served.stats()["pages_free"] == served.stats()["pages_total"]
-
-
-@pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_over_a_quantized_base(form):
-  """Beside engines of one model each, whose weights have one adapter and the same codes."""
-  round_ = lambda path, w: quantize(w, form, None if form == "int8" else 16) if is_quantizable(path) else w  # noqa: E731
-  params = map_weights_with_path(round_, base("tied"))
-  got = serve(engine(params=params), mix())
-  for i, name in enumerate(NAMES):
-    alone = Poisoned(CONFIGS["tied"], adapted(params, name), compute=oracle.XLA, num_pages=12)
-    assert got[i :: len(NAMES)] == serve(alone, [greedy(prompt, 8) for prompt in PROMPTS])
 
 
 def test_on_a_mesh():
