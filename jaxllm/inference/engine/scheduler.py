@@ -165,8 +165,9 @@ class Scheduler:
     self.know(row)
 
   def settle(self, work: Work, accepted: int) -> None:
-    """Takes back the drafts behind the first `accepted` ones."""
-    if work.row.slot is not None:
+    """Takes back the drafts behind the first `accepted` ones. A step without drafts has nothing to take back: the next
+    one is scheduled already, and what it computes counts."""
+    if work.drafts and work.row.slot is not None:
       work.row.computed = work.start + work.count - len(work.drafts) + accepted
 
   def know(self, row: Row) -> None:

@@ -74,6 +74,17 @@ def test_any_mix_is_the_plain_loop(kind):
   assert served.stats()["preemptions"] > before or kind == "sink-tokens"
 
 
+def test_a_row_that_draws_computes_one_token_a_step(monkeypatch):
+  """Also while the step before is under way: nothing is computed twice."""
+  from jaxllm.inference.engine import engine as module
+
+  counts, arrange = [], module.arrange
+  note = lambda plan, *rest: counts.append([work.count for work in plan.work]) or arrange(plan, *rest)  # noqa: E731
+  monkeypatch.setattr(module, "arrange", note)
+  serve(engine(), [greedy([1, 2, 3, 4, 5], 6)])
+  assert counts[0] == [5] and all(count == [1] for count in counts[1:]) and 6 <= len(counts) <= 7
+
+
 def test_hit_equals_miss():
   """Of four requests with a beginning in common the later ones read little of it, and draw the same."""
   served, shared = engine(), list(range(50, 63))
