@@ -170,3 +170,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl,
                                   .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed")
                                   .Attr<int64_t>("group"));
+
+#include "few.h"
+void quantized_few(const Matrix& w, int64_t M, const float* x, float* y, int64_t f0, int64_t f1) {
+  const Codes codes{w.values, w.scales, w.zeros, _mm512_loadu_ps(w.table), w.O, w.K,
+                    w.group < w.K ? __builtin_ctzll(w.group) : 62, w.kind == NIBBLES};
+  for (int64_t m = 0; m < M; m += 8) FEW[std::min<int64_t>(8, M - m) - 1](codes, x + m * w.K, y + m * w.O, f0, f1);
+}
