@@ -32,6 +32,7 @@ TARGETS = (
   "cpu_attention_grad",
   "cpu_cross_entropy",
   "cpu_decode",
+  "cpu_few",
   "cpu_layers",
   "cpu_quantized_matmul",
   "cpu_rms_norm",

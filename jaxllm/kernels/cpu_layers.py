@@ -66,7 +66,6 @@ def run(
     sequence, position: of each token its row of `table` and its place there; -1: it is padding, and writes nothing.
     heads: of queries. scale: of scores. dtype: to what the inputs of products are rounded.
   """
-  none = jnp.zeros(0, jnp.float32)
   arguments: list[Array] = []
   kinds: list[tuple[int, int, int]] = []
   aliases = {}
@@ -78,11 +77,7 @@ def run(
       kind = _kind(w)
       assert kind is not None
       kinds.append(kind)
-      if isinstance(w, QuantizedWeight):
-        zeros = none if w.zeros is None else w.zeros.astype(jnp.float32)
-        arguments += [w.values, w.scales.astype(jnp.float32), zeros]
-      else:
-        arguments += [w, none, none]
+      arguments += _parts(w)
     for pages in (layer.pages.keys, layer.pages.values):
       aliases[fixed + len(arguments)] = len(results)
       arguments.append(pages)
@@ -106,6 +101,34 @@ def run(
   )
   new = [dataclasses.replace(layer.pages, keys=pages[2 * i], values=pages[2 * i + 1]) for i, layer in enumerate(layers)]
   return y, new
+
+
+def few_refuses(x: Float[Array, "M D"], w: QuantizedWeight) -> bool:
+  """Whether `few` cannot compute x W."""
+  return not 0 < x.shape[0] <= TOKENS or x.dtype != jnp.bfloat16 or _kind(w) is None
+
+
+def few(x: Float[Array, "M D"], w: QuantizedWeight) -> Float[Array, "M F"]:
+  """x W of a few bfloat16 tokens, in float32: on the tile unit from three on."""
+  kind = _kind(w)
+  assert kind is not None
+  return cpu_ffi.call(
+    "cpu_few",
+    jax.ShapeDtypeStruct((x.shape[0], w.shape[-1]), jnp.float32),
+    x.astype(jnp.float32),
+    *_parts(w),
+    jnp.asarray(np.stack(TABLES), jnp.float32),
+    kind=np.int64(kind[0]),
+    group=np.int64(kind[2]),
+    round=True,
+  )
+
+
+def _parts(w: Array | QuantizedWeight) -> tuple[Array, Array, Array]:
+  none = jnp.zeros(0, jnp.float32)
+  if not isinstance(w, QuantizedWeight):
+    return w, none, none
+  return w.values, w.scales.astype(jnp.float32), none if w.zeros is None else w.zeros.astype(jnp.float32)
 
 
 def _kind(w: Array | QuantizedWeight) -> tuple[int, int, int] | None:

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t MOST = 16;  // tokens
+constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for early: rows lie one after the other
 
 // ---------------------------------------------------------------- threads
 
@@ -70,39 +71,44 @@ __m512 rounded(__m512 v) {
 // What a product reads: M rows of float32 [M, ld], zeros past the end; for the tile unit also bfloat16.
 struct Input {
   int64_t M, ld = 0;  // ld: a multiple of 32
-  bool tiles = false;
-  Scratch rows_, tiles_, sums_;
-  float *rows, *sums;  // sums [group, 16]: of the inputs of a group, for zero points
-  bf16* packed;        // dense weights: rows [16, ld]; codes: pairs of inputs [ld / 2, 16 tokens, 2]
+  bool round = false, tiles = false;
+  Scratch rows_, narrow_, pairs_, sums_;
+  float *rows, *sums;    // sums [group, 16]: of the inputs of a group, for zero points
+  bf16 *narrow, *pairs;  // rows [16, ld]; and for codes pairs of inputs [ld / 2, 16 tokens, 2]
 
-  void shape(int64_t ld_) {
-    ld = ld_;
+  void shape(const Matrix& w) {
+    ld = std::max<int64_t>(w.K, (w.I + 31) / 32 * 32);
     rows = rows_.get<float>(MOST * ld);
-    packed = tiles_.get<bf16>(MOST * ld);
-    sums = sums_.get<float>(MOST * (ld / 16));
+    narrow = narrow_.get<bf16>(MOST * ld);
+    pairs = pairs_.get<bf16>(MOST * ld);
+    sums = sums_.get<float>(ld);
   }
-  // Row m is complete: rounds it and lays it out for the weights w.
-  void finish(int64_t m, const Matrix& w, bool round) {
+  // Row m is complete: what is past the end becomes zero, and all is rounded.
+  void finish(int64_t m, const Matrix& w) {
     float* x = rows + m * ld;
     for (int64_t k = w.I / 16 * 16; k < ld; k += 16) _mm512_storeu_ps(x + k, _mm512_maskz_loadu_ps(first(w.I - k), x + k));
     if (!round) return;
     for (int64_t k = 0; k < ld; k += 16) {
       const __m256i v = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + k));
       _mm512_storeu_ps(x + k, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)));
-      if (!tiles) continue;
-      if (w.kind == BFLOAT16 || w.kind == FLOAT32) {
-        _mm256_storeu_si256((__m256i*)(packed + m * ld + k), v);
-      } else {
-        alignas(32) uint32_t pairs[8];
-        _mm256_store_si256((__m256i*)pairs, v);
-        for (int i = 0; i < 8; i++) ((uint32_t*)packed)[(k / 2 + i) * 16 + m] = pairs[i];
-      }
+      _mm256_storeu_si256((__m256i*)(narrow + m * ld + k), v);
     }
-    if (tiles && w.zeros)
+  }
+  // All rows are finished: lays them out for the weights w.
+  void pack(const Matrix& w) {
+    if (!tiles || w.kind < BYTES) return;
+    for (int64_t k = 0; k < ld; k += 32) {
+      __m512i r[16];
+      for (int64_t m = 0; m < 16; m++) r[m] = m < M ? _mm512_loadu_si512(narrow + m * ld + k) : _mm512_setzero_si512();
+      transpose16(r);
+      for (int64_t i = 0; i < 16; i++) _mm512_storeu_si512(pairs + k * 16 + i * 32, r[i]);
+    }
+    if (!w.zeros) return;
+    for (int64_t m = 0; m < M; m++)
       for (int64_t g = 0; g * w.group < ld; g++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = g * w.group; k < std::min(ld, (g + 1) * w.group); k += 16)
-          sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + k));
+          sum = _mm512_add_ps(sum, _mm512_loadu_ps(rows + m * ld + k));
         sums[g * 16 + m] = _mm512_reduce_add_ps(sum);
       }
   }
@@ -172,7 +178,7 @@ void dense_tiles(const Matrix& w, const Input& x, float* y, int64_t n) {
       }
     }
     asm volatile("" ::: "memory");
-    _tile_loadd(4, x.packed + k, x.ld * 2);
+    _tile_loadd(4, x.narrow + k, x.ld * 2);
     _tile_loadd(5, t[0], 64);
     _tile_dpbf16ps(0, 4, 5);
     _tile_loadd(6, t[1], 64);
@@ -192,72 +198,80 @@ void dense_tiles(const Matrix& w, const Input& x, float* y, int64_t n) {
       _mm512_mask_storeu_ps(y + m * w.O + n + 16 * c, first(w.O - n - 16 * c), _mm512_load_ps(out[c] + m * 16));
 }
 
-// 16 columns of y from f on: codes are one operand as they lie, pairs of inputs the other.
+// 32 codes as bfloat16, from bytes or from halves of them.
+inline __m512i of_bytes(const uint8_t* p) {
+  const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
+  return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+}
+
+// 16 columns of y from f on: codes are one operand as they lie, pairs of inputs the other. A piece of each row after
+// the other becomes tiles, so that memory is read in order; two sums take turns, since one has to wait for itself.
 template <bool Packed>
 void codes_tiles(const Matrix& w, const Input& x, float* y, int64_t f) {
-  alignas(64) bf16 t[8][512];
-  alignas(64) float out[256];
+  constexpr int64_t PIECE = 768;  // inputs
+  alignas(64) static thread_local bf16 own[PIECE / 32][512];
+  bf16(*const t)[512] = own;
+  alignas(64) float out[2][256];
   const int64_t features = std::min<int64_t>(16, w.O - f), row = Packed ? w.K / 2 : w.K;
   const uint8_t* p = w.values + f * row;
-  __m512i table = _mm512_setzero_si512();
-  if (Packed) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w.table));
-    table = _mm512_broadcast_i64x4(half);
-  }
+  const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(Packed ? w.table : x.rows)));
+  const __m512i low = _mm512_set1_epi16(15);
   __m512 total[16];
   for (int i = 0; i < 16; i++) total[i] = _mm512_setzero_ps();
-  for (int i = features; i < 16; i++)
-    for (int j = 0; j < 8; j++) _mm512_store_si512(t[j] + i * 32, _mm512_setzero_si512());
-  int64_t begun = 0;  // group whose sum the tile 0 holds
   _tile_zero(0);
+  _tile_zero(1);
   const auto close = [&](int64_t g) {  // scales of a group, once for all its codes
-    _tile_stored(0, out, 64);
+    _tile_stored(0, out[0], 64);
+    _tile_stored(1, out[1], 64);
     asm volatile("" ::: "memory");
     const __m512 xs = w.zeros ? _mm512_loadu_ps(x.sums + g * 16) : _mm512_setzero_ps();
     const float *scale = w.scales + g * w.O + f, *zero = w.zeros ? w.zeros + g * w.O + f : nullptr;
     for (int64_t i = 0; i < features; i++) {
-      __m512 v = _mm512_load_ps(out + i * 16);
+      __m512 v = _mm512_add_ps(_mm512_load_ps(out[0] + i * 16), _mm512_load_ps(out[1] + i * 16));
       if (zero) v = _mm512_fnmadd_ps(_mm512_set1_ps(zero[i]), xs, v);
       total[i] = _mm512_fmadd_ps(_mm512_set1_ps(scale[i]), v, total[i]);
     }
     _tile_zero(0);
+    _tile_zero(1);
   };
-  const auto multiply = [&](const bf16* tile, int64_t k) {
-    if (k / w.group != begun) close(begun), begun = k / w.group;
-    asm volatile("" ::: "memory");
-    _tile_loadd(4, tile, 64);
-    _tile_loadd(5, x.packed + k * 16, 64);
-    _tile_dpbf16ps(0, 4, 5);
-  };
-  if (Packed) {
-    for (int64_t block = 0; block < w.I; block += 256) {
-      const int64_t low = std::min<int64_t>(128, w.I - block), high = std::min<int64_t>(128, w.I - block - 128);
-      for (int64_t i = 0; i < features; i++) {
-        const uint8_t* q = p + i * row + block / 2;
-        _mm_prefetch((const char*)q + 256, _MM_HINT_T0), _mm_prefetch((const char*)q + 320, _MM_HINT_T0);
-        for (int64_t j = 0; j < low; j += 32) {
-          const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(q + j)));
-          _mm512_store_si512(t[j / 32] + i * 32,
-                             _mm512_permutexvar_epi16(_mm512_and_si512(both, _mm512_set1_epi16(15)), table));
-          _mm512_store_si512(t[4 + j / 32] + i * 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table));
+  int64_t begun = 0;  // the group of what the sums hold
+  for (int64_t k0 = 0; k0 < w.I; k0 += PIECE) {
+    const int64_t end = std::min(w.I, k0 + PIECE);
+    for (int64_t i = 0; i < features; i++) {
+      const uint8_t* q = p + i * row;
+      if (Packed) {
+        for (int64_t block = k0; block < end; block += 256)
+          for (int64_t j = 0; j < 128 && block + j < end; j += 32) {
+            const uint8_t* at = q + block / 2 + j;
+            if (j % 64 == 0) _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+            const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)at));
+            bf16* tile = t[(block - k0 + j) / 32] + i * 32;
+            _mm512_store_si512(tile, _mm512_permutexvar_epi16(_mm512_and_si512(both, low), table));
+            _mm512_store_si512(tile + 4 * 512, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table));
+          }
+      } else {
+        for (int64_t k = k0; k < end; k += 32) {
+          if (k % 64 == 0) _mm_prefetch((const char*)q + k + AHEAD, _MM_HINT_T0);
+          _mm512_store_si512(t[(k - k0) / 32] + i * 32, of_bytes(q + k));
         }
       }
-      for (int64_t j = 0; j < low; j += 32) multiply(t[j / 32], block + j);
-      for (int64_t j = 0; j < high; j += 32) multiply(t[4 + j / 32], block + 128 + j);
     }
-  } else {
-    for (int64_t block = 0; block < w.I; block += 128) {
-      const int64_t here = std::min<int64_t>(128, w.I - block);
-      for (int64_t i = 0; i < features; i++) {
-        const uint8_t* q = p + i * row + block;
-        _mm_prefetch((const char*)q + 256, _MM_HINT_T0), _mm_prefetch((const char*)q + 320, _MM_HINT_T0);
-        for (int64_t j = 0; j < here; j += 32) {
-          const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(q + j))));
-          const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(q + j + 16))));
-          _mm512_store_si512(t[j / 32] + i * 32, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    asm volatile("" ::: "memory");
+    for (int64_t k = k0; k < end;) {
+      const int64_t stop = std::min(end, (k / w.group + 1) * w.group);
+      if (k / w.group != begun) close(begun), begun = k / w.group;
+      for (; k < stop; k += 32) {
+        if (k & 32) {
+          _tile_loadd(4, t[(k - k0) / 32], 64);
+          _tile_loadd(5, x.pairs + k * 16, 64);
+          _tile_dpbf16ps(0, 4, 5);
+        } else {
+          _tile_loadd(6, t[(k - k0) / 32], 64);
+          _tile_loadd(7, x.pairs + k * 16, 64);
+          _tile_dpbf16ps(1, 6, 7);
         }
       }
-      for (int64_t j = 0; j < here; j += 32) multiply(t[j / 32], block + j);
     }
   }
   close(begun);
@@ -273,7 +287,7 @@ void codes_tiles(const Matrix& w, const Input& x, float* y, int64_t f) {
 int64_t width(const Matrix& w) { return w.kind == BYTES || w.kind == NIBBLES ? 32 : 64; }
 int64_t tasks(const Matrix& w) { return (w.O + width(w) - 1) / width(w); }
 
-void product(const Matrix& w, const Input& x, bool round, float* y, int64_t task) {
+void product(const Matrix& w, const Input& x, float* y, int64_t task) {
   const int64_t n = task * width(w);
 #ifdef HAVE_AMX
   if (x.tiles) {
@@ -285,7 +299,7 @@ void product(const Matrix& w, const Input& x, bool round, float* y, int64_t task
   }
 #endif
   if (w.kind == BFLOAT16) dense<bf16, false>(w, x, y, n);
-  else if (w.kind == FLOAT32) round ? dense<float, true>(w, x, y, n) : dense<float, false>(w, x, y, n);
+  else if (w.kind == FLOAT32) x.round ? dense<float, true>(w, x, y, n) : dense<float, false>(w, x, y, n);
   else quantized_few(w, x.M, x.rows, y, n, std::min(w.O, n + width(w)));
 }
 
@@ -350,6 +364,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
   AmxScope amx;
   Team team(pool);
   in.M = mixed.M = inner.M = N;
+  in.round = mixed.round = inner.round = s.round;
   in.tiles = mixed.tiles = inner.tiles = amx_ok && s.round && N > 2;
   float *q = q_.get<float>(N * Q), *k = k_.get<float>(N * K * H), *v = v_.get<float>(N * K * H);
   float *h = h_.get<float>(N * D), *a = a_.get<float>(N * F), *b = b_.get<float>(N * F);
@@ -363,7 +378,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
   };
   // x += what a product has added, if any; then the norm of it is what the next ones read.
   const auto normed = [&](const float* more, const float* scale, const Matrix& w) {
-    in.shape(std::max<int64_t>(w.K, (w.I + 31) / 32 * 32));
+    in.shape(w);
     each([&](int64_t m) {
       float* row = x + m * D;
       if (more)
@@ -372,19 +387,19 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
           store16(row + i, _mm512_add_ps(load16(row + i, mask), load16(more + m * D + i, mask)), mask);
         }
       norm(row, scale, s.eps, D, in.rows + m * in.ld);
-      in.finish(m, w, s.round);
+      in.finish(m, w);
     });
+    in.pack(w);
   };
-  const auto wide = [](const Matrix& w) { return std::max<int64_t>(w.K, (w.I + 31) / 32 * 32); };
   bool any = false;
   for (const Layer& l : layers) {
     normed(any ? h : nullptr, l.attention_norm, l.query);
     any = true;
     const int64_t nq = tasks(l.query), nk = tasks(l.key), nv = tasks(l.value);
     team.run(nq + nk + nv, [&](int64_t i) {
-      if (i < nq) product(l.query, in, s.round, q, i);
-      else if (i < nq + nk) product(l.key, in, s.round, k, i - nq);
-      else product(l.value, in, s.round, v, i - nq - nk);
+      if (i < nq) product(l.query, in, q, i);
+      else if (i < nq + nk) product(l.key, in, k, i - nq);
+      else product(l.value, in, v, i - nq - nk);
     });
     Paged p = s.paged;
     p.keys = l.new_keys, p.values = l.new_values;
@@ -401,7 +416,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
       float *acc = parts + i * size, *top = acc + R * H;
       decode_part(p, q + m * Q + head * R * H, m, head, s0, std::min(end, s0 + DECODE_CHUNK), acc, top, top + R);
     });
-    mixed.shape(wide(l.output));
+    mixed.shape(l.output);
     each([&](int64_t m) {
       for (int64_t n = 0; n < s.heads; n++) {
         const int64_t head = n / R, r = n % R, end = p.position[m] + 1;
@@ -418,14 +433,15 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
             _mm512_storeu_ps(o + j, _mm512_fmadd_ps(w, _mm512_loadu_ps(part(i) + r * H + j), _mm512_loadu_ps(o + j)));
         }
       }
-      mixed.finish(m, l.output, s.round);
+      mixed.finish(m, l.output);
     });
-    team.run(tasks(l.output), [&](int64_t i) { product(l.output, mixed, s.round, h, i); });
+    mixed.pack(l.output);
+    team.run(tasks(l.output), [&](int64_t i) { product(l.output, mixed, h, i); });
     normed(h, l.mlp_norm, l.gate);
-    inner.shape(wide(l.down));
+    inner.shape(l.down);
     team.run(tasks(l.gate), [&](int64_t i) {
-      product(l.gate, in, s.round, a, i);
-      product(l.up, in, s.round, b, i);
+      product(l.gate, in, a, i);
+      product(l.up, in, b, i);
       const int64_t n0 = i * width(l.gate), n1 = std::min(F, n0 + width(l.gate));
       for (int64_t m = 0; m < N; m++)
         for (int64_t n = n0; n < n1; n += 16) {
@@ -435,10 +451,52 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
           store16(inner.rows + m * inner.ld + n, _mm512_mul_ps(silu, load16(b + m * F + n, mask)), mask);
         }
     });
-    each([&](int64_t m) { inner.finish(m, l.down, s.round); });
-    team.run(tasks(l.down), [&](int64_t i) { product(l.down, inner, s.round, h, i); });
+    each([&](int64_t m) { inner.finish(m, l.down); });
+    inner.pack(l.down);
+    team.run(tasks(l.down), [&](int64_t i) { product(l.down, inner, h, i); });
   }
   for (int64_t i = 0; i < N * D; i++) x[i] += h[i];
+}
+
+// One of the fixed kinds of `jaxllm/kernels/cpu_layers.py`: packed codes by their table (int4, with zero points, nf4).
+Matrix matrix(int64_t kind, int64_t inputs, int64_t group, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+              ffi::AnyBuffer zeros, const float* tables) {
+  Matrix w{};
+  const auto d = values.dimensions();
+  w.values = (const uint8_t*)values.untyped_data();
+  w.scales = (const float*)scales.untyped_data();
+  w.zeros = zeros.element_count() ? (const float*)zeros.untyped_data() : nullptr;
+  w.I = inputs;
+  if (kind < BYTES) {
+    w.kind = (Kind)kind, w.O = d[1], w.K = 0, w.group = 1;
+  } else {
+    w.kind = kind == BYTES ? BYTES : NIBBLES;
+    w.O = d[0], w.K = d[1] * (w.kind == NIBBLES ? 2 : 1), w.group = std::min(group, w.K);
+    w.table = tables + 16 * std::max<int64_t>(0, kind - NIBBLES);
+  }
+  return w;
+}
+
+ffi::Error Few(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
+               ffi::AnyBuffer zeros, ffi::Buffer<ffi::F32> tables, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t kind,
+               int64_t group, bool round) {
+  const int64_t M = x.dimensions()[0], I = x.dimensions()[1];
+  if (M < 1 || M > MOST) return ffi::Error::InvalidArgument("few: too many tokens");
+  static thread_local Input input;
+  Input& in = input;
+  const Matrix w = matrix(kind, I, group, values, scales, zeros, tables.typed_data());
+  in.M = M, in.round = round, in.tiles = amx_ok && round && M > 2;
+  in.shape(w);
+  for (int64_t m = 0; m < M; m++) {
+    memcpy(in.rows + m * in.ld, x.typed_data() + m * I, I * sizeof(float));
+    in.finish(m, w);
+  }
+  in.pack(w);
+  AmxScope amx;
+  Team team(pool);
+  float* out = y->typed_data();
+  team.run(tasks(w), [&](int64_t i) { product(w, in, out, i); });
+  return ffi::Error::Success();
 }
 
 // Arguments of a layer after one another: norm, norm, seven matrices in three arrays each, keys and values.
@@ -465,19 +523,7 @@ ffi::Error Layers(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     for (int j = 0; j < 7; j++) {
       const int64_t* facts = kinds.begin() + (i * 7 + j) * 3;  // kind, inputs, group
       const auto values = next(), scales = next(), zeros = next();
-      const auto d = values.dimensions();
-      Matrix& w = *all[j];
-      w.values = (const uint8_t*)values.untyped_data();
-      w.scales = (const float*)scales.untyped_data();
-      w.zeros = zeros.element_count() ? (const float*)zeros.untyped_data() : nullptr;
-      w.I = facts[1];
-      if (facts[0] < BYTES) {
-        w.kind = (Kind)facts[0], w.O = d[1], w.K = 0, w.group = 1;
-      } else {  // packed ones by their table: int4, int4 with zero points, nf4
-        w.kind = facts[0] == BYTES ? BYTES : NIBBLES;
-        w.O = d[0], w.K = d[1] * (w.kind == NIBBLES ? 2 : 1), w.group = std::min(facts[2], w.K);
-        w.table = tables.typed_data() + 16 * std::max<int64_t>(0, facts[0] - NIBBLES);
-      }
+      *all[j] = matrix(facts[0], facts[1], facts[2], values, scales, zeros, tables.typed_data());
     }
     const auto keys = next(), values = next();
     const auto d = keys.dimensions();
@@ -504,3 +550,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_layers, Layers,
                                   .Ret<ffi::Buffer<ffi::F32>>().RemainingRets()
                                   .Attr<ffi::Span<const int64_t>>("kinds").Attr<int64_t>("heads")
                                   .Attr<int64_t>("inner").Attr<bool>("round").Attr<float>("eps").Attr<float>("scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_few, Few,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("kind").Attr<int64_t>("group")
+                                  .Attr<bool>("round"));

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels import cpu_ffi, cpu_layers
 from jaxllm.kernels.quantized.reference import backward
 from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight
 
@@ -26,7 +26,9 @@ def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
 
 
 def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-  """x [M, D] W -> [M, F]; weights and sums in float32."""
+  """x [M, D] W -> [M, F]; weights and sums in float32, but of a few bfloat16 rows weights as their codes are."""
+  if not cpu_layers.few_refuses(x, weight):
+    return cpu_layers.few(x, weight).astype(call.options.dtype)
   padded = weight.padded_features
   rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
   plain = weight.format == "int4" and weight.zeros is None  # zero point 8
