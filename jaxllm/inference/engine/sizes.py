@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
+from jaxllm.kernels import backends, cpu_ffi
 from jaxllm.models.config import Compute, ModelConfig
 
 SMALLEST = 16  # tokens of the smallest packed step, and of the smallest text that an encoder reads
@@ -115,8 +115,9 @@ def engine_sizes(
       f"max_tokens_per_step is {max_tokens_per_step}; each of max_num_seqs = {max_num_seqs} sequences needs one of it"
     )
   on_cpu, packed = backends.TARGETS[compute.target] == "cpu", packs(config)
-  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
-  few = 2 if on_cpu and compute.dtype != "float32" else 1
+  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path. Our own kernel needs no two.
+  own = compute.matmul in ("auto", "cpu") and compute.dtype == "bfloat16" and cpu_ffi.available() if on_cpu else False
+  few = 2 if on_cpu and compute.dtype != "float32" and not own else 1
   most = max_tokens_per_step if packed else max(1, max_tokens_per_step // max_num_seqs)
   least = min(SMALLEST, most) if packed else most
   decode, mixed = (
