@@ -26,7 +26,7 @@ from sides import Side, machine, quiet_rounds, take_turns
 SIDES = pathlib.Path(__file__).with_name("inference_sides")
 OURS = {"float32": ("float32", None), "bfloat16": ("bfloat16", None), "int8": ("bfloat16", "int8"),
         "int4": ("bfloat16", "int4")}  # fmt: skip
-CODE = '''def total(prices, tax):
+CODE = """def total(prices, tax):
   result = 0
   for price in prices:
     if price < 0:
@@ -39,7 +39,7 @@ def average(prices, tax):
   if not prices:
     return 0
   return total(prices, tax) / len(prices)
-'''
+"""
 TEXTS = {
   "code edit": [
     f"Write this code again with `prices` renamed to `costs`, and nothing else:\n\n{CODE}",
@@ -147,7 +147,8 @@ def summary(args, sides: list[Side], cases: list[dict]) -> dict:
 
 def markdown(facts: dict) -> str:
   """The tables."""
-  names = [name for name in facts["sides"][0] if name.startswith(("decode_", "prefill_")) and not name.endswith("_rounds")] if facts["sides"] else []  # fmt: skip
+  row = facts["sides"][0] if facts["sides"] else {}
+  names = [name for name in row if name.startswith(("decode_", "prefill_")) and not name.endswith("_rounds")]
   title = lambda name: name.replace("decode_", "batch ").replace("prefill_", "prefill of ")  # noqa: E731
   lines = [f"| tok/s | {' | '.join(map(title, names))} | weights MB | of bandwidth at batch 1 |",
            "|---" * (len(names) + 3) + "|"]  # fmt: skip

@@ -116,8 +116,8 @@ def _gumbel(keys: Key[Array, " B"], vocab: int) -> Float[Array, "B V"]:
   """Gumbel noise for every token, of 32 bits each: a hash of the token that the row's key chooses.
 
   So that drawing 16 tokens of 49,152 does not cost more than the model: threefry takes twenty rounds for two numbers.
-  The noise of a token is its own, as a draft model's draws need it that are to agree with the large one's: a draw by one
-  number a row and cumulated weights would be cheaper, and a small difference early in the vocabulary moves all behind.
+  Each token has noise of its own, so that a draft model's draws agree with the large one's: a draw by one number a row
+  and cumulated weights would be cheaper, but there a small difference early in the vocabulary moves all behind it.
   """
   first, second = jnp.moveaxis(jax.random.key_data(keys), -1, 0)[:, :, None]
   bits = _mixed(_mixed(jnp.arange(vocab, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + first) ^ second)

@@ -56,7 +56,7 @@ def run(
   (B, T), stores = x.shape[:2], cache.layers
   packed = B == 1 and cache.count is not None
   paged = all(isinstance(store, Paged) and store.rank is None for store in stores)
-  if not paged or B * T > cpu_layers.TOKENS or not (packed or T == 1 and B == len(cache.length)):
+  if not paged or B * T > cpu_layers.TOKENS or not (packed or T == 1 and len(cache.length) == B):
     return None
   layers = []
   for i, store in enumerate(stores):
@@ -71,7 +71,7 @@ def run(
   if cpu_layers.refuses(B * T, layers, dtype) is not None:
     return None
   count = jnp.ones_like(cache.length) if cache.count is None else cache.count
-  starts = None if T == 1 and B == len(count) else jnp.concatenate([jnp.zeros(1, count.dtype), jnp.cumsum(count)])
+  starts = None if T == 1 and len(count) == B else jnp.concatenate([jnp.zeros(1, count.dtype), jnp.cumsum(count)])
   lengths = jnp.where(count > 0, cache.length + count, 0)
   where = schedule.tokens(B * T, lengths, starts, None)
   y, pages = cpu_layers.run(

@@ -76,7 +76,9 @@ class TurnedWeight(Weight):
   def rows(self, ids, dtype, axis):
     known = (ids >= 0) & (ids < self.shape[0])
     at = jnp.clip(ids, 0, self.shape[0] - 1)
-    own = dataclasses.replace(self.base, values=self.base.values[at.reshape(-1)], scales=self.base.scales[:, at.reshape(-1)])
+    own = dataclasses.replace(
+      self.base, values=self.base.values[at.reshape(-1)], scales=self.base.scales[:, at.reshape(-1)]
+    )
     found = dequantize(own).T.reshape(*ids.shape, -1)
     return jnp.where(known[..., None], found, jnp.nan).astype(dtype)
 

@@ -24,6 +24,9 @@ FORMATS = {
 }
 
 
+ZEROS = dict(format="int4", group_size=32, asymmetric=True)
+
+
 def normal(seed, *shape, scale=1.0, dtype=jnp.float32):
   return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
@@ -36,7 +39,9 @@ def layer(seed, dtype, how):
     keys=normal(seed + 8, PAGES, K, PAGE, H),
     values=normal(seed + 9, PAGES, K, PAGE, H),
   )
-  return cpu_layers.Layer(1 + normal(seed + 10, D, scale=0.1), 1 + normal(seed + 11, D, scale=0.1), tuple(matrices), pages)
+  return cpu_layers.Layer(
+    1 + normal(seed + 10, D, scale=0.1), 1 + normal(seed + 11, D, scale=0.1), tuple(matrices), pages
+  )
 
 
 def reference(x, rope, table, sequence, position, layers, eps, scale):
@@ -106,7 +111,7 @@ def test_layers(kind, tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
-@pytest.mark.parametrize("how", [dict(format="int8"), dict(format="int4", group_size=32, asymmetric=True), dict(format="int4")])  # fmt: skip
+@pytest.mark.parametrize("how", [dict(format="int8"), ZEROS, dict(format="int4")])
 def test_few_rows_of_codes(rows, how):
   """D is no multiple of a block, F none of a tile."""
   w = quantize(normal(1, 800, 70, scale=0.05), **how)

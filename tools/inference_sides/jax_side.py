@@ -84,4 +84,6 @@ nominal = sum(stored(jax.tree_util.keystr(path), w) for path, w in leaves)
 print(json.dumps(f"jaxllm, jax {jax.__version__}"), flush=True)
 for _ in sys.stdin:
   measured = {"decode": decode, "prefill": read, "text": text}
-  print(json.dumps({"times": [measured[case["kind"]](case) for case in cases], "losses": [], "bytes": nominal}), flush=True)
+  print(
+    json.dumps({"times": [measured[case["kind"]](case) for case in cases], "losses": [], "bytes": nominal}), flush=True
+  )

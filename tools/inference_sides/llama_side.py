@@ -75,4 +75,5 @@ nominal = os.path.getsize(settings["model"])
 print(json.dumps(f"llama-cpp-python {lib.__version__}"), flush=True)
 for _ in sys.stdin:
   measured = {"decode": decode, "prefill": read}
-  print(json.dumps({"bytes": nominal, "times": [measured[case["kind"]](case) for case in cases], "losses": []}), flush=True)
+  times = [measured[case["kind"]](case) for case in cases]
+  print(json.dumps({"bytes": nominal, "times": times, "losses": []}), flush=True)

@@ -42,5 +42,5 @@ nominal = sum(p.nbytes for p in model.parameters())
 print(json.dumps(f"transformers {transformers.__version__}, torch {torch.__version__}"), flush=True)
 for _ in sys.stdin:
   measured = {"decode": decode, "prefill": read}
-  print(json.dumps({"bytes": nominal, "times": [measured[case["kind"]](case) for case in settings["cases"]], "losses": []}),
-        flush=True)  # fmt: skip
+  times = [measured[case["kind"]](case) for case in settings["cases"]]
+  print(json.dumps({"bytes": nominal, "times": times, "losses": []}), flush=True)
