@@ -23,7 +23,7 @@ from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.quantization import quantize_matrix
+from jaxllm.models.quantization import quantize_matrix, quantize_table
 from jaxllm.models.weights import cast, map_weights_with_path
 from jaxllm.objectives.causal_lm import CausalLM
 
@@ -69,13 +69,18 @@ class Model:
     return stack_layers(self._weights)
 
   def quantize(self, format: str, group_size: int | None = None) -> None:
-    """Rounds the weights to a format of `jaxllm.kernels.quantize` (int8, int4, nf4, …), those that can be.
+    """Rounds the weights to a format of `jaxllm.kernels.quantize` (int8, int4, nf4, …), those that can be. A table of
+    token vectors that is the head as well is rounded to int8, with a scale for each token: all of it is read for
+    each token that is drawn.
 
     Raises:
       ConfigError: no such format, or groups that do not divide a matrix.
     """
     change = lambda path, w: quantize_matrix(path, w, format, group_size)  # noqa: E731
     self._weights = map_weights_with_path(change, self._weights)
+    if self.config.tie_embeddings and self.config.head == "lm" and format in ("int8", "int4", "nf4"):
+      embedding = self._weights["embedding"]
+      self._weights |= {"embedding": embedding | {"tokens": quantize_table(embedding["tokens"])}}
     self.__dict__.pop("_generator", None)  # which has the old ones
 
   def __call__(

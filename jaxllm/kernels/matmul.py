@@ -24,7 +24,8 @@ from jaxllm.kernels import cpu_ffi
 
 Backend = Literal["xla", "cpu", "cpu_invariant"]
 PACKED_ROWS = 32  # from so many on packing the weights, as the C++ product does, costs less than it gains
-FEW_ROWS = 8  # up to so many it reads them where they lie, as many as its registers can hold
+PACKED_ROWS_BFLOAT16 = 17  # of which XLA:CPU multiplies a few several times slower
+FEW_ROWS = 16  # up to so many it reads them where they lie
 
 
 def matmul(
@@ -56,7 +57,7 @@ def matmul(
   few = 0 < rows <= FEW_ROWS and _use_ffi(x, w)
   if backend == "cpu_invariant":
     return _matmul_cpu(x, w, transposed, True, dtype)
-  if backend == "cpu" and (few or rows >= PACKED_ROWS and not transposed):
+  if backend == "cpu" and (few or rows >= _packed_rows(x) and not transposed):
     return _matmul_cpu(x, w, transposed, False, dtype)
   return _dot(x, w, transposed, dtype) if w.dtype == x.dtype else _matmul_xla(x, w, transposed).astype(dtype)
 
@@ -131,7 +132,7 @@ def low_rank_matmul(
   weights = (w, a, b)
   plain = x.dtype in (jnp.float32, jnp.bfloat16) and all(w.dtype in (x.dtype, jnp.float32) for w in weights)
   rows = x.size // max(1, x.shape[-1])
-  if backend == "cpu" and plain and rows >= PACKED_ROWS and min(*w.shape, *b.shape) > 0 and _use_ffi(x):
+  if backend == "cpu" and plain and rows >= _packed_rows(x) and min(*w.shape, *b.shape) > 0 and _use_ffi(x):
     return _low_rank_cpu(x, *weights)
   return matmul(x, w, backend=backend) + matmul(matmul(x, a, backend=backend), b, backend=backend)
 
@@ -161,6 +162,10 @@ _low_rank_cpu.defvjp(_forward_low_rank, _backward_low_rank)
 def _plus(a, b, a2, b2, transposed):
   out = jax.ShapeDtypeStruct((a.shape[0], b.shape[0 if transposed else 1]), a.dtype)
   return cpu_ffi.call("cpu_matmul_plus", out, a, b, a2, b2, tb=transposed)
+
+
+def _packed_rows(x) -> int:
+  return PACKED_ROWS_BFLOAT16 if x.dtype == jnp.bfloat16 else PACKED_ROWS
 
 
 def _flat(x):

@@ -156,6 +156,10 @@ class KVCache:
     length = self.length + (count if self.count is None else self.count)
     return dataclasses.replace(self, length=length, count=None, encoded=encoded)
 
+  def with_layers(self, layers: tuple[Store, ...]) -> "KVCache":
+    """With these stores, which hold a call's tokens."""
+    return dataclasses.replace(self, layers=layers)
+
   def reading(self, states: Float[Array, "B S D"] | None, segment_ids: Int[Array, "B S"] | None) -> "KVCache":
     """For a call that brings the encoder's states, if any: their keys and values are kept from then on."""
     return self if states is None else dataclasses.replace(self, encoded=Encoded(states, segment_ids))

@@ -53,6 +53,52 @@ def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = Non
   return double_quantize(found) if double else found
 
 
+def quantize_table(w: Any) -> Any:
+  """A table of token vectors [V, D] in int8, with a scale for each token, if it is a plain matrix."""
+  return TurnedWeight(quantize(jnp.swapaxes(w, -1, -2), "int8")) if not is_weight(w) else w
+
+
+@register("base")
+@dataclasses.dataclass(frozen=True)
+class TurnedWeight(Weight):
+  """A table W [V, D] as its transpose quantized: the codes of a token lie together, for the lookup and for the head."""
+
+  base: QuantizedWeight  # [D, V]
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.base.shape[::-1]
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.base.dtype
+
+  def project(self, x, compute, axes, transposed):
+    axes = None if axes is None else axes[::-1]
+    return (project if transposed else project_transposed)(x, self.base, compute, axes)
+
+  def rows(self, ids, dtype, axis):
+    known = (ids >= 0) & (ids < self.shape[0])
+    at = jnp.clip(ids, 0, self.shape[0] - 1)
+    own = dataclasses.replace(
+      self.base, values=self.base.values[at.reshape(-1)], scales=self.base.scales[:, at.reshape(-1)]
+    )
+    found = dequantize(own).T.reshape(*ids.shape, -1)
+    return jnp.where(known[..., None], found, jnp.nan).astype(dtype)
+
+  def dense(self):
+    return dequantize(self.base).T
+
+  def map_parts(self, function):
+    return self  # codes and scales stay as they are
+
+  def part_axes(self, axes, ways):
+    return TurnedWeight(part_axes(self.base, axes[::-1], ways))
+
+  def trained(self):
+    return jax.tree.map(lambda _: False, self)
+
+
 @functools.cache
 def dynamic_map() -> Float[np.ndarray, " 256"]:
   """The 256 numbers of the signed dynamic 8-bit type, ascending (Dettmers et al., arXiv 2110.02861, section 2.1).

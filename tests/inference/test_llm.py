@@ -11,6 +11,7 @@ from jaxllm import LLM, SamplingParams
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Request
 from jaxllm.kernels import QuantizedWeight, dequantize, quantize
+from jaxllm.models.weights import dense
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 SIZES = dict(max_model_len=40, max_num_seqs=3, page_size=4, num_pages=24, dtype="float32", compile_at_start=False)
@@ -187,7 +188,7 @@ def test_speculation_changes_no_text(saved, llm, method):
 
 @pytest.mark.parametrize("format, bound", [("int8", 0.2), ("int4", 1.5), ("nf4", 1.5)])
 def test_weights_of_fewer_bits(saved, llm, format, bound):
-  """Every matrix of the layers is rounded, and no other."""
+  """Every matrix of the layers is rounded, and the table that is the head as well."""
   small = LLM(saved, quantization=format, max_num_batched_tokens=12, **SIZES)
   want, rounded = llm.engine._params["blocks"], small.engine._params["blocks"]
   for name in ("query", "key", "value"):
@@ -195,7 +196,9 @@ def test_weights_of_fewer_bits(saved, llm, format, bound):
       kept, codes = want["attention"][name]["weight"][layer], rounded["attention"][name]["weight"][layer]
       assert isinstance(codes, QuantizedWeight) and codes.format == format
       np.testing.assert_array_equal(dequantize(codes), dequantize(quantize(kept, format)))
-  assert not isinstance(small.engine._params["embedding"]["tokens"], QuantizedWeight)
+  table = small.engine._params["embedding"]["tokens"]  # the head as well
+  kept = llm.engine._params["embedding"]["tokens"]
+  np.testing.assert_array_equal(dense(table), dequantize(quantize(kept.T, "int8")).T)
   a, b = llm.score("abcdefgh")[0], small.score("abcdefgh")[0]
   assert 0 < np.abs(a - b).max() < bound
   with pytest.raises(ConfigError, match="int3"):

@@ -73,7 +73,7 @@ def test_matmul(build, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows,I,O", [(1, 33, 5), (2, 64, 130), (5, 700, 96), (8, 300, 17)])
+@pytest.mark.parametrize("rows,I,O", [(1, 33, 5), (2, 64, 130), (5, 700, 96), (8, 300, 17), (9, 65, 40), (16, 96, 130)])
 def test_matmul_of_a_few_rows(build, rows, I, O, transposed, dtype):
   x, w = normal(0, 1, rows, I, dtype=dtype), normal(1, *((O, I) if transposed else (I, O)), dtype=dtype)
   run = lambda x, w: matmul_lib.matmul(x, w, backend="cpu", transposed=transposed)  # noqa: E731

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.kernels import backends
+from jaxllm.kernels import backends, cpu_ffi
 from jaxllm.models.config import Compute, ModelConfig
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -127,8 +127,9 @@ def engine_sizes(
   if kv_dtype not in (None, *KV_DTYPES):
     raise ConfigError(f"the dtype of keys and values is {kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
   on_cpu, packed = backends.TARGETS[compute.target] == "cpu", packs(config)
-  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
-  few = 2 if on_cpu and compute.dtype != "float32" else 1
+  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path. Our own kernel needs no two.
+  own = compute.matmul in ("auto", "cpu") and compute.dtype == "bfloat16" and cpu_ffi.available() if on_cpu else False
+  few = 2 if on_cpu and compute.dtype != "float32" and not own else 1
   most = max_tokens_per_step if packed else max(1, max_tokens_per_step // max_num_seqs)
   least = min(SMALLEST, most) if packed else most
   decode, mixed = (

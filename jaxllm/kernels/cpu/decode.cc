@@ -335,3 +335,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention_in_order, InOrderImpl,
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("causal").Attr<int64_t>("window")
                                   .Attr<float>("scale").Attr<float>("softcap"));
+
+#include "few.h"
+static_assert(DECODE_CHUNK == CHUNK);
+void decode_part(const Paged& p, const float* q, int64_t m, int64_t k, int64_t s0, int64_t s1, float* acc, float* top,
+                 float* total) {
+  const Cache c{p.K, p.H, p.R, p.R, p.page_size, p.max_pages, p.K * p.page_size * p.H, p.page_size * p.H, p.H,
+                p.table, p.sequence, p.position, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0, p.scale, 0};
+  if (p.is_bf16) chunk(c, q, (const bf16*)p.keys, (const bf16*)p.values, m, k, s0, s1, acc, top, total);
+  else chunk(c, q, (const float*)p.keys, (const float*)p.values, m, k, s0, s1, acc, top, total);
+}

@@ -89,7 +89,7 @@ void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K,
 
 // Up to FEW rows (decoding) are multiplied straight from where the weights lie, in float32: the time is that of reading
 // them once. Round: weights to bfloat16 first, as the product of more rows does.
-constexpr int64_t FEW = 8;
+constexpr int64_t FEW = 16;
 
 static __m512 rounded(__m512 v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
@@ -160,8 +160,11 @@ template <typename T, bool Round, int M>
 static void few(ffi::ThreadPool& pool, const float* x, int64_t ldx, const void* w, bool turned, float* sums, int64_t parts,
                 int64_t N, int64_t K, int64_t ld) {
   if (turned) {
+    // More rows than registers hold are multiplied eight at a time, while these weights are in the cache.
     parallel_for(pool, (int)((N + 63) / 64), [&](int i) {
-      few_turned<T, Round, M>(x, ldx, w, sums, ld, K, i * 64, std::min<int64_t>(N, i * 64 + 64));
+      const int64_t n0 = i * 64, n1 = std::min<int64_t>(N, n0 + 64);
+      few_turned<T, Round, std::min(M, 8)>(x, ldx, w, sums, ld, K, n0, n1);
+      if constexpr (M > 8) few_turned<T, Round, M - 8>(x + 8 * ldx, ldx, w, sums + 8 * ld, ld, K, n0, n1);
     });
     return;
   }
@@ -177,8 +180,10 @@ using Few = void (*)(ffi::ThreadPool&, const float*, int64_t, const void*, bool,
                      int64_t);
 template <typename T, bool Round>
 static Few few_of(int64_t M) {
-  static constexpr Few all[] = {few<T, Round, 1>, few<T, Round, 2>, few<T, Round, 3>, few<T, Round, 4>,
-                                few<T, Round, 5>, few<T, Round, 6>, few<T, Round, 7>, few<T, Round, 8>};
+  static constexpr Few all[] = {few<T, Round, 1>,  few<T, Round, 2>,  few<T, Round, 3>,  few<T, Round, 4>,
+                                few<T, Round, 5>,  few<T, Round, 6>,  few<T, Round, 7>,  few<T, Round, 8>,
+                                few<T, Round, 9>,  few<T, Round, 10>, few<T, Round, 11>, few<T, Round, 12>,
+                                few<T, Round, 13>, few<T, Round, 14>, few<T, Round, 15>, few<T, Round, 16>};
   return all[M - 1];
 }
 

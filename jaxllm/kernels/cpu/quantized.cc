@@ -5,6 +5,8 @@
 // the dense product's inner kernel multiplies.
 #include "gemm.h"
 
+constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for early: rows lie one after the other
+
 struct Codes {
   const uint8_t* values;
   const float *scales, *zeros;  // [groups, F]; zeros may be null
@@ -63,6 +65,7 @@ static void few_packed(const Codes& w, const float* x, float* y, int64_t f0, int
         for (int m = 0; m < M; m++)
           for (int i = 0; i < U; i++) first[m][i] = second[m][i] = _mm512_setzero_ps();
         const auto add = [&](int64_t j, int i) {
+          if (j % 64 == 0) _mm_prefetch((const char*)(p + block / 2 + j + AHEAD), _MM_HINT_T0);
           const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + block / 2 + j)));
           __m512 u = _mm512_permutexvar_ps(_mm512_and_si512(both, low), w.table);
           __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), w.table);
@@ -102,6 +105,7 @@ static void few_bytes(const Codes& w, const float* x, float* y, int64_t f0, int6
       for (int m = 0; m < M; m++)
         for (int u = 0; u < U; u++) sum[m][u] = _mm512_setzero_ps();
       const auto add = [&](int64_t k, int u) {
+        if (k % 64 == 0) _mm_prefetch((const char*)(p + k + AHEAD), _MM_HINT_T0);
         const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + k))));
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) sum[m][u] = _mm512_fmadd_ps(v, load16(x + m * w.K + k), sum[m][u]);
@@ -157,9 +161,11 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
           zeros.element_count() ? zeros.typed_data() : nullptr, _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  if (!InOrder && M >= 1 && M <= 8) {
-    parallel_for(pool, (int)((F + 63) / 64),
-                 [&](int i) { FEW[M - 1](w, in, out, i * 64, std::min<int64_t>(F, i * 64 + 64)); });
+  if (!InOrder && M >= 1 && M <= 16) {  // eight at a time, while these weights are in the cache
+    parallel_for(pool, (int)((F + 63) / 64), [&](int i) {
+      for (int64_t m = 0; m < M; m += 8)
+        FEW[std::min<int64_t>(8, M - m) - 1](w, in + m * K, out + m * F, i * 64, std::min<int64_t>(F, i * 64 + 64));
+    });
   } else {
     parallel_for(pool, (int)((F + NR - 1) / NR), [&](int i) { many(w, in, M, out, i * NR); });
   }
@@ -171,3 +177,10 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
       .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed").Attr<int64_t>("group")
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl<false>, BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul_in_order, QuantizedImpl<true>, BINDING);
+
+#include "few.h"
+void quantized_few(const Matrix& w, int64_t M, const float* x, float* y, int64_t f0, int64_t f1) {
+  const Codes codes{w.values, w.scales, w.zeros, _mm512_loadu_ps(w.table), w.O, w.K,
+                    w.group < w.K ? __builtin_ctzll(w.group) : 62, w.kind == NIBBLES};
+  for (int64_t m = 0; m < M; m += 8) FEW[std::min<int64_t>(8, M - m) - 1](codes, x + m * w.K, y + m * w.O, f0, f1);
+}

@@ -15,6 +15,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Engine, Request
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.sampling import sampling_rows
+from jaxllm.kernels import cpu_ffi, cpu_layers
 from jaxllm.models.build import unstack_layers
 from jaxllm.models.config import AdapterConfig, Compute, ModelConfig
 from jaxllm.parallel.config import MeshConfig
@@ -72,6 +73,31 @@ def test_any_mix_is_the_plain_loop(kind):
   assert serve(served, map(greedy, prompts), waits=(0, 0, 3, 1)) == want
   assert serve(served, [greedy(prompt) for prompt in prompts[::-1]]) == want[::-1]
   assert served.stats()["preemptions"] > before or kind == "sink-tokens"
+
+
+def test_a_row_that_draws_computes_one_token_a_step(monkeypatch):
+  """Also while the step before is under way: nothing is computed twice."""
+  from jaxllm.inference.engine import engine as module
+
+  counts, arrange = [], module.arrange
+  note = lambda plan, *rest: counts.append([work.count for work in plan.work]) or arrange(plan, *rest)  # noqa: E731
+  monkeypatch.setattr(module, "arrange", note)
+  serve(engine(), [greedy([1, 2, 3, 4, 5], 6)])
+  assert counts[0] == [5] and all(count == [1] for count in counts[1:]) and 6 <= len(counts) <= 7
+
+
+def test_all_layers_in_one_call_are_the_plain_loop(monkeypatch):
+  """The C++ step of all layers, for tokens of several rows and for a row's own at once."""
+  if not cpu_ffi.available():
+    pytest.skip("needs the C++ kernels")
+  calls, run = [], cpu_layers.run
+  monkeypatch.setattr(cpu_layers, "run", lambda x, *rest, **how: calls.append(len(x)) or run(x, *rest, **how))
+  monkeypatch.setitem(KINDS, "wide", dict(head_dim=16))
+  config, params = model("wide")
+  served = Poisoned(config, params, compute=Compute(), num_pages=12)
+  prompts = [[token % 101 for token in prompt] for prompt in PROMPTS]
+  assert serve(served, map(greedy, prompts), waits=(0, 0, 3, 1)) == [plain_loop("wide", p, 10) for p in prompts]
+  assert set(calls) == {3, 12}
 
 
 def test_hit_equals_miss():
