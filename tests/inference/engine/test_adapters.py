@@ -227,6 +227,7 @@ def test_adapters_that_cannot_be_mixed_are_refused_by_name():
   other = {path: dataclasses.replace(fits[path], a=fits[path].a[:, :16])}
   experts = ModelConfig(**SIZES, moe=MoEConfig(num_experts=2, mlp_dim=16, top_k=1))
   latent = MLAConfig(kv_lora_rank=16, nope_head_dim=8, rope_head_dim=8, value_head_dim=8)
+  latents = ModelConfig(**SIZES | {"num_kv_heads": 4}, mla=latent)
   absorbed = {path.replace("query", "key"): fits[path]}
   for config, adapter, message in (
     (CONFIGS["tied"], spoiled, f"'x' has numbers of {path} that are not finite in float32"),
@@ -234,7 +235,7 @@ def test_adapters_that_cannot_be_mixed_are_refused_by_name():
     (CONFIGS["tied"], {"head/weight": fits[path]}, "'x' does not fit: the model has no head/weight"),
     (CONFIGS["tied"], {}, "'x' changes nothing"),
     (experts, {"blocks/moe/up/weight": fits[path]}, "'x' does not fit: blocks/moe/up/weight is of experts"),
-    (ModelConfig(**SIZES, mla=latent), absorbed, "'x' changes blocks/attention/key/weight, which a cache of latents"),
+    (latents, absorbed, "'x' changes blocks/attention/key/weight, which a cache of latents"),
   ):
     with pytest.raises(ConfigError, match=message):
       Engine(config, oracle.random_params(config), compute=oracle.XLA, adapters={"x": adapter}, **harness.SMALL)
