@@ -128,6 +128,7 @@ def test_sums_of_adapters_under_one_name_and_over_one_that_is_always_there(two):
   assert np.abs(over.score(PROMPTS[2])[0] - want).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_devices_and_fewer_bits(two):
   base, adapters, _ = two
   names = [None, "few", "dora"] * 3

@@ -111,6 +111,7 @@ def wanted(kind):
   return want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "window", "int8", "nf4"])
 def test_any_mix_is_each_adapter_s_plain_loop(kind):
   served = engine(kind)
@@ -161,6 +162,7 @@ def test_on_a_mesh():
   assert shards == [(32, 24), (32, 3), (3, 24), (4, 24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ngram", "draft"])
 def test_guesses_change_no_text(method):
   small = ModelConfig(vocab_size=104, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16, max_seq_len=48)
@@ -171,6 +173,7 @@ def test_guesses_change_no_text(method):
   assert served.stats()["draft_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_under_the_adapter_too():
   config, params = CONFIGS["pair"], base("pair")
   served = engine("pair")

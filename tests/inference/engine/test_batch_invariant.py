@@ -116,6 +116,7 @@ def objective(kind, dtype, format, mode=None):
   return scored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype, format", CASES)
 def test_engine_and_objective_agree_to_the_bit(kind, dtype, format):
   """Together with too few pages, in parts, with a beginning found, alone; as a text that is read; as in training."""
@@ -136,12 +137,14 @@ def test_engine_and_objective_agree_to_the_bit(kind, dtype, format):
   same(behind(scored(texts, rows=1, width=140)), want)  # packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [dict(max_tokens_per_step=7, token_buckets=(7,)), dict(page_size=16)], ids=str)
 def test_steps_and_pages_of_any_size(settings):
   case = "window", "float32", None
   same(serve(engine(*case, **settings), requests()), serve(engine(*case), requests()))
 
 
+@pytest.mark.slow
 def test_guesses():
   case = "llama", "float32", None
   guessing = engine(*case, speculative=Speculation("ngram", prompt_lookup_min=1, adaptive=False))

@@ -143,6 +143,7 @@ def test_guided(how):
   assert serve(engine("plain", None), again) == texts[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v3", "bloom", "t5"])
 def test_other_families(name):
   config, params, draw = test_families.case(name)
