@@ -118,6 +118,11 @@ def test_over_another_adapter(job, base, tmp_path):
   np.testing.assert_allclose(both(TOKENS), want, atol=3e-5)
   with pytest.raises(CheckpointError, match="does not say what it belongs to"):
     load_model(own)
+  run(job, tmp_path / "other", **more | {"training.steps": 3})
+  (tmp_path / "one" / "adapter").rename(tmp_path / "before")
+  (tmp_path / "other" / "adapter").rename(tmp_path / "one" / "adapter")
+  with pytest.raises(CheckpointError, match="began with .*one/adapter, which has changed since; put back what was"):
+    load_model(tmp_path / "two")
 
 
 def test_of_fresh_weights_and_of_all_weights(job, tmp_path, caplog):
