@@ -40,14 +40,17 @@ def average(prices, tax):
     return 0
   return total(prices, tax) / len(prices)
 """
+FENCED = f"The code:\n```python\n{CODE}```\n\n"
+# Texts that a model goes on with, and questions: where a small model is told to repeat something, it seldom does.
 TEXTS = {
   "code edit": [
-    f"Write this code again with `prices` renamed to `costs`, and nothing else:\n\n{CODE}",
-    f"Repeat this code exactly, with a docstring in each function:\n\n{CODE}",
+    f"{FENCED}The same code with a docstring in each function:\n```python\ndef total(prices, tax):\n"
+    '  """Returns the sum of prices with tax."""\n  result = 0\n',
+    f"{FENCED}The same code with type hints:\n```python\ndef total(prices: list[float], tax: float) -> float:\n",
   ],
   "repetition": [
-    "Repeat ten times: The quick brown fox jumps over the lazy dog.",
-    "Count from 1 to 60, one number a line, each followed by the word 'apple'.",
+    "The quick brown fox jumps over the lazy dog.\n" * 3,
+    "| day | open | close |\n|---|---|---|\n| Monday | 9:00 | 17:00 |\n| Tuesday | 9:00 | 17:00 |\n",
   ],
   "chat": [
     "What is the capital of France, and what is it known for?",
@@ -83,7 +86,7 @@ def start(args, folder: str, cases: list[dict]) -> tuple[list[Side], list[str]]:
     settings = common | {"dtype": dtype, "quantization": quantization}
     sides.append(Side(f"jaxllm {name}", sys.executable, SIDES / "jax_side.py", settings))
   if "texts" in wanted:
-    texts = [{"kind": "text", "of": of, "prompt": one, "drawn": args.drawn} for of in TEXTS for one in TEXTS[of]]
+    texts = [{"kind": "text", "chat": of == "chat", "prompt": one, "drawn": args.drawn} for of in TEXTS for one in TEXTS[of]]
     dtype, quantization = OURS[args.texts_in]
     settings = common | {"dtype": dtype, "quantization": quantization, "cases": texts, "room": args.drawn + 512}
     for name, ngram in (("plain", False), ("ngram", True)):

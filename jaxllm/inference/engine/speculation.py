@@ -36,7 +36,7 @@ class Speculation:
   """
 
   method: str  # "ngram": what followed earlier in the text; "draft": what a small model would draw
-  num_speculative_tokens: int = 4  # guesses of a step and request at most
+  num_speculative_tokens: int = 7  # guesses of a step and request at most; eight tokens seldom cost more than one
   prompt_lookup_min: int = 2  # "ngram": tokens that must have occurred before
   prompt_lookup_max: int = 4  # and that are looked for first
   adaptive: bool = True  # fewer guesses where few hold, and none where that is measured to be faster

@@ -3,11 +3,12 @@
 //
 // A tile is R rows (query heads of one key head, times new tokens) of one sequence. A task is a tile's key head and 256
 // keys: sixteen keys at a time are turned into [H, 16], so that scores of sixteen keys are one vector and no sum runs
-// across lanes; then the rows' sums of values. Tasks leave (sums, largest score, sum of exponentials), and a second round
+// across lanes; then the rows' sums of values. Where operands may be rounded to bfloat16 (`round`), the tile unit
+// multiplies 16 rows and more. Tasks leave (sums, largest score, sum of exponentials), and a second round
 // adds them up in order, so that the result does not depend on who computed what (Flash-Decoding).
-#include <type_traits>
+#include <optional>
 
-#include "common.h"
+#include "decode_tiles.h"
 
 static inline __m512 load16(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -25,6 +26,7 @@ struct Cache {
   bool causal;
   int64_t window;
   float scale, softcap;
+  bool round;  // queries, keys, values and weights may be rounded to bfloat16
 
   int64_t first_key(int64_t m) const {
     return window > 0 ? std::max<int64_t>(0, position[m] - window + 1) / 16 * 16 : 0;
@@ -104,19 +106,27 @@ void fetch(const T* x, const int64_t* at, int64_t n, int64_t H) {
 template <typename T>
 void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t m, int64_t k, int64_t s0, int64_t s1,
            float* acc, float* top, float* total) {
-  static thread_local Scratch turned_, p_;
-  const int64_t H = c.H, R = c.R, n = s1 - s0;
-  float *turned = turned_.get<float>(16 * H), *p = p_.get<float>(R * CHUNK);
+  static thread_local Scratch turned_, p_, rounded_, sums_;
+  const int64_t H = c.H, R = c.R, n = s1 - s0, rows = (R + 15) / 16 * 16;
+  const bool tiles = c.round && tiles_pay(R, H);
+  float *turned = turned_.get<float>(std::max<int64_t>(16 * H, 16 * CHUNK)), *p = p_.get<float>(rows * CHUNK);
+  bf16* rounded = rounded_.get<bf16>(rows * std::max(H, CHUNK));
+  std::optional<AmxScope> amx;  // a caller's own would end with a second one
+  if (tiles) amx.emplace(), round_rows(q, H, R, H, rounded, H);
   int64_t at[CHUNK + 16], scale_at[CHUNK + 16];
   for (int64_t s = 0; s < n; s += 16) c.places(m, k, s0 + s, std::min<int64_t>(16, n - s), at + s, scale_at + s);
   const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t s = 0; s < n; s += 16) {
     const int64_t here = std::min<int64_t>(16, n - s);
     if (s + 16 < n) fetch(keys, at + s + 16, std::min<int64_t>(16, n - s - 16), H);
-    turn(keys, at + s, here, H, turned);
     int64_t r = 0;
-    for (; r + 4 <= R; r += 4) scores<4>(q + r * H, turned, H, p + r * CHUNK + s);
-    for (; r < R; r++) scores<1>(q + r * H, turned, H, p + r * CHUNK + s);
+    if (tiles) {
+      tile_scores(rounded, R, keys, at + s, here, H, (bf16*)turned, p + s, CHUNK);
+    } else {
+      turn(keys, at + s, here, H, turned);
+      for (; r + 4 <= R; r += 4) scores<4>(q + r * H, turned, H, p + r * CHUNK + s);
+      for (; r < R; r++) scores<1>(q + r * H, turned, H, p + r * CHUNK + s);
+    }
     __m512 factor = _mm512_set1_ps(c.scale);
     if (c.key_scales)
       for (int i = 0; i < here; i++)
@@ -157,6 +167,13 @@ void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t
     total[r] = _mm512_reduce_add_ps(sum);
     if (c.value_scales)
       for (int64_t s = 0; s < n; s++) row[s] *= c.value_scales[scale_at[s]];
+  }
+  if (tiles) {
+    float* sums = sums_.get<float>(rows * H);
+    round_rows(p, CHUNK, R, n, rounded, CHUNK);
+    tile_values(rounded, CHUNK, R, vals, at, n, H, (bf16*)turned, sums);
+    memcpy(acc, sums, R * H * sizeof(float));
+    return;
   }
   memset(acc, 0, R * H * sizeof(float));
   for (int64_t s = 0; s < n; s += 32) {
@@ -220,7 +237,8 @@ static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi:
                              ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> sequence,
                              ffi::Buffer<ffi::S32> position, ffi::Buffer<ffi::S32> end, ffi::Buffer<ffi::F32> slopes,
                              ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool paged,
-                             bool causal, int64_t group, int64_t window, float scale, float softcap) {
+                             bool causal, int64_t group, int64_t window, float scale, float softcap,
+                             bool round) {
   const auto d = keys.dimensions();
   const int64_t M = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
   if (H % 16 || d[3] != H || d[paged ? 1 : 2] != K) return ffi::Error::InvalidArgument("decode: shapes disagree");
@@ -228,7 +246,7 @@ static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi:
   const int64_t size = paged ? d[2] : d[1];
   Cache c{K, H, R, group, size, table.dimensions()[1], size * K * H, paged ? size * H : H, paged ? H : K * H,
           table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(), nullptr,
-          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap};
+          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap, round};
   auto run = [&](auto type) {
     attend<decltype(type)>(pool, c, q.typed_data(), keys.untyped_data(), values.untyped_data(), M, out->typed_data(),
                            lse->typed_data());
@@ -249,7 +267,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_decode, DecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("paged")
                                   .Attr<bool>("causal").Attr<int64_t>("group").Attr<int64_t>("window")
-                                  .Attr<float>("scale").Attr<float>("softcap"));
+                                  .Attr<float>("scale").Attr<float>("softcap").Attr<bool>("round"));
 
 // ---------------------------------------------------------------- in the order of a cache, without one
 
@@ -314,7 +332,7 @@ static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi
         else memset(queries + at * H, 0, H * sizeof(float));
       });
     Cache c{K, H, R, G, S, 1, S * K * H, H, K * H, table.data(), row.data() + m0, position.data() + m0,
-            end.data() + m0, start.data() + m0, nullptr, nullptr, given(slopes), causal, window, scale, softcap};
+            end.data() + m0, start.data() + m0, nullptr, nullptr, given(slopes), causal, window, scale, softcap, false};
     const auto run = [&](auto type) {
       attend<decltype(type)>(pool, c, queries, keys.untyped_data(), values.untyped_data(), M, tile_out, tile_lse);
     };
@@ -341,7 +359,7 @@ static_assert(DECODE_CHUNK == CHUNK);
 void decode_part(const Paged& p, const float* q, int64_t m, int64_t k, int64_t s0, int64_t s1, float* acc, float* top,
                  float* total) {
   const Cache c{p.K, p.H, p.R, p.R, p.page_size, p.max_pages, p.K * p.page_size * p.H, p.page_size * p.H, p.H,
-                p.table, p.sequence, p.position, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0, p.scale, 0};
+                p.table, p.sequence, p.position, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0, p.scale, 0, false};
   if (p.is_bf16) chunk(c, q, (const bf16*)p.keys, (const bf16*)p.values, m, k, s0, s1, acc, top, total);
   else chunk(c, q, (const float*)p.keys, (const float*)p.values, m, k, s0, s1, acc, top, total);
 }
