@@ -86,7 +86,9 @@ def start(args, folder: str, cases: list[dict]) -> tuple[list[Side], list[str]]:
     settings = common | {"dtype": dtype, "quantization": quantization}
     sides.append(Side(f"jaxllm {name}", sys.executable, SIDES / "jax_side.py", settings))
   if "texts" in wanted:
-    texts = [{"kind": "text", "chat": of == "chat", "prompt": one, "drawn": args.drawn} for of in TEXTS for one in TEXTS[of]]
+    texts = [
+      {"kind": "text", "chat": of == "chat", "prompt": one, "drawn": args.drawn} for of in TEXTS for one in TEXTS[of]
+    ]
     dtype, quantization = OURS[args.texts_in]
     settings = common | {"dtype": dtype, "quantization": quantization, "cases": texts, "room": args.drawn + 512}
     for name, ngram in (("plain", False), ("ngram", True)):

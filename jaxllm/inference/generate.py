@@ -1,7 +1,6 @@
 """A model's own engine: made for what is asked of it, and kept for the next time."""
 
 import collections
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,12 +86,15 @@ class Generator:
       raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
     searched = [i for i, settings in enumerate(each) if settings.num_beams > 1]
     drawn = [i for i, settings in enumerate(each) if settings.num_beams == 1]
-    found: list[Iterator[Delta]] = []
+    return self._deltas(
+      {i: (prompts[i], each[i]) for i in drawn}, {i: (prompts[i], each[i]) for i in searched}, eos_ids
+    )
+
+  def _deltas(self, drawn: dict, searched: dict, eos_ids: Sequence[int]) -> Iterator[Delta]:
     if drawn:
-      found.append(self._draw({i: (prompts[i], each[i]) for i in drawn}, eos_ids))
+      yield from self._draw(drawn, eos_ids)
     if searched:
-      found.append(self._search({i: (prompts[i], each[i]) for i in searched}, eos_ids))
-    return itertools.chain(*found)
+      yield from self._search(searched, eos_ids)
 
   def _draw(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
     served = self._for(*zip(*asked.values()))

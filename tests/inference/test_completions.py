@@ -44,5 +44,7 @@ def test_answers_are_grouped_by_prompt():
     ("ab", tuple(ids[0]), True),
     ("c", tuple(ids[1]), True),
   ]
-  assert [list(a.outputs) for a in answers] == [done[:2], done[2:]]
+  assert [[(o.text, o.token_ids) for o in a.outputs] for a in answers] == [
+    [(one.text, one.token_ids) for one in some] for some in (done[:2], done[2:])
+  ]
   assert all(output.finished() for a in answers for output in a.outputs)
