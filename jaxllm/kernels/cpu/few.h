@@ -13,8 +13,9 @@ struct Matrix {
   int64_t groups() const { return (K + group - 1) / group; }
 };
 
-// Columns [f0, f1) of y [M, O] = x W for codes; x [M, K] float32, zeros past I.
-void quantized_few(const Matrix& w, int64_t M, const float* x, float* y, int64_t f0, int64_t f1);
+// Columns [f0, f1) of y [M, O] = x W for codes; x [M, K] float32, zeros past I. `round`: x holds bfloat16 numbers, and
+// tables of packed codes may be rounded to them.
+void quantized_few(const Matrix& w, int64_t M, bool round, const float* x, float* y, int64_t f0, int64_t f1);
 
 // Causal attention of R query heads of one key head, to keys in pages [*, K, page_size, H].
 struct Paged {

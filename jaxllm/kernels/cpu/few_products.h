@@ -295,7 +295,7 @@ void product(const Matrix& w, const Input& x, float* y, int64_t task) {
 #endif
   if (w.kind == BFLOAT16) dense<bf16, false>(w, x, y, n);
   else if (w.kind == FLOAT32) x.round ? dense<float, true>(w, x, y, n) : dense<float, false>(w, x, y, n);
-  else quantized_few(w, x.M, x.rows, y, n, std::min(w.O, n + width(w)));
+  else quantized_few(w, x.M, x.round, x.rows, y, n, std::min(w.O, n + width(w)));
 }
 
 }  // namespace
