@@ -102,7 +102,7 @@ class Generator:
     try:
       for i, (prompt, settings) in asked.items():
         numbers[served.requests.submit(prompt, settings, eos_ids=eos_ids)] = i
-    except ConfigError:
+    except BaseException:
       served.drop(numbers)
       raise
     return served.deltas(numbers)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.inference.completions import (
   CompletionOutput,
   EmbeddingOutput,
@@ -39,7 +40,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class LLM:
-  """Writes text with a model, many prompts at once.
+  """Writes text with a model, many prompts at once. Several threads may ask it: one's call waits for the other's.
 
   Attributes:
     model: the loaded `Model`. engine: its `Engine`.
@@ -130,7 +131,7 @@ class LLM:
       own = self.model
       self.engine = Replicas(own.config, own._weights, places=places, **settings)
     self._requests = Requests(self.engine, self.model.tokenizer, self.model.eos_ids)
-    self._seed, self._asked = seed, 0
+    self._seed, self._asked, self._one = seed, 0, threading.RLock()
     if compile_at_start:
       self.engine.warm_up()
 
@@ -157,14 +158,32 @@ class LLM:
       ConfigError: every prompt was refused; what the first one's answer says.
     """
     each = _listed(prompts)
-    settings = self.model.sampling() if sampling_params is None else sampling_params
-    settings = [settings] * len(each) if isinstance(settings, SamplingParams) else list(settings)
-    if not all(isinstance(one, SamplingParams) for one in settings):
+    own = self.model.sampling() if sampling_params is None else sampling_params
+    settings = [own] * len(each) if isinstance(own, SamplingParams) else own
+    if not isinstance(settings, Sequence) or not all(isinstance(one, SamplingParams) for one in settings):
       raise ConfigError("sampling settings must be SamplingParams: one, or one for each prompt")
     if len(settings) != len(each):
       raise ConfigError(f"{len(settings)} sampling settings for {len(each)} prompts; give one, or one for each")
     names = one_each(adapter, len(each))
-    return self._answers([self._submit(*asked) for asked in zip(each, settings, names)])
+    asked: list[int | RequestOutput] = []
+    with self._one:
+      try:
+        for question in zip(each, settings, names):
+          asked.append(self._submit(*question))
+        while any(isinstance(one, int) for one in asked) and self._requests.busy:
+          self._requests.step()
+      except BaseException:  # an interruption: the next call finds an empty engine
+        for one in asked:
+          if isinstance(one, int):
+            self._requests.forget(one)
+        raise
+      answers = [self._requests.output(one) if isinstance(one, int) else one for one in asked]
+    wrong = [answer.error for answer in answers if answer.error is not None]
+    if wrong and len(wrong) == len(answers):
+      raise ConfigError(wrong[0])
+    for message in wrong:
+      log.warning("a request was refused: %s", message)
+    return answers
 
   def chat(
     self,
@@ -198,7 +217,9 @@ class LLM:
     self, prompts: Prompt | Sequence[Prompt], *, adapter: str | Sequence[str | None] | None = None
   ) -> list[Float32[np.ndarray, " T-1"]]:
     """Of each text the log-probabilities, in nats, of its tokens from the second on; see `Engine.score`."""
-    return self.engine.score([self._ids(prompt)[1] for prompt in _listed(prompts)], adapter)
+    texts = [self._ids(prompt)[1] for prompt in _listed(prompts)]
+    with self._one:
+      return self.engine.score(texts, adapter)
 
   def stats(self) -> dict[str, Any]:
     """Counts of the engine: see `Engine.stats`."""
@@ -234,27 +255,9 @@ class LLM:
         settings = dataclasses.replace(settings, seed=int(words[0]))
       self._asked += 1
       return self._requests.submit(ids, settings, text=text, adapter=adapter)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
       refused = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", error=str(error))
       return RequestOutput(request_id="", prompt=text, prompt_token_ids=tuple(ids), outputs=(refused,), finished=True)
-
-  def _answers(self, asked: "list[int | RequestOutput]") -> list[RequestOutput]:
-    """Waits for them."""
-    left = [one for one in asked if isinstance(one, int)]
-    try:
-      while left and self._requests.busy:
-        self._requests.step()
-    except BaseException:  # an interruption: the next call finds an empty engine
-      for number in left:
-        self._requests.forget(number)
-      raise
-    answers = [self._requests.output(one) if isinstance(one, int) else one for one in asked]
-    wrong = [answer.error for answer in answers if answer.error is not None]
-    if wrong and len(wrong) == len(answers):
-      raise ConfigError(wrong[0])
-    for message in wrong:
-      log.warning("a request was refused: %s", message)
-    return answers
 
 
 def _places(tensor: int, data: int) -> "list[jax.Device | Mesh]":

@@ -95,7 +95,8 @@ class Requests:
         )
         more = dict(priority=priority, salt=salt, guide=guide, adapter=adapter)
         request = Request(prompt, own, eos_ids, index, **more)
-        asked.writers[self.engine.submit(request)] = Writer(
+        one = self.engine.submit(request)  # which refuses tokens that the tokenizer has not either
+        asked.writers[one] = Writer(
           number,
           index,
           prompt,
@@ -106,7 +107,7 @@ class Requests:
           names=tokenizer,
           context=prompt if decoder else (),
         )
-    except ConfigError:
+    except BaseException:
       for one in asked.writers:
         self.engine.abort(one)
       raise

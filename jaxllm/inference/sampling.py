@@ -199,12 +199,13 @@ def sampling_rows(
     for row, sample in zip(settings, samples, strict=True)
   ]
   column = lambda name, dtype: np.asarray([getattr(row, name) for row in settings], dtype)  # noqa: E731
+  least, most = np.finfo(np.float32).tiny, np.finfo(np.float32).max  # a share of 0 would keep nothing
   return SamplingRows(
     seeds=np.stack([np.random.SeedSequence(words).generate_state(2) for words in entropy]),
-    temperature=column("temperature", np.float32),
+    temperature=np.minimum(column("temperature", np.float64), most).astype(np.float32),
     top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
-    top_p=column("top_p", np.float32),
+    top_p=np.maximum(column("top_p", np.float32), least),
     min_p=column("min_p", np.float32),
-    typical_p=column("typical_p", np.float32),
+    typical_p=np.maximum(column("typical_p", np.float32), least),
     rules=logit_rules(settings, begins=begins, limits=limits, ends=ends, vocab_size=vocab_size, sequences=sequences),
   )

@@ -1,6 +1,7 @@
 """`LLM` in vLLM's shape, on a tiny model that is saved and loaded."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ def test_a_bad_request_harms_no_other(llm, model):
     ("abc", SamplingParams(structured_outputs={"regex": "("}), "structured_outputs"),
     ("abc", SamplingParams(stop_token_ids=[999]), "names token 999"),
     ("abc", SamplingParams(allowed_token_ids=[97], suppress_tokens=[97]), "settings leave none over"),
+    ("abc", SamplingParams(num_beams=2, allowed_token_ids=[97], suppress_tokens=[97]), "settings leave none over"),
     ({"text": "abc"}, GREEDY, "a prompt of 'text'; it needs prompt_token_ids"),
   ]
   asked = [("abc", GREEDY), *[one[:2] for one in bad], ("abc", GREEDY)]
@@ -150,6 +152,18 @@ def test_a_bad_request_harms_no_other(llm, model):
       llm.generate([prompt], settings)
     assert answer.error is not None
   assert llm.stats()["pages_free"] == llm.stats()["pages_total"]
+
+
+def test_several_threads_may_ask(llm):
+  prompts = ["abc", "xyz", "q", "abcdefgh"]
+  want = [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts]
+  scored = [llm.score(prompt)[0] for prompt in prompts]
+  with ThreadPoolExecutor(4) as pool:
+    answers = [pool.submit(llm.generate, prompt, GREEDY) for prompt in prompts * 3]
+    scores = [pool.submit(llm.score, prompt) for prompt in prompts * 3]
+    assert [one.result()[0].outputs[0].token_ids for one in answers] == want * 3
+    for one, values in zip(scores, scored * 3):
+      np.testing.assert_allclose(one.result()[0], values, atol=1e-5)
 
 
 def test_a_pool_too_small_for_one_request(saved):
@@ -271,6 +285,7 @@ def test_impossible_settings(saved, settings, message):
     ([[float("nan")]], "the prompt holds nan"),
     ([["a", "b"]], "the prompt holds 'a'"),
     ([[True]], "the prompt holds True"),
+    ([[-1]], "the prompt holds token -1"),
     ([[2**70]], "holds token 1180591620717411303424"),
     ({"prompt": 3}, "the prompt is 3; it must be text"),
     ({"prompt_token_ids": "abc"}, "the prompt is 'abc'; it must be a list of token ids"),
@@ -283,7 +298,31 @@ def test_prompts_that_are_none(llm, prompts, message):
   assert llm.stats()["pages_free"] == llm.stats()["pages_total"]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, [None]])
+@pytest.mark.parametrize("adapter, message", [(5, "adapter is 5"), ([5], "no adapter 5"), ("x", "no adapter 'x'")])
+def test_adapters_that_are_none(llm, adapter, message):
+  for ask in (lambda: llm.generate(["a"], GREEDY, adapter=adapter), lambda: llm.score(["ab"], adapter=adapter)):
+    with pytest.raises(ConfigError, match=message):
+      ask()
+
+
+def test_an_interruption_among_the_questions_leaves_nothing(llm, monkeypatch):
+  """Of three prompts the third is interrupted while it is read: the first two are not asked any more."""
+  prompt_ids, read = llm.model.prompt_ids, []
+
+  def interrupted(text):
+    read.append(text)
+    if len(read) == 3:
+      raise KeyboardInterrupt
+    return prompt_ids(text)
+
+  monkeypatch.setattr(llm.model, "prompt_ids", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    llm.generate(["a", "b", "c"], GREEDY)
+  stats = llm.stats()
+  assert (stats["running"], stats["waiting"]) == (0, 0) and not llm._requests.busy
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, [None], 5])
 def test_sampling_settings_that_are_none(llm, settings):
   with pytest.raises(ConfigError, match="must be SamplingParams"):
     llm.generate(["a"], settings)

@@ -179,3 +179,16 @@ def test_public_spellings():
   assert SamplingParams(stop="\n").stop == ("\n",)
   assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
   assert SamplingParams(stop=None, stop_token_ids=7).stop_token_ids == (7,)
+
+
+@pytest.mark.parametrize("setting", ["top_p", "typical_p"])
+def test_a_share_too_small_for_float32_keeps_a_token(setting):
+  """As the smallest that it holds: with none left the first of the vocabulary was drawn."""
+  logits = jnp.asarray([[-1e9, 0.0, 3.0, 0.0]] * 3)
+  settings = [SamplingParams(**{setting: share}, seed=1) for share in (1e-50, 1e-40, 1e-30)]
+  assert draw(settings, [0] * 3, logits, jnp.full(3, 1)).tolist() == [2, 2, 2]
+
+
+def test_a_temperature_over_float32_draws_what_is_allowed():
+  one = SamplingParams(temperature=1e39, top_k=1, allowed_token_ids=[2], seed=1)
+  assert draw([one], [0], jnp.zeros((1, 4)), jnp.full(1, 1)).tolist() == [2]

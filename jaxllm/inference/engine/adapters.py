@@ -83,10 +83,12 @@ def one_each(adapter: str | Sequence[str | None] | None, count: int) -> list[str
   """The adapter of each of so many texts, given one for all or a list.
 
   Raises:
-    ConfigError: the list is of another length.
+    ConfigError: the list is of another length, or it is none.
   """
   if adapter is None or isinstance(adapter, str):
     return [adapter] * count
+  if not isinstance(adapter, Sequence):
+    raise ConfigError(f"adapter is {adapter!r}; it must be a name, or a list of one for each text")
   if len(adapter) != count:
     raise ConfigError(f"{len(adapter)} adapters for {count} texts; give one, or one for each")
   return list(adapter)

@@ -174,17 +174,22 @@ class Engine:
 
   def step(self) -> list[Delta]:
     """Schedules and starts a step, and gives back what the one before has drawn (without `overlap`: this one)."""
-    deltas, self._early = self._early, []
     if self._speculator is not None:
       self._speculator.propose(self._scheduler.running, self._scheduler.steady)
     plan = self._scheduler.schedule()
     if plan.work:
-      self._start(plan)
+      try:
+        self._start(plan)
+      except BaseException:
+        self._undo(plan)
+        raise
     elif not self._flight and self._rows:
       raise RuntimeError("the scheduler has requests, nothing to do and nothing to wait for")
     waits = not self._overlap or any(row.waits for row in self._scheduler.running)
     while len(self._flight) > (1 if plan.work and not waits else 0):
-      deltas += self._read(*self._flight.popleft())
+      jax.block_until_ready(self._flight[0][1].token)  # an interruption of the waiting loses nothing
+      self._early += self._read(*self._flight.popleft())
+    deltas, self._early = self._early, []
     return deltas
 
   def load_weights(self, params: Params, version: str) -> None:
@@ -222,14 +227,18 @@ class Engine:
       self._early = [delta for delta in self._early if delta.id not in asked]  # of a single token
       raise
     found, others = {number: [] for number in asked}, []
-    while any(number in self._rows for number in asked):
-      for delta in self.step():
-        if delta.id not in asked:
-          others.append(delta)
-        for shown in delta.prompt_logprobs or () if delta.id in asked else ():
-          values = found[delta.id]
-          values.append(shown[int(asked[delta.id][len(values) + 1])])
-    self._early = others + [delta for delta in self._early if delta.id not in asked]
+    try:
+      while any(number in self._rows for number in asked):
+        for delta in self.step():
+          if delta.id not in asked:
+            others.append(delta)
+          for shown in delta.prompt_logprobs or () if delta.id in asked else ():
+            values = found[delta.id]
+            values.append(shown[int(asked[delta.id][len(values) + 1])])
+    finally:
+      for number in asked:  # after an interruption
+        self.abort(number)
+      self._early = others + [delta for delta in self._early if delta.id not in asked]
     return [np.asarray(values, np.float32) for values in found.values()]
 
   def stats(self) -> dict[str, int]:
@@ -264,6 +273,18 @@ class Engine:
       self._state = self._programs.draft(self._draft_params, self._state, batch, step.shape)
     self._state, drawn = self._programs.step(self._params, self._state, batch, step.shape)
     self._flight.append((step, drawn, start))
+
+  def _undo(self, plan: Plan) -> None:
+    """After an interruption: the step may not be computed, so what it would have written is not to be found, and what
+    it would have drawn will not come. All rows compute their tokens again."""
+    if self._flight and self._flight[-1][0].plan is plan:
+      return  # it was sent
+    for work in plan.work:
+      work.row.pending -= work.draws
+    self._scheduler.restart()
+    if any(x.is_deleted() for x in jax.tree.leaves(self._state)):  # a program took it, and what it gave is lost
+      self._state = self._programs.empty()
+      self._encoded.clear()
 
   def _read(self, step: Arranged, drawn: Drawn, start: float) -> list[Delta]:
     """Waits for a step and takes what it has drawn; of rows that have ended meanwhile it is left out."""
@@ -362,7 +383,7 @@ class Engine:
 
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
-    return self.version, row.request.salt, row.request.adapter or "", source
+    return self.version, row.request.salt, row.adapter, source
 
   def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:
     """As many pages as there is memory for beside the weights."""

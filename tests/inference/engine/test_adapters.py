@@ -131,6 +131,13 @@ def test_pages_are_of_one_adapter():
     assert served.stats()["prefix_hits"] - before == 16
 
 
+def test_pages_under_a_name_of_no_letters_are_not_the_models():
+  params, prompt = base("tied"), PROMPTS[3]
+  served = engine(num_pages=40, adapters={"": adapters(params)["dora"]})
+  found = serve(served, [greedy(prompt, 8)]) + serve(served, [dataclasses.replace(greedy(prompt, 8), adapter="")])
+  assert found == [plain_loop("tied", None, prompt), plain_loop("tied", "dora", prompt)]
+
+
 def test_scores_and_log_probabilities():
   """All over 64 tokens at once, where the head takes them in parts."""
   served = engine(num_pages=80, max_num_seqs=6, row_buckets=(6,), token_buckets=(72,), max_tokens_per_step=72)

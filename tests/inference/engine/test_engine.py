@@ -219,6 +219,58 @@ def test_abort_at_any_time():
     assert served.stats()["pages_free"] == served.stats()["pages_total"]
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("program, when", [("begin", 1), ("step", 1), ("step", 4)])
+def test_interrupted_in_the_middle_of_a_step(monkeypatch, program, when, after):
+  """Before or after a program has run: rows lose nothing, and pages that were not written are not found."""
+  served, found, calls = Poisoned(*model(), compute=oracle.XLA, num_pages=12), {}, []
+  run = getattr(served._programs, program)
+
+  def interrupted(*arguments):
+    calls.append(1)
+    result = run(*arguments) if after or len(calls) != when else None
+    if len(calls) == when:
+      raise KeyboardInterrupt
+    return result
+
+  monkeypatch.setattr(served._programs, program, interrupted)
+  numbers = [served.submit(greedy(prompt)) for prompt in PROMPTS[2:]]
+  while served.busy:
+    try:
+      harness.collect(served.step(), found)
+    except KeyboardInterrupt:
+      gone = numbers.pop()
+      served.abort(gone)
+  assert gone not in numbers and len(numbers) == 2
+  want = [plain_loop("plain", prompt, 10) for prompt in PROMPTS[2:]]
+  for number, tokens in zip(numbers, want):
+    assert [token for delta in found[number] for token in delta.token_ids] == tokens
+  assert serve(served, map(greedy, PROMPTS[2:])) == want
+
+
+def test_an_interrupted_score_leaves_nothing(monkeypatch):
+  served, found = engine(), {}
+  number = served.submit(greedy(PROMPTS[3]))
+  served.step()
+  step, calls = served.step, []
+
+  def third():
+    calls.append(1)
+    if len(calls) == 3:
+      raise KeyboardInterrupt
+    return step()
+
+  monkeypatch.setattr(served, "step", third)
+  with pytest.raises(KeyboardInterrupt):
+    served.score([PROMPTS[4]])
+  monkeypatch.setattr(served, "step", step)
+  while served.busy:
+    harness.collect(served.step(), found)
+  assert list(found) == [number]
+  assert [token for delta in found[number] for token in delta.token_ids] == plain_loop("plain", PROMPTS[3], 10)
+  assert served.stats()["pages_free"] == served.stats()["pages_total"]
+
+
 def test_new_weights():
   """Text goes on as the new weights say, from what was drawn before; pages of the old ones are not found."""
   config, params = model()
