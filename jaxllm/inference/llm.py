@@ -1,9 +1,10 @@
 """`LLM`: a model and an engine of its own, in the shape of vLLM's."""
 
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,7 +158,15 @@ class LLM:
     Raises:
       ConfigError: every prompt was refused; what the first one's answer says.
     """
-    each = _listed(prompts)
+    return self._generate([functools.partial(self._ids, one) for one in _listed(prompts)], sampling_params, adapter)
+
+  def _generate(
+    self,
+    each: Sequence[Callable[[], tuple[str | None, list[int]]]],
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    adapter: str | Sequence[str | None] | None,
+  ) -> list[RequestOutput]:
+    """`generate`, with what reads each prompt: its text, if it has one, and token ids."""
     own = self.model.sampling() if sampling_params is None else sampling_params
     settings = [own] * len(each) if isinstance(own, SamplingParams) else own
     if not isinstance(settings, Sequence) or not all(isinstance(one, SamplingParams) for one in settings):
@@ -197,8 +206,11 @@ class LLM:
   ) -> list[RequestOutput]:
     """The reply to a chat, or to each of several; see `Model.chat_ids` and `generate`."""
     chats = [messages] if messages and isinstance(messages[0], Mapping) else messages
-    ids = [self.model.chat_ids(chat, tools, continue_final_message, chat_template_kwargs) for chat in chats]
-    return self.generate([{"prompt_token_ids": one} for one in ids], sampling_params, adapter=adapter)
+
+    def reads(chat):
+      return lambda: (None, self.model.chat_ids(chat, tools, continue_final_message, chat_template_kwargs))
+
+    return self._generate([reads(chat) for chat in chats], sampling_params, adapter)
 
   def embed(
     self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
@@ -240,12 +252,14 @@ class LLM:
       return prompt, self.model.prompt_ids(prompt)
     return None, token_ids(prompt, "the prompt")
 
-  def _submit(self, prompt: Prompt, settings: SamplingParams, adapter: str | None) -> "int | RequestOutput":
+  def _submit(
+    self, read: Callable[[], tuple[str | None, list[int]]], settings: SamplingParams, adapter: str | None
+  ) -> "int | RequestOutput":
     """The number of a request, or at once the answer: of beam search, or to one that is refused."""
     text: str | None = None
     ids: list[int] = []
     try:
-      text, ids = self._ids(prompt)
+      text, ids = read()
       if settings.num_beams > 1:
         if adapter is not None:
           raise ConfigError("num_beams: beams are of one model; load it with this adapter alone (adapter=)")

@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tiny_models as tiny
+from chat_tokenizer import chat_tokenizer
 
 import jaxllm
 from jaxllm import LLM, SamplingParams
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Request
+from jaxllm.inference.model import Model
 from jaxllm.kernels import QuantizedWeight, dequantize, quantize
+from jaxllm.models.build import stack_layers
 from jaxllm.models.weights import dense
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -267,6 +270,7 @@ def test_over_several_devices_the_same(saved, llm, sizes):
     (dict(data_parallel_size=9), "data_parallel_size 9; there are 8"),
     (dict(speculative={"method": "eagle"}), "'ngram' or 'draft'"),
     (dict(speculative={"method": "draft"}), "needs a model"),
+    (dict(speculative={"method": "ngram", "adaptive": "no"}), "speculative.adaptive is .no."),
     (dict(num_pages=0), "num_pages is 0"),
   ],
 )
@@ -326,3 +330,16 @@ def test_an_interruption_among_the_questions_leaves_nothing(llm, monkeypatch):
 def test_sampling_settings_that_are_none(llm, settings):
   with pytest.raises(ConfigError, match="must be SamplingParams"):
     llm.generate(["a"], settings)
+
+
+def test_a_chat_that_cannot_be_written_harms_no_other(tmp_path):
+  _, params, config = tiny.model(vocab_size=259)
+  Model(config, stack_layers(params), chat_tokenizer()).save(tmp_path / "chats")
+  llm = LLM(tmp_path / "chats", max_num_batched_tokens=12, **SIZES)
+  good, long = ([{"role": "user", "content": text}] for text in ("hi", "x" * 60))
+  answers = llm.chat([good, long, [{"role": "user"}]], SamplingParams(temperature=0, max_tokens=2))
+  want = llm.generate(llm.model.chat_ids(good), SamplingParams(temperature=0, max_tokens=2))
+  assert llm.chat(good, SamplingParams(temperature=0, max_tokens=2))[0].outputs == want[0].outputs == answers[0].outputs
+  assert "too many for the model's context" in answers[1].error and answers[2].error
+  with pytest.raises(ConfigError, match="too many for the model's context"):
+    llm.chat(long)

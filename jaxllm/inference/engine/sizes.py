@@ -107,17 +107,23 @@ def engine_sizes(
   """
   longest = config.max_seq_len if max_model_len is None else max_model_len
   counts = num_pages.values() if isinstance(num_pages, Mapping) else [] if num_pages is None else [num_pages]
-  for name, value, most in (
-    *(("num_pages", count, None) for count in counts),
-    ("max_num_seqs", max_num_seqs, None),
-    ("max_model_len", longest, config.max_seq_len),
-    ("page_size", page_size, None),
-    *(() if max_tokens_per_step is None else [("max_tokens_per_step", max_tokens_per_step, None)]),
+  if not isinstance(max_biases, Sequence) or len(max_biases) != 2:
+    raise ConfigError(f"max_biases is {max_biases!r}; it must be two numbers, of sequences and of their tokens")
+  for name, value, least, most in (
+    *(("num_pages", count, 1, None) for count in counts),
+    ("max_num_seqs", max_num_seqs, 1, None),
+    ("max_model_len", longest, 1, config.max_seq_len),
+    ("page_size", page_size, 1, None),
+    *(() if max_tokens_per_step is None else [("max_tokens_per_step", max_tokens_per_step, 1, None)]),
+    ("max_logprobs", max_logprobs, 0, None),
+    *(("max_biases", size, 1, None) for size in max_biases),
+    *(("row_buckets", size, 1, None) for size in row_buckets or ()),
+    *(("token_buckets", size, 1, None) for size in token_buckets or ()),
   ):
     if not isinstance(value, int) or isinstance(value, bool):
       raise ConfigError(f"{name} is {value!r}; it must be a whole number")
-    if value < 1 or most is not None and value > most:
-      raise ConfigError(f"{name} is {value}; it must be at least 1" + (f" and at most {most}" if most else ""))
+    if value < least or most is not None and value > most:
+      raise ConfigError(f"{name} is {value}; it must be at least {least}" + (f" and at most {most}" if most else ""))
   if max_tokens_per_step is None:
     max_tokens_per_step = max(max_num_seqs, min(512, max_num_seqs * longest))
   if max_tokens_per_step < max_num_seqs:
@@ -160,7 +166,7 @@ def _pages(config: ModelConfig, longest, rows, page_size, step_tokens, num_pages
   kinds = sorted({"local" if kind == "local" else "global" for kind in config.layer_kinds})
   every = -(-longest // page_size) * rows
   if isinstance(num_pages, Mapping):
-    pages = {kind: num_pages[kind] for kind in kinds}
+    pages = {kind: num_pages.get(kind, 0) for kind in kinds}
   else:
     pages = dict.fromkeys(kinds, every if num_pages is None else num_pages)
   if num_pages is None and "local" in kinds:

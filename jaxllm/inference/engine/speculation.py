@@ -49,6 +49,8 @@ class Speculation:
       value = getattr(self, name)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"speculative.{name} is {value!r}; it must be a whole number of at least 1")
+    if not isinstance(self.adaptive, bool):
+      raise ConfigError(f"speculative.adaptive is {self.adaptive!r}; it must be True or False")
     if self.prompt_lookup_min > self.prompt_lookup_max:
       raise ConfigError(
         f"speculative.prompt_lookup_min is {self.prompt_lookup_min}; it must be at most prompt_lookup_max "
@@ -65,7 +67,7 @@ class Speculation:
       ConfigError: there is no such setting, or its value is impossible.
     """
     known = [field.name for field in dataclasses.fields(cls) if field.name != "draft"]
-    if unknown := sorted(settings.keys() - set(known)):
+    if unknown := sorted(settings.keys() - set(known), key=str):
       raise ConfigError(f"speculative has no setting {unknown[0]!r}; there are {', '.join(known)} and model")
     if "method" not in settings:
       raise ConfigError("speculative needs a method: 'ngram' or 'draft'")

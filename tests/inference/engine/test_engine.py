@@ -372,6 +372,13 @@ def test_what_can_never_be_served_is_refused(request_, message):
     (dict(max_tokens_per_step=2), "max_tokens_per_step is 2; each of max_num_seqs = 3"),
     (dict(num_pages=0), "num_pages is 0"),
     (dict(page_size=0), "page_size is 0"),
+    (dict(num_pages={"local": 9}), "it must be at least 1 of each kind: global"),
+    (dict(max_logprobs=-1), "max_logprobs is -1; it must be at least 0"),
+    (dict(max_logprobs=1.5), "max_logprobs is 1.5; it must be a whole number"),
+    (dict(max_biases=(0, 8)), "max_biases is 0; it must be at least 1"),
+    (dict(max_biases=300), "max_biases is 300; it must be two numbers"),
+    (dict(row_buckets=(0, 3)), "row_buckets is 0; it must be at least 1"),
+    (dict(token_buckets=("12",)), "token_buckets is '12'; it must be a whole number"),
   ],
 )
 def test_impossible_sizes(settings, message):
