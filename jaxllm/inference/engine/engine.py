@@ -99,6 +99,8 @@ class Engine:
     """
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
+    if compute.batch_invariant and mesh is not None and mesh.size > 1:
+      raise ConfigError(f"compute.batch_invariant is for one CPU device, not a mesh of {mesh.size}")
     self.config, self.compute, self.version, self._overlap = config, compute, "0", overlap
     self._mesh, self._rules = mesh, rules
     self._lockstep = mesh is not None and mesh.is_multi_process

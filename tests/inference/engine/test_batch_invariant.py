@@ -21,6 +21,8 @@ from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.models.head import token_log_probs
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import cast, map_weights_with_path
+from jaxllm.parallel.config import MeshConfig
+from jaxllm.parallel.mesh import make_mesh
 
 SIZES = dict(vocab_size=101, embed_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, max_seq_len=64)
 KINDS = {
@@ -222,3 +224,10 @@ def test_no_devices_that_split_it():
   with pytest.raises(ConfigError, match="one CPU device, not 2"):
     ComputeConfig(batch_invariant=True).on("cpu", 2)
   assert dataclasses.replace(ComputeConfig(), batch_invariant=True).on("cpu", 1).backend("matmul") == "cpu_invariant"
+
+
+def test_no_mesh_of_several():
+  mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+  config = ModelConfig(vocab_size=64, embed_dim=32, num_layers=1, num_heads=2, max_seq_len=16)
+  with pytest.raises(ConfigError, match="one CPU device, not a mesh of 2"):
+    Engine(config, oracle.random_params(config), mesh=mesh, compute=compute())
