@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.base.files import write_atomically
 from jaxllm.cli import add_model, door_parser, run_door
 
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
   for name in ("prompt_tokens", "max_tokens", "repeats"):
     if getattr(args, name) < 1:
       raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+  if args.json is not None and not args.json.absolute().parent.is_dir():
+    raise ConfigError(f"--json={args.json}: there is no folder {args.json.absolute().parent}")
   import jax
 
   from jaxllm.inference.llm import LLM
@@ -96,7 +98,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(llm: "LLM", batch: int, prompt_tokens: int, max_tokens: int, seed: int) -> dict[str, float]:
-  """Seconds until every row has its first token, and until all are done; one dispatch a step, as a server does it."""
+  """Seconds until every row has its first token, and until all are done; one dispatch a step, as a server does it.
+
+  Raises:
+    DataError: a row ends before that, as where logits are not finite.
+  """
   import numpy as np
 
   from jaxllm.inference.engine import Request
@@ -110,6 +116,8 @@ def measure(llm: "LLM", batch: int, prompt_tokens: int, max_tokens: int, seed: i
     drawn[engine.submit(Request(draws.integers(0, vocab, prompt_tokens).tolist(), sampling))] = 0
   while engine.busy:
     for delta in engine.step():
+      if delta.error is not None:
+        raise DataError(delta.error)
       drawn[delta.id] += len(delta.token_ids)
     if not first and all(drawn.values()):
       first = time.perf_counter() - start

@@ -4,10 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxllm.bench import main
 from jaxllm.cli import run_door
+from jaxllm.inference.model import Model
 
 sys.path.append(str(Path(__file__).parent / "inference"))
 import tiny_models as tiny
@@ -32,3 +35,16 @@ def test_figures_of_every_batch_and_precision(tmp_path, capsys):
 def test_impossible_settings(argument, capsys):
   assert run_door(main, ["generate", "--model=nowhere", argument]) == 2
   assert "must be" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, capsys):
+  assert run_door(main, ["generate", "--model=nowhere", f"--json={tmp_path / 'none' / 'speed.json'}"]) == 2
+  assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_write(tmp_path, capsys):
+  model = tiny.loose_model()
+  Model(model.config, jax.tree.map(lambda w: w * np.nan, model.params), model.tokenizer).save(tmp_path / "model")
+  argv = ["generate", f"--model={tmp_path / 'model'}", "--batch=1", "--prompt-tokens=8", "--max-tokens=4"]
+  assert run_door(main, [*argv, "--repeats=1"]) == 2
+  assert "not finite" in capsys.readouterr().err
