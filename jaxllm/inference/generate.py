@@ -86,15 +86,12 @@ class Generator:
       raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
     searched = [i for i, settings in enumerate(each) if settings.num_beams > 1]
     drawn = [i for i, settings in enumerate(each) if settings.num_beams == 1]
-    return self._deltas(
-      {i: (prompts[i], each[i]) for i in drawn}, {i: (prompts[i], each[i]) for i in searched}, eos_ids
-    )
-
-  def _deltas(self, drawn: dict, searched: dict, eos_ids: Sequence[int]) -> Iterator[Delta]:
+    found: list[Iterator[Delta]] = []
     if drawn:
-      yield from self._draw(drawn, eos_ids)
+      found.append(self._draw({i: (prompts[i], each[i]) for i in drawn}, eos_ids))
     if searched:
-      yield from self._search(searched, eos_ids)
+      found.append(self._search({i: (prompts[i], each[i]) for i in searched}, eos_ids))
+    return found[0] if len(found) == 1 else _one_after_the_other(found)
 
   def _draw(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
     served = self._for(*zip(*asked.values()))
@@ -200,6 +197,12 @@ class _Served:
     for delta in self.requests.step():
       if delta.prompt_index in self._waiting:
         self._waiting[delta.prompt_index].append(delta)
+
+
+def _one_after_the_other(parts: Sequence[Iterator[Delta]]) -> Iterator[Delta]:
+  """As `itertools.chain`, but it can be closed; its parts end when nobody has them any more."""
+  for part in parts:
+    yield from part
 
 
 def _renumbered(done: Completion, index: int) -> Completion:
