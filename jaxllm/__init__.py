@@ -9,9 +9,11 @@ import importlib
 
 # name -> the module it comes from, imported at first use: `import jaxllm` alone loads not even jax.
 _EXPORTS = {
+  "LLM": "jaxllm.inference.llm",
   "Model": "jaxllm.inference.model",
   "load_model": "jaxllm.inference.load",
-  "SamplingParams": "jaxllm.inference.sampling",
+  "SamplingParams": "jaxllm.inference.params",
+  "StructuredOutputsParams": "jaxllm.inference.params",
 }
 __all__ = list(_EXPORTS)
 

@@ -9,6 +9,7 @@ COMMANDS = {
   "prepare": "corpus -> tokenizer -> shards",
   "train": "train a model from a config",
   "generate": "write text with a model",
+  "bench": "how fast a model reads and writes",
   "evaluate": "held-out bits per byte of a model",
   "convert": "a model from one form to another: jaxllm, Hugging Face, GGUF",
 }

@@ -14,7 +14,7 @@ from jaxllm.cli import add_model, door_parser, run_door
 
 if TYPE_CHECKING:
   from jaxllm.inference.model import Message, Model, Prompt
-  from jaxllm.inference.sampling import SamplingParams
+  from jaxllm.inference.params import SamplingParams
 
 MAX_TOKENS, REPLY_TOKENS = 256, 1024  # of a text and of a reply, where neither the command nor the model says
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
   args = parse(argv)
   prompts = read_prompts(args)
   from jaxllm.inference.load import load_model
-  from jaxllm.inference.sampling import SamplingParams
+  from jaxllm.inference.params import SamplingParams
 
   names = {field.name for field in dataclasses.fields(SamplingParams)}
   settings = {name: value for name, value in vars(args).items() if name in names and value is not None}
@@ -135,11 +135,9 @@ def write_stream(
 
 def write_all(model: "Model", prompts: list["Prompt"], sampling: "SamplingParams", before: list[str]) -> None:
   """Prints the completions of several prompts, or several of one, each under a line that names it."""
-  from jaxllm.inference.generate import STEPS
-
   speed = Speed()
   done = {}
-  for delta in model.stream(prompts, sampling, steps=STEPS):
+  for delta in model.stream(prompts, sampling):
     speed.add(len(delta.token_ids))
     if delta.completion is not None:
       done[delta.prompt_index, delta.index] = delta.completion

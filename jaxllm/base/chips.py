@@ -25,7 +25,7 @@ class Chip:
 # Peaks: NVIDIA's data sheets print twice the dense figure ("with sparsity"). A100 data sheet (SXM 80 GB); H100 and H200
 # data sheets (SXM; H100 PCIe apart); HGX B200 data sheet, an eighth of it (18 PFLOP/s dense, 64 TB/s). TPUs:
 # docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. JAX sees a v7 chip as two devices, so its row is half a chip
-# (2307 TFLOP/s, 7380 GB/s). Memory of H100 and H200: openxla/xla's `backends/gpu/target_config/specs`.
+# (2307 TFLOP/s, 7380 GB/s, 192 GB). Memory of H100 and H200: openxla/xla's `backends/gpu/target_config/specs`.
 # Of two rows that a device's kind fits, the first is meant.
 _ROWS = (
   Chip("cpu", "cpu"),
@@ -36,11 +36,11 @@ _ROWS = (
   Chip("b200", "gpu", 2250e12, 8000e9, None, ("b200",)),
   Chip("gpu", "gpu"),  # some other GPU
   Chip("v4i", "tpu", None, None, None, ("tpu v4 lite",)),
-  Chip("v4", "tpu", 275e12, 1228e9, None, ("tpu v4",)),
-  Chip("v5e", "tpu", 197e12, 819e9, None, ("tpu v5 lite", "tpu v5e")),
-  Chip("v5p", "tpu", 459e12, 2765e9, None, ("tpu v5",)),
-  Chip("v6e", "tpu", 918e12, 1638e9, None, ("tpu v6",)),
-  Chip("v7", "tpu", 2307e12 / 2, 7380e9 / 2, None, ("tpu7x", "tpu v7")),
+  Chip("v4", "tpu", 275e12, 1228e9, 32 * 2**30, ("tpu v4",)),
+  Chip("v5e", "tpu", 197e12, 819e9, 16 * 2**30, ("tpu v5 lite", "tpu v5e")),
+  Chip("v5p", "tpu", 459e12, 2765e9, 95 * 2**30, ("tpu v5",)),
+  Chip("v6e", "tpu", 918e12, 1638e9, 32 * 2**30, ("tpu v6",)),
+  Chip("v7", "tpu", 2307e12 / 2, 7380e9 / 2, 96 * 2**30, ("tpu7x", "tpu v7")),
   Chip("tpu", "tpu"),  # some other TPU
 )
 CHIPS = {chip.name: chip for chip in _ROWS}

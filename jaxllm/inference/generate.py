@@ -1,249 +1,224 @@
-"""Batched generation: one prefill of the prompts, then a decode step that is compiled once.
+"""A model's own engine: made for what is asked of it, and kept for the next time."""
 
-Rows are padded on the right, so that the token at position p of a row lies in slot p of its cache. What the
-prefill writes after a row's last token is never seen: a query sees no later slot, and every slot is
-overwritten before the row's length reaches it.
-"""
-
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import NamedSharding
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.inference import beam
 from jaxllm.inference.completions import Completion, Delta
-from jaxllm.inference.prompts import Prompts, batch_prompts, bucket, check_prompt, read_prompts, room_for
-from jaxllm.inference.sampling import SamplingParams, SamplingRows, sampling_rows
-from jaxllm.inference.text import Decodes, TextStream
+from jaxllm.inference.engine import Engine
+from jaxllm.inference.params import SamplingParams, with_word_ids
+from jaxllm.inference.prompts import bucket, check_prompt, room_for, token_ids
+from jaxllm.inference.requests import Requests
 from jaxllm.kernels import backends
 from jaxllm.models.build import Params
-from jaxllm.models.caches import KVCache
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import Compute, ModelConfig
 
-# Decode steps that one dispatch runs when nobody watches. On a 2-core CPU 8 are 15% faster than 1 for a
-# 4M-parameter model, 8% for 10M, equal for 135M; up to 7 steps are wasted at the end.
-STEPS = 8
+MOST_ROWS = 64  # completions that are computed at once; others wait
+PAGE = 16  # tokens
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-  """What a decode step takes and returns: the cache and the token of each row that is not in it yet."""
-
-  cache: KVCache
-  token: Int[Array, " B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """The tokens of a step, and where they were asked for, log-probabilities of them and of the top ones."""
-
-  token: Int[Array, " B"]
-  logprob: Float[Array, " B"] | None
-  top_logprobs: Float[Array, "B top"] | None
-  top_tokens: Int[Array, "B top"] | None
-
-
-@functools.lru_cache(maxsize=8)
-def programs(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
-  """The two jitted functions of a model.
-
-  prefill(params, prompts, rows, cache_length, top) -> (state, Drawn): reads prompts and draws the token
-    after each.
-  decode(params, state, limits [B], rows, steps, top) -> (state, Drawn with a leading axis of steps): takes
-    the state as a donation. A row stays where it is once it has `limits` tokens,
-    prompt included.
-
-  `top` is None, or how many log-probabilities to return beside the drawn token's.
-  """
-
-  def draw(logits, positions, rows, top):
-    token = rows.draw(logits, positions)
-    if top is None:
-      return Drawn(token, None, None, None)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
-    return Drawn(token, chosen, *jax.lax.top_k(logprobs, top))
-
-  @functools.partial(jax.jit, static_argnames=("cache_length", "top"))
-  def prefill(params, prompts: Prompts, rows: SamplingRows, cache_length: int, top: int | None):
-    logits, cache = read_prompts(nnx.merge(graph, params), prompts, cache_length)
-    drawn = draw(logits, prompts.lengths, rows, top)
-    return DecodeState(cache, drawn.token), drawn
-
-  @functools.partial(jax.jit, static_argnames=("steps", "top"), donate_argnames="state")
-  def decode(params, state: DecodeState, limits, rows: SamplingRows, steps: int, top: int | None):
-    model = nnx.merge(graph, params)
-
-    def step(state, _):
-      before = state.cache.length
-      x, cache = model.hidden(state.token[:, None], cache=state.cache)
-      drawn = draw(model.logits(x)[:, 0], before + 1, rows, top)
-      goes_on = before + 1 < limits
-      cache = cache.rewind(jnp.where(goes_on, before + 1, before))
-      return DecodeState(cache, jnp.where(goes_on, drawn.token, state.token)), drawn
-
-    if steps == 1:
-      state, drawn = step(state, None)
-      return state, jax.tree.map(lambda x: x[None], drawn)
-    return jax.lax.scan(step, state, length=steps)
-
-  return prefill, decode
-
-
-def generate_tokens(
-  graph: nnx.GraphDef,
-  params: Params,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingParams | Sequence[SamplingParams],
-  *,
-  tokenizer: Decodes | None = None,
-  eos_ids: Sequence[int] = (),
-) -> list[Completion]:
-  """Completes every prompt; returns the `n` completions of the first prompt, then of the second, ….
-
-  An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
+class Generator:
+  """Completes prompts with a model; see `jaxllm.inference.model.Model.generate`.
 
   Args:
-    params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones work and are slower.
-    prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
-    sampling: one for all prompts, or one for each.
+    params: best as `jaxllm.models.build.unstack_layers` makes them; stacked ones are unstacked anew for each engine.
     tokenizer: for `text`, and needed for stop strings.
-    eos_ids: tokens that end a completion unless `ignore_eos`.
-
-  Raises:
-    ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
   """
-  deltas = stream_tokens(graph, params, config, prompts, sampling, tokenizer=tokenizer, eos_ids=eos_ids, steps=STEPS)
-  done = [delta.completion for delta in deltas if delta.completion is not None]
-  return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
 
+  def __init__(
+    self,
+    graph: nnx.GraphDef,
+    params: Params,
+    config: ModelConfig,
+    compute: Compute = Compute(),
+    tokenizer: Any = None,
+  ):
+    self._graph, self._params, self._config, self._compute = graph, params, config, compute
+    self._tokenizer = tokenizer
+    self._served: _Served | None = None
 
-def stream_tokens(
-  graph: nnx.GraphDef,
-  params: Params,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  sampling: SamplingParams | Sequence[SamplingParams],
-  *,
-  tokenizer: Decodes | None = None,
-  eos_ids: Sequence[int] = (),
-  steps: int = 1,
-) -> Iterator[Delta]:
-  """`generate_tokens` as it happens: what each row gains from every dispatch of `steps` decode steps."""
-  each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-  if len(each) != len(prompts):
-    raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
-  prompts = [[int(token) for token in prompt] for prompt in prompts]
-  for number, prompt in enumerate(prompts):
-    check_prompt(prompt, f"prompt {number + 1}" if len(prompts) > 1 else "the prompt", config)
-  if config.architecture == "encoder" or config.head != "lm":
-    raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
-  if any(settings.num_beams > 1 for settings in each):
-    return beam.search(graph, params, config, prompts, each, tokenizer, eos_ids)
-  rows = [
-    _Row(i, sample, prompt, settings, config, tokenizer, eos_ids)
-    for i, (prompt, settings) in enumerate(zip(prompts, each))
-    for sample in range(settings.n)
-  ]
-  return _run(graph, params, config, rows, steps)
+  def complete(
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    eos_ids: Sequence[int] = (),
+  ) -> list[Completion]:
+    """The `n` completions of the first prompt, then of the second, …; see `stream`."""
+    done = [delta.completion for delta in self.stream(prompts, sampling, eos_ids) if delta.completion is not None]
+    return sorted(done, key=lambda completion: (completion.prompt_index, completion.index))
 
+  def stream(
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams | Sequence[SamplingParams],
+    eos_ids: Sequence[int] = (),
+  ) -> Iterator[Delta]:
+    """What each completion gains, as it happens.
 
-def _run(graph, params, config: ModelConfig, rows: list["_Row"], steps: int) -> Iterator[Delta]:
-  if not rows:
-    return
-  compute = nnx.merge(graph, params).compute
-  shown = [row.settings.logprobs for row in rows if row.settings.logprobs is not None]
-  top = min(max(shown), config.vocab_size) if shown else None
+    An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
 
-  # XLA:CPU multiplies a single 16-bit row in a scalar loop; two rows take its fast path.
-  lone = len(rows) == 1 and backends.TARGETS[compute.target] == "cpu" and compute.dtype != "float32"
-  batch = rows * 2 if lone else rows
-  prompts = batch_prompts([row.prompt for row in batch], config)
-  limits = np.asarray([row.limit for row in batch], np.int32)
-  draws = sampling_rows([row.settings for row in batch], [row.index for row in batch])
+    Args:
+      prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
+      sampling: one for all prompts, or one for each.
+      eos_ids: tokens that end a completion unless `ignore_eos`.
 
-  prefill, decode = programs(graph)
-  length = bucket(int(limits.max()), config)
-  state, drawn = prefill(params, prompts, draws, cache_length=length, top=top)
-  drawn = jax.tree.map(lambda x: x[None], drawn)
-  while True:
-    drawn = jax.tree.map(np.asarray, drawn)
-    for i, row in enumerate(rows):
-      if row.reason is None:
-        yield row.take(drawn, i)
-    if all(row.reason is not None for row in rows):
-      return
-    state, drawn = decode(params, state, limits, draws, steps=steps, top=top)
+    Raises:
+      ConfigError: an empty prompt, one that is too long, or a token that the model does not have.
+      DataError: of the iterator: no token can be drawn somewhere.
+    """
+    config = self._config
+    each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(each) != len(prompts):
+      raise ConfigError(f"{len(each)} sampling settings for {len(prompts)} prompts; give one, or one for each")
+    names = [f"prompt {number + 1}" if len(prompts) > 1 else "the prompt" for number in range(len(prompts))]
+    prompts = [token_ids(prompt, name) for prompt, name in zip(prompts, names)]
+    for name, prompt in zip(names, prompts):
+      check_prompt(prompt, name, config)
+    if config.architecture == "encoder" or config.head != "lm":
+      raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
+    if any(settings.prompt_logprobs is not None for settings in each):
+      raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
+    searched = [i for i, settings in enumerate(each) if settings.num_beams > 1]
+    drawn = [i for i, settings in enumerate(each) if settings.num_beams == 1]
+    found: list[Iterator[Delta]] = []
+    if drawn:
+      found.append(self._draw({i: (prompts[i], each[i]) for i in drawn}, eos_ids))
+    if searched:
+      found.append(self._search({i: (prompts[i], each[i]) for i in searched}, eos_ids))
+    return found[0] if len(found) == 1 else _one_after_the_other(found)
 
+  def _draw(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
+    served = self._for(*zip(*asked.values()))
+    numbers: dict[int, int] = {}
+    try:
+      for i, (prompt, settings) in asked.items():
+        numbers[served.requests.submit(prompt, settings, eos_ids=eos_ids)] = i
+    except BaseException:
+      served.drop(numbers)
+      raise
+    return served.deltas(numbers)
 
-class _Row:
-  """One completion in the making, on the host."""
+  def _search(self, asked: dict[int, tuple[list[int], SamplingParams]], eos_ids: Sequence[int]) -> Iterator[Delta]:
+    """Beam search, with an engine of pages so small that a beam computes nothing which another has computed."""
+    prompts, each = zip(*asked.values())
+    sizes = self._sizes(prompts, each) | {
+      "max_num_seqs": min(MOST_ROWS, _power(sum(one.num_beams for one in each))),
+      "max_logprobs": max(beam.continuations(one, eos_ids) for one in each),
+    }
+    page = 1 if backends.TARGETS[self._compute.target] == "cpu" else PAGE
+    engine = self._engine(**sizes, page_size=page, processed_logprobs=True, overlap=False)
+    numbers = list(asked)
+    for done in beam.search(engine, prompts, each, self._tokenizer, eos_ids):
+      i = numbers[done.prompt_index]
+      yield Delta(i, done.index, done.text, done.token_ids, _renumbered(done, i))
 
-  def __init__(self, prompt_index, index, prompt, settings: SamplingParams, config, tokenizer, eos_ids):
-    if settings.stop and tokenizer is None:
-      raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
-    self.prompt_index, self.index, self.prompt, self.settings = prompt_index, index, prompt, settings
-    self._begins, room = room_for(settings, prompt, config)
-    self.limit = self._begins + room  # tokens in the cache, the prompt's included
-    self._eos = frozenset(() if settings.ignore_eos else eos_ids)
-    context = prompt if config.architecture == "decoder" else ()
-    self._text = None if tokenizer is None else TextStream(tokenizer, context, settings.stop)
-    self._parts: list[str] = []
-    self._tokens: list[int] = []
-    self._logprobs: list[dict[int, float]] = []
-    self.reason: str | None = None
-    self._stop_reason: int | str | None = None
+  def _for(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> "_Served":
+    """An engine with room for this, the one that there is if it has."""
+    asked, served = self._sizes(prompts, each), self._served
+    if served is None or any(served.sizes[name] < value for name, value in asked.items()):
+      sizes = {name: value if served is None else max(value, served.sizes[name]) for name, value in asked.items()}
+      page = min(PAGE, sizes["max_model_len"])
+      self._served = served = _Served(sizes, Requests(self._engine(**sizes, page_size=page), self._tokenizer))
+    return served
 
-  def take(self, drawn: Drawn, i: int) -> Delta:
-    """Takes this row's tokens, up to its end, from a dispatch's [steps, B] arrays."""
-    first, texts = len(self._tokens), []
-    for s in range(drawn.token.shape[0]):
-      token = int(drawn.token[s, i])
-      self._tokens.append(token)
-      if self.settings.logprobs is not None:
-        shown = zip(drawn.top_tokens[s, i, : self.settings.logprobs], drawn.top_logprobs[s, i])
-        self._logprobs.append({int(t): float(p) for t, p in shown} | {token: float(drawn.logprob[s, i])})
-      texts.append(self._advance(token))
-      if self.reason is not None:
-        break
-    text = "".join(texts)
-    self._parts.append(text)
-    done = None if self.reason is None else self._completion()
-    return Delta(self.prompt_index, self.index, text, tuple(self._tokens[first:]), done)
+  def _sizes(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> dict[str, int]:
+    """Of an engine with room for this."""
+    decoder = self._config.architecture == "decoder"
+    firsts = [prompt if decoder else [0] for prompt in prompts]
+    longest = max(len(first) + room_for(one, first, self._config.max_seq_len) for first, one in zip(firsts, each))
+    each = [with_word_ids(one, self._tokenizer) if self._tokenizer is not None else one for one in each]
+    biases = [ids for one in each for ids in _biases(one)]
+    return {
+      "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
+      "max_model_len": bucket(longest, self._config),
+      "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), self._config.vocab_size),
+      "biases": _power(max(len(_biases(one)) for one in each)),
+      "bias_tokens": _power(max(map(len, biases), default=1)),
+    }
 
-  def _advance(self, token: int) -> str:
-    """The text that the token adds; sets the reason when it is the last."""
-    text = ""
-    if token in self._eos or token in self.settings.stop_token_ids:
-      self.reason = "stop"
-      self._stop_reason = None if token in self._eos else token
-    elif self._text is not None:
-      text = self._text.push(token)
-    if self.reason is None and self._begins + len(self._tokens) >= self.limit:
-      self.reason = "length"
-    if self._text is not None:
-      text += self._text.finish() if self.reason is not None else ""
-      if self._text.stopped is not None:
-        self.reason, self._stop_reason = "stop", self._text.stopped
-    return text
-
-  def _completion(self) -> Completion:
-    return Completion(
-      prompt_index=self.prompt_index,
-      index=self.index,
-      text="".join(self._parts),
-      token_ids=tuple(self._tokens),
-      finish_reason=self.reason,
-      stop_reason=self._stop_reason,
-      prompt_tokens=len(self.prompt),
-      logprobs=None if self.settings.logprobs is None else tuple(self._logprobs),
+  def _engine(self, *, biases: int, bias_tokens: int, **settings) -> Engine:
+    return Engine(
+      self._config,
+      self._params,
+      compute=self._compute,
+      mesh=_mesh_of(self._params),
+      max_biases=(biases, bias_tokens),
+      **settings,
     )
+
+
+class _Served:
+  """An engine that several streams may share: whoever waits for his deltas makes the steps."""
+
+  def __init__(self, sizes: dict[str, int], requests: Requests):
+    self.sizes, self.requests = sizes, requests
+    self._waiting: dict[int, collections.deque[Delta]] = {}
+
+  def deltas(self, numbers: dict[int, int]) -> Iterator[Delta]:
+    """The deltas of these requests, by which number each is to be called; ends them when nobody listens any more."""
+    found = self._deltas(numbers)
+    next(found)  # it has begun, and so will end even if nobody ever reads it
+    return found
+
+  def _deltas(self, numbers: dict[int, int]) -> Iterator[Any]:
+    mine: collections.deque[Delta] = collections.deque()
+    self._waiting |= dict.fromkeys(numbers, mine)
+    left = {number: self.requests.completions(number) for number in numbers}
+    try:
+      yield
+      while any(left.values()):
+        if not mine:
+          self._step()
+          continue
+        delta = mine.popleft()
+        index, done = numbers[delta.prompt_index], delta.completion
+        if done is not None:
+          if done.finish_reason == "error":
+            raise DataError(f"prompt {index + 1}: {done.error}" if len(numbers) > 1 else str(done.error))
+          done = _renumbered(done, index)
+        yield Delta(index, delta.index, delta.text, delta.token_ids, done)
+        left[delta.prompt_index] -= done is not None
+    finally:
+      self.drop(numbers)
+
+  def drop(self, numbers: dict[int, int]) -> None:
+    """Ends these requests, and forgets them."""
+    for number in numbers:
+      self.requests.forget(number)
+      self._waiting.pop(number, None)
+
+  def _step(self) -> None:
+    for delta in self.requests.step():
+      if delta.prompt_index in self._waiting:
+        self._waiting[delta.prompt_index].append(delta)
+
+
+def _one_after_the_other(parts: Sequence[Iterator[Delta]]) -> Iterator[Delta]:
+  """As `itertools.chain`, but it can be closed; its parts end when nobody has them any more."""
+  for part in parts:
+    yield from part
+
+
+def _renumbered(done: Completion, index: int) -> Completion:
+  return Completion(**{**vars(done), "prompt_index": index})
+
+
+def _biases(settings: SamplingParams) -> list[Sequence[int]]:
+  alone = [(token,) for token in settings.logit_bias or ()]
+  return [*alone, *(settings.sequence_bias or ()), *(ids for ids in settings.bad_words_ids if len(ids) > 1)]
+
+
+def _power(value: int) -> int:
+  return 1 << max(value - 1, 0).bit_length()
+
+
+def _mesh_of(params: Params):
+  """The mesh over which the weights lie, if they lie on several devices."""
+  sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+  return sharding.mesh if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1 else None

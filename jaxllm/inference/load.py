@@ -1,5 +1,6 @@
 """`load_model`: a model from files of any form, its weights placed where they compute."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -8,8 +9,10 @@ from jax.sharding import Mesh
 from jaxllm.base.chips import chip_of
 from jaxllm.inference.model import Model
 from jaxllm.interop.open import Adapters, open_model
+from jaxllm.interop.several_adapters import factors, open_adapters
 from jaxllm.interop.stored import DTYPES, StoredModel, check_dtype
 from jaxllm.models.config import Compute
+from jaxllm.models.multi_lora import Adapter
 
 
 def load_model(
@@ -37,6 +40,28 @@ def load_model(
   """
   check_dtype(dtype)  # before checksums are made of many gigabytes
   return read_weights(open_model(path, adapter=adapter, step=step, merge=merge), dtype=dtype, mesh=mesh)
+
+
+def load_with_adapters(
+  path: str | Path,
+  adapters: Mapping[str, Adapters],
+  *,
+  adapter: Adapters = None,
+  dtype: str | None = None,
+  mesh: Mesh | None = None,
+) -> tuple[Model, dict[str, Adapter]]:
+  """Loads a model, and others' adapters of it apart, for `jaxllm.inference.engine.Engine`.
+
+  Args:
+    adapters: directories by name, see `jaxllm.interop.several_adapters.open_adapters`. The others: see `load_model`.
+
+  Raises:
+    CheckpointError, ConfigError, DataError: as `load_model` and `open_adapters`.
+  """
+  check_dtype(dtype)
+  stored, found = open_adapters(open_model(path, adapter=adapter, merge=False), adapters)
+  model = read_weights(stored, dtype=dtype, mesh=mesh)
+  return model, {name: factors(several, stored.config, mesh) for name, several in found.items()}
 
 
 def read_weights(stored: StoredModel, *, dtype: str | None = None, mesh: Mesh | None = None) -> Model:

@@ -1,7 +1,7 @@
 """A loaded model: parameters, tokenizer and settings, with logits, generation and saving."""
 
-import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,19 @@ from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.encode import embeddings, hidden_states
-from jaxllm.inference.generate import generate_tokens, stream_tokens
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.generate import Generator
+from jaxllm.inference.generation_config import default_sampling, default_settings
+from jaxllm.inference.params import SamplingParams
+from jaxllm.inference.prompts import check_text
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
 from jaxllm.models.config import Compute, ModelConfig
-from jaxllm.models.weights import cast
+from jaxllm.models.quantization import quantize_matrix, quantize_table
+from jaxllm.models.weights import cast, map_weights_with_path
 from jaxllm.objectives.causal_lm import CausalLM
+
+log = logging.getLogger("jaxllm")
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -33,7 +38,7 @@ class Model:
 
   Attributes:
     config: what the model is. tokenizer: None if it has none; then prompts are token ids.
-    graph: static; `nnx.merge(graph, params)` is the callable Transformer.
+    compute: how it computes. graph: static; `nnx.merge(graph, params)` is the callable Transformer.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
   """
 
@@ -47,8 +52,11 @@ class Model:
     generation: dict[str, Any] | None = None,
   ):
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
+    self.compute = compute
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)
+    for line in default_settings(self.generation, config.architecture)[1]:
+      log.warning("generation_config.json: %s", line)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
       raise DataError(
         f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}; "
@@ -59,6 +67,21 @@ class Model:
   def params(self) -> Params:
     """The parameters, layers stacked: a copy made at every call, since the model keeps each layer apart."""
     return stack_layers(self._weights)
+
+  def quantize(self, format: str, group_size: int | None = None) -> None:
+    """Rounds the weights to a format of `jaxllm.kernels.quantize` (int8, int4, nf4, …), those that can be. A table of
+    token vectors that is the head as well is rounded to int8, with a scale for each token: all of it is read for
+    each token that is drawn.
+
+    Raises:
+      ConfigError: no such format, or groups that do not divide a matrix.
+    """
+    change = lambda path, w: quantize_matrix(path, w, format, group_size)  # noqa: E731
+    self._weights = map_weights_with_path(change, self._weights)
+    if self.config.tie_embeddings and self.config.head == "lm" and format in ("int8", "int4", "nf4"):
+      embedding = self._weights["embedding"]
+      self._weights |= {"embedding": embedding | {"tokens": quantize_table(embedding["tokens"])}}
+    self.__dict__.pop("_generator", None)  # which has the old ones
 
   def __call__(
     self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None
@@ -118,7 +141,7 @@ class Model:
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     **settings,
   ) -> list[Completion]:
-    """Completions of a prompt or of each of several (text, or token ids), as one batch.
+    """Completions of a prompt or of each of several (text, or token ids), all at once.
 
     Args:
       sampling: how to draw, for all prompts or for each; by default `self.sampling(**settings)`.
@@ -127,34 +150,25 @@ class Model:
     Raises:
       ConfigError: an empty or too long prompt, or an impossible setting.
     """
-    return generate_tokens(*self._request(prompts, sampling, settings), **self._ends())
+    return self._generator.complete(*self._request(prompts, sampling, settings))
 
   def stream(
     self,
     prompts: Prompt | Sequence[Prompt],
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    *,
-    steps: int = 1,
     **settings,
   ) -> Iterator[Delta]:
-    """Like `generate`, as it happens: text and tokens of every row after each `steps` decode steps."""
-    return stream_tokens(*self._request(prompts, sampling, settings), **self._ends(), steps=steps)
+    """Like `generate`, as it happens: what every completion gains."""
+    return self._generator.stream(*self._request(prompts, sampling, settings))
 
   def sampling(self, **settings) -> SamplingParams:
-    """SamplingParams with the model's own defaults (from generation_config.json) and these settings."""
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    names |= {"max_new_tokens": "max_tokens", "num_beams": "num_beams", "length_penalty": "length_penalty"}
-    names["early_stopping"] = "early_stopping"
-    own = {ours: self.generation[name] for name, ours in names.items() if self.generation.get(name) is not None}
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := sorted(settings.keys() - known):
-      raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    return SamplingParams(**(own | settings))
+    """SamplingParams with the model's own defaults (see `jaxllm.inference.generation_config`) and these settings."""
+    return default_sampling(self.generation, self.config.architecture, **settings)
 
   def prompt_ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer begins a text with."""
     tokenizer = self._text_tokenizer()
-    return tokenizer.encode_prompt(text).tolist() or [tokenizer.start_id]
+    return tokenizer.encode_prompt(check_text(text, "the prompt")).tolist() or [tokenizer.start_id]
 
   def chat_ids(
     self,
@@ -183,7 +197,7 @@ class Model:
       continue_final_message=continue_final_message,
       **(chat_template_kwargs or {}),
     )
-    ids = tokenizer.encode_chat(text).tolist()
+    ids = tokenizer.encode_chat(check_text(text, "the chat")).tolist()
     if len(ids) >= self.config.max_seq_len:
       raise ConfigError(
         f"the chat has {len(ids)} tokens, too many for the model's context of {self.config.max_seq_len}; "
@@ -229,7 +243,7 @@ class Model:
       CheckpointError: the path holds something else, or cannot be written.
       ConfigError: an impossible setting, or the format cannot express the model.
     """
-    generation = {"eos_token_id": list(self._ends()["eos_ids"])} | self.generation
+    generation = {"eos_token_id": list(self.eos_ids)} | self.generation
     stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation)
     write_model(stored, path, format=format, **settings)
 
@@ -243,9 +257,15 @@ class Model:
       sampling = self.sampling(**settings)
     elif settings:
       raise ConfigError(f"give either SamplingParams or {', '.join(settings)}, not both")
-    return self.graph, self._weights, self.config, self._ids(prompts), sampling
+    return self._ids(prompts), sampling, self.eos_ids
 
-  def _ends(self):
+  @functools.cached_property
+  def _generator(self) -> Generator:
+    return Generator(self.graph, self._weights, self.config, self.compute, self.tokenizer)
+
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """Tokens that end a text: what its generation_config.json says, or else its tokenizer, and the end of a turn."""
     ends = self.generation.get("eos_token_id")
     if ends is None and self.tokenizer is not None:
       ends = self.tokenizer.eos_id
@@ -253,7 +273,7 @@ class Model:
     turn = None if self.tokenizer is None else self.tokenizer.end_of_turn_id
     if turn is not None and turn not in ends:  # some models' files name only what ends a document
       ends += (turn,)
-    return {"tokenizer": self.tokenizer, "eos_ids": ends}
+    return ends
 
   def _text_tokenizer(self) -> Tokenizer:
     if self.tokenizer is None:

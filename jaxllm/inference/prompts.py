@@ -1,41 +1,16 @@
-"""Prompts as arrays, and the model's reading of them, which every way of decoding begins with."""
+"""What a prompt may be, and how much room it leaves."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.inference.sampling import SamplingParams
-from jaxllm.models.caches import KVCache, init_cache
+from jaxllm.inference.params import SamplingParams
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.transformer import Transformer
 
 SMALLEST_BUCKET = 16  # tokens; prompts and caches are padded to this times a power of two
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """Right-padded prompts; those of an encoder_decoder are its encoder's `source`, with mask, and the
-  decoder begins with its start token."""
-
-  tokens: Int[Array, "B P"]
-  lengths: Int[Array, " B"]
-  source: Int[Array, "B S"] | None = None
-  source_mask: Int[Array, "B S"] | None = None
-
-
-def batch_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Prompts:
-  """Prompts as arrays, padded to lengths that few compilations share."""
-  tokens, lengths = pad_rows(prompts, config)
-  if config.architecture != "encoder_decoder":
-    return Prompts(tokens, lengths)
-  starts, ones = pad_rows([[config.decoder_start_id]] * len(prompts), config)
-  return Prompts(starts, ones, tokens, (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32))
 
 
 def pad_rows(
@@ -48,15 +23,39 @@ def pad_rows(
   return tokens, np.asarray([len(row) for row in rows], np.int32)
 
 
-def read_prompts(model: Transformer, prompts: Prompts, cache_length: int) -> tuple[Float[Array, "B V"], KVCache]:
-  """The logits after each prompt, and a cache of `cache_length` slots that holds the prompts."""
-  batch, padded = prompts.tokens.shape
-  encoded = None if prompts.source is None else model.encode(prompts.source, segment_ids=prompts.source_mask)
-  cache = init_cache(model.config, batch, padded, model.compute.dtype).expecting(prompts.lengths)
-  x, filled = model.hidden(prompts.tokens, cache=cache, encoded=encoded, encoded_segment_ids=prompts.source_mask)
-  assert filled is not None
-  last = jnp.take_along_axis(x, (prompts.lengths - 1)[:, None, None], axis=1)
-  return model.logits(last)[:, 0], filled.grow(cache_length)
+def token_ids(tokens: Any, what: str) -> list[int]:
+  """The tokens as whole numbers.
+
+  Raises:
+    ConfigError: they are none.
+  """
+  if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
+    raise ConfigError(f"{what} is {_short(tokens)}; it must be a list of token ids")
+  ids = tokens.tolist() if isinstance(tokens, np.ndarray) else [getattr(i, "item", lambda i=i: i)() for i in tokens]
+  for token in ids:
+    if not isinstance(token, int) or isinstance(token, bool):
+      raise ConfigError(f"{what} holds {_short(token)}, which is no token id")
+  return ids
+
+
+def check_text(text: Any, what: str) -> str:
+  """The text, if it is one that can be read.
+
+  Raises:
+    ConfigError: it is no text, or holds half a character, as files of other encodings leave behind.
+  """
+  if not isinstance(text, str):
+    raise ConfigError(f"{what} is {_short(text)}; it must be text")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ConfigError(f"{what} holds {text[error.start]!a} at character {error.start}: half of a character") from None
+  return text
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
@@ -82,11 +81,18 @@ def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
     raise ConfigError(f"{name} holds token {bad}, but the model's vocabulary has {config.vocab_size} tokens")
 
 
-def room_for(settings: SamplingParams, prompt: Sequence[int], config: ModelConfig) -> tuple[int, int]:
-  """How many tokens a row of the cache begins with, and how many more may follow."""
-  begins = len(prompt) if config.architecture == "decoder" else 1
-  room = config.max_seq_len - begins
-  return begins, min(room, settings.max_tokens or room)
+def room_for(settings: SamplingParams, first: Sequence[int], longest: int) -> int:
+  """How many tokens may follow the `first` ones of a decoder's row that holds at most `longest`.
+
+  Raises:
+    ConfigError: `max_length` leaves no room for one.
+  """
+  room = longest - len(first)
+  if settings.max_length is not None:
+    room = min(room, settings.max_length - len(first))
+  if room < 1:
+    raise ConfigError(f"the prompt has {len(first)} tokens and max_length is {settings.max_length}; raise it")
+  return min(room, settings.max_tokens or room)
 
 
 def bucket(length: int, config: ModelConfig) -> int:

@@ -1,79 +1,16 @@
-"""From logits to the next token: temperature, top-k, top-p and min-p, each row with settings of its own."""
+"""From logits to the next token, each row with settings of its own."""
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from jaxllm.base.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-  """How a completion is drawn and where it ends; vLLM's names, defaults and meanings.
-
-  Raises:
-    ConfigError: a value outside its range.
-  """
-
-  n: int = 1  # completions per prompt
-  temperature: float = 1.0  # 0: always the most likely token
-  top_k: int = 0  # only the k most likely tokens; 0 or -1: all
-  top_p: float = 1.0  # only the most likely tokens that together have this probability
-  min_p: float = 0.0  # only tokens at least this likely relative to the most likely one
-  max_tokens: int | None = 16  # None: up to the model's max_seq_len
-  stop: str | Sequence[str] = ()  # the text ends before the first of these
-  stop_token_ids: Sequence[int] = ()  # the completion ends at these tokens, besides the tokenizer's end
-  ignore_eos: bool = False
-  seed: int | None = None  # None: a new one every time
-  logprobs: int | None = None  # log-probabilities of the chosen token and of so many most likely ones
-  # Over 1: beam search (see `jaxllm.inference.beam`), which draws nothing; transformers' meanings.
-  num_beams: int = 1
-  length_penalty: float = 1.0  # a completion's log-probability is divided by its length to this power
-  # True: stop at num_beams completions; False: when no better one is likely; "never": when none can come.
-  early_stopping: bool | Literal["never"] = False
-
-  def __post_init__(self):
-    def check(good, name, wants):
-      if not good:
-        raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wants}")
-
-    for name in ("stop", "stop_token_ids"):
-      value = getattr(self, name)
-      value = () if value is None else (value,) if isinstance(value, str | int) else tuple(value)
-      object.__setattr__(self, name, value)
-    if self.top_k == -1:
-      object.__setattr__(self, "top_k", 0)
-    check(_whole(self.n, 1), "n", "a whole number of at least 1")
-    check(_number(self.temperature, 0, float("inf")), "temperature", "a finite number of at least 0")
-    check(_whole(self.top_k, 0), "top_k", "a whole number of at least 1, or 0 for all tokens")
-    check(_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", "over 0 and at most 1")
-    check(_number(self.min_p, 0, 1), "min_p", "between 0 and 1")
-    check(self.max_tokens is None or _whole(self.max_tokens, 1), "max_tokens", "a whole number of at least 1")
-    check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
-    check(all(_whole(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids of at least 0")
-    check(self.seed is None or _whole(self.seed, 0) and self.seed < 2**64, "seed", "between 0 and 2^64 - 1")
-    check(_whole(self.num_beams, 1), "num_beams", "a whole number of at least 1")
-    check(self.num_beams == 1 or self.n <= self.num_beams, "n", f"at most num_beams ({self.num_beams}) in beam search")
-    check(_number(self.length_penalty, -float("inf"), float("inf")), "length_penalty", "a finite number")
-    check(self.early_stopping in (True, False, "never"), "early_stopping", "True, False or 'never'")
-    for name in ("stop", "logprobs") if self.num_beams > 1 else ():
-      check(getattr(self, name) in ((), None), name, "left out in beam search, which ends at tokens only")
-    check(self.logprobs is None or _whole(self.logprobs, 0), "logprobs", "a whole number of at least 0")
-
-
-def _whole(value, low) -> bool:
-  return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
-
-
-def _number(value, low, high) -> bool:
-  whole = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-  return whole and low <= value <= high and value != float("inf")
+from jaxllm.inference.logits import LogitRules, logit_rules
+from jaxllm.inference.params import SamplingParams
 
 
 def filter_logits(
@@ -82,17 +19,20 @@ def filter_logits(
   top_k: Int[Array, " B"],
   top_p: Float[Array, " B"],
   min_p: Float[Array, " B"],
+  typical_p: Float[Array, " B"],
 ) -> Float[Array, "B V"]:
   """Log-weights of the tokens that may be drawn, -inf for the others; softmax gives the probabilities.
 
   The order is transformers': the temperature divides the logits; top-k keeps the k highest; top-p keeps the
   fewest of those, renormalised, that reach its probability (Holtzman et al., arXiv 1904.09751); min-p keeps
   what has at least its share of the highest probability (Nguyen et al., arXiv 2407.01082), which does not
-  depend on the other two. Tokens as likely as the last one kept are kept too. vLLM differs in applying
-  min-p before top-p. A row of temperature 0 is treated as 1; `sample` takes its argmax.
+  depend on the other two; typical-p keeps, of what is left, the fewest tokens of that probability whose
+  surprise is nearest to the expected one (Meister et al., arXiv 2202.00666). Tokens as likely as the last one kept
+  are kept too. vLLM differs in applying min-p before top-p. A row of temperature 0 is treated as 1; `sample` takes
+  its argmax.
 
   Args:
-    top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
+    top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all. typical_p: 1 keeps all.
   """
   vocab = logits.shape[1]
   scaled = logits.astype(jnp.float32)
@@ -104,13 +44,32 @@ def filter_logits(
     count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
     kth = _highest(lambda low: (order >= low).sum(-1) >= count, order)
     weights = jnp.where(order >= kth, jnp.exp(scaled), 0.0)
-    enough = top_p * weights.sum(-1)
-    nucleus = _highest(lambda low: jnp.where(order >= low, weights, 0.0).sum(-1) >= enough, order)
+    enough = top_p * _total(weights)
+    nucleus = _highest(lambda low: _total(jnp.where(order >= low, weights, 0.0)) >= enough, order)
     lowest = jnp.where(top_p[:, None] < 1, jnp.maximum(kth, nucleus), kth)
     return jnp.where(order >= lowest, scaled, -jnp.inf)
 
   kept = jax.lax.cond(jnp.any(top_k > 0) | jnp.any(top_p < 1), cut, lambda _: scaled, None)
-  return jnp.where(scaled >= jnp.log(min_p)[:, None], kept, -jnp.inf)  # the highest of `scaled` is 0
+  kept = jnp.where(scaled >= jnp.log(min_p)[:, None], kept, -jnp.inf)  # the highest of `scaled` is 0
+  return jax.lax.cond(jnp.any(typical_p < 1), lambda x: _typical(x, typical_p), lambda x: x, kept)
+
+
+def _typical(logits: Float[Array, "B V"], mass: Float[Array, " B"]) -> Float[Array, "B V"]:
+  highest = logits.max(-1, keepdims=True)
+  logprobs = logits - highest - jnp.log(_total(jnp.exp(logits - highest)))[:, None]
+  weights = jnp.exp(logprobs)
+  entropy = -_total(jnp.where(weights > 0, weights * logprobs, 0.0))[:, None]
+  order = _ordered_bits(-jnp.abs(logprobs + entropy))
+  lowest = _highest(lambda low: _total(jnp.where(order >= low, weights, 0.0)) >= mass, order)
+  return jnp.where((order >= lowest) | (mass >= 1)[:, None], logits, -jnp.inf)
+
+
+def _total(x: Float[Array, "B V"]) -> Float[Array, " B"]:
+  """The sum of each row in one order, however many rows there are: XLA:CPU's own changes with them."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(x.shape[0], -1, 32).sum(1)
+  for half in (16, 8, 4, 2, 1):
+    x = x[:, :half] + x[:, half:]
+  return x[:, 0]
 
 
 def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
@@ -141,20 +100,47 @@ def sample(
   top_k: Int[Array, " B"],
   top_p: Float[Array, " B"],
   min_p: Float[Array, " B"],
+  typical_p: Float[Array, " B"],
 ) -> Int[Array, " B"]:
   """A token for each row from its filtered distribution (see `filter_logits`); temperature 0: the argmax.
 
-  A row's token depends on its own logits, key and settings only, not on the batch that it is in.
+  A row's token depends on its own logits, key and settings only, not on the batch that it is in. It is -1 where there
+  is none to draw: every logit is -inf, or one is infinite or no number.
   """
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def draw(_):
-    weights = filter_logits(logits, temperature, top_k, top_p, min_p)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    drawn = jnp.argmax(weights + noise, axis=-1).astype(jnp.int32)
+    weights = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p)
+    # XLA:CPU would compute the noise inside the search, number by number.
+    noisy = jax.lax.optimization_barrier(weights + _gumbel(keys, logits.shape[1]))
+    drawn = jnp.argmax(noisy == noisy.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
     return jnp.where(temperature > 0, drawn, greedy)
 
-  return jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, None)
+  token = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, None)
+  highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]  # NaN if one is: argmax finds it
+  return jnp.where(jnp.isfinite(highest), token, -1)
+
+
+def _gumbel(keys: Key[Array, " B"], vocab: int) -> Float[Array, "B V"]:
+  """Gumbel noise for every token, of 32 bits each: a hash of the token that the row's key chooses.
+
+  So that drawing 16 tokens of 49,152 does not cost more than the model: threefry takes twenty rounds for two numbers.
+  Each token has noise of its own, so that a draft model's draws agree with the large one's: a draw by one number a row
+  and cumulated weights would be cheaper, but there a small difference early in the vocabulary moves all behind it.
+  """
+  first, second = jnp.moveaxis(jax.random.key_data(keys), -1, 0)[:, :, None]
+  bits = _mixed(_mixed(jnp.arange(vocab, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + first) ^ second)
+  u = jnp.minimum(bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33, 1 - 2.0**-24)
+  # -log(1 - u), exact where u is small: a token that is drawn is one whose exponential is about 1 / V.
+  exponential = jnp.where(u < 1 / 64, u * (1 + u * (1 / 2 + u * (1 / 3 + u / 4))), -jnp.log(1 - u))
+  return -jnp.log(exponential)
+
+
+def _mixed(x: UInt32[Array, "B V"]) -> UInt32[Array, "B V"]:
+  """Each bit of the result depends on all of x (the constants of C. Wellons' lowbias32, found by search)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 @jax.tree_util.register_dataclass
@@ -167,25 +153,59 @@ class SamplingRows:
   top_k: Int[Array, " B"]
   top_p: Float[Array, " B"]
   min_p: Float[Array, " B"]
+  typical_p: Float[Array, " B"]
+  rules: LogitRules
 
-  def draw(self, logits: Float[Array, "B V"], positions: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Tokens for these positions: a row's stream is a function of its seed and the position."""
+  def draw(
+    self,
+    logits: Float[Array, "B V"],
+    positions: Int[Array, " B"],
+    history: Int[Array, "B T"],
+    allowed: UInt32[Array, "B W"] | None = None,
+  ) -> Int[Array, " B"]:
+    """Tokens for these positions (-1: none can be drawn, see `sample`).
+
+    A row's token is a function of its settings, its seed, the position and what is before it. So the tokens
+    of several positions of one request may be drawn at once: give it a row for each, see `take`.
+
+    Args:
+      positions: how many tokens are before each, the prompt's included.
+      history: the row's tokens, of which those before the position are read.
+      allowed: the tokens that a grammar admits, see `jaxllm.inference.guided`.
+    """
+    logits = self.rules.apply(logits, positions, history, allowed)
     keys = jax.random.wrap_key_data(self.seeds, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    return sample(logits, keys, self.temperature, self.top_k, self.top_p, self.min_p)
+    return sample(logits, keys, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
+
+  def take(self, rows: Int[Array, " N"]) -> "SamplingRows":
+    """The settings of these rows."""
+    return jax.tree.map(lambda x: x[rows], self)
 
 
-def sampling_rows(settings: Sequence[SamplingParams], samples: Sequence[int]) -> SamplingRows:
-  """Row i draws by settings[i], as completion number samples[i] of its prompt."""
+def sampling_rows(
+  settings: Sequence[SamplingParams],
+  samples: Sequence[int],
+  *,
+  begins: Sequence[int],
+  limits: Sequence[int],
+  ends: Sequence[Collection[int]],
+  vocab_size: int,
+  sequences: tuple[int, int] | None = None,
+) -> SamplingRows:
+  """Row i draws by settings[i], as completion number samples[i] of its prompt; see `logit_rules` for the others."""
   entropy = [
     (secrets.randbits(64) if row.seed is None else int(row.seed), sample)
     for row, sample in zip(settings, samples, strict=True)
   ]
   column = lambda name, dtype: np.asarray([getattr(row, name) for row in settings], dtype)  # noqa: E731
+  least, most = np.finfo(np.float32).tiny, np.finfo(np.float32).max  # a share of 0 would keep nothing
   return SamplingRows(
     seeds=np.stack([np.random.SeedSequence(words).generate_state(2) for words in entropy]),
-    temperature=column("temperature", np.float32),
+    temperature=np.minimum(column("temperature", np.float64), most).astype(np.float32),
     top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
-    top_p=column("top_p", np.float32),
+    top_p=np.maximum(column("top_p", np.float32), least),
     min_p=column("min_p", np.float32),
+    typical_p=np.maximum(column("typical_p", np.float32), least),
+    rules=logit_rules(settings, begins=begins, limits=limits, ends=ends, vocab_size=vocab_size, sequences=sequences),
   )

@@ -1,7 +1,10 @@
 """Tokens to text while they arrive: whole characters only, and nothing of a stop string."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
+
+from jaxllm.data.tokenizers import Tokenizer
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
 CONTEXT = 8  # prompt tokens that the first decoded token sees before it
@@ -16,14 +19,29 @@ class Decodes(Protocol):
     """The text of some ids."""
 
 
+class SpecialText:
+  """The texts of tokens with the special ones in them, as the vocabulary spells them."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.vocab_size, self._tokenizer = tokenizer.vocab_size, tokenizer
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of some ids."""
+    special = lambda i: i in self._tokenizer.special_ids  # noqa: E731
+    runs = ((one, list(run)) for one, run in itertools.groupby(ids, special))
+    spelled = (map(self._tokenizer.token_text, run) if one else [self._tokenizer.decode(run)] for one, run in runs)
+    return "".join(itertools.chain.from_iterable(spelled))
+
+
 class TextStream:
   """The text of one completion, handed out as its tokens arrive.
 
   All that was handed out, joined, is the text of the whole completion up to the first stop string.
   """
 
-  def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop: Sequence[str] = ()):
-    self._tokenizer, self._stop = tokenizer, stop
+  def __init__(self, tokenizer: Decodes, prompt: Sequence[int], stop: Sequence[str] = (), include_stop: bool = False):
+    """`include_stop`: the text ends behind the stop string rather than before it."""
+    self._tokenizer, self._stop, self._include = tokenizer, stop, include_stop
     # A token's text can depend on its neighbours (a space is dropped at the start of a text, a character
     # spans tokens), so tokens are decoded behind a few earlier ones whose text is known.
     self._ids = [token for token in prompt[-CONTEXT:] if token < tokenizer.vocab_size]
@@ -32,8 +50,8 @@ class TextStream:
     self._held = ""  # read, but perhaps the start of a stop string
     self.stopped: str | None = None  # the stop string that ended the text
 
-  def push(self, token: int) -> str:
-    """The text that this token completes."""
+  def push(self, token: int, may_stop: bool = True) -> str:
+    """The text that this token completes; without `may_stop` no stop string is looked for in it."""
     if token >= self._tokenizer.vocab_size:  # a row that pads the model's vocabulary
       return ""
     self._ids.append(token)
@@ -45,7 +63,10 @@ class TextStream:
     if last:  # special tokens alone are no context
       self._ids, text = self._ids[self._read :], last
     self._read, self._known = len(self._ids), text
-    return self._release(new)
+    if may_stop:
+      return self._release(new)
+    text, self._held = self._held + new, ""
+    return text
 
   def finish(self) -> str:
     """The rest of the text, when no more tokens come."""
@@ -61,7 +82,7 @@ class TextStream:
     if found:
       end, self.stopped = min(found)
       self._held = ""
-      return text[:end]
+      return text[: end + len(self.stopped) * self._include]
     held = max((_overlap(text, stop) for stop in self._stop), default=0)
     self._held = text[len(text) - held :]
     return text[: len(text) - held]

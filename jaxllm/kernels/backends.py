@@ -10,7 +10,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 
 # Of an op with a C++ kernel, and of one with our kernels for accelerators besides.
-_CPU = {"cpu": ("cpu", "xla"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+_CPU = {"cpu": ("cpu", "xla", "cpu_invariant"), "hopper": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
 _OURS = _CPU | {"hopper": ("mosaic_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}
 # op -> family -> backends, in the order that we would want had all of them been measured; "auto" takes the first that
 # can compute the call and may be taken (`choose`). On CPUs everything here is measured. What a backend is: `dispatch`.
@@ -26,6 +26,7 @@ BACKENDS: dict[str, dict[str, tuple[str, ...]]] = {
   "elementwise": _CPU,  # RMSNorm, SwiGLU, RoPE
 }
 
+INVARIANT = "cpu_invariant"  # of the batch-invariant mode: each row as if it were alone; "auto" never takes it
 PALLAS = ("mosaic_gpu", "pallas_tpu")  # what kernels="pallas" asks for
 # What has to be measured on a chip before "auto" takes it there: our Pallas kernels, and the packed layout of cuDNN,
 # which is reached through a private function of jax and with offsets of our making.
@@ -127,6 +128,25 @@ def check_pallas(target: str) -> None:
     )
   if all(reasons := [_too_old(name) for name in names]):
     raise ConfigError(f"kernels is 'pallas', which {reasons[0]}; take 'auto' or install a later jax")
+
+
+def check_invariant(target: str, dtype: str) -> None:
+  """That the batch-invariant mode is there for a chip and a dtype.
+
+  Raises:
+    ConfigError: it is not, and why.
+  """
+  if target not in TARGETS:
+    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+  reason = cpu_ffi.why_unavailable()
+  if TARGETS[target] != "cpu":
+    reason = f"it is of CPUs only, and compute.target is {target!r}"
+  elif reason is None and dtype not in ("float32", "bfloat16"):
+    reason = f"it is for compute.dtype 'float32' and 'bfloat16', not {dtype!r}"
+  elif reason is None and not cpu_ffi.available():
+    reason = "the C++ kernels are switched off or did not build"
+  if reason is not None:
+    raise ConfigError(f"compute.batch_invariant is not possible here: {reason}")
 
 
 def _best(op, requested, target, refuses, quadratic) -> tuple[str, str]:

@@ -41,6 +41,7 @@ def attend(
   slopes: Float[Array, " N"] | None = None,
   key_scales: Float[Array, "pages K page_size"] | None = None,
   value_scales: Float[Array, "pages K page_size"] | None = None,
+  round: bool = False,
 ) -> tuple[Float[Array, "M K R H"], Float[Array, "M K R"]]:
   """Results and log-sum-exp in float32; zeros and -inf where nothing is seen.
 
@@ -50,6 +51,7 @@ def attend(
     sequence: of each tile, a row of `table`.
     position: of a tile's first token; it sees keys up to its own if `causal`, the nearest `window` of them.
     end: keys at and after this position are not read.
+    round: what enters a product of many rows may be rounded to bfloat16.
   """
   none = jnp.zeros(0, jnp.float32)
   real = lambda x: none if x is None else x.astype(jnp.float32)  # noqa: E731
@@ -70,4 +72,5 @@ def attend(
     window=np.int64(window or 0),
     scale=np.float32(scale),
     softcap=np.float32(softcap or 0),
+    round=round,
   )

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,11 +28,19 @@ SOURCES = pathlib.Path(__file__).with_name("cpu")
 TARGETS = (
   "cpu_matmul",
   "cpu_matmul_plus",
+  "cpu_matmul_in_order",
   "cpu_attention",
   "cpu_attention_grad",
+  "cpu_attention_in_order",
   "cpu_cross_entropy",
+  "cpu_logit_statistics",
   "cpu_decode",
+  "cpu_few",
+  "cpu_layers",
   "cpu_quantized_matmul",
+  "cpu_quantized_matmul_in_order",
+  "cpu_layer_norm",
+  "cpu_copy",
   "cpu_rms_norm",
   "cpu_rms_norm_grad",
   "cpu_swiglu",
@@ -182,7 +191,12 @@ class _MallocFigures(ctypes.Structure):
   _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
 
-def call(name: str, result: Any, *args: Array, **attributes: Any) -> Any:
-  """`jax.ffi.ffi_call` of one of TARGETS; `result`: ShapeDtypeStruct(s). vmap runs it once per element."""
+def call(name: str, result: Any, *args: Array, aliases: Mapping[int, int] | None = None, **attributes: Any) -> Any:
+  """`jax.ffi.ffi_call` of one of TARGETS; `result`: ShapeDtypeStruct(s). vmap runs it once per element.
+
+  Args:
+    aliases: which argument's memory a result takes.
+  """
   load()
-  return jax.ffi.ffi_call(name, result, vmap_method="sequential")(*args, **attributes)
+  how: dict[str, Any] = dict(vmap_method="sequential", input_output_aliases=None if aliases is None else dict(aliases))
+  return jax.ffi.ffi_call(name, result, **how)(*args, **attributes)

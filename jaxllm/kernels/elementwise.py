@@ -1,6 +1,8 @@
-"""RMSNorm, SwiGLU and RoPE with one-pass CPU kernels (`kernels/cpu/elementwise.cc`), forward and backward.
+"""RMSNorm, SwiGLU and RoPE with one-pass CPU kernels (`kernels/cpu/elementwise.cc`), forward and backward; LayerNorm,
+log-softmax, and what keeps a product's rounding.
 
-Each function's 'xla' backend is the reference; 'cpu' computes in float32 inside and rounds once at the end.
+Each function's 'xla' backend is the reference; 'cpu' computes in float32 inside and rounds once at the end, and is left
+to XLA for a few rows. 'cpu_invariant' takes the kernel for any number of rows, each of which it computes by itself.
 """
 
 import functools
@@ -10,19 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import cpu_ffi
 
-Backend = Literal["xla", "cpu"]
+Backend = Literal["xla", "cpu", "cpu_invariant"]
 FEW_ROWS = 32  # below this a call costs more than it saves
 
 
 def _native(backend: str, *arrays) -> bool:
   rows = arrays[0].shape[0] * arrays[0].shape[1] if arrays[0].ndim > 2 else arrays[0].shape[0]
   return (
-    backend == "cpu"
-    and rows >= FEW_ROWS
+    (backend == "cpu" and rows >= FEW_ROWS or backend == "cpu_invariant" and rows > 0)
     and all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
     and cpu_ffi.available()
   )
@@ -65,6 +66,83 @@ def _rms_norm_bwd(eps, saved, dy):
 
 
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+# ---------------------------------------------------------------- LayerNorm
+
+
+def layer_norm(
+  x: Float[Array, "*batch D"],
+  w: Float[Array, " D"],
+  b: Float[Array, " D"] | None,
+  *,
+  eps: float,
+  backend: Backend = "xla",
+) -> Float[Array, "*batch D"]:
+  """(x - mean) / sqrt(variance + eps) * w + b over the last axis, in float32, returned in x's dtype (Ba et al. 2016).
+
+  'cpu' is XLA's.
+  """
+  if backend == "cpu_invariant" and _native(backend, x, w):
+    bias = jnp.zeros_like(w) if b is None else b
+    return _layer_norm(float(eps), x, w.astype(jnp.float32), bias.astype(jnp.float32))
+  return _plain_layer_norm(eps, x, w, b)
+
+
+def _plain_layer_norm(eps, x, w, b):
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * w
+  return (y if b is None else y + b).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer_norm(eps, x, w, b):
+  rows = x.reshape(-1, x.shape[-1])
+  return cpu_ffi.call("cpu_layer_norm", _like(rows), rows, w, b, eps=np.float32(eps)).reshape(x.shape)
+
+
+_layer_norm.defvjp(
+  lambda eps, *arrays: (_layer_norm(eps, *arrays), arrays),
+  lambda eps, arrays, dy: jax.vjp(functools.partial(_plain_layer_norm, eps), *arrays)[1](dy),
+)
+
+
+# ---------------------------------------------------------------- rounding
+
+
+def materialized(x: Float[Array, "*shape"], *, backend: Backend = "xla") -> Float[Array, "*shape"]:
+  """x; with 'cpu_invariant' it is in memory before anything follows.
+
+  XLA:CPU multiplies and adds in one rounding where a product and a sum fall into one loop, which depends on what else
+  is in the program; optimization barriers are gone by then.
+  """
+  return _materialized(x) if backend == "cpu_invariant" and _native(backend, x) else x
+
+
+@jax.custom_vjp
+def _materialized(x):
+  return cpu_ffi.call("cpu_copy", _like(x), x)
+
+
+_materialized.defvjp(lambda x: (_materialized(x), None), lambda _, dy: (dy,))
+
+
+# ---------------------------------------------------------------- log-softmax
+
+
+def log_softmax(logits: Float[Array, "N V"], *, backend: Backend = "xla") -> Float[Array, "N V"]:
+  """Log-probabilities over the last axis, float32; 'cpu' is XLA's, and 'cpu_invariant' has no gradient."""
+  if backend != "cpu_invariant" or logits.size == 0:
+    return jax.nn.log_softmax(logits, axis=-1)
+  logits = materialized(logits.astype(jnp.float32), backend=backend)
+  return logits - logit_statistics(logits, jnp.zeros(logits.shape[0], jnp.int32))[0][:, None]
+
+
+def logit_statistics(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Float[Array, "4 M"]:
+  """Of each row's logits in C++: the log-sum-exp, the target's (0 if it is none), the largest, and the sum."""
+  out = jax.ShapeDtypeStruct((4, logits.shape[0]), jnp.float32)
+  return cpu_ffi.call("cpu_logit_statistics", out, logits.astype(jnp.float32), targets.astype(jnp.int32))
 
 
 # ---------------------------------------------------------------- SwiGLU

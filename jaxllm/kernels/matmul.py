@@ -7,6 +7,8 @@ Why a kernel: XLA:CPU fuses the elementwise operations of the backward pass into
 makes of a matmul's operands, and recomputes them there with a stride. Barriers around the operands prevent it; the
 C++ product (`kernels/cpu/matmul.cc`) reads transposed operands while it packs them, so there is no copy at all, and
 multiplies bfloat16 on the CPU's tile unit (AMX) where there is one.
+
+Backend 'cpu_invariant' sums each row in one order, however many there are: that of the C++ product of many rows.
 """
 
 import functools
@@ -15,17 +17,24 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 
-Backend = Literal["xla", "cpu"]
+Backend = Literal["xla", "cpu", "cpu_invariant"]
 PACKED_ROWS = 32  # from so many on packing the weights, as the C++ product does, costs less than it gains
-FEW_ROWS = 8  # up to so many it reads them where they lie, as many as its registers can hold
+PACKED_ROWS_BFLOAT16 = 17  # of which XLA:CPU multiplies a few several times slower
+FEW_ROWS = 16  # up to so many it reads them where they lie
 
 
 def matmul(
-  x: Float[Array, "*batch I"], w: Float[Array, "I O"], *, backend: Backend = "xla", transposed: bool = False
+  x: Float[Array, "*batch I"],
+  w: Float[Array, "I O"],
+  *,
+  backend: Backend = "xla",
+  transposed: bool = False,
+  dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch O"]:
   """x @ w, summed in float32 and returned in x's dtype; differentiable in both.
 
@@ -39,19 +48,26 @@ def matmul(
 
   Args:
     transposed: w is [O, I], an embedding table; only a few rows of x go to C++ then.
+    dtype: of the result, where it is not to be rounded to x's.
   """
+  dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   if jnp.promote_types(x.dtype, w.dtype) != w.dtype:
     w = w.astype(x.dtype)
   rows = x.size // max(1, x.shape[-1])
   few = 0 < rows <= FEW_ROWS and _use_ffi(x, w)
-  if backend == "cpu" and (few or rows >= PACKED_ROWS and not transposed):
-    return _matmul_cpu(x, w, transposed)
-  return _dot(x, w, transposed) if w.dtype == x.dtype else _matmul_xla(x, w, transposed)
+  if backend == "cpu_invariant":
+    return _matmul_cpu(x, w, transposed, True, dtype)
+  if backend == "cpu" and (few or rows >= _packed_rows(x) and not transposed):
+    return _matmul_cpu(x, w, transposed, False, dtype)
+  return _dot(x, w, transposed, dtype) if w.dtype == x.dtype else _matmul_xla(x, w, transposed).astype(dtype)
 
 
-def _dot(x, w, transposed):
+def _dot(x, w, transposed, dtype=None):
+  dtype = None if dtype == x.dtype else dtype
   # A transposed one is contracted as it lies: XLA:CPU would copy the transposed matrix.
-  return jnp.einsum("...i,oi->...o", x, w) if transposed else jnp.matmul(x, w)
+  if transposed:
+    return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=dtype)
+  return jnp.matmul(x, w, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,18 +92,18 @@ _matmul_xla.defvjp(_forward_xla, _backward_xla)
 
 
 # x stays as it came until it is multiplied: what several products keep of it is then one array for the backward pass.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul_cpu(x, w, transposed):
-  return _like(product(_flat(x), w, x.dtype, transpose_b=transposed), x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul_cpu(x, w, transposed, in_order, dtype):
+  return _like((product_in_order if in_order else product)(_flat(x), w, dtype, transpose_b=transposed), x)
 
 
-def _forward(x, w, transposed):
-  return _matmul_cpu(x, w, transposed), (x, w)
+def _forward(x, w, transposed, in_order, dtype):
+  return _matmul_cpu(x, w, transposed, in_order, dtype), (x, w)
 
 
-def _backward(transposed, saved, dy):
+def _backward(transposed, in_order, dtype, saved, dy):
   x, w = saved
-  rows, dy = _flat(x), _flat(dy)
+  rows, dy = _flat(x), _flat(dy).astype(x.dtype)
   if not _use_ffi(x, w):  # keep the neighbours' elementwise operations out of the operand copies
     rows, dy = lax.optimization_barrier((rows, dy))
   dx = product(dy, w, x.dtype, transpose_b=not transposed)
@@ -116,7 +132,7 @@ def low_rank_matmul(
   weights = (w, a, b)
   plain = x.dtype in (jnp.float32, jnp.bfloat16) and all(w.dtype in (x.dtype, jnp.float32) for w in weights)
   rows = x.size // max(1, x.shape[-1])
-  if backend == "cpu" and plain and rows >= PACKED_ROWS and min(*w.shape, *b.shape) > 0 and _use_ffi(x):
+  if backend == "cpu" and plain and rows >= _packed_rows(x) and min(*w.shape, *b.shape) > 0 and _use_ffi(x):
     return _low_rank_cpu(x, *weights)
   return matmul(x, w, backend=backend) + matmul(matmul(x, a, backend=backend), b, backend=backend)
 
@@ -146,6 +162,10 @@ _low_rank_cpu.defvjp(_forward_low_rank, _backward_low_rank)
 def _plus(a, b, a2, b2, transposed):
   out = jax.ShapeDtypeStruct((a.shape[0], b.shape[0 if transposed else 1]), a.dtype)
   return cpu_ffi.call("cpu_matmul_plus", out, a, b, a2, b2, tb=transposed)
+
+
+def _packed_rows(x) -> int:
+  return PACKED_ROWS_BFLOAT16 if x.dtype == jnp.bfloat16 else PACKED_ROWS
 
 
 def _flat(x):
@@ -180,3 +200,20 @@ def product(
   compute = jnp.bfloat16 if jnp.bfloat16 in (a.dtype, b.dtype) else a.dtype
   dims = (((0 if transpose_a else 1,), (1 if transpose_b else 0,)), ((), ()))
   return lax.dot_general(a.astype(compute), b.astype(compute), dims, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def product_in_order(
+  a: Float[Array, "M K"], b: Float[Array, "K N"], dtype, *, transpose_b: bool = False
+) -> Float[Array, "M N"]:
+  """`product` of which each row is, to the bit, the same among any number of rows.
+
+  Raises:
+    ConfigError: operands that are neither float32 nor bfloat16, or there are no C++ kernels.
+  """
+  if not _use_ffi(a, b):
+    raise ConfigError(f"the batch-invariant product is of float32 and bfloat16 in C++, not of {a.dtype} and {b.dtype}")
+  cols = b.shape[0 if transpose_b else 1]
+  if min(a.shape[0], cols, a.size) == 0:
+    return jnp.zeros((a.shape[0], cols), dtype)
+  out = jax.ShapeDtypeStruct((a.shape[0], cols), dtype if jnp.bfloat16 in (a.dtype, b.dtype) else jnp.float32)
+  return cpu_ffi.call("cpu_matmul_in_order", out, a, b, tb=transpose_b).astype(dtype)

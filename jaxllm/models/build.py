@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.transformer import Transformer
-from jaxllm.models.weights import PerLayer, is_per_layer, map_weights
+from jaxllm.models.weights import PerLayer, is_per_layer, map_weights, part_axes
 from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import param_shardings
+from jaxllm.parallel.sharding import param_shardings, ways
 
 Params = dict[str, Any]
 
@@ -53,6 +53,18 @@ def init_params(
   return jax.jit(init, out_shardings=param_shardings(shapes, axes, mesh, rules))(key)
 
 
+def described(params: Params, axes: Params, mesh: Mesh, rules: AxisRules = AxisRules()) -> Params:
+  """ShapeDtypeStructs of parameters, with the shardings that their matrices' logical axes have.
+
+  Args:
+    params: arrays or shapes, weights of any kind among them.
+    axes: logical axes of the model's matrices, stacked, as `declare` gives them.
+  """
+  parts = map_weights(lambda w, names: part_axes(w, names, lambda axis: ways(axis, mesh, rules)), params, axes)
+  shardings = param_shardings(params, parts, mesh, rules)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+
+
 def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = AxisRules()) -> None:
   """That every device gets whole heads, and equal parts of the other dimensions.
 
@@ -72,12 +84,12 @@ def check_model_on_mesh(config: ModelConfig, mesh: Mesh, rules: AxisRules = Axis
     values |= {"moe.num_experts": config.moe.num_experts, "moe.mlp_dim": config.moe.mlp_dim}
   for name, axis in sizes.items():
     mesh_axes = getattr(rules, axis)
-    ways = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    count = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
     size = values[name]
-    if size % ways:
+    if size % count:
       split = " x ".join(f"mesh.{mesh_axis}" for mesh_axis in mesh_axes)
       raise ConfigError(
-        f"model.{name} {size} is not divisible by {split} = {ways}; change one, "
+        f"model.{name} {size} is not divisible by {split} = {count}; change one, "
         f"or keep it whole with mesh.rules.{axis} = ()"
       )
 

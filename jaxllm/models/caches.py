@@ -156,6 +156,10 @@ class KVCache:
     length = self.length + (count if self.count is None else self.count)
     return dataclasses.replace(self, length=length, count=None, encoded=encoded)
 
+  def with_layers(self, layers: tuple[Store, ...]) -> "KVCache":
+    """With these stores, which hold a call's tokens."""
+    return dataclasses.replace(self, layers=layers)
+
   def reading(self, states: Float[Array, "B S D"] | None, segment_ids: Int[Array, "B S"] | None) -> "KVCache":
     """For a call that brings the encoder's states, if any: their keys and values are kept from then on."""
     return self if states is None else dataclasses.replace(self, encoded=Encoded(states, segment_ids))
@@ -163,22 +167,6 @@ class KVCache:
   def expecting(self, count: Int[Array, " B"]) -> "KVCache":
     """For a call of which each row's first `count` tokens are real; what padding writes is never seen."""
     return dataclasses.replace(self, count=count)
-
-  def rewind(self, length: Int[Array, " B"]) -> "KVCache":
-    """Takes back each row's last tokens, down to `length`."""
-    return dataclasses.replace(self, length=length)
-
-  def rows(self, indices: Int[Array, " R"]) -> "KVCache":
-    """These rows, in this order. Rows of pages share them: before two may write to one page, copy it."""
-    shared = self.layers if self.tables else ()
-    own = dataclasses.replace(self, layers=() if self.tables else self.layers)
-    own = jax.tree.map(lambda x: x[indices], own)
-    return dataclasses.replace(own, layers=shared or own.layers)
-
-  def grow(self, length: int) -> "KVCache":
-    """A contiguous cache with room for `length` tokens a row."""
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])  # noqa: E731
-    return dataclasses.replace(self, layers=jax.tree.map(pad, self.layers))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> KVCache:

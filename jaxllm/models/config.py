@@ -328,6 +328,10 @@ class Compute:
   pod; the kernels choose their backends from it (see `jaxllm.kernels.backends`). `kernels` chooses for every op that
   is left at "auto": "pallas" our Pallas kernels of the target's family, where they can compute the call, "xla" the
   plain form. Raises ConfigError where there is no Pallas kernel for the target.
+
+  `batch_invariant` gives every op the backend "cpu_invariant": a token's result is the same to the bit whatever else is
+  computed beside it, with a cache as without (docs/engine.md). Raises ConfigError where the target has no such backend
+  or an op's is named.
   """
 
   target: str = "cpu"
@@ -343,6 +347,7 @@ class Compute:
   grouped_matmul: str = "auto"  # of the experts
   quantized_matmul: str = "auto"
   unroll_layers: int | None = None  # layers per scan step; None: by target
+  batch_invariant: bool = False
 
   def __post_init__(self):
     if self.reduce_dtype not in ("float32", self.dtype):
@@ -354,15 +359,49 @@ class Compute:
       from jaxllm.kernels.backends import check_pallas  # imports jax, which reading a config does without
 
       check_pallas(self.target)
+    kernels: str = self.kernels
+    if self.batch_invariant:
+      kernels = self._invariant()
     for op in OPS:
       if getattr(self, op) == "auto":
-        object.__setattr__(self, op, self.kernels)
+        object.__setattr__(self, op, kernels)
+
+  def _invariant(self) -> str:
+    """The backend of the batch-invariant mode; that nothing stands against it."""
+    from jaxllm.kernels.backends import INVARIANT, check_invariant  # imports jax
+
+    check_invariant(self.target, self.dtype)
+    for name in ("kernels", *OPS):
+      if (asked := getattr(self, name)) not in ("auto", INVARIANT):
+        raise ConfigError(f"compute.{name} is {asked!r}, which is not batch-invariant; leave it at 'auto'")
+    return INVARIANT
 
   def backend(self, op: str) -> str:
     """What computes `op` where its operands do not matter; see `jaxllm.kernels.backends.choose`."""
     from jaxllm.kernels.backends import choose  # imports jax, which reading a config does without
 
     return choose(op, getattr(self, op), self.target)
+
+
+def check_batch_invariant(model: ModelConfig) -> None:
+  """That a model can be computed with `Compute.batch_invariant`.
+
+  Raises:
+    ConfigError: it has a part whose sums depend on what stands beside it, or differ with a cache and without.
+  """
+  parts = {
+    f"architecture {model.architecture!r}": model.architecture != "decoder",
+    "moe": model.moe is not None,
+    "mla": model.mla is not None,
+    "attention_sinks": model.attention_sinks,
+    "sink_tokens": model.sink_tokens > 0,
+    "position 'relative'": model.position == "relative",
+    "head_bias": model.head_bias,
+    "adapter.prefix_len": model.adapter is not None and model.adapter.prefix_len > 0,
+    f"head_dim {model.head_dim}, which is no multiple of 16,": model.head_dim % 16 > 0,
+  }
+  if unable := [name for name, has in parts.items() if has]:
+    raise ConfigError(f"compute.batch_invariant is not for a model with {', '.join(unable)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,6 +429,8 @@ class ComputeConfig(Compute):
     target = target if self.target == "auto" else self.target
     # The CPU's own kernels are calls that the compiler cannot split over devices.
     split_cpu = target == "cpu" and devices > 1
+    if split_cpu and self.batch_invariant:
+      raise ConfigError(f"compute.batch_invariant is for one CPU device, not {devices}")
     dtype: str = self.dtype
     if dtype == "auto":
       dtype = "bfloat16" if has_bfloat16(target) and not split_cpu else "float32"

@@ -58,6 +58,11 @@ class LoraWeight(Around):
     """b with the factors of each matrix, but for `scale`."""
     return self.b if self.scales is None else self.b * self.scales[..., None, None].astype(self.b.dtype)
 
+  @property
+  def scaled_b(self) -> Float[Array, "*lead r O"]:
+    """b with all factors: what is added to the base is a times this."""
+    return self.scale * self._second
+
   def _dropped(self, x):
     if self.key is None or not self.dropout:
       return x
@@ -85,7 +90,7 @@ class LoraWeight(Around):
   def project(self, x, compute, axes, transposed):
     dropped = self._dropped(x)
     if not is_weight(self.base) and dropped is x and not transposed:
-      return low_rank_matmul(x, self.base, self.a, self.scale * self._second, backend=compute.backend("matmul"))
+      return low_rank_matmul(x, self.base, self.a, self.scaled_b, backend=compute.backend("matmul"))
     y = (project_transposed if transposed else project)(x, self.base, compute, axes)
     return y + self._change(dropped, compute, transposed)
 

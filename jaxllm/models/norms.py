@@ -1,11 +1,10 @@
 """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm (Ba et al., arXiv 1607.06450)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxllm.kernels.elementwise import rms_norm
+from jaxllm.kernels.elementwise import layer_norm, rms_norm
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.models.linear import parameter
 from jaxllm.models.weights import dense
@@ -24,12 +23,8 @@ class Norm(nnx.Module):
     self.bias = parameter(rngs, (dim,), (None,), nnx.initializers.zeros) if biased else None
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    scale = dense(self.scale.get_value(), jnp.float32) + self.offset
     if self.kind == "rmsnorm":
-      return rms_norm(x, dense(self.scale.get_value(), jnp.float32) + self.offset, eps=self.eps, backend=self.backend)
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-    y = y * (dense(self.scale.get_value(), jnp.float32) + self.offset)
-    if self.bias is not None:
-      y = y + dense(self.bias.get_value(), jnp.float32)
-    return y.astype(x.dtype)
+      return rms_norm(x, scale, eps=self.eps, backend=self.backend)
+    bias = None if self.bias is None else dense(self.bias.get_value(), jnp.float32)
+    return layer_norm(x, scale, bias, eps=self.eps, backend=self.backend)

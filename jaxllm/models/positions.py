@@ -63,7 +63,7 @@ def apply_rope(
   rotary_dim = 2 * cos.shape[-1]
   if rotary_dim == x.shape[-1]:
     return rope(x, cos, sin, backend=backend)
-  return jnp.concatenate([rope(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]], axis=-1)
+  return jnp.concatenate([rope(x[..., :rotary_dim], cos, sin, backend=backend), x[..., rotary_dim:]], axis=-1)
 
 
 def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:

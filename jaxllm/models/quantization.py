@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import QuantizedWeight, dequantize, quantize
 from jaxllm.models.weights import (
+  Around,
   Weight,
   grouped,
+  is_per_layer,
   is_quantizable,
   is_weight,
   part_axes,
@@ -29,7 +31,8 @@ BLOCK = 256  # scales that share a scale
 
 
 def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = None, double: bool = False) -> Any:
-  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain.
+  """The weight of the parameter at `path` in a format of `jaxllm.kernels.quantize`, if it is quantizable and plain;
+  of one kept layer by layer each layer's, of one under an adapter the base.
 
   Args:
     format: None leaves it as it is. double: its scales are quantized too.
@@ -37,6 +40,10 @@ def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = Non
   Raises:
     ConfigError: no such format, or groups that do not divide the matrix; the message names it.
   """
+  if is_per_layer(w):
+    return w.map_parts(lambda layer: quantize_matrix(path, layer, format, group_size, double))
+  if isinstance(w, Around):
+    return dataclasses.replace(w, base=quantize_matrix(path, w.base, format, group_size, double))
   if format is None or not is_quantizable(path) or is_weight(w):
     return w
   try:
@@ -44,6 +51,52 @@ def quantize_matrix(path: str, w: Any, format: Any, group_size: int | None = Non
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
   return double_quantize(found) if double else found
+
+
+def quantize_table(w: Any) -> Any:
+  """A table of token vectors [V, D] in int8, with a scale for each token, if it is a plain matrix."""
+  return TurnedWeight(quantize(jnp.swapaxes(w, -1, -2), "int8")) if not is_weight(w) else w
+
+
+@register("base")
+@dataclasses.dataclass(frozen=True)
+class TurnedWeight(Weight):
+  """A table W [V, D] as its transpose quantized: the codes of a token lie together, for the lookup and for the head."""
+
+  base: QuantizedWeight  # [D, V]
+
+  @property
+  def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    return self.base.shape[::-1]
+
+  @property
+  def dtype(self):  # type: ignore[override]
+    return self.base.dtype
+
+  def project(self, x, compute, axes, transposed):
+    axes = None if axes is None else axes[::-1]
+    return (project if transposed else project_transposed)(x, self.base, compute, axes)
+
+  def rows(self, ids, dtype, axis):
+    known = (ids >= 0) & (ids < self.shape[0])
+    at = jnp.clip(ids, 0, self.shape[0] - 1)
+    own = dataclasses.replace(
+      self.base, values=self.base.values[at.reshape(-1)], scales=self.base.scales[:, at.reshape(-1)]
+    )
+    found = dequantize(own).T.reshape(*ids.shape, -1)
+    return jnp.where(known[..., None], found, jnp.nan).astype(dtype)
+
+  def dense(self):
+    return dequantize(self.base).T
+
+  def map_parts(self, function):
+    return self  # codes and scales stay as they are
+
+  def part_axes(self, axes, ways):
+    return TurnedWeight(part_axes(self.base, axes[::-1], ways))
+
+  def trained(self):
+    return jax.tree.map(lambda _: False, self)
 
 
 @functools.cache

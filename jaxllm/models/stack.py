@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import backends
+from jaxllm.models import few_tokens
 from jaxllm.models.adapters import Bottleneck
 from jaxllm.models.attention import Attention, CrossAttention, Placement
 from jaxllm.models.caches import Cache
@@ -114,6 +115,8 @@ def run_blocks(
     first = i == 0 and not c.first_norm
     return nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], i, cache, first)
 
+  if (found := few_tokens.run(c, compute, x, place, cache, lambda i: _one_layer(c, weights, 0, i))) is not None:
+    return *found, None
   if cache.keeps or any(map(is_per_layer, jax.tree.leaves(weights, is_leaf=is_per_layer))):
     x, cache, losses = _straight(c, layer, weights, x, cache)
   else:

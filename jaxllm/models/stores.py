@@ -75,8 +75,6 @@ class Paged:
     return cls(pages if rank is None else dataclasses.replace(pages, values=None, value_scales=None), table, rank)
 
   def attend(self, rows, query, key, value, options):
-    if options.return_lse:
-      raise ConfigError("virtual tokens (model.adapter.prefix_len) do not go with a paged cache")
     table, (B, T) = rows.tables[self.table], query.shape[:2]
     order, back, starts, lengths = _back_to_back(rows, B, T)
     flat = lambda x: x.reshape(B * T, *x.shape[2:])[order]  # noqa: E731
@@ -86,11 +84,14 @@ class Paged:
       if len(rows.length) != B:
         raise ConfigError("relative positions and sink tokens read pages row by row: give tokens [rows, T]")
       out = attention(query, *store._gather(table, lengths, query.dtype), query_offset=rows.length, **vars(options))
-      return out[..., : self.rank], store
+      return out if options.return_lse else out[..., : self.rank], store
     asked = vars(options) | {"window": options.visibility.window}
     asked = {name: asked[name] for name in asked.keys() - {"visibility", "bias"}}
     out = paged_attention(flat(query), store._both(), table, lengths, starts, **asked)
-    return out[back].reshape(B, T, *out.shape[1:])[..., : self.rank], store
+    rows_of = lambda x: x[back].reshape(B, T, *x.shape[1:])  # noqa: E731
+    if options.return_lse:
+      return (rows_of(out[0]), jnp.swapaxes(rows_of(out[1]), 1, 2)), store
+    return rows_of(out)[..., : self.rank], store
 
   def num_keys(self, rows):
     return rows.tables[self.table].shape[1] * self.pages.page_size

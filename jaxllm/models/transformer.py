@@ -7,10 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.kernels.elementwise import materialized
 from jaxllm.models import positions as pos
 from jaxllm.models.attention import Placement
 from jaxllm.models.caches import Cache, KVCache, NoCache
-from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.config import Compute, ModelConfig, check_batch_invariant
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init
 from jaxllm.models.linear import parameter
@@ -26,6 +27,7 @@ class Embedding(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs):
     self.c, self.dtype = c, compute.dtype
+    self.elementwise = compute.backend("elementwise")
 
     def table(count, axis=None):
       return parameter(rngs, (count, c.embed_dim), (axis, "embed"), embedding_init(c))
@@ -46,7 +48,7 @@ class Embedding(nnx.Module):
     vectors = self.tokens.get_value() if vectors is None else vectors
     x = constrain(rows(vectors, tokens, self.dtype, "vocab"), "batch", "seq", None)
     if self.c.embedding_scale is not None:
-      x = x * jnp.asarray(self.c.embedding_scale, x.dtype)
+      x = materialized(x * jnp.asarray(self.c.embedding_scale, x.dtype), backend=self.elementwise)
     if self.token_types is not None:
       types = jnp.zeros_like(tokens) if token_types is None else token_types
       x = x + rows(self.token_types.get_value(), types, x.dtype)
@@ -64,6 +66,8 @@ class Transformer(nnx.Module):
   """
 
   def __init__(self, c: ModelConfig, compute: Compute, *, own_tokens: bool = True, rngs: nnx.Rngs):
+    if compute.batch_invariant:
+      check_batch_invariant(c)
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
     if c.position == "relative":
@@ -201,7 +205,7 @@ class Transformer(nnx.Module):
     """float32 x times the head's matrix, and its bias."""
     weight, transposed = self.head_weight()
     product, axes = (project_transposed, ("vocab", "embed")) if transposed else (project, self.head.axes)
-    logits = product(x, weight, self.compute, axes).astype(jnp.float32)
+    logits = product(x, weight, self.compute, axes, jnp.float32).astype(jnp.float32)
     return logits + self.head_bias() if self.config.head_bias else logits
 
 

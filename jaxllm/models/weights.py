@@ -26,7 +26,7 @@ from jaxllm.kernels.quantized import weights as quantized
 from jaxllm.models.config import Compute
 from jaxllm.parallel.kernels import quantized_matmul
 from jaxllm.parallel.rows import add_rows
-from jaxllm.parallel.sharding import LogicalAxes, constrain
+from jaxllm.parallel.sharding import LogicalAxes, constrain, ways_here
 
 Ways = Callable[[str], int]  # over how many devices the mesh splits a logical axis
 Split = tuple[tuple[str, ...], int] | None  # mesh axes, and which dimension of [E, I, O] lies over them
@@ -92,6 +92,7 @@ class Weight:
     return self
 
 
+@dataclasses.dataclass(frozen=True)
 class Around(Weight):
   """A weight around another one, its base, of whose shape and dtype it is."""
 
@@ -155,25 +156,31 @@ class PerLayer(Weight):
 # The products
 
 
-def project(x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes | None = None) -> Float[Array, "*B O"]:
-  """x W for a weight W [I, O] with these logical axes, summed in float32, in x's dtype."""
+def project(
+  x: Float[Array, "*B I"], w: Any, compute: Compute, axes: LogicalAxes | None = None, dtype: Any = None
+) -> Float[Array, "*B O"]:
+  """x W for a weight W [I, O] with these logical axes, summed in float32, in x's dtype.
+
+  Args:
+    dtype: of the result of a plain matrix; None: x's.
+  """
   if isinstance(w, Weight):
     return w.project(x, compute, axes, False)
   if isinstance(w, QuantizedWeight):
     return quantized_matmul(x, w, axes or (None, None), backend=compute.quantized_matmul, target=compute.target)
-  return matmul(x, w, backend=compute.backend("matmul"))
+  return matmul(x, w, backend=compute.backend("matmul"), dtype=dtype)
 
 
 def project_transposed(
-  x: Float[Array, "*B O"], w: Any, compute: Compute, axes: LogicalAxes | None = None
+  x: Float[Array, "*B O"], w: Any, compute: Compute, axes: LogicalAxes | None = None, dtype: Any = None
 ) -> Float[Array, "*B I"]:
-  """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding."""
+  """x Wᵀ for a weight W [I, O]: a head that is tied to the embedding; dtype: as in `project`."""
   if isinstance(w, Weight):
     return w.project(x, compute, axes, True)
   if isinstance(w, QuantizedWeight):
     options = {"backend": compute.quantized_matmul, "target": compute.target}
     return quantized_matmul(x, w, axes or (None, None), transposed=True, **options)
-  return matmul(x, w, backend=compute.backend("matmul"), transposed=True)
+  return matmul(x, w, backend=compute.backend("matmul"), transposed=True, dtype=dtype)
 
 
 def rows(
@@ -253,7 +260,11 @@ def _rows(table, ids, dtype, axis, columns):
   # FSDP gathers the table, not the activations: a lookup in a table split along D would come out split so. Rounded
   # where it is split, so that 16 bits travel.
   rounded = constrain(table.astype(dtype), axis, columns)
-  return jnp.take(constrain(rounded, axis, None), ids, axis=0)
+  whole = constrain(rounded, axis, None)
+  if ids.size == 1 and axis is not None and ways_here(axis) > 1:
+    # A lookup of one row becomes a slice, and a slice of what is split brings all of it to every device.
+    return jnp.take(whole, jnp.broadcast_to(ids, (2, *ids.shape[1:])), axis=0)[:1]
+  return jnp.take(whole, ids, axis=0)
 
 
 def _rows_forward(table, ids, dtype, axis, columns):

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.models.head import token_log_probs
 from jaxllm.models.transformer import Transformer
 from jaxllm.objectives.base import Batch, Loss, Objective
-from jaxllm.objectives.vocabulary import token_log_probs
 
 LossType = Literal["sigmoid", "hinge", "ipo", "robust"]
 

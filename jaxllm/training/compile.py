@@ -12,16 +12,14 @@ from jax.sharding import Mesh
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.data.config import DataConfig
-from jaxllm.models.build import Params, declare, init_params
+from jaxllm.models.build import Params, declare, described, init_params
 from jaxllm.models.config import Compute, ComputeConfig, ModelConfig
 from jaxllm.models.noise import with_noise
 from jaxllm.models.weights import (
   combine,
   is_adapted,
-  map_weights,
   map_weights_with_path,
   num_parameters,
-  part_axes,
   partition,
   with_keys,
   without_adapters,
@@ -33,7 +31,6 @@ from jaxllm.parallel.mesh import target_of
 from jaxllm.parallel.sharding import (
   activation_sharding,
   batch_sharding,
-  param_shardings,
   replicated,
   ways,
 )
@@ -141,7 +138,7 @@ def make_program(
   if start.adapter is None:
     peft.check(began_shapes)
   shapes = jax.eval_shape(adapt, began_shapes, jax.random.key(0), start.adapter_shapes)
-  params = _placed(shapes, axes, mesh, rules)
+  params = described(shapes, axes, mesh, rules)
   plans = plan_params(optimizer_config, shapes, peft.trained(shapes, start.is_fresh), peft.lr_scale)
   _check_adapters(shapes, [plan.path for plan in plans if plan.algorithm == "frozen"])
   is_trained = jax.tree.unflatten(jax.tree.structure(shapes), [plan.algorithm != "frozen" for plan in plans])
@@ -204,8 +201,8 @@ def make_program(
   )
 
   # What lies where
-  began = _placed(began_shapes, axes, mesh, rules)
-  teachers = {name: _placed(start.teacher_shapes(name), other[2], mesh, rules) for name, other in others.items()}
+  began = described(began_shapes, axes, mesh, rules)
+  teachers = {name: described(start.teacher_shapes(name), other[2], mesh, rules) for name, other in others.items()}
   is_frozen = not all(jax.tree.leaves(is_trained)) or bool(copied)
   loaded = start.from_files(began, teachers, keep_fresh=is_frozen, adapted=params, keeps=peft.keeps)
   abstract, _ = jax.eval_shape(init, jax.random.key(0), loaded)
@@ -236,13 +233,6 @@ def make_program(
     ),
     evaluate=jax.jit(evaluate, in_shardings=(shardings, sharding_of(frozen), sharding_of(batch)), out_shardings=whole),
   )
-
-
-def _placed(shapes: Params, axes: Any, mesh: Mesh, rules: AxisRules) -> Params:
-  """Shapes with the shardings that their matrices' logical axes have."""
-  parts = map_weights(lambda w, names: part_axes(w, names, lambda axis: ways(axis, mesh, rules)), shapes, axes)
-  shardings = param_shardings(shapes, parts, mesh, rules)
-  return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
 
 
 def _check_adapters(shapes: Params, frozen: list[str]) -> None:

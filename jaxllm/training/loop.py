@@ -362,10 +362,9 @@ class Run:
 
   def sample(self) -> None:
     """Text that the model writes."""
-    if self.settings.objective.writes_text and not self.metrics.has_text(self.step, "sample"):
+    if self.settings.objective.writes_text and not agreement.from_first(self.metrics.has_text(self.step, "sample")):
       text = sample_text(self.program, self.policy(), self.tokenizer, self.settings.training)
-      if text:
-        self.metrics.log_text(self.step, "sample", text)
+      self.metrics.log_text(self.step, "sample", text)
 
   def save(self, number: int | None = None) -> None:
     """A checkpoint of the step that is done, or of the one before a bad step, after which the state stood still."""

@@ -3,19 +3,15 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 from jaxllm.training.compile import Program
 from jaxllm.training.config import TrainingConfig
 
 
 def sample_text(program: Program, params: Any, tokenizer: Tokenizer, training: TrainingConfig) -> str:
-  """Continues each of `training.sample_prompts`; "" on several hosts, which do not sample."""
-  if jax.process_count() > 1:
-    return ""
+  """Continues each of `training.sample_prompts`; several processes all call this."""
   # A backend that was named for the step's attention need not know a cache, and would raise.
   compute = dataclasses.replace(program.compute, attention="auto")
   model = Model(program.model, params, tokenizer, compute=compute)

@@ -30,14 +30,14 @@ def start(job, run, data, *flags, program="from jaxllm.train import main", **env
   return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(job, run, *flags, of_one=(), program="from jaxllm.train import main"):
+def start_two(job, run, *flags, of_one=(), program="from jaxllm.train import main", data=2):
   """Both processes of a job; `of_one` are flags that only the second is given."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
   return [
-    start(job, run, 2, *flags, *(of_one if i else ()), program=program, **cluster, JAX_PROCESS_ID=str(i))
+    start(job, run, data, *flags, *(of_one if i else ()), program=program, **cluster, JAX_PROCESS_ID=str(i))
     for i in range(2)
   ]
 
@@ -72,6 +72,21 @@ def test_two_processes_and_then_one_train_as_one_does(job, tmp_path):
   assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
   two_bits, one_bits = (rows(tmp_path / run)[-1]["eval/bits_per_byte"] for run in ("two", "one"))
   assert two_bits == pytest.approx(one_bits, rel=1e-4)
+
+
+def test_two_processes_that_share_the_weights_write_samples(job, tmp_path):
+  """Each holds half of every matrix; the text is what the finished model writes alone."""
+  from jaxllm import SamplingParams, load_model
+
+  prompts = '--config.training.sample_prompts=("ab", "c d")'
+  flags = ["--config.training.steps=2", "--config.training.sample_every=1", "--config.mesh.fsdp=2", prompts]
+  ends(start_two(job, tmp_path / "run", *flags, data=1))
+  model = load_model(tmp_path / "run")
+  sampling = SamplingParams(temperature=0.8, max_tokens=8, seed=0)
+  want = [one.text for one in model.generate(["ab", "c d"], sampling)]
+  files = sorted((tmp_path / "run" / "samples").glob("*.txt"))
+  assert [file.name[:8] for file in files] == ["00000001", "00000002"]
+  assert files[-1].read_text() == "".join(f"----- {p!r}\n{p}{text}\n" for p, text in zip(("ab", "c d"), want))
 
 
 # The file system and the data of one host are slower than the other's.

@@ -7,7 +7,7 @@ import pytest
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -88,6 +88,28 @@ def test_beams(name, length_penalty, early_stopping):
   assert [(c.prompt_index, c.index) for c in got] == [(i, n) for i in range(len(PROMPTS)) for n in range(2)]
 
 
+@pytest.mark.parametrize(
+  "settings",
+  [
+    dict(no_repeat_ngram_size=2, min_length=4, forced_eos_token_id=1),
+    dict(repetition_penalty=1.6, bad_words_ids=[[5], [6, 7]], suppress_tokens=[9], min_new_tokens=3),
+    dict(forced_bos_token_id=8, begin_suppress_tokens=[4, 28], sequence_bias={(8, 11): 3.0, (12,): -2.0}),
+  ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_settings_that_change_logits(name, settings):
+  prompts = PROMPTS[:1] if name.startswith("Llama") else PROMPTS  # padding would count as text there
+  if name.startswith("Llama"):
+    settings = {k: v for k, v in settings.items() if k != "forced_bos_token_id"}
+    settings |= {"min_length": len(prompts[0]) + 4} if "min_length" in settings else {}
+  want, scores = transformers_generate(name, prompts, num_beams=3, num_return_sequences=2, **settings)
+  plain, _ = transformers_generate(name, prompts, num_beams=3, num_return_sequences=2)
+  ours = {dict(min_new_tokens="min_tokens").get(k, k): v for k, v in settings.items()}
+  got = models(name)[1].generate(prompts, num_beams=3, n=2, max_tokens=NEW, **ours)
+  assert [list(c.token_ids) for c in got] == want != plain
+  np.testing.assert_allclose([c.score for c in got], scores, rtol=1e-4)
+
+
 @pytest.mark.parametrize("num_beams", [2, 7])
 def test_numbers_of_beams(num_beams):
   name = "T5ForConditionalGeneration"
@@ -121,6 +143,26 @@ def test_impossible_settings(settings, message):
     SamplingParams(**settings)
 
 
-def test_one_batch_has_one_number_of_beams():
-  with pytest.raises(ConfigError, match="the same num_beams"):
-    list(models("LlamaForCausalLM")[1].generate(PROMPTS[:2], [SamplingParams(num_beams=2), SamplingParams()]))
+def test_searches_of_different_widths_and_draws_share_a_call():
+  model = models("LlamaForCausalLM")[1]
+  each = [SamplingParams(num_beams=2, max_tokens=NEW), SamplingParams(temperature=0, max_tokens=NEW)]
+  each.append(SamplingParams(num_beams=4, n=2, max_tokens=NEW))
+  alone = [one for prompt, own in zip(PROMPTS, each) for one in model.generate([prompt], own)]
+  together = model.generate(PROMPTS, each)
+  assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+  assert [one.prompt_index for one in together] == [0, 1, 2, 2]
+
+
+def test_a_beam_computes_only_its_new_token():
+  from jaxllm.inference import beam
+  from jaxllm.inference.engine import Engine
+
+  model = models("LlamaForCausalLM")[1]
+  settings = SamplingParams(num_beams=3, max_tokens=NEW, ignore_eos=True)
+  how = dict(page_size=1, max_logprobs=V, processed_logprobs=True, overlap=False, max_num_seqs=4)
+  engine = Engine(model.config, model._weights, compute=model.compute, **how)
+  list(beam.search(engine, PROMPTS[:1], [settings], None, ()))
+  stats = engine.stats()
+  # The prompt of 5 tokens, and then 3 beams at 8 places: all but the last token of each is found.
+  assert stats["prefix_queries"] - stats["prefix_hits"] == 5 + 3 * 8
+  assert stats["pages_free"] == stats["pages_total"]

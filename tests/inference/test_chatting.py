@@ -11,9 +11,9 @@ from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.cli import run_door
 from jaxllm.data.tokenizers import HuggingFaceTokenizer
 from jaxllm.generate import main, reply
-from jaxllm.inference.generate import Delta
+from jaxllm.inference.completions import Delta
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -82,7 +82,7 @@ def test_the_turns_end_ends_a_reply_whatever_the_files_say(model):
   other = chat_model()
   assert other.tokenizer.end_of_turn_id == EOS
   other.generation["eos_token_id"] = 5
-  assert other._ends()["eos_ids"] == (5, EOS)
+  assert other.eos_ids == (5, EOS)
   last = free.token_ids[2]
   other.tokenizer.end_of_turn_id = last
   ended = other.chat(say("hi"), temperature=0, max_tokens=4)

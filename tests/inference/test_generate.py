@@ -10,8 +10,8 @@ import tiny_models as tiny
 from flax import nnx
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.inference.generate import generate_tokens, stream_tokens
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.generate import Generator
+from jaxllm.inference.params import SamplingParams
 from jaxllm.models.build import declare, stack_layers
 from jaxllm.models.config import Compute
 
@@ -24,6 +24,10 @@ PROMPTS = [[7], [3, 1, 4, 1, 5], list(range(40, 55)), list(range(60, 76)), list(
 def forward(name):
   graph, _, _ = tiny.model(name)
   return jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens)[0])
+
+
+def generate_tokens(graph, params, config, prompts, settings, eos_ids=(), **others):
+  return Generator(graph, params, config, **others).complete(prompts, settings, eos_ids)
 
 
 def plain_loop(name, prompt, count):
@@ -129,21 +133,32 @@ def test_text_streams_and_stops_at_a_string():
   stop = free.text[4:7]
   assert free.text.find(stop) == 4
   settings = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop)
-  for steps in (1, 8):
-    deltas = list(stream_tokens(*tiny.model(), [PROMPTS[1]], settings, tokenizer=tokenizer, steps=steps))
-    done = deltas[-1].completion
-    assert all(delta.completion is None for delta in deltas[:-1])
-    assert "".join(delta.text for delta in deltas) == done.text == free.text[:4]
-    assert sum((delta.token_ids for delta in deltas), ()) == done.token_ids == free.token_ids[: len(done.token_ids)]
-    assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+  deltas = list(Generator(*tiny.model(), tokenizer=tokenizer).stream([PROMPTS[1]], settings))
+  done = deltas[-1].completion
+  assert all(delta.completion is None for delta in deltas[:-1])
+  assert "".join(delta.text for delta in deltas) == done.text == free.text[:4]
+  assert sum((delta.token_ids for delta in deltas), ()) == done.token_ids == free.token_ids[: len(done.token_ids)]
+  assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+
+
+def test_streams_share_an_engine():
+  """Two at once, one of them given up, a third behind them."""
+  generator = Generator(*tiny.model())
+  first, second = generator.stream(PROMPTS[:2], GREEDY), generator.stream([PROMPTS[2]], GREEDY)
+  assert next(first).token_ids and next(second).token_ids
+  first.close()
+  done = [delta.completion for delta in second if delta.completion is not None]
+  assert [one.token_ids for one in done] == [plain_loop("rope", PROMPTS[2], 12)[0]]
+  assert generator.complete([PROMPTS[1]], GREEDY)[0].token_ids == plain_loop("rope", PROMPTS[1], 12)[0]
 
 
 def test_bfloat16_alone_is_padded_to_the_fast_path_and_draws_the_same():
   _, params, config = tiny.model()
   params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
   graph, _, _ = declare(config, Compute(dtype="bfloat16"))
-  alone = generate_tokens(graph, params, config, PROMPTS[:1], GREEDY)
-  twice = generate_tokens(graph, params, config, [PROMPTS[0]] * 2, GREEDY)
+  facts = dict(compute=Compute(dtype="bfloat16"))
+  alone = generate_tokens(graph, params, config, PROMPTS[:1], GREEDY, **facts)
+  twice = generate_tokens(graph, params, config, [PROMPTS[0]] * 2, GREEDY, **facts)
   assert len(alone) == 1 and alone[0].token_ids == twice[0].token_ids == twice[1].token_ids
 
 
@@ -160,7 +175,7 @@ def test_bfloat16_alone_is_padded_to_the_fast_path_and_draws_the_same():
 )
 def test_mistakes_are_told_before_anything_runs(prompts, settings, message):
   with pytest.raises(ConfigError, match=message):
-    stream_tokens(*tiny.model(), prompts, settings)
+    Generator(*tiny.model()).stream(prompts, settings)
 
 
 def test_no_prompts():

@@ -11,7 +11,7 @@ import tiny_models as tiny
 
 from jaxllm.cli import run_door
 from jaxllm.generate import main
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 
 GREEDY = ["--temperature=0", "--max-tokens=8", "--ignore-eos"]
 

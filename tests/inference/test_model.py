@@ -15,7 +15,7 @@ import jaxllm
 from jaxllm.base.errors import CheckpointError, ConfigError, DataError
 from jaxllm.inference.load import load_model
 from jaxllm.inference.model import Model
-from jaxllm.inference.sampling import SamplingParams
+from jaxllm.inference.params import SamplingParams
 from jaxllm.models.build import declare, init_params
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.parallel.config import MeshConfig

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from tiny_models import ByteTokenizer
+from tiny_models import BOS, EOS, ByteTokenizer, huggingface_bytes
 
-from jaxllm.inference.text import TextStream
+from jaxllm.inference.text import SpecialText, TextStream
 
 BYTES = ByteTokenizer()
 TEXT = "naïve 数学 🎉 e\u0301 end"
@@ -91,3 +91,24 @@ def test_a_space_that_depends_on_context_survives():
 
 def test_tokens_outside_the_vocabulary_have_no_text():
   assert "".join(run(TextStream(BYTES, [65, 300]), [66, 258, 67])) == "BC"
+
+
+def test_a_stop_string_may_be_shown():
+  stream = TextStream(BYTES, [65], ("\n\n", "##"), include_stop=True)
+  assert "".join(run(stream, b"a\nb\n\nc")) == "a\nb\n\n" and stream.stopped == "\n\n"
+
+
+def test_early_tokens_cannot_stop():
+  stream = TextStream(BYTES, [65], ("ab",))
+  shown = [stream.push(token, may_stop=place > 3) for place, token in enumerate(b"xabaab")]
+  # The second "ab" begins behind the fourth token; what was shown before is not looked at again.
+  assert "".join(shown) == "xaba" and stream.stopped == "ab"
+  assert "".join(run(TextStream(BYTES, [65], ("ab",)), b"xabaab")) == "x"
+
+
+def test_special_tokens_can_be_shown():
+  tokenizer = huggingface_bytes()
+  ids = [BOS, *b"ab", EOS, EOS, *b"c"]
+  assert SpecialText(tokenizer).decode(ids) == "<bos>ab<eos><eos>c"
+  assert "".join(run(TextStream(SpecialText(tokenizer), [65]), ids)) == "<bos>ab<eos><eos>c"
+  assert tokenizer.decode(ids) == "abc"

@@ -112,6 +112,8 @@ PAGED = {
   "int8": (dict(lengths=[300, 20], page_size=32, cache=jnp.int8), dict(softcap=5.0, alibi_slopes=SLOPES)),
   "mixed": (dict(lengths=[300, 20, 0], news=[45, 1, 0], page_size=16, padding=3), dict(alibi_slopes=SLOPES, window=90)),
   "mixed, int8": (dict(lengths=[140, 30], news=[50, 30], cache=jnp.int8, dtype=jnp.float32), dict(sinks=SINKS)),
+  "mixed, int8 by tiles": (dict(lengths=[290, 30], news=[50, 30], cache=jnp.int8), dict(sinks=SINKS, softcap=5.0)),
+  "mixed, float32 cache by tiles": (dict(lengths=[270], news=[39], H=32, cache=jnp.float32), dict(window=50)),
   "bfloat16 cache of float32 queries": (dict(lengths=[270], cache=jnp.bfloat16, dtype=jnp.float32), {}),
 }
 

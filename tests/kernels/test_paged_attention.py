@@ -122,8 +122,6 @@ def test_writing_touches_only_its_slots_and_rounds_to_the_nearest():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])  # XLA for CPU copies 8-bit floats
 def test_writing_is_in_place_when_donated(dtype):
-  if dtype == "bfloat16" and jax.__version_info__ < (0, 11):
-    pytest.skip("XLA for CPU of jax 0.10 copies 16-bit floats that a loop writes to")
   size = 64 * 2**20
   pages = jax.eval_shape(lambda: KVPages.zeros(size // (64 * 2 * 64), 64, 2, 64, dtype))
   new = jax.ShapeDtypeStruct((8, 2, 64), jnp.bfloat16)

@@ -101,7 +101,7 @@ def native():
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("M", [1, 3, 4, 8, 33])
+@pytest.mark.parametrize("M", [1, 3, 4, 8, 11, 16, 33, 130])
 @pytest.mark.parametrize(
   "format,D,group,asymmetric",
   [("int8", 192, None, False), ("int8", 320, 64, False), ("int4", 192, 32, False), ("int4", 512, 128, True)]

@@ -14,7 +14,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import cpu_ffi
 from jaxllm.models.build import declare, unstack_layers
 from jaxllm.models.caches import init_cache, init_paged_cache
-from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
+from jaxllm.models.config import AdapterConfig, Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.parallel.config import AxisRules, MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 from jaxllm.parallel.sharding import activation_sharding, param_shardings
@@ -33,6 +33,7 @@ CASES = {
   "sink-tokens": dict(sink_tokens=2, **WINDOW),
   "sink-tokens-alibi": dict(sink_tokens=1, position="alibi", **WINDOW),
   "relative": dict(position="relative", relative_buckets=8, relative_max_distance=12),
+  "virtual-tokens": dict(adapter=AdapterConfig(prefix_len=3), **WINDOW),
   "latent": dict(mla=LATENT, num_kv_heads=4, head_dim=0),
   "experts": dict(moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=8, first_dense_layers=1, capacity_factor=1.0)),
 }
@@ -71,7 +72,7 @@ class Host:
       gone = [page for page in table[row] if 0 < page < self.missing[kind]]
       self._poison(kind, gone)
       table[row] = self.missing[kind]
-    self.cache = self.cache.rewind(self.cache.length.at[row].set(0))
+    self.cache = dataclasses.replace(self.cache, length=self.cache.length.at[row].set(0))
 
   def _poison(self, kind, pages):
     self.free[kind] += pages
@@ -194,28 +195,12 @@ def test_rewind(name, monkeypatch):
     patch.setitem(globals(), "TOKENS", drafts)
     host.read((4, 4, 4))
     host.read((4, 4, 4))
-  host.cache = host.cache.rewind(jnp.array(kept[:3]))
+  host.cache = dataclasses.replace(host.cache, length=jnp.array(kept[:3]))
   same(host.read((4, 3, 2)))
-  cache = cache.rewind(jnp.array(kept))
+  cache = dataclasses.replace(cache, length=jnp.array(kept))
   for at in (kept, kept + 1):
     got, cache = step(params, TOKENS[np.arange(4), at][:, None], cache)
     same((got[:, 0], want[np.arange(4), at]))
-
-
-def test_rows_go_where_they_are_sent():
-  step, params, cache, want = contiguous("window")
-  _, cache = step(params, TOKENS[:, :6], cache.expecting(jnp.array([6, 5, 4, 3])))
-  order = jnp.array([2, 0, 0, 3])
-  cache = cache.rows(order)
-  lengths = np.array([4, 6, 6, 3])
-  assert cache.length.tolist() == lengths.tolist()
-  got, _ = step(params, TOKENS[order, lengths][:, None], cache)
-  same((got[:, 0], want[order, lengths]))
-  host = Host("window", pages=14)
-  host.read((5, 3, 1))
-  host.cache, host.sequences = host.cache.rows(jnp.array([1, 2, 0])), [1, 2, 0]
-  host.tables = {kind: np.array(table) for kind, table in host.cache.tables.items()}
-  same(host.read((1, 3, 2)))
 
 
 def test_latents_are_kept_once():
@@ -251,10 +236,6 @@ def test_encoder_decoder(name, paged):
   for t in range(5, 9):
     got, cache = run(params, TOKENS[:2, t : t + 1], cache=cache)
     same((got[:, 0], want[:, t]))
-  turned = cache.rows(jnp.array([1, 0])).rewind(jnp.array([8, 8]))
-  if not paged:
-    got, _ = run(params, TOKENS[1::-1, 8:9], cache=turned)
-    same((got[:, 0], want[::-1, 8]))
 
 
 def test_the_backend_that_was_named_reads_pages_or_raises():

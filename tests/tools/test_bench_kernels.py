@@ -41,7 +41,8 @@ def rows(record):
 
 def test_quick_is_what_the_targets_need(first):
   _, quick, said, *_ = first
-  assert set(rows(quick)) == {("right", "cpu"), ("wrong", "cpu"), ("plain", "jaxllm xla"), ("plain", "twice")}
+  checked = {(name, backend) for name in ("right", "wrong") for backend in ("cpu", "cpu_invariant")}
+  assert set(rows(quick)) == {*checked, ("plain", "jaxllm xla"), ("plain", "twice")}
   verdicts = {t["target"]: t["verdict"] for t in quick["targets"]}
   assert verdicts == {"met": "PASS", "missed": "MISSED", "unknown": "NO FIGURE"}
   assert "PASS      met" in said and "MISSED    missed" in said
@@ -49,8 +50,8 @@ def test_quick_is_what_the_targets_need(first):
 
 def test_the_second_run_goes_on_and_loses_nobody(first):
   out, quick, _, record, said = first
-  assert "goes on from 4 rows" in said
-  assert record["rows"][:4] == quick["rows"] and record["ceilings"] == quick["ceilings"]
+  assert "goes on from 6 rows" in said
+  assert record["rows"][:6] == quick["rows"] and record["ceilings"] == quick["ceilings"]
   found = rows(record)
   assert "SIGABRT" in found["bad", "dies"]["failed"]
   assert "no answer in 8 s" in found["bad", "hangs"]["failed"]

@@ -44,12 +44,18 @@ def forward(
   same = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.float32, jnp.bfloat16)
   if not (same and cpu_ffi.available()):
     return _by_groups(query, key, value, options), None
-  window, scale = int(options.visibility.window or 0), float(options.scale)
-  attributes = _Attributes(causal=options.visibility.causal, window=window, scale=scale)
-  empty = jnp.zeros((0, 0), jnp.int32)
-  segments = (empty, empty) if options.query_segments is None else (options.query_segments, options.key_segments)
-  offset = jnp.zeros(0, jnp.int32) if options.query_offset is None else options.query_offset
-  return _native(attributes, query, key, value, *(x.astype(jnp.int32) for x in (*segments, offset))), None
+  attributes, places = _arguments(options)
+  return _native(attributes, query, key, value, *places), None
+
+
+def gradients(query, key, value, options: Options, out, lse: Float[Array, "B N T"], d_out) -> tuple[Array, ...]:
+  """Of queries, keys and values by the C++ kernel; options: causal order, window, segments and an offset.
+
+  Args:
+    lse: of the scores; inf where a query sees nothing.
+  """
+  attributes, places = _arguments(options)
+  return _backward(attributes, (query, key, value, *places, out, lse), d_out)[:3]
 
 
 # ---------------------------------------------------------------- C++
@@ -62,6 +68,16 @@ class _Attributes(NamedTuple):
 
   def native(self):
     return {"causal": self.causal, "window": np.int64(self.window), "scale": np.float32(self.scale)}
+
+
+def _arguments(options: Options):
+  """The kernel's attributes, and its arrays that say where tokens stand."""
+  window, scale = int(options.visibility.window or 0), float(options.scale)
+  attributes = _Attributes(causal=options.visibility.causal, window=window, scale=scale)
+  empty = jnp.zeros((0, 0), jnp.int32)
+  segments = (empty, empty) if options.query_segments is None else (options.query_segments, options.key_segments)
+  offset = jnp.zeros(0, jnp.int32) if options.query_offset is None else options.query_offset
+  return attributes, tuple(x.astype(jnp.int32) for x in (*segments, offset))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

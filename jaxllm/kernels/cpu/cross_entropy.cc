@@ -140,3 +140,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<bool>("transposed").Attr<bool>("grad"));
+
+// The statistics of logits [M, V] that are in memory: the same sums for a row as above.
+static ffi::Error StatisticsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S32> targets,
+                                 ffi::Result<ffi::Buffer<ffi::F32>> stats) {
+  const int64_t M = logits.dimensions()[0], V = logits.dimensions()[1];
+  parallel_for(pool, (int)M, [&](int r) {
+    row(logits.typed_data() + r * V, V, targets.typed_data()[r], nullptr, stats->typed_data() + r, M, false);
+  });
+  return ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_logit_statistics, StatisticsImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());

@@ -3,11 +3,12 @@
 //
 // A tile is R rows (query heads of one key head, times new tokens) of one sequence. A task is a tile's key head and 256
 // keys: sixteen keys at a time are turned into [H, 16], so that scores of sixteen keys are one vector and no sum runs
-// across lanes; then the rows' sums of values. Tasks leave (sums, largest score, sum of exponentials), and a second round
+// across lanes; then the rows' sums of values. Where operands may be rounded to bfloat16 (`round`), the tile unit
+// multiplies 16 rows and more. Tasks leave (sums, largest score, sum of exponentials), and a second round
 // adds them up in order, so that the result does not depend on who computed what (Flash-Decoding).
-#include <type_traits>
+#include <optional>
 
-#include "common.h"
+#include "decode_tiles.h"
 
 static inline __m512 load16(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -20,10 +21,12 @@ constexpr int64_t CHUNK = 256;  // keys of a task
 struct Cache {
   int64_t K, H, R, group, page_size, max_pages, page, head, token;  // the last three: strides in elements
   const int32_t *table, *sequence, *position, *end;
+  const int32_t* start;  // where a tile's keys begin in its row of `table`; null: at 0
   const float *key_scales, *value_scales, *slopes;  // may be null
   bool causal;
   int64_t window;
   float scale, softcap;
+  bool round;  // queries, keys, values and weights may be rounded to bfloat16
 
   int64_t first_key(int64_t m) const {
     return window > 0 ? std::max<int64_t>(0, position[m] - window + 1) / 16 * 16 : 0;
@@ -31,6 +34,7 @@ struct Cache {
   // Where n <= 16 keys from `s` on lie, and their scales' places.
   void places(int64_t m, int64_t k, int64_t s, int64_t n, int64_t* at, int64_t* scale_at) const {
     const int32_t* pages = table + sequence[m] * max_pages;
+    s += start ? start[m] : 0;
     int64_t index = s / page_size, slot = s - index * page_size;
     for (int64_t i = 0; i < n; i++, slot++) {
       if (slot == page_size) slot = 0, index++;
@@ -102,19 +106,27 @@ void fetch(const T* x, const int64_t* at, int64_t n, int64_t H) {
 template <typename T>
 void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t m, int64_t k, int64_t s0, int64_t s1,
            float* acc, float* top, float* total) {
-  static thread_local Scratch turned_, p_;
-  const int64_t H = c.H, R = c.R, n = s1 - s0;
-  float *turned = turned_.get<float>(16 * H), *p = p_.get<float>(R * CHUNK);
+  static thread_local Scratch turned_, p_, rounded_, sums_;
+  const int64_t H = c.H, R = c.R, n = s1 - s0, rows = (R + 15) / 16 * 16;
+  const bool tiles = c.round && tiles_pay(R, H);
+  float *turned = turned_.get<float>(std::max<int64_t>(16 * H, 16 * CHUNK)), *p = p_.get<float>(rows * CHUNK);
+  bf16* rounded = rounded_.get<bf16>(rows * std::max(H, CHUNK));
+  std::optional<AmxScope> amx;  // a caller's own would end with a second one
+  if (tiles) amx.emplace(), round_rows(q, H, R, H, rounded, H);
   int64_t at[CHUNK + 16], scale_at[CHUNK + 16];
   for (int64_t s = 0; s < n; s += 16) c.places(m, k, s0 + s, std::min<int64_t>(16, n - s), at + s, scale_at + s);
   const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int64_t s = 0; s < n; s += 16) {
     const int64_t here = std::min<int64_t>(16, n - s);
     if (s + 16 < n) fetch(keys, at + s + 16, std::min<int64_t>(16, n - s - 16), H);
-    turn(keys, at + s, here, H, turned);
     int64_t r = 0;
-    for (; r + 4 <= R; r += 4) scores<4>(q + r * H, turned, H, p + r * CHUNK + s);
-    for (; r < R; r++) scores<1>(q + r * H, turned, H, p + r * CHUNK + s);
+    if (tiles) {
+      tile_scores(rounded, R, keys, at + s, here, H, (bf16*)turned, p + s, CHUNK);
+    } else {
+      turn(keys, at + s, here, H, turned);
+      for (; r + 4 <= R; r += 4) scores<4>(q + r * H, turned, H, p + r * CHUNK + s);
+      for (; r < R; r++) scores<1>(q + r * H, turned, H, p + r * CHUNK + s);
+    }
     __m512 factor = _mm512_set1_ps(c.scale);
     if (c.key_scales)
       for (int i = 0; i < here; i++)
@@ -156,6 +168,13 @@ void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t
     if (c.value_scales)
       for (int64_t s = 0; s < n; s++) row[s] *= c.value_scales[scale_at[s]];
   }
+  if (tiles) {
+    float* sums = sums_.get<float>(rows * H);
+    round_rows(p, CHUNK, R, n, rounded, CHUNK);
+    tile_values(rounded, CHUNK, R, vals, at, n, H, (bf16*)turned, sums);
+    memcpy(acc, sums, R * H * sizeof(float));
+    return;
+  }
   memset(acc, 0, R * H * sizeof(float));
   for (int64_t s = 0; s < n; s += 32) {
     const int64_t here = std::min<int64_t>(32, n - s);
@@ -173,16 +192,18 @@ void attend(ffi::ThreadPool& pool, const Cache& c, const float* q, const void* k
             float* out, float* lse) {
   static thread_local Scratch parts_;
   const int64_t K = c.K, R = c.R, H = c.H, size = R * (H + 2);
+  // Chunks begin at multiples of CHUNK, wherever a window does: a row's sums are the same in any tile.
+  const auto chunk_of = [&](int64_t m, int64_t i) { return c.first_key(m) / CHUNK * CHUNK + i * CHUNK; };
   int64_t chunks = 1;
-  for (int64_t m = 0; m < M; m++) chunks = std::max(chunks, (c.end[m] - c.first_key(m) + CHUNK - 1) / CHUNK);
+  for (int64_t m = 0; m < M; m++) chunks = std::max(chunks, (c.end[m] - chunk_of(m, 0) + CHUNK - 1) / CHUNK);
   float* parts = parts_.get<float>(M * chunks * K * size);
-  const auto keys_of = [&](int64_t m, int64_t i) { return c.first_key(m) + i * CHUNK; };
+  const auto keys_of = [&](int64_t m, int64_t i) { return std::max(c.first_key(m), chunk_of(m, i)); };
   parallel_for(pool, (int)(M * chunks * K), [&](int task) {
     const int64_t k = task % K, i = task / K % chunks, m = task / K / chunks, s0 = keys_of(m, i);
     if (s0 >= c.end[m]) return;
     float *acc = parts + task * size, *top = acc + R * H;
     chunk(c, q + (m * K + k) * R * H, (const T*)keys, (const T*)vals, m, k, s0,
-          std::min<int64_t>(c.end[m], s0 + CHUNK), acc, top, top + R);
+          std::min<int64_t>(c.end[m], chunk_of(m, i) + CHUNK), acc, top, top + R);
   });
   parallel_for(pool, (int)M, [&](int m) {
     for (int64_t row = 0; row < K * R; row++) {
@@ -216,15 +237,16 @@ static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi:
                              ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> sequence,
                              ffi::Buffer<ffi::S32> position, ffi::Buffer<ffi::S32> end, ffi::Buffer<ffi::F32> slopes,
                              ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool paged,
-                             bool causal, int64_t group, int64_t window, float scale, float softcap) {
+                             bool causal, int64_t group, int64_t window, float scale, float softcap,
+                             bool round) {
   const auto d = keys.dimensions();
   const int64_t M = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
   if (H % 16 || d[3] != H || d[paged ? 1 : 2] != K) return ffi::Error::InvalidArgument("decode: shapes disagree");
   const auto given = [](const ffi::Buffer<ffi::F32>& x) { return x.element_count() ? x.typed_data() : nullptr; };
   const int64_t size = paged ? d[2] : d[1];
   Cache c{K, H, R, group, size, table.dimensions()[1], size * K * H, paged ? size * H : H, paged ? H : K * H,
-          table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(),
-          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap};
+          table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(), nullptr,
+          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap, round};
   auto run = [&](auto type) {
     attend<decltype(type)>(pool, c, q.typed_data(), keys.untyped_data(), values.untyped_data(), M, out->typed_data(),
                            lse->typed_data());
@@ -245,4 +267,99 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_decode, DecodeImpl,
                                   .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("paged")
                                   .Attr<bool>("causal").Attr<int64_t>("group").Attr<int64_t>("window")
+                                  .Attr<float>("scale").Attr<float>("softcap").Attr<bool>("round"));
+
+// ---------------------------------------------------------------- in the order of a cache, without one
+
+// Queries [B, T, N, H] to keys and values [B, S, K, H] of the same tokens or of a cache, in tiles as above: the results
+// are those that the same tokens have when they are read in any parts from a cache. Packed documents (`segments`,
+// [B, T]; 0 is padding) are tiles of their own, whose keys begin where the document does.
+static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                              ffi::Buffer<ffi::S32> segments, ffi::Buffer<ffi::S32> offset,
+                              ffi::Buffer<ffi::F32> slopes, ffi::Result<ffi::Buffer<ffi::F32>> out,
+                              ffi::Result<ffi::Buffer<ffi::F32>> lse, bool causal, int64_t window, float scale,
+                              float softcap) {
+  static thread_local Scratch queries_, out_, lse_;
+  const auto d = q.dimensions();
+  const int64_t B = d[0], T = d[1], N = d[2], H = d[3], S = keys.dimensions()[1], K = keys.dimensions()[2], G = N / K;
+  const int64_t tokens = std::max<int64_t>(1, std::min<int64_t>(16, 64 / G)), R = tokens * G;
+  std::vector<int32_t> table(B), row, first_token, count, position, end, start;
+  const auto tiles = [&](int64_t b, int64_t t0, int64_t t1, int64_t begin, int64_t at, int64_t length) {
+    for (int64_t t = t0; t < t1; t += tokens) {
+      const int64_t n = std::min(tokens, t1 - t), here = at + t - t0;
+      row.push_back(b), first_token.push_back(t), count.push_back(n), position.push_back(here), start.push_back(begin);
+      end.push_back(causal ? std::min(here + n, length) : length);
+    }
+  };
+  for (int64_t b = 0; b < B; b++) {
+    table[b] = b;
+    if (!segments.element_count()) {
+      tiles(b, 0, T, 0, offset.element_count() ? offset.typed_data()[b] : 0, S);
+      continue;
+    }
+    const int32_t* ids = segments.typed_data() + b * T;
+    std::vector<int32_t> seen;
+    for (int64_t t = 0, next; t < T; t = next) {
+      for (next = t; next < T && ids[next] == ids[t]; next++) {}
+      if (ids[t] == 0) continue;
+      seen.push_back(ids[t]);
+      tiles(b, t, next, t, 0, next - t);
+    }
+    std::sort(seen.begin(), seen.end());
+    if (std::adjacent_find(seen.begin(), seen.end()) != seen.end())
+      return ffi::Error::InvalidArgument("batch-invariant attention: the tokens of a segment must stand together");
+  }
+  float *o = out->typed_data(), *l = lse->typed_data();
+  memset(o, 0, B * T * N * H * sizeof(float));
+  std::fill(l, l + B * N * T, -INFINITY);
+  const int64_t all = (int64_t)row.size(), together = 32;
+  float *queries = queries_.get<float>(together * K * R * H), *tile_out = out_.get<float>(together * K * R * H);
+  float* tile_lse = lse_.get<float>(together * K * R);
+  const auto given = [](const ffi::Buffer<ffi::F32>& x) { return x.element_count() ? x.typed_data() : nullptr; };
+  for (int64_t m0 = 0; m0 < all; m0 += together) {
+    const int64_t M = std::min(together, all - m0);
+    // use(whether it is a query, its place in the arrays of tiles, row, token, head) for all rows of a tile
+    const auto rows = [&](int64_t m, const auto& use) {
+      for (int64_t k = 0; k < K; k++)
+        for (int64_t r = 0; r < R; r++) {
+          const int64_t i = r / G, t = first_token[m0 + m] + i, n = k * G + r % G;
+          use(i < count[m0 + m], (m * K + k) * R + r, row[m0 + m], t, n);
+        }
+    };
+    for (int64_t m = 0; m < M; m++)
+      rows(m, [&](bool real, int64_t at, int64_t b, int64_t t, int64_t n) {
+        if (real) memcpy(queries + at * H, q.typed_data() + ((b * T + t) * N + n) * H, H * sizeof(float));
+        else memset(queries + at * H, 0, H * sizeof(float));
+      });
+    Cache c{K, H, R, G, S, 1, S * K * H, H, K * H, table.data(), row.data() + m0, position.data() + m0,
+            end.data() + m0, start.data() + m0, nullptr, nullptr, given(slopes), causal, window, scale, softcap, false};
+    const auto run = [&](auto type) {
+      attend<decltype(type)>(pool, c, queries, keys.untyped_data(), values.untyped_data(), M, tile_out, tile_lse);
+    };
+    keys.element_type() == ffi::BF16 ? run(bf16()) : run(float());
+    for (int64_t m = 0; m < M; m++)
+      rows(m, [&](bool real, int64_t at, int64_t b, int64_t t, int64_t n) {
+        if (!real) return;
+        memcpy(o + ((b * T + t) * N + n) * H, tile_out + at * H, H * sizeof(float));
+        l[(b * N + n) * T + t] = tile_lse[at];
+      });
+  }
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention_in_order, InOrderImpl,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("causal").Attr<int64_t>("window")
                                   .Attr<float>("scale").Attr<float>("softcap"));
+
+#include "few.h"
+static_assert(DECODE_CHUNK == CHUNK);
+void decode_part(const Paged& p, const float* q, int64_t m, int64_t k, int64_t s0, int64_t s1, float* acc, float* top,
+                 float* total) {
+  const Cache c{p.K, p.H, p.R, p.R, p.page_size, p.max_pages, p.K * p.page_size * p.H, p.page_size * p.H, p.H,
+                p.table, p.sequence, p.position, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0, p.scale, 0, false};
+  if (p.is_bf16) chunk(c, q, (const bf16*)p.keys, (const bf16*)p.values, m, k, s0, s1, acc, top, total);
+  else chunk(c, q, (const float*)p.keys, (const float*)p.values, m, k, s0, s1, acc, top, total);
+}

@@ -199,6 +199,8 @@ static void bf16_pack_panel(bf16* dst, const S* p, int64_t ld, bool trans, int64
       for (int i = 0; i < 16; i++) {
         __m512i out[2], z = _mm512_setzero_si512();
         int64_t r = k + 2 * i;
+        _mm_prefetch((const char*)(p + (r + 64) * ld + n0), _MM_HINT_T0);
+        _mm_prefetch((const char*)(p + (r + 65) * ld + n0), _MM_HINT_T0);
         pairs32(r < K ? row32(p + r * ld + n0, m) : z, r + 1 < K ? row32(p + (r + 1) * ld + n0, m) : z, out);
         _mm512_store_si512(dst + i * 32, out[0]);
         _mm512_store_si512(dst + 512 + i * 32, out[1]);
@@ -312,7 +314,7 @@ struct BF16 {
   static void block(int64_t M, int64_t N, int64_t K, const S* a, int64_t lda, bool trans, const bf16* bp,
                     int64_t stride, C* c, int64_t ldc, bool acc) {
     static thread_local Scratch s;
-    alignas(64) float tile[32 * 32];
+    alignas(64) float tiles[2][32 * 32];
     int64_t Kp = pad_k(K), whole = M / 32 * 32;  // rows that can be read in place
     const bf16* direct = nullptr;
     if constexpr (std::is_same_v<S, bf16>)
@@ -324,31 +326,47 @@ struct BF16 {
       for (int64_t m = direct ? whole : 0; m < M; m++)
         for (int64_t k = 0; k < Kp; k += 32) _mm512_storeu_si512(t + m * Kp + k, row32(a + m * lda + k, first32(K - k)));
     }
+    // What a tile has stored is read only after the next one has been started: reading it at once would wait for it.
+    int64_t pm = -1, pn = 0;
+    int which = 0;
+    const auto finish = [&] {
+      if (pm < 0) return;
+      const float* done = tiles[which ^ 1];
+      const __mmask16 m0 = first(N - pn), m1 = first(N - pn - 16);
+      for (int64_t r = 0; r < std::min<int64_t>(32, M - pm); r++) {
+        C* d = c + (pm + r) * ldc + pn;
+        __m512 v0 = _mm512_load_ps(done + r * 32), v1 = _mm512_load_ps(done + r * 32 + 16);
+        if (acc) v0 = _mm512_add_ps(v0, load16(d, m0)), v1 = _mm512_add_ps(v1, load16(d + 16, m1));
+        store16(d, v0, m0);
+        store16(d + 16, v1, m1);
+      }
+      pm = -1;
+    };
     for (int64_t n = 0; n < N; n += NR, bp += stride)
       for (int64_t m = 0; m < M; m += 32) {
         bool in_place = direct && m < whole;
         const bf16* am = in_place ? direct + m * lda : t + m * Kp;
         int64_t la = in_place ? lda : Kp;
-        bool full = m + 32 <= M && n + 32 <= N;
         if constexpr (std::is_same_v<C, float>)
-          if (full) {
+          if (m + 32 <= M && n + 32 <= N) {
             bf16_micro(Kp, am, la, bp, c + m * ldc + n, ldc, acc);
             continue;
           }
-        bf16_micro(Kp, am, la, bp, tile, 32, false);
-        for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
-          for (int h = 0; h < 2; h++) {
-            __mmask16 mask = first(N - n - 16 * h);
-            C* d = c + (m + r) * ldc + n + 16 * h;
-            __m512 v = _mm512_load_ps(tile + r * 32 + 16 * h);
-            if (acc) v = _mm512_add_ps(v, load16(d, mask));
-            store16(d, v, mask);
-          }
+        bf16_micro(Kp, am, la, bp, tiles[which], 32, false);
+        finish();
+        pm = m, pn = n, which ^= 1;
       }
+    finish();
   }
 };
 
 // ---------------------------------------------------------------- whole products
+
+// A float32 product is summed along K in chunks of so many: each from 0 on in the order of k, then chunk after chunk.
+static inline int64_t f32_chunk(int64_t K) {
+  const int64_t chunks = (K + 319) / 320;
+  return chunks ? ((K + chunks - 1) / chunks + 15) / 16 * 16 : 16;
+}
 
 // C = A B over all threads. Float32 inputs: exact float32. bf16 compute: operands rounded to bfloat16, float32 sums.
 // With `more`, C += A2 B2 too, while a block of C is still in the cache.

@@ -6,7 +6,7 @@ static int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, float* C, int64_t ldc,
                      bool acc, More more) {
   static thread_local Scratch sb, sm;
-  const int64_t panels = (N + NR - 1) / NR, chunks = (K + 319) / 320, KC = round_up((K + chunks - 1) / chunks, 16);
+  const int64_t panels = (N + NR - 1) / NR, KC = f32_chunk(K), chunks = (K + KC - 1) / KC;
   float* bp = sb.get<float>(panels * NR * K);
   const float *a = (const float*)A.p, *b = (const float*)B.p;
   // packed: [chunk of K][panel][k][32]
@@ -42,31 +42,61 @@ static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat
   });
 }
 
+// A in bfloat16, [M, Kp] with zeros past K: where it lies, or copied.
+template <typename SA>
+static const bf16* bf16_rows(ffi::ThreadPool& pool, int64_t M, int64_t K, Mat A, int64_t* ld) {
+  static thread_local Scratch s;
+  const int64_t Kp = BF16::pad_k(K);
+  if constexpr (std::is_same_v<SA, bf16>)
+    if (!A.trans && Kp == K) return *ld = A.ld, (const bf16*)A.p;
+  const SA* a = (const SA*)A.p;
+  bf16* t = s.get<bf16>((M + 32) * Kp);
+  parallel_for(pool, (int)((M + 31) / 32), [&](int i) {
+    const int64_t m0 = i * 32, m1 = std::min(M, m0 + 32);
+    if (A.trans) return bf16_transpose_a(t + m0 * Kp, Kp, a + m0, A.ld, K, m1 - m0);
+    for (int64_t m = m0; m < m1; m++)
+      for (int64_t k = 0; k < Kp; k += 32) _mm512_storeu_si512(t + m * Kp + k, row32(a + m * A.ld + k, first32(K - k)));
+  });
+  return *ld = Kp, t;
+}
+
+// A task is up to four panels of B and all rows of A, some at a time: what it packs and what it reads again and again
+// stay in the second-level cache. Where that gives too few tasks for the threads, rows are shared out as well.
 template <typename SA, typename SB, typename TC>
 static void gemm_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, TC* C, int64_t ldc,
                       bool acc, More more) {
-  static thread_local Scratch sb, sm;
-  const int64_t panels = (N + NR - 1) / NR, stride = BF16::panel(K);
-  bf16* bp = sb.get<bf16>(panels * stride);
-  const SA* a = (const SA*)A.p;
-  int groups = (int)std::min<int64_t>(panels, 16);
-  parallel_for(pool, groups, [&](int i) {
-    for (int64_t p = panels * i / groups; p < panels * (i + 1) / groups; p++)
-      bf16_pack_panel(bp + p * stride, (const SB*)B.p, B.ld, B.trans, K, N, p * NR);
-  });
+  constexpr int64_t PACKED = 512 << 10, ROWS = 200 << 10;  // bytes
+  static thread_local Scratch sm;
+  const int64_t panels = (N + NR - 1) / NR, stride = BF16::panel(K), Kp = BF16::pad_k(K);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), most = PACKED / std::max<int64_t>(1, 2 * stride);
+  const int64_t G = std::max<int64_t>(1, std::min({panels / (3 * threads), most, int64_t(4)}));
+  const int64_t groups = (panels + G - 1) / G;
+  const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / std::max<int64_t>(1, groups), (M + 63) / 64));
+  const int64_t share = round_up((M + parts - 1) / parts, 32), step = std::max<int64_t>(64, ROWS / std::max<int64_t>(1, 2 * Kp) / 32 * 32);
+  int64_t lda;
+  const bf16* a = bf16_rows<SA>(pool, M, K, A, &lda);
+  const SB* b = (const SB*)B.p;
   bf16* mp = sm.get<bf16>(panels * BF16::panel(more.K));
   if (more.K) {
     if (more.B.is_bf16) BF16::pack(mp, (const bf16*)more.B.p, more.B.ld, more.B.trans, more.K, N);
     else BF16::pack(mp, (const float*)more.B.p, more.B.ld, more.B.trans, more.K, N);
   }
-  int64_t mc = std::min<int64_t>(128, std::max<int64_t>(32, round_up((M + 7) / 8, 32)));
-  parallel_for(pool, (int)((M + mc - 1) / mc), [&](int i) {
+  parallel_for(pool, (int)(groups * parts), [&](int i) {
+    static thread_local Scratch sb;
     AmxScope amx;
-    int64_t m0 = i * mc, m = std::min(mc, M - m0);
-    BF16::block(m, N, K, a + (A.trans ? m0 : m0 * A.ld), A.ld, A.trans, bp, stride, C + m0 * ldc, ldc, acc);
-    if (more.K)
-      BF16::block(m, N, more.K, (const SA*)more.A.p + m0 * more.A.ld, more.A.ld, false, mp, BF16::panel(more.K),
-                  C + m0 * ldc, ldc, true);
+    const int64_t p0 = i / parts * G, p1 = std::min(panels, p0 + G), n0 = p0 * NR, n = std::min(N, p1 * NR) - n0;
+    bf16* bp = sb.get<bf16>(G * stride);
+    for (int64_t k = 0; k < K; k += 32)  // rows of B through all panels, so that the memory is walked in order
+      for (int64_t p = p0; p < p1; p++)
+        bf16_pack_panel(bp + (p - p0) * stride + k * NR, b + (B.trans ? k : k * B.ld), B.ld, B.trans,
+                        std::min<int64_t>(32, K - k), N, p * NR);
+    for (int64_t m0 = i % parts * share, end = std::min(M, m0 + share); m0 < end; m0 += step) {
+      const int64_t m = std::min(step, end - m0);
+      BF16::block(m, n, Kp, a + m0 * lda, lda, false, bp, stride, C + m0 * ldc + n0, ldc, acc);
+      if (more.K)
+        BF16::block(m, n, more.K, (const SA*)more.A.p + m0 * more.A.ld, more.A.ld, false,
+                    mp + p0 * BF16::panel(more.K), BF16::panel(more.K), C + m0 * ldc + n0, ldc, true);
+    }
   });
 }
 
@@ -89,7 +119,7 @@ void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K,
 
 // Up to FEW rows (decoding) are multiplied straight from where the weights lie, in float32: the time is that of reading
 // them once. Round: weights to bfloat16 first, as the product of more rows does.
-constexpr int64_t FEW = 8;
+constexpr int64_t FEW = 16;
 
 static __m512 rounded(__m512 v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
@@ -160,8 +190,11 @@ template <typename T, bool Round, int M>
 static void few(ffi::ThreadPool& pool, const float* x, int64_t ldx, const void* w, bool turned, float* sums, int64_t parts,
                 int64_t N, int64_t K, int64_t ld) {
   if (turned) {
+    // More rows than registers hold are multiplied eight at a time, while these weights are in the cache.
     parallel_for(pool, (int)((N + 63) / 64), [&](int i) {
-      few_turned<T, Round, M>(x, ldx, w, sums, ld, K, i * 64, std::min<int64_t>(N, i * 64 + 64));
+      const int64_t n0 = i * 64, n1 = std::min<int64_t>(N, n0 + 64);
+      few_turned<T, Round, std::min(M, 8)>(x, ldx, w, sums, ld, K, n0, n1);
+      if constexpr (M > 8) few_turned<T, Round, M - 8>(x + 8 * ldx, ldx, w, sums + 8 * ld, ld, K, n0, n1);
     });
     return;
   }
@@ -177,8 +210,10 @@ using Few = void (*)(ffi::ThreadPool&, const float*, int64_t, const void*, bool,
                      int64_t);
 template <typename T, bool Round>
 static Few few_of(int64_t M) {
-  static constexpr Few all[] = {few<T, Round, 1>, few<T, Round, 2>, few<T, Round, 3>, few<T, Round, 4>,
-                                few<T, Round, 5>, few<T, Round, 6>, few<T, Round, 7>, few<T, Round, 8>};
+  static constexpr Few all[] = {few<T, Round, 1>,  few<T, Round, 2>,  few<T, Round, 3>,  few<T, Round, 4>,
+                                few<T, Round, 5>,  few<T, Round, 6>,  few<T, Round, 7>,  few<T, Round, 8>,
+                                few<T, Round, 9>,  few<T, Round, 10>, few<T, Round, 11>, few<T, Round, 12>,
+                                few<T, Round, 13>, few<T, Round, 14>, few<T, Round, 15>, few<T, Round, 16>};
   return all[M - 1];
 }
 

@@ -5,6 +5,8 @@
 // the dense product's inner kernel multiplies.
 #include "gemm.h"
 
+constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for early: rows lie one after the other
+
 struct Codes {
   const uint8_t* values;
   const float *scales, *zeros;  // [groups, F]; zeros may be null
@@ -63,6 +65,7 @@ static void few_packed(const Codes& w, const float* x, float* y, int64_t f0, int
         for (int m = 0; m < M; m++)
           for (int i = 0; i < U; i++) first[m][i] = second[m][i] = _mm512_setzero_ps();
         const auto add = [&](int64_t j, int i) {
+          if (j % 64 == 0) _mm_prefetch((const char*)(p + block / 2 + j + AHEAD), _MM_HINT_T0);
           const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + block / 2 + j)));
           __m512 u = _mm512_permutexvar_ps(_mm512_and_si512(both, low), w.table);
           __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), w.table);
@@ -102,6 +105,7 @@ static void few_bytes(const Codes& w, const float* x, float* y, int64_t f0, int6
       for (int m = 0; m < M; m++)
         for (int u = 0; u < U; u++) sum[m][u] = _mm512_setzero_ps();
       const auto add = [&](int64_t k, int u) {
+        if (k % 64 == 0) _mm_prefetch((const char*)(p + k + AHEAD), _MM_HINT_T0);
         const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + k))));
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) sum[m][u] = _mm512_fmadd_ps(v, load16(x + m * w.K + k), sum[m][u]);
@@ -142,6 +146,8 @@ static void many(const Codes& w, const float* x, int64_t M, float* y, int64_t f0
   }
 }
 
+// InOrder: as many rows are, also a few: each row's result is then that of the row alone.
+template <bool InOrder>
 static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
                                 ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> zeros,
                                 ffi::Buffer<ffi::F32> table, ffi::Result<ffi::Buffer<ffi::F32>> y, bool packed,
@@ -155,16 +161,110 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
           zeros.element_count() ? zeros.typed_data() : nullptr, _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  if (M >= 1 && M <= 8) {
-    parallel_for(pool, (int)((F + 63) / 64),
-                 [&](int i) { FEW[M - 1](w, in, out, i * 64, std::min<int64_t>(F, i * 64 + 64)); });
+  if (!InOrder && M >= 1 && M <= 16) {  // eight at a time, while these weights are in the cache
+    parallel_for(pool, (int)((F + 63) / 64), [&](int i) {
+      for (int64_t m = 0; m < M; m += 8)
+        FEW[std::min<int64_t>(8, M - m) - 1](w, in + m * K, out + m * F, i * 64, std::min<int64_t>(F, i * 64 + 64));
+    });
   } else {
     parallel_for(pool, (int)((F + NR - 1) / NR), [&](int i) { many(w, in, M, out, i * NR); });
   }
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed")
-                                  .Attr<int64_t>("group"));
+#define BINDING                                                                                                    \
+  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()                       \
+      .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                      \
+      .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed").Attr<int64_t>("group")
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl<false>, BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul_in_order, QuantizedImpl<true>, BINDING);
+
+// ---------------------------------------------------------------- one token
+
+#include "few.h"
+
+// R rows at once share what is read of x, and hide each other's latencies. Codes that are numbers.
+template <int R>
+static void one_bytes(const Matrix& w, const float* x, float* y, int64_t f) {
+  const int8_t* p = (const int8_t*)w.values + f * w.K;
+  __m512 total[R];
+  for (int r = 0; r < R; r++) total[r] = _mm512_setzero_ps();
+  for (int64_t k0 = 0; k0 < w.I; k0 += w.group) {
+    const int64_t k1 = std::min(w.I, k0 + w.group);  // x is zero past I, up to K
+    __m512 sum[R][2];
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    const auto add = [&](int64_t k, int u) {
+      const __m512 v = load16(x + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const __m128i code = _mm_loadu_si128((const __m128i*)(p + r * w.K + k));
+        sum[r][u] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(code)), v, sum[r][u]);
+      }
+    };
+    for (int64_t k = k0; k < k1; k += 32) {
+      for (int r = 0; r < R; r++) _mm_prefetch((const char*)(p + r * w.K + k + 2 * R * w.K), _MM_HINT_T0);
+      add(k, 0);
+      if (k + 16 < k1) add(k + 16, 1);
+    }
+    for (int r = 0; r < R; r++)
+      total[r] = _mm512_fmadd_ps(_mm512_set1_ps(w.scales[k0 / w.group * w.O + f + r]),
+                                 _mm512_add_ps(sum[r][0], sum[r][1]), total[r]);
+  }
+  for (int r = 0; r < R; r++) y[f + r] = _mm512_reduce_add_ps(total[r]);
+}
+
+// The same of packed codes and x in bfloat16: 32 codes become bfloat16 by one lookup (of the lowest five bits, of which
+// the table does not heed the fifth). Groups of 32 inputs and more.
+template <int R>
+static void one_packed(const Matrix& w, __m512i table, const bf16* x, float* y, int64_t f) {
+  const uint8_t* p = w.values + f * w.K / 2;
+  const int64_t span = std::min<int64_t>(128, w.group);
+  __m512 total[R];
+  for (int r = 0; r < R; r++) total[r] = _mm512_setzero_ps();
+  for (int64_t block = 0; block < w.I; block += 256)
+    for (int64_t sub = 0; sub < std::min<int64_t>(128, w.I - block); sub += span) {
+      const int64_t high = block + 128 + sub;
+      const bool both = high < w.I;  // else the upper halves of bytes are padding
+      __m512 a[R], b[R];
+      for (int r = 0; r < R; r++) a[r] = b[r] = _mm512_setzero_ps();
+      for (int64_t j = sub; j < sub + span && block + j < w.I; j += 32) {
+        const __m512bh u = (__m512bh)_mm512_loadu_si512(x + block + j);
+        const __m512bh v = (__m512bh)_mm512_loadu_si512(x + block + 128 + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          const uint8_t* codes = p + r * w.K / 2 + block / 2 + j;
+          _mm_prefetch((const char*)(codes + R * w.K), _MM_HINT_T0);
+          const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+          a[r] = _mm512_dpbf16_ps(a[r], (__m512bh)_mm512_permutexvar_epi16(c, table), u);
+          if (both)
+            b[r] = _mm512_dpbf16_ps(b[r], (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4), table), v);
+        }
+      }
+      for (int r = 0; r < R; r++) {
+        const float* scales = w.scales + f + r;
+        total[r] = _mm512_fmadd_ps(_mm512_set1_ps(scales[(block + sub) / w.group * w.O]), a[r], total[r]);
+        if (both) total[r] = _mm512_fmadd_ps(_mm512_set1_ps(scales[high / w.group * w.O]), b[r], total[r]);
+      }
+    }
+  for (int r = 0; r < R; r++) y[f + r] = _mm512_reduce_add_ps(total[r]);
+}
+
+static void one(const Matrix& w, const float* x, float* y, int64_t f0, int64_t f1) {
+  if (w.kind == BYTES) {
+    for (; f0 + 4 <= f1; f0 += 4) one_bytes<4>(w, x, y, f0);
+    for (; f0 < f1; f0++) one_bytes<1>(w, x, y, f0);
+    return;
+  }
+  static thread_local Scratch x_;
+  bf16* rounded = x_.get<bf16>(w.K);
+  for (int64_t k = 0; k < w.K; k += 32) _mm512_storeu_si512(rounded + k, row32(x + k, 0xffffffffu));
+  const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w.table)));
+  for (; f0 + 4 <= f1; f0 += 4) one_packed<4>(w, table, rounded, y, f0);
+  for (; f0 < f1; f0++) one_packed<1>(w, table, rounded, y, f0);
+}
+
+void quantized_few(const Matrix& w, int64_t M, bool round, const float* x, float* y, int64_t f0, int64_t f1) {
+  if (M == 1 && w.group >= 32 && (w.kind == BYTES || round && !w.zeros)) return one(w, x, y, f0, f1);
+  const Codes codes{w.values, w.scales, w.zeros, _mm512_loadu_ps(w.table), w.O, w.K,
+                    w.group < w.K ? __builtin_ctzll(w.group) : 62, w.kind == NIBBLES};
+  for (int64_t m = 0; m < M; m += 8) FEW[std::min<int64_t>(8, M - m) - 1](codes, x + m * w.K, y + m * w.O, f0, f1);
+}

@@ -25,9 +25,10 @@ def tile_shape(group: int, decoding: bool) -> TileShape:
 
 
 def forward(
-  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options
+  call, queries, pages: KVPages, page_table, schedule: Schedule, options: Options, *, round: bool = True
 ) -> tuple[Float[Array, "1 M K R H"], Float[Array, "1 M K R"]]:
-  """Results in float32 and log-sum-exp of all tiles; the kernel cuts long sequences itself."""
+  """Results in float32 and log-sum-exp of all tiles; the kernel cuts long sequences itself. `round`: with queries of
+  bfloat16, keys and values may be of bfloat16 too."""
   out, lse = cpu_decode.attend(
     queries,
     pages.keys,
@@ -44,5 +45,6 @@ def forward(
     slopes=options.alibi_slopes,
     key_scales=pages.key_scales,
     value_scales=pages.value_scales,
+    round=round and queries.dtype == jnp.bfloat16,
   )
   return out[None], lse[None]

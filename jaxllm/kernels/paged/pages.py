@@ -191,13 +191,16 @@ def _put(target, page, slot, new):
     return target.at[page[:, None], heads, slot[:, None]].set(new, mode="drop")
 
   def loop(target, page, slot, new):
-    def write(t, target):
-      start = jnp.minimum(page[t], target.shape[0] - 1), 0, slot[t], *(0,) * (target.ndim - 3)
-      piece = new[t].reshape(1, target.shape[1], 1, *target.shape[3:])
-      old = lax.dynamic_slice(target, start, piece.shape)
-      return lax.dynamic_update_slice(target, jnp.where(page[t] < target.shape[0], piece, old), start)
+    inside = page < target.shape[0]
+    some = jnp.argmax(inside)
 
-    return lax.fori_loop(0, new.shape[0], write, target)
+    def write(t, target):
+      # One that goes nowhere writes another one again: to put back what is there, XLA would copy the whole cache.
+      t = jnp.where(inside[t], t, some)
+      start = page[t], 0, slot[t], *(0,) * (target.ndim - 3)
+      return lax.dynamic_update_slice(target, new[t].reshape(1, target.shape[1], 1, *target.shape[3:]), start)
+
+    return lax.fori_loop(0, jnp.where(inside[some], new.shape[0], 0), write, target)
 
   if not jnp.issubdtype(target.dtype, jnp.floating) or target.dtype.itemsize > 2:
     return scatter(target, page, slot, new)

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels import backends, cpu_ffi, cpu_layers, matmul
 from jaxllm.kernels.quantized.reference import backward
-from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight
+from jaxllm.kernels.quantized.weights import NF4, QuantizedWeight, dequantize
 
-__all__ = ["backward", "forward", "refuses"]
+MANY = 128  # rows of bfloat16 from which a dense bfloat16 weight is made for the tile unit
+
+__all__ = ["backward", "forward", "product", "refuses"]
 
 
 def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
@@ -26,14 +28,25 @@ def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
 
 
 def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-  """x [M, D] W -> [M, F]; weights and sums in float32."""
+  """x [M, D] W -> [M, F]; weights and sums in float32, but of a few bfloat16 rows weights as their codes are, of many
+  both in bfloat16."""
+  if not cpu_layers.few_refuses(x, weight):
+    return cpu_layers.few(x, weight).astype(call.options.dtype)
+  if x.dtype == jnp.bfloat16 and x.shape[0] >= MANY and backends.has_bfloat16("cpu"):
+    # in float32 they take several times as long
+    return matmul.product(x, dequantize(weight, x.dtype), call.options.dtype)
+  return product("cpu_quantized_matmul", call, x, weight)
+
+
+def product(kernel: str, call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """x [M, D] W -> [M, F] by one of the C++ kernels, in float32."""
   padded = weight.padded_features
   rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
   plain = weight.format == "int4" and weight.zeros is None  # zero point 8
   table = jnp.asarray(NF4 if weight.format == "nf4" else np.arange(16) - 8 * plain, jnp.float32)
   zeros = jnp.zeros((0, 0)) if weight.zeros is None else weight.zeros
   y = cpu_ffi.call(
-    "cpu_quantized_matmul",
+    kernel,
     jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
     rows,
     weight.values,

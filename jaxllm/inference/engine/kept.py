@@ -1,0 +1,34 @@
+"""Compiled programs kept on disk, so that the next start need not compile them again."""
+
+import hashlib
+import logging
+import os
+
+import jax
+import jaxlib
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxllm.kernels import cpu_ffi
+
+log = logging.getLogger("jaxllm")
+
+
+def keep_programs() -> None:
+  """Keeps what this process compiles from here on in `$JAXLLM_CACHE_DIR` or ~/.cache/jaxllm, by jax's version and
+  this CPU; unless jax has been told where (JAX_COMPILATION_CACHE_DIR), or told not to (JAX_ENABLE_COMPILATION_CACHE).
+  """
+  told = jax.config.values
+  if told["jax_compilation_cache_dir"] or not told["jax_enable_compilation_cache"]:
+    return
+  machine = hashlib.sha256(" ".join(sorted(cpu_ffi.cpu_flags())).encode()).hexdigest()[:12]
+  folder = cpu_ffi.cache_dir().parent / f"programs-{jaxlib.__version__}-{machine}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    log.warning("compiled programs are not kept: %s", error)
+    return
+  if not os.access(folder, os.W_OK):
+    log.warning("compiled programs are not kept: %s cannot be written", folder)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  compilation_cache.reset_cache()  # what was compiled before has settled that there is none

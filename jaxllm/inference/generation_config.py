@@ -1,0 +1,139 @@
+"""A model's generation_config.json as its default sampling settings.
+
+Every name that transformers 5 writes there stands in one of the tables below: a setting of ours, a fact that something
+else reads, a matter of how it computes and not of what is drawn, or one that is not honoured, which is said.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.inference.params import SamplingParams
+
+# Theirs to ours, where a value means the same.
+SETTINGS = {
+  name: name
+  for name in (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("sequence_bias", "suppress_tokens", "begin_suppress_tokens", "max_length", "min_length"),
+    *("num_beams", "length_penalty", "early_stopping", "bad_words_ids"),
+  )
+} | {
+  "max_new_tokens": "max_tokens",
+  "min_new_tokens": "min_tokens",
+  "num_return_sequences": "n",
+  "stop_strings": "stop",
+}
+# Settings that mean something else in another architecture, or together with others: see `default_settings`.
+READ_HERE = frozenset({"do_sample", "forced_bos_token_id", "forced_eos_token_id"})
+# What other parts of the program read.
+READ_ELSEWHERE = frozenset({"eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"})
+# How a text is computed, or what transformers' `generate` returns beside it; the text is the same.
+CHANGES_NO_TEXT = frozenset(
+  ("use_cache", "cache_implementation", "cache_config", "max_cache_len", "use_mtp", "low_memory", "prefill_chunk_size")
+  + ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
+  + ("compile_config", "disable_compile", "continuous_batching_config", "transformers_version", "_from_model_config")
+  + ("_commit_hash", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type")
+  + ("assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit")
+  + ("assistant_lookbehind", "target_lookbehind", "add_bos_token", "add_eos_token")
+)
+# What would change the text and does not here, and the values with which it changes nothing there either.
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+  "assistant_ensemble_weight": (0,),
+  "constraints": (),
+  "diversity_penalty": (0,),
+  "dola_layers": (),
+  "encoder_no_repeat_ngram_size": (0,),
+  "encoder_repetition_penalty": (1,),
+  "epsilon_cutoff": (0,),
+  "eta_cutoff": (0,),
+  "exponential_decay_length_penalty": (),
+  "force_words_ids": (),
+  "guidance_scale": (1,),
+  "max_time": (),
+  "num_beam_groups": (1,),
+  "penalty_alpha": (0,),
+  "remove_invalid_values": (),
+  "renormalize_logits": (),
+  "token_healing": (),
+  "top_h": (1,),
+  "watermarking_config": (),
+}
+NOTHING: tuple[Any, ...] = (None, False, [], {})
+
+
+def default_settings(generation: Mapping[str, Any], architecture: str = "decoder") -> tuple[dict[str, Any], list[str]]:
+  """Fields of SamplingParams that a generation_config.json sets, and a line on each setting that is not honoured.
+
+  `do_sample` false means temperature 0. Where it is absent, tokens are drawn (transformers would not, vLLM does).
+  Names of SamplingParams that transformers does not have stand for themselves.
+
+  Args:
+    architecture: of the model, see `ModelConfig`.
+  """
+  known = {field.name for field in dataclasses.fields(SamplingParams)} - SETTINGS.keys() - READ_HERE
+  settings: dict[str, Any] = {}
+  said: list[str] = []
+  for name, value in generation.items():
+    if value is None or name in READ_ELSEWHERE or name in CHANGES_NO_TEXT or name in READ_HERE:
+      continue
+    if name in SETTINGS:
+      settings[SETTINGS[name]] = value
+    elif name in known:
+      settings[name] = value
+    elif name in NOT_HONOURED:
+      if not (value in NOTHING or value in NOT_HONOURED[name]):
+        said.append(f"{name} = {value!r} is not honoured")
+    else:
+      said.append(f"{name} = {value!r} is not known")
+
+  beams = settings.get("num_beams", 1)
+  if generation.get("do_sample") is False and beams == 1:
+    settings["temperature"] = 0.0
+  if generation.get("do_sample") and beams > 1:
+    said.append("do_sample = True is not honoured: beam search draws nothing")
+  for name in ("forced_bos_token_id", "forced_eos_token_id"):
+    forced = generation.get(name)
+    if isinstance(forced, list) and len(forced) == 1:
+      forced = forced[0]
+    if isinstance(forced, list):
+      said.append(f"{name} = {forced!r} is not honoured: there can be one such token")
+    elif forced is not None and name == "forced_bos_token_id" and architecture == "decoder":
+      said.append(f"{name} = {forced!r} is not honoured: a decoder's text begins with its prompt")
+    elif forced is not None:
+      settings[name] = forced
+  ends = generation.get("eos_token_id")
+  ends = ends if isinstance(ends, list) else [ends]
+  if settings.get("bad_words_ids"):  # transformers never bans an end
+    settings["bad_words_ids"] = [ids for ids in settings["bad_words_ids"] if not (len(ids) == 1 and ids[0] in ends)]
+  if "max_tokens" in settings:  # of two names for a length, the one without the prompt counts
+    settings.pop("max_length", None)
+  elif "max_length" in settings:
+    settings["max_tokens"] = None
+  if "min_tokens" in settings:
+    settings.pop("min_length", None)
+  return settings, said
+
+
+def default_sampling(generation: Mapping[str, Any], architecture: str = "decoder", **settings: Any) -> SamplingParams:
+  """A model's own SamplingParams, with these settings in place of its.
+
+  Raises:
+    ConfigError: there is no such setting, or its value is impossible; of one from the file it says so.
+  """
+  known = [field.name for field in dataclasses.fields(SamplingParams)]
+  if unknown := sorted(settings.keys() - set(known)):
+    raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+  own = default_settings(generation, architecture)[0]
+  for name, other in (("max_tokens", "max_length"), ("min_tokens", "min_length")):
+    if name in settings:
+      own.pop(other, None)
+  if settings.get("structured_outputs") is not None:  # a grammar says how a text begins and ends
+    own.pop("forced_bos_token_id", None)
+    own.pop("forced_eos_token_id", None)
+  try:
+    SamplingParams(**own)
+  except ConfigError as error:
+    raise ConfigError(f"the model's generation_config.json: {error}") from error
+  return SamplingParams(**(own | settings))
