@@ -111,6 +111,12 @@ def start(args, folder: str, cases: list[dict]) -> tuple[list[Side], list[str]]:
   return sides, missing
 
 
+def without_folder(argument: str) -> str:
+  """A flag with the name of its file alone: where it lies is nobody's business."""
+  name, equals, value = argument.partition("=")
+  return f"{name}={pathlib.Path(value).name}" if equals and pathlib.Path(value).is_absolute() else argument
+
+
 def seconds(side: Side, rounds: list[int], case: int) -> float:
   return statistics.median(side.rounds[i][case] for i in rounds)
 
@@ -204,7 +210,7 @@ def main():
   print(f"memory is read at {facts['read_gb_per_s']:.1f} GB/s (best {facts['read_gb_per_s_best']:.1f})")
   print(markdown(facts))
   if args.out:
-    command = shlex.join(["python", "tools/bench_inference.py", *sys.argv[1:]])
+    command = shlex.join(["python", "tools/bench_inference.py", *map(without_folder, sys.argv[1:])])
     versions = {side.name: side.version for side in sides}
     everything = where | {"command": command, "versions": versions, "left_out": missing} | facts
     pathlib.Path(args.out).write_text(json.dumps(everything, indent=2) + "\n")

@@ -25,11 +25,12 @@ from jaxllm.inference.engine import Engine
 from jaxllm.inference.engine.adapters import one_each
 from jaxllm.inference.engine.kept import keep_programs
 from jaxllm.inference.engine.replicas import Replicas
+from jaxllm.inference.engine.request import check_tokens
 from jaxllm.inference.engine.speculation import DraftModel, Speculation
 from jaxllm.inference.load import load_model, load_with_adapters
 from jaxllm.inference.model import Message
 from jaxllm.inference.params import SamplingParams
-from jaxllm.inference.prompts import token_ids
+from jaxllm.inference.prompts import room_for, token_ids
 from jaxllm.inference.requests import Requests
 from jaxllm.interop.open import Adapters
 from jaxllm.parallel.config import MeshConfig
@@ -105,14 +106,13 @@ class LLM:
     self.model, several = load_with_adapters(model, adapters or {}, adapter=adapter, dtype=dtype, mesh=mesh)
     if quantization is not None:
       self.model.quantize(quantization)
-    compute = self.model.compute
     if batch_invariant:
       if len(places) > 1 or mesh is not None:
         raise ConfigError(
           "batch_invariant is for one CPU device; leave tensor_parallel_size and data_parallel_size at 1"
         )
-      compute = dataclasses.replace(compute, batch_invariant=True)
-    settings: dict[str, Any] = {"compute": compute} | dict(
+      self.model.compute_with(batch_invariant=True)
+    settings: dict[str, Any] = dict(
       max_model_len=max_model_len,
       max_num_seqs=max_num_seqs,
       num_pages=num_pages,
@@ -130,7 +130,7 @@ class LLM:
       self.engine = Engine.of(self.model, mesh=mesh, **settings)
     else:
       own = self.model
-      self.engine = Replicas(own.config, own._weights, places=places, **settings)
+      self.engine = Replicas(own.config, own._weights, places=places, compute=own.compute, **settings)
     self._requests = Requests(self.engine, self.model.tokenizer, self.model.eos_ids)
     self._seed, self._asked, self._one = seed, 0, threading.RLock()
     if compile_at_start:
@@ -263,7 +263,7 @@ class LLM:
       if settings.num_beams > 1:
         if adapter is not None:
           raise ConfigError("num_beams: beams are of one model; load it with this adapter alone (adapter=)")
-        return request_outputs(self.model.generate([ids], settings), [text], [ids])[0]
+        return self._searched(text, ids, settings)
       if settings.seed is None and self._seed is not None:
         words = np.random.SeedSequence((self._seed, self._asked)).generate_state(1, np.uint64)
         settings = dataclasses.replace(settings, seed=int(words[0]))
@@ -272,6 +272,17 @@ class LLM:
     except (ConfigError, DataError) as error:
       refused = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error", error=str(error))
       return RequestOutput(request_id="", prompt=text, prompt_token_ids=tuple(ids), outputs=(refused,), finished=True)
+
+  def _searched(self, text: str | None, ids: list[int], settings: SamplingParams) -> RequestOutput:
+    """The answer of a beam search, which has pages of its own, within this engine's limit."""
+    if settings.prompt_logprobs is not None:
+      raise ConfigError("num_beams: beam search gives no prompt_logprobs")
+    c, longest = self.model.config, self.engine.sizes.max_model_len
+    if c.architecture == "decoder":
+      check_tokens(ids, "the prompt", c.vocab_size, longest - 1, f"max_model_len {longest}")
+    first = ids if c.architecture == "decoder" else [c.decoder_start_id]
+    settings = dataclasses.replace(settings, max_tokens=room_for(settings, first, longest))
+    return request_outputs(self.model.generate([ids], settings), [text], [ids])[0]
 
 
 def _places(tensor: int, data: int) -> "list[jax.Device | Mesh]":

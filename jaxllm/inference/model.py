@@ -1,5 +1,6 @@
 """A loaded model: parameters, tokenizer and settings, with logits, generation and saving."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,16 @@ class Model:
       embedding = self._weights["embedding"]
       self._weights |= {"embedding": embedding | {"tokens": quantize_table(embedding["tokens"])}}
     self.__dict__.pop("_generator", None)  # which has the old ones
+
+  def compute_with(self, **settings: Any) -> None:
+    """Changes how it computes: fields of `Compute` other than the dtype, which its weights have.
+
+    Raises:
+      ConfigError: settings that do not go together, or not with this model.
+    """
+    self.compute = dataclasses.replace(self.compute, **settings)
+    self.graph = declare(self.config, self.compute)[0]
+    self.__dict__.pop("_generator", None)
 
   def __call__(
     self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None

@@ -343,3 +343,22 @@ def test_a_chat_that_cannot_be_written_harms_no_other(tmp_path):
   assert "too many for the model's context" in answers[1].error and answers[2].error
   with pytest.raises(ConfigError, match="too many for the model's context"):
     llm.chat(long)
+
+
+def test_beams_have_the_limits_of_the_engine(saved):
+  llm = LLM(saved, max_model_len=16, num_pages=24, page_size=4, max_num_seqs=2, compile_at_start=False)
+  beams = dict(num_beams=2, temperature=0, ignore_eos=True)
+  done, long, shown = llm.generate(
+    ["abc", "a" * 16, "abc"],
+    [SamplingParams(**beams), SamplingParams(**beams), SamplingParams(prompt_logprobs=0, **beams)],
+  )
+  assert len(done.prompt_token_ids) + len(done.outputs[0].token_ids) == 16
+  assert "max_model_len 16" in long.error and "no prompt_logprobs" in shown.error
+
+
+def test_all_of_a_batch_invariant_llm_computes_so(saved):
+  llm = LLM(
+    saved, batch_invariant=True, max_model_len=16, num_pages=24, page_size=4, max_num_seqs=2, compile_at_start=False
+  )
+  assert llm.model.compute.batch_invariant and llm.engine.compute.batch_invariant
+  assert llm.model._generator._compute.batch_invariant

@@ -80,6 +80,31 @@ def reference(x, rope, table, sequence, position, layers, eps, scale):
   return x, written
 
 
+CODES = [
+  dict(format="int8"),
+  dict(format="int8", group_size=64),
+  dict(format="int4"),
+  dict(format="int4", group_size=32),
+  dict(format="int4", group_size=256),
+  dict(format="int4", group_size=32, asymmetric=True),
+  dict(format="nf4", group_size=64),
+]
+
+
+@pytest.mark.parametrize("inputs", [96, 300, 416, 640])
+@pytest.mark.parametrize("how", CODES, ids=lambda how: "-".join(map(str, how.values())))
+def test_codes(how, inputs):
+  """One token has a way of its own; rows that do not fill a block of codes, or four rows."""
+  inputs += -inputs % how.get("group_size", 1)
+  w = quantize(normal(1, inputs, 37, scale=inputs**-0.5), **how)
+  rtol = 4e-3 if how["format"] == "nf4" else 1e-5  # whose table is rounded to bfloat16
+  for tokens in (1, 2):
+    x = normal(2, tokens, inputs, dtype=jnp.bfloat16)
+    assert not cpu_layers.few_refuses(x, w)
+    want = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+    np.testing.assert_allclose(cpu_layers.few(x, w), want, rtol=rtol, atol=rtol * np.abs(want).max())
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 9, 16])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_layers(kind, tokens):

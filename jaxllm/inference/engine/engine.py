@@ -189,17 +189,27 @@ class Engine:
       raise RuntimeError("the scheduler has requests, nothing to do and nothing to wait for")
     waits = not self._overlap or any(row.waits for row in self._scheduler.running)
     while len(self._flight) > (1 if plan.work and not waits else 0):
-      jax.block_until_ready(self._flight[0][1].token)  # an interruption of the waiting loses nothing
-      self._early += self._read(*self._flight.popleft())
+      self._wait()
     deltas, self._early = self._early, []
     return deltas
 
   def load_weights(self, params: Params, version: str) -> None:
     """Goes on with other weights of the same shapes, under the same adapters. Requests keep the tokens that they have,
-    whose keys and values are computed again; pages of the old weights are not found any more."""
+    whose keys and values are computed again; pages of the old weights are not found any more.
+
+    Raises:
+      ConfigError: they are of another model; the engine goes on with its own.
+    """
+    new = self._placed(params)
+    if jax.tree.structure(new) != jax.tree.structure(self._params):
+      raise ConfigError("these weights are of another model than this engine's")
+    same = jax.tree.map(lambda old, own: old.shape == own.shape and old.dtype == own.dtype, self._params, new)
+    if not all(jax.tree.leaves(same)):
+      wrong = next(path for path, one in jax.tree_util.tree_leaves_with_path(same) if not one)
+      raise ConfigError(f"these weights are of other shapes than this engine's, as {jax.tree_util.keystr(wrong)} is")
     while self._flight:
-      self._early += self._read(*self._flight.popleft())
-    self._params, self.version = self._placed(params), version
+      self._wait()
+    self._params, self.version = new, version
     self._encoded.clear()
     self._scheduler.restart()
 
@@ -217,19 +227,14 @@ class Engine:
     """
     if self.config.architecture != "decoder":
       raise ConfigError("score is of decoders: an encoder_decoder's prompt has no probability")
-    found: dict[int, list[float]] = {}
     asked: dict[int, Sequence[int]] = {}
+    found: dict[int, list[float]] = {}
+    others: list[Delta] = []
     try:
       for text, name in zip(texts, one_each(adapter, len(texts))):
         request = Request(text, SamplingParams(prompt_logprobs=0), adapter=name)
         asked[self._submit(request, draws=False)] = text
-    except ConfigError:
-      for number in asked:
-        self.abort(number)
-      self._early = [delta for delta in self._early if delta.id not in asked]  # of a single token
-      raise
-    found, others = {number: [] for number in asked}, []
-    try:
+      found = {number: [] for number in asked}
       while any(number in self._rows for number in asked):
         for delta in self.step():
           if delta.id not in asked:
@@ -238,7 +243,7 @@ class Engine:
             values = found[delta.id]
             values.append(shown[int(asked[delta.id][len(values) + 1])])
     finally:
-      for number in asked:  # after an interruption
+      for number in asked:  # that is left, after an error or an interruption
         self.abort(number)
       self._early = others + [delta for delta in self._early if delta.id not in asked]
     return [np.asarray(values, np.float32) for values in found.values()]
@@ -288,11 +293,15 @@ class Engine:
       self._state = self._programs.empty()
       self._encoded.clear()
 
+  def _wait(self) -> None:
+    """Waits for the oldest step that was sent and takes in what it has drawn. It loses nothing if it is interrupted."""
+    jax.block_until_ready(self._flight[0][1].token)
+    self._early += self._read(*self._flight.popleft())
+
   def _read(self, step: Arranged, drawn: Drawn, start: float) -> list[Delta]:
-    """Waits for a step and takes what it has drawn; of rows that have ended meanwhile it is left out."""
+    """What a step that is done has drawn; of rows that have ended meanwhile it is left out."""
     deltas = []
     if self._speculator is not None:
-      jax.block_until_ready(drawn.token)
       self._speculator.took(step.shape, time.perf_counter() - start)
     for one in gained(step, drawn, self.sizes.packed):
       row = one.work.row

@@ -1,5 +1,6 @@
 """The engine against the plain loop over whole sequences, without a cache."""
 
+import dataclasses
 import functools
 
 import harness
@@ -291,6 +292,23 @@ def test_new_weights():
     assert drawn[len(old) :] == plain_loop("plain", [*prompt, *old], 10 - len(old), seed=1)
   assert any(middle.values()) and served.stats()["prefix_hits"] == hits
   assert serve(served, [greedy(PROMPTS[4])]) == [plain_loop("plain", PROMPTS[4], 10, seed=1)]
+
+
+def test_new_weights_of_another_model_are_refused():
+  """Before anything changes: the requests that run go on as they were."""
+  config, params = model()
+  served = Poisoned(config, params, compute=oracle.XLA, num_pages=12)
+  numbers, found = [served.submit(greedy(prompt)) for prompt in PROMPTS[:2]], {}
+  harness.collect(served.step(), found)
+  wider = dataclasses.replace(config, mlp_dim=2 * config.mlp_dim)
+  other = dataclasses.replace(config, tie_embeddings=not config.tie_embeddings)
+  for wrong, said in ((wider, "other shapes"), (other, "another model")):
+    with pytest.raises(ConfigError, match=said):
+      served.load_weights(oracle.random_params(wrong), "1")
+  while served.busy:
+    harness.collect(served.step(), found)
+  for number, prompt in zip(numbers, PROMPTS):
+    assert [t for delta in found[number] for t in delta.token_ids] == plain_loop("plain", prompt, 10)
 
 
 def test_logits_that_are_no_numbers_end_their_request_only():
