@@ -15,9 +15,9 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine import Engine, Request
 from jaxllm.inference.engine.speculation import DraftModel, Speculation
 from jaxllm.inference.params import SamplingParams
-from jaxllm.kernels import quantize
+from jaxllm.kernels import cpu_ffi, quantize
 from jaxllm.models.build import unstack_layers
-from jaxllm.models.config import MLAConfig, ModelConfig, MoEConfig
+from jaxllm.models.config import Compute, MLAConfig, ModelConfig, MoEConfig
 from jaxllm.models.lora import DoraWeight, LoraWeight, column_lengths
 from jaxllm.models.multi_lora import MultiLoraWeight, adapter_of
 from jaxllm.models.weights import is_quantizable, map_weights_with_path
@@ -30,6 +30,7 @@ CONFIGS = {
   "window": ModelConfig(**SIZES, tie_embeddings=False, sliding_window=5, layer_pattern=("local", "global")),
   "int8": ModelConfig(**SIZES),
   "nf4": ModelConfig(**SIZES),
+  "wide": ModelConfig(**SIZES | {"embed_dim": 64}),  # whose heads the batch-invariant mode takes
   "pair": ModelConfig(**SIZES, architecture="encoder_decoder", position="relative", num_encoder_layers=2),
 }
 # Rank, kind, and the ends of the paths that each changes: one a few matrices, one the table that is the head too, one
@@ -41,6 +42,7 @@ ADAPTERS = {
 }
 PROMPTS = [[7], [3, 1, 4, 1, 5], list(range(40, 55)), list(range(80, 97))]
 NAMES = (None, *ADAPTERS)
+LOGPROBS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
 
 
 def base(kind):
@@ -109,6 +111,24 @@ def wanted(kind):
   for each in zip(*[iter(want)] * len(NAMES)):  # of one prompt
     assert len(set(map(tuple, each))) == len(NAMES), "adapters that change nothing"
   return want
+
+
+@pytest.mark.skipif(not cpu_ffi.available(), reason="needs the C++ kernels")
+def test_in_the_batch_invariant_mode_any_mix_is_the_same_to_the_bit():
+  asked = [dataclasses.replace(one, sampling=LOGPROBS) for one in mix(PROMPTS[1:3])]
+  found = []
+  for sizes in (
+    dict(num_pages=40, max_num_seqs=8),
+    dict(num_pages=9, max_num_seqs=3, max_model_len=32, max_tokens_per_step=16),
+  ):
+    served, deltas = engine("wide", compute=Compute(batch_invariant=True, unroll_layers=1), page_size=4, **sizes), {}
+    numbers = [served.submit(one) for one in asked]
+    while served.busy:
+      harness.collect(served.step(), deltas)
+    found.append([[(d.token_ids, d.logprobs) for d in deltas[n] if d.token_ids] for n in numbers])
+  assert found[0] == found[1]
+  assert all(shown for row in found[0] for _, shown in row)
+  assert served.stats()["preemptions"]
 
 
 @pytest.mark.slow
