@@ -15,6 +15,7 @@ Needs what compiling for those chips needs: libtpu, or jax's CUDA plugin.
 import argparse
 import collections
 import json
+import math
 import os
 import re
 import time
@@ -142,14 +143,7 @@ def _by_kind(text: str, mesh) -> dict[str, int]:
 
 def _bytes(tree) -> int:
   """Of one device."""
-  return sum(x.dtype.itemsize * _size(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
-
-
-def _size(shape) -> int:
-  size = 1
-  for n in shape:
-    size *= n
-  return size
+  return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def main() -> None:
