@@ -8,6 +8,7 @@ One row for each program: "decode 32" draws a token for each of 32 rows, "prefil
 beside what the other rows draw. Bytes are of one device: "weights" and "pages" are what it keeps, "temporaries" what a
 program needs beside them. "kernels" counts the calls of kernels in the compiled program by their names, "collectives"
 the bytes that devices send one another in a step, by kind (the size of the whole array, see `tools/collectives.py`).
+What is too large for a chip has the compiler's words in "does_not_fit".
 
 Needs what compiling for those chips needs: libtpu, or jax's CUDA plugin.
 """
@@ -104,16 +105,24 @@ def compile_case(topology: str, format: str, config=None, kernels: str = "pallas
       continue
     shape = key[1]
     start = time.monotonic()
-    compiled = traced.lower(lowering_platforms=(platform,)).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    yield {
+    row = {
       "topology": topology,
       "format": format,
       "program": f"decode {shape.rows}" if shape.tokens == 1 else f"prefill {shape.tokens}",
       "weights": held,
       "pages": _bytes(state.layers),
-      "temporaries": memory.temp_size_in_bytes,
       "memory": chip.memory,
+    }
+    try:
+      compiled = traced.lower(lowering_platforms=(platform,)).compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      yield row | {"does_not_fit": str(error).splitlines()[0][:200]}
+      continue
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    yield row | {
+      "temporaries": memory.temp_size_in_bytes,
       "kernels": dict(kernel_calls(text)),
       "collectives": _by_kind(text, mesh),
       "seconds": round(time.monotonic() - start),
@@ -160,10 +169,10 @@ def main() -> None:
       continue
     for row in compile_case(topology, format):
       rows.append(row)
-      gib = {name: f"{row[name] / 2**30:.2f}" for name in ("weights", "pages", "temporaries", "memory")}
-      print(
-        topology, format, row["program"], gib, row["kernels"], row["collectives"], f"{row['seconds']} s", flush=True
-      )
+      sizes = ("weights", "pages", "temporaries", "memory")
+      gib = {name: f"{row[name] / 2**30:.2f}" for name in sizes if name in row}
+      rest = [row[name] for name in ("does_not_fit", "kernels", "collectives", "seconds") if name in row]
+      print(topology, format, row["program"], gib, *rest, flush=True)
     if args.out:
       args.out.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
 
