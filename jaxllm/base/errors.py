@@ -3,9 +3,21 @@
 The doors print such an error without a traceback and exit with code 2; anything else is a bug of ours.
 """
 
+import re
+from typing import Any
+
+MAX_MESSAGE = 400  # characters; of a longer one the middle is left out
+MAX_VALUE = 60  # of a stranger's value in it
+
 
 class UserError(Exception):
-  """Something outside the program is wrong; the message says what, and what to do about it."""
+  """Something outside the program is wrong; the message says what, and what to do about it.
+
+  As text it is one line without control characters, whatever a stranger's file has put in it.
+  """
+
+  def __str__(self) -> str:
+    return one_line(super().__str__())
 
 
 class ConfigError(UserError):
@@ -18,3 +30,27 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
   """A checkpoint is missing, damaged, belongs to another model, or cannot be written."""
+
+
+def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
+  """A text as one line of at most `limit` characters: its lines joined, what is not printable escaped, the middle of a
+  long one left out."""
+  if not text.isprintable():
+    text = re.sub(r"[\r\n]\s*", " ", text[: 8 * limit]).strip()
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+  if len(text) <= limit:
+    return text
+  end = limit // 3
+  return f"{text[: limit - end - 5]} ... {text[-end:]}"
+
+
+def shown(value: Any) -> str:
+  """A stranger's value in a message: as Python spells it, short and printable."""
+  try:
+    text = repr(value[:MAX_VALUE] if isinstance(value, str | bytes) else value)
+  except (ValueError, RecursionError):  # an integer of more digits than Python writes, or too deep
+    text = f"a {type(value).__name__} that is too large to show"
+  if isinstance(value, str | bytes) and len(value) > MAX_VALUE:
+    text += "..."
+  text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * MAX_VALUE])
+  return text if len(text) <= MAX_VALUE + 5 else f"{text[: MAX_VALUE - 3]}..."

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError, shown
 from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families.keys import read_keys
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
 from jaxllm.interop.stored import param_shapes
@@ -34,11 +35,6 @@ FOR_TRAINING = {name: getattr(MoEConfig, name) for name in ("capacity_factor", "
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class _Keys(dict):
-  def __missing__(self, key):
-    raise ConfigError(f"config.json lacks {key!r}, which a {self['model_type']} model needs")
-
-
 def family_of(config: Mapping[str, Any]) -> Family:
   """The family of a config.json.
 
@@ -46,9 +42,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     ConfigError: no or an unknown `model_type`.
   """
   name = config.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     known = ", ".join(FAMILIES)
-    raise ConfigError(f"config.json has model_type {name!r}; those that can be read are {known}")
+    raise ConfigError(f"config.json has model_type {shown(name)}; those that can be read are {known}")
   return FAMILIES[name]
 
 
@@ -60,10 +56,12 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   """
   family = family_of(config)
   config = config.get(family.text_config, config)
-  hf = _Keys(DEFAULTS | dict(family.defaults) | dict(config))
+  if not isinstance(config, Mapping):
+    raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
+  hf = read_keys(config, DEFAULTS | dict(family.defaults))
   for key, value in family.requires.items():
     if config.get(key, value) != value:
-      raise ConfigError(f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}")
+      raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")
   fields = {ours: hf[theirs] for ours, theirs in family.keys.items()}
   fields = {name: value for name, value in fields.items() if value is not None}
   return ModelConfig(**(fields | dict(family.fields) | family.read(hf)))

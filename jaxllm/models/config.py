@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 
 # name -> (activation, gated)
 MLPS = {
@@ -18,6 +19,21 @@ MLPS = {
   "relu": ("relu", False),
   "relu2": ("relu2", False),
 }
+MAX_LAYERS = 4096
+MANY, WIDE = 2**31 - 1, 2**20  # no model comes near; beyond them sizes of arrays overflow
+
+
+def check_ranges(settings: Any, group: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+  """Raises ConfigError unless the numbers of a group of settings are such, and in these ranges; None is left aside."""
+  for name, (low, high) in ranges.items():
+    value = getattr(settings, name)
+    if value is None:
+      continue
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise ConfigError(f"{group}.{name} is {shown(value)}; it should be a number")
+    if not low <= value <= high:
+      limit = f"at most {high}" if value > high else f"at least {low}"
+      raise ConfigError(f"{group}.{name} is {shown(value)}; it must be {limit}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +54,11 @@ class RopeScaling:
   beta_slow: float = 1.0  # yarn
   attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
   mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
+
+  def __post_init__(self):
+    positive = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), (1e-6, 1e9))
+    at_least_0 = dict.fromkeys(("attention_factor", "mscale_all_dim"), (0, 1e9))
+    check_ranges(self, "model.rope_scaling", {**positive, **at_least_0, "original_max_seq_len": (0, MANY)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +91,10 @@ class MoEConfig:
   z_weight: float = 0.001
 
   def __post_init__(self):
+    sizes = {"num_experts": (1, 4096), "num_groups": (1, 4096), "mlp_dim": (0, WIDE), "shared_mlp_dim": (0, WIDE)}
+    check_ranges(self, "model.moe", {**sizes, "first_dense_layers": (0, MAX_LAYERS), "every": (1, MAX_LAYERS)})
     if not 1 <= self.top_k <= self.num_experts:
       raise ConfigError(f"model.moe.top_k is {self.top_k}; it must be between 1 and num_experts {self.num_experts}")
-    if self.every < 1:
-      raise ConfigError(f"model.moe.every is {self.every}; it must be at least 1")
     size, rest = divmod(self.num_experts, self.num_groups)
     if rest or not 1 <= self.top_groups <= self.num_groups or self.top_groups * size < self.top_k:
       raise ConfigError(
@@ -95,6 +116,9 @@ class MLAConfig:
   rope_head_dim: int = 64  # and the rotated part, which all key heads share
   value_head_dim: int = 128
 
+  def __post_init__(self):
+    check_ranges(self, "model.mla", {field.name: (1, WIDE) for field in dataclasses.fields(self)})
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
@@ -102,6 +126,9 @@ class AdapterConfig:
 
   bottleneck_dim: int = 0  # of a small block after attention and one after the feed-forward; 0: none
   prefix_len: int = 0  # virtual tokens in each layer's attention
+
+  def __post_init__(self):
+    check_ranges(self, "model.adapter", {"bottleneck_dim": (0, WIDE), "prefix_len": (0, WIDE)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +228,7 @@ class ModelConfig:
       if not getattr(self, name):
         put(name, value)
 
-    for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "max_seq_len"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+    check_ranges(self, "model", _RANGES)
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
@@ -237,8 +262,6 @@ class ModelConfig:
       raise ConfigError(f"sinusoidal positions need an even model.embed_dim, not {self.embed_dim}")
     if "local" in self.layer_pattern and not self.sliding_window:
       raise ConfigError("model.layer_pattern has local layers but model.sliding_window is not set")
-    if self.sliding_window is not None and self.sliding_window < 1:
-      raise ConfigError(f"model.sliding_window is {self.sliding_window}; it must be at least 1, or None")
     for kind in self.layer_pattern:
       if kind not in ("global", "local", "nope"):
         raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global', 'local' or 'nope'")
@@ -309,6 +332,36 @@ class ModelConfig:
     runs = (0, first, kinds), (first, self.num_layers, period)
     return tuple(run for run in runs if run[0] < run[1])
 
+
+_RANGES: dict[str, tuple[float, float]] = {
+  "vocab_size": (1, 2**28),
+  "embed_dim": (1, 2**17),
+  "num_layers": (1, MAX_LAYERS),
+  "num_encoder_layers": (0, MAX_LAYERS),
+  "num_heads": (1, 2**14),
+  "num_kv_heads": (0, 2**14),
+  "head_dim": (0, 2**14),
+  "mlp_dim": (0, WIDE),
+  "max_seq_len": (1, MANY),
+  "decoder_start_id": (0, MANY),
+  "sliding_window": (1, MANY),
+  "sink_tokens": (0, MANY),
+  "position_offset": (0, MANY),
+  "relative_buckets": (1, WIDE),
+  "relative_max_distance": (1, MANY),
+  "rope_theta": (1e-6, 1e30),
+  "rope_local_theta": (1e-6, 1e30),
+  "rope_fraction": (0, 1),
+  "norm_eps": (0, 1),
+  "num_token_types": (0, WIDE),
+  "num_labels": (0, WIDE),
+  "query_scale": (0, 1e9),
+  "attention_softcap": (1e-6, 1e9),
+  "logit_softcap": (1e-6, 1e9),
+  "embedding_scale": (-1e9, 1e9),
+  "logit_scale": (-1e9, 1e9),
+  "init_std": (0, 1e9),
+}
 
 OPS = (
   "attention",
