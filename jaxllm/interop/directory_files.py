@@ -9,7 +9,6 @@ from jaxllm.base.strangers import Real, Whole, declared, read_json
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 
-
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHECKPOINTS = "checkpoints"  # of a run
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where

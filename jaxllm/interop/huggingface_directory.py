@@ -41,7 +41,9 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
   method = config.get("quantization_config")
   if method and not is_bitsandbytes(method):
     name = method.get("quant_method") if isinstance(method, dict) else method
-    raise ConfigError(f"the weights in {directory} are quantized ({shown(name)}); use the model that they were made from")
+    raise ConfigError(
+      f"the weights in {directory} are quantized ({shown(name)}); use the model that they were made from"
+    )
   return config, read_sharded(directory)
 
 

@@ -117,7 +117,9 @@ def read_sharded(directory: Path) -> Tensors:
   tensors = {shard: read_safetensors(directory / shard) for shard in shards}
   for name, shard in places.items():
     if name not in tensors[shard]:
-      raise CheckpointError(f"{directory / shard} lacks the tensor {shown(name)}, which {INDEX} places there; copy it again")
+      raise CheckpointError(
+        f"{directory / shard} lacks the tensor {shown(name)}, which {INDEX} places there; copy it again"
+      )
   return {name: tensors[shard][name] for name, shard in places.items()}
 
 
@@ -177,7 +179,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int,
     raise _damaged(path, f"the tensor {shown(name)} has no possible shape or place")
   start, stop = offsets
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
-    raise _damaged(path, f"the tensor {shown(name)} of shape {shape} and type {kind} does not take {stop - start} bytes")
+    raise _damaged(
+      path, f"the tensor {shown(name)} of shape {shape} and type {kind} does not take {stop - start} bytes"
+    )
   return name, DTYPES[kind], tuple(shape), start, stop
 
 
