@@ -9,9 +9,15 @@ class Broken(Exception):
 
 
 def run(request: str) -> str:
-  """For each [pattern, text] of a JSON list, where a match of the start of the text ends, and its last group."""
+  """JSON of what the last group of each text's match has ("" where there is none), null where it does not match.
+
+  Args:
+    request: JSON of a method of a compiled pattern, the pattern, and the texts.
+  """
+  how, pattern, texts = json.loads(request)
   try:
-    found = [re.compile(pattern).match(text) for pattern, text in json.loads(request)]
+    compiled = re.compile(pattern)
   except (re.error, OverflowError, RecursionError) as error:
     raise Broken(str(error)) from error
-  return json.dumps([None if match is None else [match.end(), match[match.re.groups]] for match in found])
+  found = [getattr(compiled, how)(text) for text in texts]
+  return json.dumps([None if match is None else match[compiled.groups] or "" for match in found])

@@ -38,7 +38,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, error: type[UserError] = C
   """
   try:
     if path.stat().st_size > max_bytes:
-      raise error(f"{path} has {path.stat().st_size} bytes; at most {max_bytes} make sense")
+      raise error(f"cannot read {path}: it has {path.stat().st_size} bytes, and at most {max_bytes} make sense")
     data = path.read_bytes()
   except FileNotFoundError:
     raise error(f"{path.parent} has no {path.name}") from None
@@ -67,11 +67,12 @@ def parse_json(data: bytes | str, what: str, error: type[UserError] = Checkpoint
     if _SURROGATE.search(text):
       json.dumps(value, ensure_ascii=False).encode()  # halves of characters cannot be encoded
     return value
-  except UnicodeError as problem:
-    encoding = isinstance(problem, UnicodeEncodeError)
-    raise error(f"{what} {'holds half of a character' if encoding else 'is not UTF-8'}") from None
+  except UnicodeDecodeError:
+    raise error(f"cannot read {what}: it is not UTF-8") from None
+  except UnicodeEncodeError:
+    raise error(f"cannot read {what}: it holds half of a character") from None
   except (ValueError, RecursionError) as problem:
-    raise error(f"{what} is not JSON: {problem}") from None
+    raise error(f"cannot read {what}: it is not JSON: {problem}") from None
 
 
 def declared(kind: Any, values: Mapping[str, Any], what: str, error: type[UserError] = ConfigError) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> float:
-  raise ValueError(f"{text} is no number of JSON")
+  raise ValueError(f"{text} is no number in it")
 
 
 def _finite(text: str) -> float:

@@ -68,7 +68,7 @@ def read_safetensors(path: Path) -> Tensors:
       text = file.read(length)
   except OSError as error:
     raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-  header = parse_json(text, f"{path} is no safetensors file, or a damaged one: its header")
+  header = parse_json(text, f"the header of {path}")
   if not isinstance(header, dict):
     raise _damaged(path, "its header is not a JSON object")
   metadata = header.pop("__metadata__", {})
@@ -79,7 +79,7 @@ def read_safetensors(path: Path) -> Tensors:
   tensors = {}
   for name, dtype, shape, start, stop in entries:
     if start != end:
-      raise _damaged(path, f"the tensor {shown(name)} starts at byte {start}, where the one before it ends at {end}")
+      raise _damaged(path, f"the tensor {name} starts at byte {start}, where the one before it ends at {end}")
     end = stop
     tensors[name] = _tensor(path, name, dtype, shape, data + start)
   if data + end != size:
@@ -118,7 +118,7 @@ def read_sharded(directory: Path) -> Tensors:
   for name, shard in places.items():
     if name not in tensors[shard]:
       raise CheckpointError(
-        f"{directory / shard} lacks the tensor {shown(name)}, which {INDEX} places there; copy it again"
+        f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again"
       )
   return {name: tensors[shard][name] for name, shard in places.items()}
 
