@@ -17,18 +17,36 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
 SMALL = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = SMALL | {"num_key_value_heads": 1, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
-YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0}
+YARN = {
+  "rope_type": "yarn",
+  "factor": 2.0,
+  "original_max_position_embeddings": 16,
+  "mscale": 1.0,
+  "mscale_all_dim": 1.0,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "norm_topk_prob": True}
 LATENT = {"kv_lora_rank": 4, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 ENCODER = SMALL | {"max_position_embeddings": 32, "id2label": {"0": "a"}}
 BART = {"vocab_size": 300, "d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 32}
-SIDES = {f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in (("ffn_dim", 12), ("attention_heads", 2))}
+SIDES = {
+  f"{side}_{size}": value
+  for side in ("encoder", "decoder")
+  for size, value in (("ffn_dim", 12), ("attention_heads", 2))
+}
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 BLOOM = {"vocab_size": 300, "hidden_size": 8, "n_layer": 2, "n_head": 2}
 GPT2 = {"vocab_size": 300, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32, "n_inner": None}
 KINDS = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
-T5 = {"vocab_size": 300, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "relu"}
+T5 = {
+  "vocab_size": 300,
+  "d_model": 8,
+  "d_kv": 4,
+  "d_ff": 12,
+  "num_layers": 2,
+  "num_heads": 2,
+  "feed_forward_proj": "relu",
+}
 # Of every family
 CONFIGS: dict[str, dict[str, Any]] = {
   "llama": LLAMA | {"rope_scaling": YARN | {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}},
@@ -47,13 +65,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "bloom": BLOOM | {"layer_norm_epsilon": 1e-5},
   "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
   "qwen3_moe": LLAMA | EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
-  "deepseek_v2": LLAMA | LATENT | ROUTED | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
+  "deepseek_v2": LLAMA
+  | LATENT
+  | ROUTED
+  | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
   | {"routed_scaling_factor": 1.0, "topk_method": "group_limited_greedy", "rope_scaling": YARN},
-  "deepseek_v3": LLAMA | LATENT | ROUTED | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
+  "deepseek_v3": LLAMA
+  | LATENT
+  | ROUTED
+  | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
   | {"routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
   "bert": ENCODER | {"type_vocab_size": 2, "architectures": ["BertForSequenceClassification"]},
   "roberta": ENCODER | {"pad_token_id": 1, "architectures": ["RobertaForMaskedLM"]},
-  "modernbert": ENCODER | {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
+  "modernbert": ENCODER
+  | {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
   | {"rope_parameters": KINDS},
   "bart": BART | SIDES | {"scale_embedding": True},
   "t5": T5 | {"num_decoder_layers": 2},
@@ -198,7 +223,14 @@ def read_configs(directory: Path) -> None:
 
 
 def write_generation(directory: Path) -> None:
-  settings = {"eos_token_id": [1, 2], "bos_token_id": 0, "pad_token_id": 0, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+  settings = {
+    "eos_token_id": [1, 2],
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.9,
+  }
   settings |= {"do_sample": True, "max_new_tokens": 8, "min_length": 0, "bad_words_ids": [[1], [2, 3]], "num_beams": 1}
   settings |= {"sequence_bias": [[[1, 2], 0.5]], "suppress_tokens": [3], "forced_bos_token_id": None, "max_length": 20}
   settings |= {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "stop_strings": ["x"], "watermarking_config": None}
@@ -303,7 +335,9 @@ def read_rows(directory: Path) -> None:
 READERS: dict[str, Reader] = {
   "families": Reader(write_configs, read_configs),
   "huggingface": Reader(write_model_as("hf"), lambda path: read_model(path / "model")),
-  "adapter": Reader(write_adapter, lambda path: read_model(path / "adapter"), lambda path: path.parent.name == "adapter"),
+  "adapter": Reader(
+    write_adapter, lambda path: read_model(path / "adapter"), lambda path: path.parent.name == "adapter"
+  ),
   "model_directory": Reader(write_model_as("jaxllm"), lambda path: read_model(path / "model")),
   "gguf": Reader(write_model_as("gguf", "model.gguf"), lambda path: read_model(path / "model.gguf")),
   "safetensors": Reader(write_tensors, read_tensors),

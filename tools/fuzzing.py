@@ -109,7 +109,7 @@ def work(reader: Reader, name: str, seed: int, first: int, last: int, tell: Call
 
 
 def classify(reader: Reader, directory: Path) -> tuple[str, str]:
-  """"loaded", "refused" or "fault", and the error's text."""
+  """ "loaded", "refused" or "fault", and the error's text."""
   from jaxllm.base.errors import UserError
 
   memory, begin = _peak(), time.process_time()
@@ -124,7 +124,10 @@ def classify(reader: Reader, directory: Path) -> tuple[str, str]:
     raise
   except BaseException as error:  # Rust's panics are no Exceptions
     last = traceback.extract_tb(error.__traceback__)[-1]
-    kind, text = "fault", f"{type(error).__name__}: {ascii(str(error)[:200])} at {Path(last.filename).name}:{last.lineno}"
+    kind, text = (
+      "fault",
+      f"{type(error).__name__}: {ascii(str(error)[:200])} at {Path(last.filename).name}:{last.lineno}",
+    )
   if time.process_time() - begin > HANG_SECONDS:
     kind, text = "fault", f"{time.process_time() - begin:.0f} s of computing, then {kind} {text[:100]}"
   if _peak() - memory > MEMORY:
@@ -143,7 +146,18 @@ ODD = (
   *(None, True, False, "", "x", "1e9", "32", "NaN", "\0", "line\nbreak", "\x1b[31m", "\u202e", "a" * 5000, "../../x"),
   *("\U0001f600", "{}", "global", [], {}, [None], [0], [1, "a"], {"": {}}, {"type": None}, [[[[[]]]]]),
 )
-RAW = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":1,"a":2}', "-", "")
+RAW = (
+  "NaN",
+  "Infinity",
+  "-Infinity",
+  "1e999",
+  '"\\ud800"',
+  "9" * 5000,
+  "[" * 3000 + "]" * 3000,
+  '{"a":1,"a":2}',
+  "-",
+  "",
+)
 
 
 def mutate(files: list[Path], whole: dict[Path, bytes], rng: random.Random) -> set[Path]:
@@ -210,7 +224,18 @@ def _is_there(node: Any, key: Any) -> bool:
 def _odd(value: Any, rng: random.Random, raws: dict[str, str]) -> Any:
   kind = rng.random()
   if isinstance(value, int | float) and not isinstance(value, bool) and kind < 0.5:
-    return rng.choice((*NUMBERS, value + 1, value - 1, value * 2, -value, float(value), str(value), [value]))
+    return rng.choice(
+      (
+        *NUMBERS,
+        value + 1,
+        value - 1,
+        value * 2,
+        -value,
+        f"{value:.1f}" if abs(value) < 1e300 else 0.0,
+        str(value),
+        [value],
+      )
+    )
   if isinstance(value, str) and kind < 0.3:
     return rng.choice((value * 2, value[:-1], value[::-1], value.upper(), value + "\n", [value], {"content": value}))
   if kind < 0.6:

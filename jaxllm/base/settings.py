@@ -67,11 +67,14 @@ def from_declared(kind: Any, values: Any, path: str = "") -> dict[str, Any]:
   if not isinstance(values, Mapping):
     raise ConfigError(f"config key {path} is {shown(values)}; it should be a group of keys")
   hints = typing.get_type_hints(kind, include_extras=True)
-  return {
+  found = {
     name: convert(hints[name], value, f"{path}.{name}" if path else name)
     for name, value in values.items()
     if name in hints and (value is not None or type(None) in typing.get_args(hints[name]))
   }
+  if lacking := sorted(kind.__required_keys__ - found.keys()):
+    raise ConfigError(f"config key {path} lacks {lacking[0]!r}")
+  return found
 
 
 def field_types(cls: type) -> dict[str, Any]:

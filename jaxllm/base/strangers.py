@@ -7,7 +7,6 @@ are written as text or as another kind of number, where they are exact ("32", 32
 
 import json
 import re
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any

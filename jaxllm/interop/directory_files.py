@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jaxllm.base.strangers import Real, Whole, declared, read_json
+from jaxllm.base.strangers import Count, Real, Whole, declared, read_json
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
-
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHECKPOINTS = "checkpoints"  # of a run
@@ -43,6 +42,12 @@ class Generation(TypedDict, total=False):
   num_beams: Whole | None
   num_return_sequences: Whole | None
   length_penalty: Real | None
+  forced_bos_token_id: Count | list[Count] | None
+  forced_eos_token_id: Count | list[Count] | None
+  suppress_tokens: list[Count] | None
+  begin_suppress_tokens: list[Count] | None
+  bad_words_ids: list[list[Count]] | None
+  stop_strings: str | list[str] | None
 
 
 def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]:

@@ -117,9 +117,7 @@ def read_sharded(directory: Path) -> Tensors:
   tensors = {shard: read_safetensors(directory / shard) for shard in shards}
   for name, shard in places.items():
     if name not in tensors[shard]:
-      raise CheckpointError(
-        f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again"
-      )
+      raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again")
   return {name: tensors[shard][name] for name, shard in places.items()}
 
 

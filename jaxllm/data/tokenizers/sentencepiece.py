@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import DataError
-from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, settings_file, token_text
+from jaxllm.base.errors import DataError, shown
+from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
@@ -26,11 +26,9 @@ class SentencePieceTokenizer(Tokenizer):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-    try:
+    with damaged("not a SentencePiece model, or a damaged one"):  # protobuf and the C++ side each raise their own
       spec = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # protobuf and the C++ side each raise their own
-      raise DataError("not a SentencePiece model, or a damaged one") from error
     if not spec.pieces:
       raise DataError("a SentencePiece model without pieces")
     self.model, self.settings = model, dict(settings or {})
@@ -68,7 +66,7 @@ class SentencePieceTokenizer(Tokenizer):
     tokens = {role: token for role, token in tokens.items() if token is not None}
     for role, token in tokens.items():
       if token not in ids:
-        raise DataError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+        raise DataError(f"{role} {shown(token)} is not in the tokenizer's vocabulary")
     self._set_special(tokens, {role: ids[token] for role, token in tokens.items()})
     self.special_ids = frozenset(
       {ids[token] for token in tokens.values()}
