@@ -77,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
   settings = {name: value for name, value in vars(args).items() if name in names and value is not None}
   SamplingParams(**settings)  # a wrong setting is told before the model loads
   model = load_model(args.model, adapter=args.adapter, step=args.step, dtype=args.dtype)
+  if args.raw and model.tokenizer is not None:
+    model.tokenizer.end_of_turn_id = None  # its chat template, which would tell, is not run
   chats = not args.raw and model.tokenizer is not None and bool(model.tokenizer.chat_templates)
   if args.system is not None and not chats:
     raise ConfigError("--system is for a chat: the model has no chat template, or --raw turns it off")

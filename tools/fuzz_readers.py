@@ -283,7 +283,8 @@ def write_template(directory: Path) -> None:
   (directory / "chat_template.jinja").write_text(
     TEMPLATE + "{% macro f(x) %}{{ x * 2 }}{% endmacro %}{% set ns = namespace(n=0) %}{% for i in range(3) %}"
     "{% set ns.n = ns.n + i %}{% if loop.last %}{{ f('ab') ~ ns.n }}{% endif %}{% endfor %}"
-    "{% if tools is defined and tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ 'x'.replace('x', 'y') | indent(2) }}"
+    "{% if tools is defined and tools %}{{ tools | tojson(indent=2) }}{% endif %}"
+    "{{ 'x'.replace('x', 'y') | indent(2) }}"
   )
 
 

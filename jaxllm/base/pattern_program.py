@@ -1,4 +1,4 @@
-"""Regular expressions of strangers, matched in a process with limits: see `base.bounded`. This file imports no jaxllm."""
+"""Regular expressions of strangers, matched in a process with limits (`base.bounded`). This file imports no jaxllm."""
 
 import json
 import re

@@ -79,7 +79,7 @@ def _find(how: How, pattern: str, texts: list[str]) -> list[str | None]:
 
 
 def _is_quick(pattern: str) -> bool:
-  """Whether a pattern takes no more steps than a small power of the text's length: no group repeats, and little else."""
+  """Whether a pattern takes no more steps than a small power of the text's length: no group repeats, little else."""
   if len(pattern) > 1000 or "(?" in pattern or re.search(r"\)[*+?{]", pattern):
     return False
   return sum(map(pattern.count, "*+{")) <= 2 and sum(map(pattern.count, "?|")) <= 8

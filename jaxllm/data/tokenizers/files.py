@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxllm.base.errors import DataError, shown
+from jaxllm.base.errors import DataError
 from jaxllm.base.strangers import declared, read_json
 from jaxllm.data import chat
 from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, named_templates
@@ -91,7 +91,7 @@ def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str
 
   kind = settings.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
   if kind not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
-    raise DataError(f"it is a {shown(kind)}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
+    raise DataError(f"it is a {kind}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
   if not path.with_name(_MERGES_FILE).is_file():
     raise DataError(f"there is no {_MERGES_FILE} beside it")
   try:
