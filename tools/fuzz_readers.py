@@ -202,24 +202,45 @@ def write_configs(directory: Path) -> None:
     (directory / f"{name}.json").write_text(json.dumps({"model_type": name} | config))
 
 
+@functools.cache
+def tensors_of(family: str) -> Any:
+  """The tensors of a checkpoint of a family."""
+  import numpy as np
+
+  from jaxllm.interop.huggingface import config_from_huggingface, to_huggingface
+  from jaxllm.interop.stored import param_shapes
+  from jaxllm.interop.tensors import in_memory
+
+  model = config_from_huggingface({"model_type": family} | CONFIGS[family])
+  params = in_memory({path: np.zeros(shape, np.float32) for path, shape in param_shapes(model).items()})
+  return to_huggingface(model, family.replace("gemma3_text", "gemma3").replace("gemma3", "gemma3_text"), params)[1]
+
+
 def read_configs(directory: Path) -> None:
   """The changed ones; what is refused is said of the first."""
   from jaxllm.base.errors import UserError
   from jaxllm.interop.directory_files import read_json
-  from jaxllm.interop.huggingface import config_from_huggingface
+  from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface
   from jaxllm.interop.stored import param_shapes
 
   refused: list[UserError] = []
   for name, config in CONFIGS.items():
     file = directory / f"{name}.json"
-    if file.read_bytes() == json.dumps({"model_type": name} | config).encode():
+    if file.read_bytes() == json.dumps({"model_type": name} | config).encode() and name in _read:
       continue
+    _read.add(name)
     try:
-      param_shapes(config_from_huggingface(read_json(file)))
+      found = read_json(file)
+      param_shapes(config_from_huggingface(found))
+      for tensor in from_huggingface(found, tensors_of(name))[1].values():
+        tensor.read()
     except UserError as error:
       refused.append(error)
   if refused:
     raise refused[0]
+
+
+_read: set[str] = set()
 
 
 def write_generation(directory: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.bitsandbytes_int8 import Int8, unpacked_int8
 from jaxllm.interop.families import table
-from jaxllm.interop.huggingface import places
+from jaxllm.interop.huggingface import check_count, places
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
 from jaxllm.kernels.quantized.weights import NF4, from_codes
@@ -146,8 +146,7 @@ def turned(
   tensors: Tensors, packed: Mapping[str, Packed | Int8], config: ModelConfig, family: str
 ) -> dict[str, LazyTensor]:
   """The tensors with quantized ones as the family has them: of GPT-2's [inputs, outputs], turned back."""
-  if config.num_layers > len(tensors):  # before names are made for every layer
-    return dict(tensors)
+  check_count(config, len(tensors))
   known, names = places(config, family, list(packed))
   found = dict(tensors)
   for name, matrix in packed.items():

@@ -108,8 +108,7 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
     CheckpointError: a tensor is missing, unexpected, or of another shape or type; the message names it.
   """
   family, c = family_of(config), config_from_huggingface(config)
-  if c.num_layers > len(tensors):  # before names are made for every layer
-    raise CheckpointError(f"config.json calls for {c.num_layers} layers but the checkpoint has {len(tensors)} tensors")
+  check_count(c, len(tensors))
   shapes = param_shapes(c)
   tensors = {_renamed(name, family): tensor for name, tensor in tensors.items()}
   table = _table(family, c, {n for name in tensors for n in (name, family.prefix + name)})
@@ -152,6 +151,15 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
       f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
     )
   return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
+
+
+def check_count(config: ModelConfig, tensors: int) -> None:
+  """Raises CheckpointError where a checkpoint has too few tensors for a model's layers and experts; before there are
+  names for all of them."""
+  experts = config.moe.num_experts * len(config.moe_layers) if config.moe else 0
+  if config.num_layers > tensors or experts > 4 * tensors + 4096:  # one tensor can have all experts of a layer
+    wanted = f"{config.num_layers} layers" + (f" and {experts} experts" if experts else "")
+    raise CheckpointError(f"config.json calls for {wanted} but the checkpoint has {tensors} tensors")
 
 
 def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[dict[str, Any], Tensors]:
