@@ -18,7 +18,7 @@ from pathlib import Path
 
 SECONDS = 1.0  # of the processor, for one call
 MEMORY = 1 << 29  # bytes of address space, Python's own 60 MB included
-OUTPUT = 1 << 24  # bytes
+OUTPUT = 1 << 25  # characters
 PATIENCE = 60.0  # seconds for an answer on a machine that is busy with other things
 
 _CHILD = Path(__file__).with_name("bounded_child.py")
@@ -55,11 +55,11 @@ def run(program: Path, *texts: str) -> str:
       child = child or _Child()
       try:
         kind, text = child.ask(request)
-      except BrokenPipeError:  # it ended while it had nothing to do
+      except _Ended:
         child.end()
-        if not fresh:
+        if not fresh:  # it may have been ended by others while it had nothing to do
           continue
-        raise Exceeded("the process that should run it does not start") from None
+        raise Exceeded("it ends the process it runs in") from None
       except BaseException:
         child.end()
         raise
@@ -74,6 +74,10 @@ def run(program: Path, *texts: str) -> str:
   return text
 
 
+class _Ended(Exception):
+  """A child's process is no more."""
+
+
 class _Child:
   def __init__(self):
     command = [sys.executable, "-P", "-B", str(_CHILD), str(SECONDS), str(MEMORY), str(OUTPUT)]
@@ -85,17 +89,21 @@ class _Child:
     self._answers.register(self._process.stdout, select.POLLIN)
 
   def ask(self, request: bytes) -> tuple[str, str]:
-    """The kind of an answer and its text. Raises Exceeded where there is none."""
-    self._process.stdin.write(request)
-    self._process.stdin.flush()
+    """The kind of an answer and its text.
+
+    Raises:
+      Exceeded: it takes too long. _Ended: the process is no more.
+    """
+    try:
+      self._process.stdin.write(request)
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      raise _Ended from None
     if not self._answers.poll(PATIENCE * 1000):
       raise Exceeded(f"it takes more than {PATIENCE:.0f} s")
     line = self._process.stdout.readline()
     if not line:
-      code = self._process.wait()
-      raise Exceeded(
-        f"it takes more than {SECONDS:g} s" if code == -signal.SIGPROF else "it ends the process it runs in"
-      )
+      raise Exceeded(f"it takes more than {SECONDS:g} s") if self._process.wait() == -signal.SIGPROF else _Ended
     kind, length = json.loads(line)
     return kind, self._process.stdout.read(length).decode("utf-8", "surrogatepass")
 

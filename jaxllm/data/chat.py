@@ -52,9 +52,11 @@ def render_chat(
     DataError: the messages are no chat, or the template is broken, refuses them, or needs more time, memory or
       characters than a chat can.
   """
-  if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+  several = isinstance(messages, list | tuple) and messages
+  if not several or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
     raise DataError('a chat is a list of at least one message {"role": "user", "content": "…"}')
-  if not all(isinstance(item, dict) for item in (*(tools or ()), *(documents or ()))):
+  lists = [given for given in (tools, documents) if given]
+  if not all(isinstance(given, list | tuple) and all(isinstance(item, dict) for item in given) for given in lists):
     raise DataError("tools and documents are lists of JSON objects")
   if continue_final_message and add_generation_prompt:
     raise DataError("a chat either continues its final message or begins a reply; ask for one of the two")
