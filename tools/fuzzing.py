@@ -13,6 +13,7 @@ with a traceback.
 
 import argparse
 import collections
+import copy
 import dataclasses
 import json
 import os
@@ -241,7 +242,7 @@ def _odd(value: Any, rng: random.Random, raws: dict[str, str]) -> Any:
   if kind < 0.6:
     return rng.choice(NUMBERS)
   if kind < 0.93:
-    return rng.choice(ODD)
+    return copy.deepcopy(rng.choice(ODD))
   mark = f"raw-{rng.random()}"
   raws[mark] = rng.choice(RAW)
   return mark
