@@ -82,6 +82,8 @@ def _is_quick(pattern: str) -> bool:
   """Whether a pattern takes no more steps than a small power of the text's length: no group repeats, little else."""
   if len(pattern) > 1000 or "(?" in pattern or re.search(r"\)[*+?{]", pattern):
     return False
+  if re.search(r"\[\^?\[|--|&&|~~|\|\|", pattern):  # of which Python warns
+    return False
   return sum(map(pattern.count, "*+{")) <= 2 and sum(map(pattern.count, "?|")) <= 8
 
 

@@ -99,6 +99,8 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     return _tagged(others, parse(value), path) if len(others) > 1 else convert(others[0], value, path)
   if dataclasses.is_dataclass(kind):
     return from_mapping(typing.cast(type, kind), parse(value), path)
+  if origin in (typing.Required, typing.NotRequired):
+    return convert(args[0], value, path)
   if origin is Annotated:
     number = convert(args[0], _number(value) if isinstance(value, str) else value, path)
     if not args[1].low <= number <= args[1].high:

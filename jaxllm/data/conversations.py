@@ -7,7 +7,6 @@ template sees.
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -278,7 +277,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def _parsed(text: str, what: str) -> Any:
   try:
     return json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(f"{what} is not JSON: {text[:40]!r}") from error
 
 
@@ -319,7 +318,7 @@ def _message(number: int, item: Mapping[str, Any], keys: Mapping[str, str]) -> M
   reasoning, weight = first(*_REASONING) or "", first(*_WEIGHTS)
   if not isinstance(reasoning, str):
     raise DataError(f"message {number} ({role}) has reasoning that is no text")
-  if not isinstance(weight or 0, int | float) or not 0 <= (weight or 0) < math.inf or (weight and role != "assistant"):
+  if not isinstance(weight or 0, int | float) or not 0 <= (weight or 0) < 1e300 or (weight and role != "assistant"):
     raise DataError(f"message {number} ({role}) has the weight {weight!r}; weights are an assistant's, and from 0 on")
   return Message(
     role,

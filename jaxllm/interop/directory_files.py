@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
-from jaxllm.base.strangers import Count, Real, Whole, declared, read_json
+from jaxllm.base.errors import CheckpointError
+from jaxllm.base.strangers import Count, Real, Size, Whole, declared, read_json
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -66,6 +67,31 @@ def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]
     elif ids is not None and ids < 0:
       known[name] = None
   return {**values, **known}
+
+
+class StartRecord(TypedDict, total=False):
+  """start.json of a run: what its checkpoints leave out, and where that is."""
+
+  path: Required[str]  # of a model; `START`: beside it
+  step: Count | None
+  adapter: str | None
+  digest: str
+  adapter_digest: str
+  scales: dict[str, Real | list[Real] | list[list[Real]]]
+  quantize: str | None
+  group_size: Size | None
+  double_quantize: bool
+
+
+def read_start(directory: Path) -> dict[str, Any]:
+  """A run's start.json.
+
+  Raises:
+    CheckpointError: it cannot be read, or a value in it is of another type.
+  """
+  file = directory / START_FILE
+  usual = dict.fromkeys(("step", "adapter", "quantize", "group_size")) | {"scales": {}, "double_quantize": False}
+  return usual | declared(StartRecord, read_json(file), str(file), CheckpointError)
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

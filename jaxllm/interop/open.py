@@ -22,6 +22,7 @@ from jaxllm.interop.directory_files import (
   START_FILE,
   read_generation_config,
   read_json,
+  read_start,
   read_tokenizer,
 )
 from jaxllm.interop.fingerprint import check_unchanged
@@ -68,6 +69,13 @@ def open_model(
       or a `step` of what has none. DataError: the tokenizer is damaged.
   """
   path = local_path(path)
+  try:
+    return _opened(path, adapter, step, merge, own_apart)
+  except RecursionError:
+    raise CheckpointError(f"{path} stands on itself: it names a model that names it as what it began with") from None
+
+
+def _opened(path: Path, adapter: Adapters, step: int | None, merge: bool, own_apart: bool) -> StoredModel:
   form = form_of(path)
   if step is not None and form != "run":
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
@@ -178,7 +186,7 @@ def _open_run(directory: Path, step: int | None) -> StoredModel:
   tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
   own: tuple[StoredAdapter, ...] = ()
   if (directory / START_FILE).is_file():
-    record = read_json(directory / START_FILE)
+    record = read_start(directory)
     changes = _own_changes(directory, record, tensors)
     own = (StoredAdapter({"peft_type": "LORA"}, changes, {}, directory),) if changes else ()
     tensors = _with_start(config, directory, record, tensors)
@@ -220,8 +228,13 @@ def _own_changes(directory: Path, record: dict[str, Any], trained: Tensors) -> d
   changes = {}
   for path, scale in record["scales"].items():
     a, b, magnitude = (trained.get(f"{path}/{part}") for part in ("a", "b", "magnitude"))
+    if a is None or b is None or min(len(a.shape), len(b.shape)) < 2:
+      raise CheckpointError(f"{directory / START_FILE} names an adapter of {path}, which the checkpoint has not")
     lead = a.shape[:-2]
-    factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    try:
+      factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    except ValueError:
+      raise CheckpointError(f"{directory / START_FILE} has scales of {path} that do not fit its {lead}") from None
     if f"{path}/a" in kept:  # scale a₀ b₀, for factors that are not divided by the root of it
       b = _joined(b, kept[f"{path}/b"], -2, -1 / factor)
       a = _joined(a, kept[f"{path}/a"], -1, np.ones(lead))

@@ -23,8 +23,15 @@ HOSTILE = [
 @pytest.mark.parametrize(
   "pattern",
   [
-    *("q_proj", r".*\.(q|v)_proj", r"(.*\.)?(layers\.[0-9]+\.mlp.*)$", r".*layers\.(\d+)\.", r"(?i).*Q_PROJ", "(x)?", ""),
-    *(r"(?:.*\.)+(\d+)\.(?:[a-z]+_?)+\.(?:q|k)_proj", r"^(?!.*lm_head).*$", r"(a){2,}(b)?"),
+    *("q_proj", r".*\.(q|v)_proj", r"(.*\.)?(layers\.[0-9]+\.mlp.*)$", r".*layers\.(\d+)\."),
+    *(
+      r"(?i).*Q_PROJ",
+      "(x)?",
+      "",
+      r"(?:.*\.)+(\d+)\.(?:[a-z]+_?)+\.(?:q|k)_proj",
+      r"^(?!.*lm_head).*$",
+      r"(a){2,}(b)?",
+    ),
   ],
 )
 def test_a_pattern_means_what_it_means_to_re(how, pattern):
@@ -53,7 +60,9 @@ def test_a_pattern_that_would_take_for_ever_is_refused(pattern):
   assert str(raised.value).isprintable()
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "(" * 100_000, "a**", "(?P<a>b)(?P<a>c)", "(?<=a*)b", "\\", "x{99999999999}"])
+@pytest.mark.parametrize(
+  "pattern", ["(", "[", "(" * 100_000, "a**", "(?P<a>b)(?P<a>c)", "(?<=a*)b", "\\", "x{99999999999}"]
+)
 def test_what_is_no_pattern_is_refused(pattern):
   with pytest.raises(ConfigError, match="regular expression|too long"):
     patterns.prepare("here", [pattern], ["a"])
