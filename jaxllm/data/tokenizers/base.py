@@ -25,6 +25,8 @@ Ids = Int32[np.ndarray, " tokens"]
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+# It has half a character, say, or the tokenizer's regular expression takes more steps than Oniguruma allows.
+CANNOT = "the tokenizer cannot read this text"
 NOTHING = re.compile("((?!))")
 NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8 decode to these surrogates (PEP 383)
 

@@ -12,11 +12,10 @@ import numpy as np
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.strangers import parse_json
-from jaxllm.data.tokenizers.base import NOT_UTF8, NOTHING, ROLES, Tokenizer, damaged, settings_file, token_text
+from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, NOTHING, ROLES, Tokenizer, damaged, settings_file, token_text
 from jaxllm.data.tokenizers.settings import MAX_TOKENS
 
 HUGGINGFACE_FILE = "tokenizer.json"
-CANNOT = "the tokenizer cannot read this text"  # where its regular expression takes too many steps, say
 # Read only where tokenizer_config.json does not say.
 _USUAL = {
   "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "[BOS]"),

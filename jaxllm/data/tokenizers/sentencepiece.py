@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import DataError, shown
-from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
+from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
@@ -111,7 +111,8 @@ class SentencePieceTokenizer(Tokenizer):
     eos = [self.eos_id] if self.settings.get("add_eos_token", self.bos_id is None) else []
     ids = []
     for text in (first,) if second is None else (first, second):
-      parsed = self._encode_parsing(text)
+      with damaged(CANNOT):
+        parsed = self._encode_parsing(text)
       ids += [i for i in (*bos, *parsed, *eos) if i is not None] if add_special else parsed
     return np.array(ids, np.int32), np.zeros(len(ids), np.int32)
 
@@ -139,7 +140,8 @@ class SentencePieceTokenizer(Tokenizer):
     return _any_of(added) if added else None
 
   def encode_chats(self, texts):
-    return [self._encode_with_positions(text) for text in texts]
+    with damaged(CANNOT):
+      return [self._encode_with_positions(text) for text in texts]
 
   def _encode_with_positions(self, text: str):
     """Pieces laid along the text, which they spell but for the dummy prefix, or something normalizes it."""
