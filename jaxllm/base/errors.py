@@ -4,9 +4,9 @@ The doors print such an error without a traceback and exit with code 2; anything
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
-MAX_MESSAGE = 400  # characters; of a longer one the middle is left out
+MAX_MESSAGE = 480  # characters; of a longer one the middle is left out
 MAX_VALUE = 60  # of a stranger's value in it
 
 
@@ -16,8 +16,10 @@ class UserError(Exception):
   As text it is one line without control characters, whatever a stranger's file has put in it.
   """
 
+  max_length: ClassVar[int] = MAX_MESSAGE  # more where all of a long message is ours
+
   def __str__(self) -> str:
-    return one_line(super().__str__())
+    return one_line(super().__str__(), self.max_length)
 
 
 class ConfigError(UserError):

@@ -65,7 +65,7 @@ REFUSED = {
 def test_a_hostile_template_ends_in_one_line(template):
   with pytest.raises(DataError, match="^the chat template ") as raised:
     render_chat(template, CHAT)
-  assert str(raised.value).isprintable() and len(str(raised.value)) <= 400
+  assert str(raised.value).isprintable() and len(str(raised.value)) <= 480
   assert render_chat("{{ messages[0].content }}", CHAT) == "x"
   assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < bounded.MEMORY
 

@@ -44,7 +44,7 @@ def loads_or_refuses(read):
   try:
     read()
   except UserError as error:
-    assert str(error).isprintable() and len(str(error)) <= 400
+    assert str(error).isprintable() and len(str(error)) <= 480
     return False
   return True
 
