@@ -58,7 +58,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   config = config.get(family.text_config, config)
   if not isinstance(config, Mapping):
     raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
-  hf = read_keys(config, DEFAULTS | dict(family.defaults))
+  hf = read_keys(config, DEFAULTS | dict(family.defaults), family.types)
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")

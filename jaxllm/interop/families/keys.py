@@ -1,10 +1,10 @@
 """What config.json of Hugging Face may say: every key that a family reads, and its type.
 
-A key that is not declared here cannot be read: `Declared` has no other.
+A key that is declared neither here nor in the family's `types` cannot be read: `Declared` has no other.
 """
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Collection, Mapping
+from typing import Any, TypedDict, get_type_hints
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.strangers import Count, Layers, NotNegative, Positive, Real, Size, Whole, declared
@@ -138,28 +138,38 @@ class Keys(TypedDict, total=False):
 
 
 class Declared(dict):
-  """What config.json says of the keys above, and a family's defaults of those that it does not say."""
+  """What config.json says of declared keys, and a family's defaults of those that it does not say."""
+
+  def __init__(self, values: Mapping[str, Any], known: Collection[str]):
+    super().__init__(values)
+    self.known = known
 
   def __missing__(self, key):
-    _check(key)
+    self._check(key)
     raise ConfigError(f"config.json lacks {key!r}, which a {dict.get(self, 'model_type', 'Hugging Face')} model needs")
 
   def get(self, key, default=None):
-    _check(key)
+    self._check(key)
     return super().get(key, default)
 
   def __or__(self, other):
-    return Declared({**self, **other})
+    return Declared({**self, **other}, self.known)
+
+  def _check(self, key: str) -> None:
+    assert key in self.known, f"the key {key} is read but not declared"
 
 
-def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Declared:
+def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], own: Mapping[str, Any]) -> Declared:
   """A config.json's declared keys.
+
+  Args:
+    own: key -> type of keys that only this family has.
 
   Raises:
     ConfigError: a value is of another type than declared, or outside its range.
   """
-  return Declared({**defaults, **declared(Keys, config, "config.json")})
-
-
-def _check(key: str) -> None:
-  assert key in Keys.__annotations__, f"the key {key} is read but not declared"
+  kind = TypedDict("kind", {**get_type_hints(Keys, include_extras=True), **own}, total=False)  # type: ignore[misc]
+  found = Declared({**defaults, **declared(kind, config, "config.json")}, kind.__annotations__.keys())
+  for key in defaults:
+    found.get(key)
+  return found

@@ -129,6 +129,7 @@ class Family:
   weights: tuple[Weight, ...]
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of absent keys
+  types: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that families.keys does not declare
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
   parts: tuple[str, ...] = ()  # ModelConfig fields that may be None but not in this family
   read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing  # config.json -> further fields
