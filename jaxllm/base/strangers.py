@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxllm.base.errors import CheckpointError, ConfigError, UserError
+from jaxllm.base.errors import CheckpointError, ConfigError, UserError, shown
 from jaxllm.base.settings import Between, from_declared
 
 MAX_BYTES = 1 << 24  # of a JSON file
 MAX_DEPTH = 64
 BIG = 2**31 - 1
-_STRINGS, _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL), re.compile(r"[][{}]")
+_STRINGS, _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL), re.compile(r"[][{}]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Whole = Annotated[int, Between(-BIG, BIG)]
@@ -100,10 +100,11 @@ def _check_depth(text: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  table = dict(pairs)
-  if len(table) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+  table: dict[str, Any] = {}
+  for name, value in pairs:
+    if name in table:
+      raise ValueError(f"the name {shown(name)} stands in it twice")
+    table[name] = value
   return table
 
 

@@ -161,3 +161,8 @@ def test_a_message_keeps_its_words():
   assert one_line("first\n  second\r\nthird \x1b[2J\u202e\ud800") == "first second third \\x1b[2J\\u202e\\ud800"
   assert one_line("begin" + "x" * 1000 + "end").startswith("beginx") and one_line("x" * 1000 + "end").endswith("end")
   assert shown(10**5000) == "a int that is too large to show" and shown("a" * 10**6) == repr("a" * 60) + "..."
+
+
+def test_a_text_without_an_end_takes_no_square_of_its_length():
+  with pytest.raises(UserError, match="nested deeper"):
+    parse_json("[" * 70 + '"' + '\\"' * 500_000, "it")  # hours, where each quote is tried as a beginning
