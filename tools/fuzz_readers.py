@@ -158,6 +158,48 @@ def write_adapter(directory: Path) -> None:
   write_safetensors(directory / "adapter" / "adapter_model.safetensors", in_memory(tensors))
 
 
+def write_bitsandbytes(directory: Path) -> None:
+  """A Hugging Face model whose matrices in the layers are in 4 bits."""
+  import numpy as np
+
+  from jaxllm.interop.safetensors import read_sharded, write_safetensors
+  from jaxllm.interop.tensors import in_memory
+  from jaxllm.kernels.quantized.weights import NF4
+
+  write_model_as("hf")(directory)
+  tensors: dict[str, Any] = {}
+  for name, tensor in read_sharded(directory / "model").items():
+    if not name.endswith("_proj.weight"):
+      tensors[name] = tensor.read()
+      continue
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(tensor.shape)}
+    count = tensor.shape[0] * tensor.shape[1]
+    tensors[name] = np.full((count // 2, 1), 0x7F, np.uint8)
+    tensors[f"{name}.absmax"] = np.ones(-(-count // 64), np.float32)
+    tensors[f"{name}.quant_map"] = np.asarray(NF4, np.float32)
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+  for file in (directory / "model").glob("model*"):
+    file.unlink()
+  write_safetensors(directory / "model" / "model.safetensors", in_memory(tensors))
+  config = json.loads((directory / "model" / "config.json").read_text())
+  method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+  (directory / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+
+
+def write_wordpiece(directory: Path) -> None:
+  (directory / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "##s", *"abcdefg"]))
+  (directory / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "strip_accents": None}))
+
+
+def write_merges(directory: Path) -> None:
+  from jaxllm.data.tokenizers import byte_alphabet
+
+  (directory / "vocab.json").write_text(json.dumps(byte_alphabet() | {"th": 256, "<|endoftext|>": 257}))
+  (directory / "merges.txt").write_text("#version: 0.2\nt h\n")
+  (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+  (directory / "added_tokens.json").write_text(json.dumps({"<x>": 258}))
+
+
 def read_model(path: Path) -> Any:
   """Opens a model and reads all of it; its generation settings, tokenizer and template are used."""
   from jaxllm.inference.generation_config import default_sampling
@@ -361,10 +403,13 @@ READERS: dict[str, Reader] = {
     write_adapter, lambda path: read_model(path / "adapter"), lambda path: path.parent.name == "adapter"
   ),
   "model_directory": Reader(write_model_as("jaxllm"), lambda path: read_model(path / "model")),
+  "bitsandbytes": Reader(write_bitsandbytes, lambda path: read_model(path / "model")),
   "gguf": Reader(write_model_as("gguf", "model.gguf"), lambda path: read_model(path / "model.gguf")),
   "safetensors": Reader(write_tensors, read_tensors),
   "tokenizer_json": Reader(write_tokenizer(tokenizer), read_tokenizer),
   "sentencepiece": Reader(write_tokenizer(sentencepiece), read_tokenizer),
+  "wordpiece": Reader(write_wordpiece, read_tokenizer),
+  "merges": Reader(write_merges, read_tokenizer),
   "generation_config": Reader(write_generation, read_generation),
   "run_config": Reader(write_run_config, read_run_config),
   "chat_template": Reader(write_template, read_template),

@@ -244,6 +244,12 @@ def test_files_that_do_not_tell_a_tokenizer(tmp_path):
   refused("no merges.txt")
   (tmp_path / "vocab.json").write_text("nonsense")
   (tmp_path / "merges.txt").write_text("")
+  refused("is not JSON")
+  (tmp_path / "vocab.json").write_text('{"a": 4294967295}')  # 13 GB, where the library makes a list of it
+  (tmp_path / "merges.txt").write_text("")
+  refused("ids.a is 4294967295")
+  (tmp_path / "vocab.json").write_text('{"a": 0}')
+  (tmp_path / "merges.txt").write_text("a b c d\n")
   refused("damaged")
   byte_level(tmp_path, [])
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')

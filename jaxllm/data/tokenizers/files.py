@@ -7,7 +7,7 @@ from typing import Any
 from jaxllm.base.errors import DataError
 from jaxllm.base.strangers import declared, read_json
 from jaxllm.data import chat
-from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, named_templates
+from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, damaged, named_templates
 from jaxllm.data.tokenizers.huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from jaxllm.data.tokenizers.settings import AddedTokens, checked
@@ -94,10 +94,10 @@ def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str
     raise DataError(f"it is a {kind}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
   if not path.with_name(_MERGES_FILE).is_file():
     raise DataError(f"there is no {_MERGES_FILE} beside it")
-  try:
+  # The library makes a list as long as the largest id.
+  declared(AddedTokens, {"ids": read_json(path, MAX_BYTES, DataError)}, _BPE_FILE, DataError)
+  with damaged(f"{_BPE_FILE} or {_MERGES_FILE} is damaged"):
     model = models.BPE.from_file(str(path), str(path.with_name(_MERGES_FILE)))
-  except Exception as error:  # the Rust side raises bare Exceptions
-    raise DataError(f"{_BPE_FILE} or {_MERGES_FILE} is damaged") from error
   tokenizer = tokenizers.Tokenizer(model)
   space = bool(settings.get("add_prefix_space"))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)

@@ -60,7 +60,7 @@ class Settings(TypedDict, total=False):
 
 
 class AddedTokens(TypedDict, total=False):
-  """added_tokens.json, under a name."""
+  """added_tokens.json or vocab.json, under a name."""
 
   ids: dict[str, TokenId]
 
