@@ -97,3 +97,8 @@ def test_a_model_says_it_when_it_is_loaded(tmp_path, caplog):
     model = load_model(tmp_path / "m")
   assert [r.getMessage() for r in caplog.records] == ["generation_config.json: top_h = 0.4 is not honoured"]
   assert model.sampling().repetition_penalty == 1.5
+
+
+def test_what_is_said_of_a_stranger_s_settings_is_short_and_printable():
+  _, said = default_settings({"x\n\x1b[31m": "a\x1b" * 5000, "watermarking_config": ["\u202e"] * 999})
+  assert len(said) == 2 and all(line.isprintable() and len(line) < 160 for line in said)
