@@ -8,7 +8,6 @@ template sees.
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -186,7 +185,9 @@ def _check_bare(row: Mapping[str, Any]) -> None:
 def _shared_words(first: str, second: str) -> str:
   """The words with which both begin, without spaces behind them."""
   shared = os.path.commonprefix([first, second])
-  return (shared if shared[-1:].isspace() else re.sub(r"\S*$", "", shared)).rstrip()
+  if shared and not shared[-1].isspace():
+    shared = shared.removesuffix(shared.rsplit(maxsplit=1)[-1])
+  return shared.rstrip()
 
 
 def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
