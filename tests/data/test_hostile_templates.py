@@ -1,10 +1,7 @@
 """Chat templates that would take all time, memory or characters: each ends, in one short printable line."""
 
-import resource
-
 import pytest
 
-from jaxllm.base import bounded
 from jaxllm.base.errors import DataError
 from jaxllm.data.chat import render_chat
 
@@ -67,7 +64,6 @@ def test_a_hostile_template_ends_in_one_line(template):
     render_chat(template, CHAT)
   assert str(raised.value).isprintable() and len(str(raised.value)) <= 480
   assert render_chat("{{ messages[0].content }}", CHAT) == "x"
-  assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < bounded.MEMORY
 
 
 def test_limits_are_counted_in_the_processor_s_time():
