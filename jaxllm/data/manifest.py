@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, write_atomically
+from jaxllm.data.arrays import mapped
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, PARTS
 from jaxllm.data.shards import TokenDocuments, file_sizes, shard_path
@@ -166,32 +167,6 @@ class Prepared:
     )
 
 
-class Mapped(np.memmap):
-  """A whole file as an array, which travels to other processes as its path."""
-
-  whole: Path | None = None
-
-  def __array_finalize__(self, obj):
-    super().__array_finalize__(obj)
-    self.whole = None  # of views, which are pickled as what they hold
-
-  def __reduce__(self):
-    return super().__reduce__() if self.whole is None else (mapped, (self.whole,))
-
-
-def mapped(path: Path) -> np.ndarray:
-  """An .npy file's array, of which only what is used is read."""
-  with path.open("rb") as file:
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    offset = file.tell()
-  if 0 in shape:
-    return np.zeros(shape, dtype)
-  array = Mapped(path, dtype, "r", offset, shape)
-  array.whole = path
-  return array
-
-
 def is_shard(name: str) -> bool:
   """Whether a file of a build is one that has sums of its own."""
   return ".array_record-" in name
@@ -203,12 +178,6 @@ def file_facts(path: Path, size: int) -> list:
     return [size]
   with path.open("rb") as file:
     return [size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def flush(path: Path) -> None:
-  """Brings a file to the disk."""
-  with path.open("rb") as file:
-    os.fsync(file.fileno())
 
 
 def long_path(root: Path, source: str, split: str) -> Path:

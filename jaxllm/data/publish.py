@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxllm.base.errors import DataError
 from jaxllm.data import manifest as manifests
+from jaxllm.data.arrays import flush, join_arrays
 from jaxllm.data.job import Job
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import file_sizes, shard_directory, shard_path, write_metadata
@@ -89,7 +90,7 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   )
   for file in sizes:  # on the disk before the manifest that vouches for them; shards are there already
     if not manifests.is_shard(file):
-      manifests.flush(root / file)
+      flush(root / file)
   manifests.write_manifest(prepared)
   return prepared
 
@@ -118,7 +119,7 @@ def _link(source: Path, target: Path) -> None:
     os.link(source, target)
   except OSError:
     shutil.copyfile(source, target)
-    manifests.flush(target)
+    flush(target)
 
 
 def _concatenate(sources: Sequence[Path], target: Path) -> None:
@@ -126,24 +127,6 @@ def _concatenate(sources: Sequence[Path], target: Path) -> None:
     for source in sources:
       with source.open("rb") as file:
         shutil.copyfileobj(file, out, 1 << 22)
-
-
-def join_arrays(sources: Sequence[Path], target: Path) -> None:
-  """One .npy file of several, along their first axis; of them one is in memory at a time."""
-  shapes = [np.load(source, mmap_mode="r") for source in sources[:1]]
-  rows = 0
-  for source in sources:
-    rows += len(np.load(source, mmap_mode="r"))
-  with target.open("wb") as file:
-    first = shapes[0]
-    header = {
-      "descr": np.lib.format.dtype_to_descr(first.dtype),
-      "fortran_order": False,
-      "shape": (rows, *first.shape[1:]),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
-    for source in sources:
-      file.write(np.ascontiguousarray(np.load(source)).tobytes())
 
 
 def _lines(path: Path) -> Iterator[str]:

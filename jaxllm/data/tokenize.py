@@ -1,12 +1,11 @@
 """The second pass over a corpus: a unit's documents as tokens, both splits at once, straight into their shards."""
 
 import array
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -40,8 +39,9 @@ class Tokenize:
     source = job.sources[index]
     limit = None if source.config.max_documents is None else expected["documents"] + expected["empty"]
     seen, content = hashlib.sha256(), hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-      splits = {name: stack.enter_context(_Split(name, directory, job.config, self._encode)) for name in SPLITS}
+    with (directory / "heldout.bin").open("wb") as raw:
+      texts = {"train": None, "heldout": raw}
+      splits = {name: _Split(name, directory, job.config, self._encode, text) for name, text in texts.items()}
       for document in source.read(unit, limit):
         seen.update(b"%d\n" % len(document.data))
         content.update(f"{document.id!r} {len(document.data)}\n".encode())
@@ -66,22 +66,15 @@ class Tokenize:
 class _Split:
   """What of a unit is of one split."""
 
-  def __init__(self, name: str, directory: Path, config: DataConfig, encode: Encode):
+  def __init__(self, name: str, directory: Path, config: DataConfig, encode: Encode, raw: BinaryIO | None):
     self._name, self._directory, self._config, self._encode = name, directory, config, encode
     self._shard = ShardWriter(directory / f"{name}.array_record")
-    self._open = contextlib.ExitStack()
-    self._raw = self._open.enter_context(open(directory / f"{name}.bin", "wb")) if name == "heldout" else None
+    self._raw = raw
     self._batch: list[Document] = []
     self._batch_bytes = self._bytes = self._trained = 0
     self._counts, self._lengths = array.array("i"), array.array("q")
     self.hashes = array.array("Q")
     self.bad: list[str] = []
-
-  def __enter__(self) -> "_Split":
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    self._open.close()
 
   def add(self, document: Document) -> None:
     self._batch.append(document)
@@ -118,7 +111,6 @@ class _Split:
       tokens = counts[:, : PARTS[task][1]]
     np.save(self._directory / f"{self._name}_counts.npy", counts)
     if self._raw is not None:
-      self._open.close()
       np.save(self._directory / f"{self._name}_lengths.npy", np.frombuffer(self._lengths, np.int64))
     return {
       "documents": len(counts),
