@@ -20,11 +20,11 @@ from jaxllm.data.tasks import empty_row, make_task, stacked
 class HeldoutBatches:
   """Iterates, as often as wanted, over the same batches, of which it gives the rows that one host reads.
 
-  A batch holds rows of one source, so that sums over batches are sums by source too. Documents are cut into windows of seq_len without overlap (a window's first token is predicted from the one
-  before it, nothing earlier), and windows share rows without seeing each other. `bytes` is what the scored
-  tokens stand for in the raw text, over all hosts: bits per byte is the sum of all hosts' losses in nats,
-  over ln 2 and over bytes. `tokens` counts the targets, each document's EOS included. Of instruction data, of which
-  only a part is scored, there are no `bytes`.
+  A batch holds rows of one source, so that its sums are those of a source. Documents are cut into windows of seq_len
+  without overlap (a window's first token is predicted from the one before it, nothing earlier), and windows share
+  rows without seeing each other. `bytes` is what the scored tokens stand for in the raw text, over all hosts: bits
+  per byte is the sum of all hosts' losses in nats, over ln 2 and over bytes. `tokens` counts the targets, each
+  document's EOS included. Of instruction data, of which only a part is scored, there are no `bytes`.
   """
 
   def __init__(

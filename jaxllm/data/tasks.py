@@ -408,8 +408,8 @@ def _special(config: DataConfig, tokenizer: Tokenizer, decoder_start_id: int, se
     if noise.sentinel_id is None and (there := _sentinels(tokenizer, sentinel, spans)) < spans:
       raise DataError(
         f"rows of {seq_len} tokens have up to {spans} noise spans, and the tokenizer has {there} sentinels: raise "
-        f"data.corruption.mean_span to {math.ceil(noise.mean_span * spans / there) + 1}, lower training.seq_len, or set "
-        f"data.corruption.sentinel_id to an id past the tokenizer's, {tokenizer.vocab_size + spans - 1}, and "
+        f"data.corruption.mean_span to {math.ceil(noise.mean_span * spans / there) + 1}, lower training.seq_len, or "
+        f"set data.corruption.sentinel_id to an id past the tokenizer's, {tokenizer.vocab_size + spans - 1}, and "
         "model.vocab_size above that"
       )
     if noise.sentinel_id is not None and noise.sentinel_id - spans + 1 < tokenizer.vocab_size:
