@@ -37,12 +37,11 @@ def stage_of(job: Job, stage: str) -> tuple[int, Callable[[int, Path], None], Ca
   return len(sizes), Tokenize(job), sizes.__getitem__
 
 
-def do_stage(job: Job, stage: str, processes: int | None, log: Callable[[str], None], here: bool = False) -> None:
+def do_stage(job: Job, stage: str, processes: int | None, log: Callable[[str], None]) -> None:
   """Does a stage with processes of this machine, others' too; returns when all of it is done.
 
   Args:
     processes: None: one a core, and this one alone where there is little to do.
-    here: in this process whatever there is.
 
   Raises:
     UserError: what a process has found wrong; the others are stopped.
@@ -52,7 +51,7 @@ def do_stage(job: Job, stage: str, processes: int | None, log: Callable[[str], N
   if all(place.is_dir() for place in places):
     return
   small = job.total_bytes < _SMALL and processes is None
-  count = 1 if small or here else min(default_processes() if processes is None else processes, units)
+  count = 1 if small else min(default_processes() if processes is None else processes, units)
   with contextlib.closing(Progress(job, stage, log)) as progress:
     if count == 1:
       total, do, _ = stage_of(job, stage)
@@ -85,10 +84,8 @@ class Progress:
     if now - self._said < (1.0 if self._terminal else _EVERY_S):
       return
     self._said = now
-    before = sum(self._sizes[n] for n in self._left)
     self._left = [n for n in self._left if not self._job.place(self._stage, n).is_dir()]
     left, total = sum(self._sizes[n] for n in self._left), sum(self._sizes)
-    del before
     rate = self._here / (now - self._started)
     eta = f", {_duration(left / rate)} left" if rate and left else ""
     speed = f", {rate / 1e6:.1f} MB/s here" if rate else ""

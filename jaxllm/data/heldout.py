@@ -49,6 +49,7 @@ class HeldoutBatches:
     for info in prepared.sources:
       last = first_length + info.heldout.documents
       if info.heldout.documents and source in ("", info.name):
+        documents = prepared.documents(info, "heldout")  # what is damaged is an error of its own
         try:
           plan = plan_of(
             self._task, prepared, info, "heldout", config=config, packing="best_fit", seq_len=seq_len, seed=None,
@@ -58,7 +59,6 @@ class HeldoutBatches:
           failures.append(error)
         else:
           assert isinstance(plan, TablePlan)
-          documents = prepared.documents(info, "heldout")
           self._parts.append(_Part(info.name, documents, plan, lengths[first_length:last]))
       first_length = last
     if not self._parts and failures:

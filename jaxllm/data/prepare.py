@@ -74,6 +74,7 @@ def prepare(
   key = manifests.digest([manifests.FORMAT, content, names, stamps, _tokenizer_stamp(config), *split])
   job = Job(directory / f"partial-{key[:16]}", config, sources, names)
   prepared: Prepared | None
+  helps = False
   with _errors_in(directory):
     directory.mkdir(parents=True, exist_ok=True)
     while True:
@@ -82,6 +83,9 @@ def prepare(
           prepared, already = _lead(job, key, processes, log)
           break
       # Another host leads; this one helps until all is done, or until it takes over.
+      if not helps:
+        log(f"another process prepares {directory}: helping it")
+      helps = True
       prepared, already = _finished(directory, key), False
       if prepared is not None:
         break
@@ -193,7 +197,8 @@ def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None])
 def _remove(directory: Path, pattern: str, keep: str | None) -> None:
   for path in directory.glob(pattern):
     if path.name != keep:
-      shutil.rmtree(path)
+      # Another host that has just helped may still put things there; they go the next time.
+      shutil.rmtree(path, ignore_errors=pattern.startswith("partial"))
 
 
 def _help(job: Job, processes: int | None, log: Callable[[str], None]) -> None:
@@ -219,7 +224,6 @@ def _build(job: Job, key: str, processes: int | None, log: Callable[[str], None]
     job.announce("lines")
     do_stage(job, "lines", processes, log)
     number_units(job)
-  # In this process where units are not: another would have to open what is open here.
   job.announce("survey")
   do_stage(job, "survey", processes, log)
   found = surveyed(job)

@@ -114,11 +114,23 @@ def _json_lines(file: Any, path: str, number: int, at: int, stop: int | None) ->
     if line.strip():
       where = f"{path}:{number}"
       try:
-        row = json.loads(line.decode("utf-8", "surrogateescape"))
+        row = _parsed(line.decode("utf-8", "surrogateescape"))
       except (ValueError, RecursionError) as error:
         row = DataError(f"{where}: not a JSON object: {first_line(error)}; mend or remove the line")
       yield number, row, where
     number += 1
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _parsed(text: str) -> Any:
+  """`json.loads`, faster where nothing but a line's end stands behind the value."""
+  try:
+    value, end = _DECODER.raw_decode(text)
+  except ValueError:
+    return json.loads(text)
+  return json.loads(text) if text[end:].strip(" \t\r\n") else value
 
 
 def _json(path, relative, config, unit, marks) -> Iterator[Row]:

@@ -52,7 +52,7 @@ def lines(tmp_path_factory):
   path = tmp_path_factory.mktemp("lines") / "corpus.jsonl"
   draw = random.Random(0)
   texts = [
-    " ".join(draw.choices(["river", "stone", "und", "das", "Haus\n"], k=draw.randint(0, 500))) for _ in range(150)
+    " ".join(draw.choices(["river", "stone", "und", "das", "Haus\n"], k=draw.randint(0, 400))) for _ in range(110)
   ]
   texts[40] = "long " * 12_000
   texts[90:100] = texts[10:20]
@@ -91,7 +91,7 @@ def test_units_do_not_change_documents(config, lines, monkeypatch):
   """Ids, texts and split are those of a file that is read in one piece."""
   whole = prepare(config, log=lambda line: None).prepared
   found = []
-  for size in (3_000, 20_000):
+  for size in (5_000, 30_000):
     monkeypatch.setattr(units, "_SMALLEST", size)
     parts = prepare(dataclasses.replace(config, dir=f"{config.dir}{size}"), log=lambda line: None, processes=1).prepared
     assert parts.sources[0].train.shards > 3
@@ -110,7 +110,7 @@ def test_units_do_not_change_documents(config, lines, monkeypatch):
     assert bytes(record.tokens.astype("u1")) == rows[int(record.id.rpartition(b":")[2]) - 1].encode()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [4])
 def test_processes_write_the_same_bytes(config, expected, processes):
   finished(start(config, processes))
   assert content(config) == expected
@@ -118,11 +118,16 @@ def test_processes_write_the_same_bytes(config, expected, processes):
 
 def test_killed_and_resumed_the_same_bytes(config, expected):
   draw = random.Random(0)
-  for _ in range(4):
+  for _ in range(3):
     process = start(config, 2)
     time.sleep(draw.uniform(0.3, 2.0))
+    crew = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    deadline = time.monotonic() + 20
+    while any(map(_alive, crew)) and time.monotonic() < deadline:
+      time.sleep(0.05)
+    assert not any(map(_alive, crew))  # they end with the process that has started them
   finished(start(config, 2))
   assert content(config) == expected
   assert sorted(path.name for path in open_prepared(config).dir.iterdir() if path.name != "lock") == sorted(
