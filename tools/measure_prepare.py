@@ -29,7 +29,7 @@ from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
 _LINES = 200_000  # of real text, of which documents are made
 _SPEED_BYTES = 20_000_000  # tokenized to measure a tokenizer alone
 _JOB = """
-import dataclasses, json, sys, time
+import dataclasses, json, os, sys, time
 from jaxllm.base.settings import from_mapping
 from jaxllm.data import prepare as module
 from jaxllm.data.config import DataConfig
@@ -40,6 +40,10 @@ def timed(job, stage, *rest, **more):
   spans[stage] = time.monotonic() - started
 module.do_stage = timed
 config = from_mapping(DataConfig, json.loads(sys.argv[1]))
+if sys.argv[2] == "1":  # one core, as the tokenizer alone has
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  from jaxllm.data.tokenizers import sentencepiece
+  sentencepiece.THREADS = 1
 info = module.prepare(config, log=lambda line: print(line, file=sys.stderr), processes=int(sys.argv[2]))
 p = info.prepared
 print(json.dumps({"seconds": info.seconds, "stages": spans, "tokens": p.total("train", "tokens"),

@@ -109,7 +109,9 @@ def _duration(seconds: float) -> str:
 
 def _run_crew(job: Job, stage: str, count: int, progress: Progress) -> None:
   """Starts processes and waits for all; what one says of an error is raised here."""
-  environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+  paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]  # where this package is
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+  environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # the others have the other cores
   command = [sys.executable, "-m", "jaxllm.data.worker", str(job.root), stage]
   crew: list[subprocess.Popen] = []
   said: list[dict] = []

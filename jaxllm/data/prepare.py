@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import re
 import shutil
 import time
@@ -144,7 +145,7 @@ def _alone(directory: Path, shared: bool) -> Iterator[bool]:
       stack.enter_context(hold(directory, patience_s=0 if shared else math.inf))
       leads = True
     except UserError:
-      if not shared or not (directory / "lock").exists():
+      if not shared or not os.access(directory / "lock", os.W_OK):
         raise
       leads = False
     yield leads
