@@ -58,10 +58,13 @@ class Job:
     return json.loads((self.place(stage, number) / "facts.json").read_bytes())
 
   def write(self) -> None:
-    """Lets other processes open it."""
+    """Lets other processes open it; what is there of a job with other units goes."""
     units = [[[list(map(list, unit.files)), *unit[1:]] for unit in source.units] for source in self.sources]
     names = [source.name for source in self.sources]
     facts = {"config": settings.to_mapping(self.config), "names": names, "slugs": self.slugs, "units": units}
+    if (self.root / _FILE).exists() and (self.root / _FILE).read_text() != json.dumps(facts):
+      shutil.rmtree(self.root)
+      self.root.mkdir()
     write_atomically(self.root / _FILE, json.dumps(facts))
 
   def announce(self, stage: str) -> None:

@@ -27,7 +27,7 @@ class Library:
 
   def units(self) -> list[Unit]:
     if self._config.streaming:
-      shards = int(self.rows.num_shards)
+      shards = int(getattr(self.rows, "num_shards", None) or self.rows.n_shards)  # as older versions call it
       return [Unit((), shard, shards, 0) for shard in range(shards)]
     table = getattr(getattr(self.rows, "data", None), "nbytes", None)
     return row_ranges(len(self.rows), table or _ROW_BYTES * len(self.rows))

@@ -18,7 +18,7 @@ from jaxllm.data.config import SourceConfig
 from jaxllm.data.libraries import Library, file_facts, import_library, stamp_of
 from jaxllm.data.paths import match_files, patterns_of, root_of
 from jaxllm.data.readers import Marks, missing_field, rows_of, units_of_files, without_none
-from jaxllm.data.streams import without_suffix
+from jaxllm.data.streams import MOST_BYTES, without_suffix
 from jaxllm.data.text import to_bytes
 from jaxllm.data.units import Unit, count_lines, numbered
 
@@ -84,6 +84,8 @@ class Source:
         if not unit.files and not (config.field or config.fields):
           row = without_none(row)
         data = _content(row, config, where) if self._content is None else self._converted(row, where)
+        if data is not None and len(data) > MOST_BYTES:
+          raise DataError(f"{where} is a document of over {MOST_BYTES >> 20} MiB; split it into several")
       except DataError as error:
         if self._on_bad_row == "error":
           raise

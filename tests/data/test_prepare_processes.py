@@ -227,3 +227,20 @@ def test_duplicates_are_counted(config):
   )
   assert prepared.heldout_duplicates == len(train & held)
   assert any("word for word" in line for line in said) == bool(train & held)
+
+
+def test_results_of_other_units_are_not_taken(config, expected, monkeypatch):
+  """As those of an older version, which has cut the source otherwise."""
+  from jaxllm.data import prepare as module
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(units, "_SMALLEST", 3 * UNIT)
+    patch.setattr(module, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+      prepare(config, log=lambda line: None, processes=1)
+  monkeypatch.setattr(units, "_SMALLEST", UNIT)
+  prepare(config, log=lambda line: None, processes=1)
+  assert content(config) == expected
