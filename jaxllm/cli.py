@@ -1,57 +1,128 @@
 """What the doors share: reading `--config`, reporting errors, exit codes."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from jaxllm.base import settings
+from jaxllm.base import settings, stopping
 from jaxllm.base.errors import UserError
 from jaxllm.base.files import local_path
+from jaxllm.base.os_errors import explain, one_line
+
+if stopping.runs_a_door():  # before anything that takes long is imported
+  stopping.install()
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-  """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug.
+  """Runs a door's `main(argv)`; what the user can mend becomes one line and exit code 2, a traceback with --debug.
 
-  In a job of several processes an error does not return: it ends this process at once, and the others with it.
+  A signal ends a door with one line and 128 + its number, see `jaxllm.base.stopping`. In a job of several processes an
+  error does not return: it ends this process at once, and the others with it.
   """
+  is_program = stopping.runs_a_door()
+  if is_program:
+    stopping.install()
+  open_standard_streams()
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
+  logging.raiseExceptions = debug  # a log that nobody can read must not fill it with tracebacks
   logging.getLogger("jaxllm").setLevel(logging.INFO)
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)  # libraries say again what we say
+  code = 0
   try:
-    return main(argv) or 0
-  except UserError as error:
-    leave(error, 2, None if debug else f"error: {error}")
-    if debug:
+    code = main(argv) or 0
+    sys.stdout.flush()
+  except SystemExit as stop:  # argparse's
+    code = stop.code if isinstance(stop.code, int) else 1
+    if not is_program:
       raise
-    print(f"error: {error}", file=sys.stderr)
-    return 2
   except KeyboardInterrupt as error:
-    leave(error, 130, "stopped")
+    code = getattr(error, "code", 130)
+    leave(error, code, "stopped")
+    if is_program:
+      stopping.leave(code, stopping.LINE)
     print("stopped", file=sys.stderr)
-    return 130
   except BrokenPipeError as error:
     leave(error, 1, "error: nobody reads the output")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except OSError as error:
-    line = f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    leave(error, 2, None if debug else line)
-    if debug:
-      raise
-    print(line, file=sys.stderr)
-    return 2
+    _to_nowhere(sys.stdout)
   except BaseException as error:
-    leave(error, 1)
-    raise
+    line = explain_error(error)
+    code = 1 if line is None else 2
+    leave(error, code, None if debug or line is None else f"error: {line}")
+    if debug or line is None:
+      raise
+    with contextlib.suppress(OSError):
+      print(f"error: {line}", file=sys.stderr, flush=True)
+    _to_nowhere(sys.stdout)
+  if is_program:
+    stopping.over()
+  return code
+
+
+def explain_error(error: BaseException) -> str | None:
+  """One line for an error that the user can mend; None for a bug of ours."""
+  if isinstance(error, UserError):
+    return one_line(error)
+  if isinstance(error, UnicodeEncodeError):
+    return (
+      f"the output is in {error.encoding}, which has no {error.object[error.start : error.start + 1]!a}; set "
+      "PYTHONIOENCODING=utf-8, or a locale such as LANG=C.UTF-8"
+    )
+  if isinstance(error, RecursionError):
+    return "something is nested too deeply: a config, a JSON file or a chat template"
+  text = str(error)
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    what = one_line(text.splitlines()[0] if text else "", 200)
+    return f"out of memory{f' ({what})' if what else ''}; use a smaller batch, context or model, or a larger machine"
+  if isinstance(error, OSError) and error.errno is not None and error.filename is None and _stdout_fails():
+    return explain(error, "cannot write", "stdout")
+  if isinstance(error, Exception) and (line := explain(error)) is not None:
+    more = "" if isinstance(error, OSError) else f" ({type(error).__name__}: {one_line(text, 160)})"
+    return line + more
+  return one_line(text, 300) if isinstance(error, OSError) else None
+
+
+def open_standard_streams() -> None:
+  """Gives stdin, stdout and stderr that the parent has closed a place of their own: else the next file that is opened
+  would be taken for one of them. Reading or writing them fails, as it should."""
+  for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    if getattr(sys, name) is not None:
+      continue
+    with contextlib.suppress(OSError):
+      os.fstat(number)
+      continue
+    handle = os.open(os.devnull, os.O_WRONLY if number == 0 else os.O_RDONLY)
+    if handle != number:
+      os.dup2(handle, number)
+      os.close(handle)
+    setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def _stdout_fails() -> bool:
+  """Whether what was printed is still to be written, and cannot be."""
+  try:
+    sys.stdout.flush()
+  except (OSError, ValueError):
+    return True
+  return False
+
+
+def _to_nowhere(stream: TextIO) -> None:
+  """What is still to be written goes nowhere; Python would fail once more at the end."""
+  try:
+    stream.flush()
+  except (OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave(error: BaseException, code: int, line: str | None = None) -> None:

@@ -10,7 +10,6 @@ let one do that. What nobody meant to change is still met with more than silence
 """
 
 import concurrent.futures
-import fnmatch
 import hashlib
 import json
 import logging
@@ -167,9 +166,9 @@ def check(directory: Path, read_if_there: Sequence[str] = (), quiet: bool = Fals
     verify(directory, settled)
     for name in files.keys() - settled.keys():  # a program was killed while it replaced this one
       _verify_either(directory, name, files[name], files[name]["was"])
-    for name in files_in(directory) if read_if_there else ():
-      if name not in files and any(fnmatch.fnmatch(name, pattern) for pattern in read_if_there):
-        raise DamagedError(f"{directory / name} was not there when {directory} was written")
+    for path in (path for pattern in read_if_there for path in directory.glob(pattern)):
+      if path.relative_to(directory).as_posix() not in files:
+        raise DamagedError(f"{path} was not there when {directory} was written")
   except DamagedError as error:
     raise CheckpointError(
       f"{error}; put back what was there, or, if the change was meant, delete {place}: the files are then used "

@@ -35,7 +35,10 @@ def local_path(path: str | os.PathLike) -> Path:
       f"{re.sub(':/+', '://', text, count=1)} is a URL, and object stores cannot be read or written yet; "
       "mount it, or take a path on a disk"
     )
-  return Path(text).expanduser()
+  try:
+    return Path(text).expanduser()
+  except RuntimeError as error:  # ~ of a user who is not known, or without HOME
+    raise ConfigError(f"{text} begins with the home of a user whom this machine does not know; write it out") from error
 
 
 @contextlib.contextmanager

@@ -1,14 +1,22 @@
 """The files of directories of models and of runs: config.json, generation_config.json, a tokenizer's."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.os_errors import file_errors
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHECKPOINTS = "checkpoints"  # of a run
+TOKENIZER = "tokenizer"  # of a run
+# What is read where it is there, so that a directory with a manifest must not have one that the manifest has not
+READ_IF_THERE = (
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja"),
+  *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja", GENERATION_FILE),
+)
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
 ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form
@@ -22,10 +30,12 @@ def read_json(path: Path) -> dict[str, Any]:
     CheckpointError: no such file, or no object in it.
   """
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise CheckpointError(f"{path.parent} has no {path.name}") from None
-  except (OSError, ValueError, RecursionError) as error:
+    with file_errors(path):
+      text = path.read_text(encoding="utf-8") if os.path.lexists(path) else None
+    if text is None:
+      raise CheckpointError(f"{path.parent} has no {path.name}")
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
     raise CheckpointError(f"cannot read {path}: {error}") from error
   if not isinstance(value, dict):
     raise CheckpointError(f"{path} holds no JSON object")

@@ -129,7 +129,7 @@ def test_the_base_must_stay_what_it_was(job, base, tmp_path):
   with pytest.raises(CheckpointError, match="began with .*base, which has changed since; put back what was there"):
     load_model(tmp_path / "run")
   shutil.rmtree(moved)
-  with pytest.raises(CheckpointError, match="no model at .*base: there is no such path"):
+  with pytest.raises(CheckpointError, match="no model at .*base: there is no such file or folder"):
     load_model(tmp_path / "run")
 
 

@@ -160,8 +160,6 @@ def change_model(**fields):
 @pytest.mark.parametrize(
   "damage, error, message",
   [
-    (flip_bits, CheckpointError, "damaged"),
-    (lambda p: (p / "params.sha256.json").unlink(), CheckpointError, "cut off"),
     (lambda p: (p / "config.json").unlink(), CheckpointError, "is not a model"),
     (lambda p: (p / "config.json").write_text("{}"), CheckpointError, "not a jaxllm model"),
     (lambda p: (p / "config.json").write_text("{"), CheckpointError, "cannot read .*config.json"),
@@ -179,13 +177,14 @@ def change_model(**fields):
 )
 def test_a_broken_model_is_refused_in_one_line(copy, damage, error, message):
   damage(copy)
+  (copy / "jaxllm_manifest.json").unlink()  # which would say it first
   with pytest.raises(error, match=message) as raised:
     load_model(copy)
   assert "\n" not in str(raised.value)
 
 
 def test_what_is_no_model_is_refused(saved, tmp_path):
-  with pytest.raises(CheckpointError, match="there is no such path"):
+  with pytest.raises(CheckpointError, match="no model at .*nothing: there is no such file or folder"):
     load_model(tmp_path / "nothing")
   with pytest.raises(CheckpointError, match="is not a model"):
     load_model(tmp_path)

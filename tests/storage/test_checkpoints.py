@@ -466,7 +466,6 @@ def test_a_full_disk_is_called_so(tmp_path):
   result = subprocess.run(
     [*prefix, sys.executable, "-c", code, tmp_path, "True"], env=env, text=True, capture_output=True
   )
-  last = "the last good checkpoint is step 1"
   line = (
     f"under {tmp_path}: the disk is full; free some space, or choose another disk; the last good checkpoint is step 1"
   )
