@@ -89,6 +89,7 @@ def test_text_begins_with_the_start_token_and_ends_before_the_end_token(saved):
 
 
 def test_the_models_own_sampling_settings(copy):
+  (copy / "jaxllm_manifest.json").unlink()  # the file is changed on purpose
   settings = {"temperature": 0, "top_k": 7, "max_new_tokens": 3, "do_sample": True}
   (copy / "generation_config.json").write_text(json.dumps(settings))
   model = load_model(copy)
