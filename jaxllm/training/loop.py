@@ -200,6 +200,8 @@ class Run:
   measured: dict[int, dict[str, float]]  # what was measured at each of the last few steps
   latest: dict[str, float]  # the last value of every metric
   stopped: bool = False  # somebody asked for it
+  saves_asked: int = 0  # by SIGUSR1
+  saves_made: int = 0
 
   def __post_init__(self):
     # Where the data stood after the last few steps, and how many passes over it that was
@@ -245,8 +247,10 @@ class Run:
     return self.program.policy(self.state.params, self.frozen)
 
   def ask(self) -> None:
-    """Whether any process was told to stop: all hear the same answer, and no device waits for it."""
-    self.stopped = self.stopped or agreement.anywhere(self.stop.requested)
+    """Whether any process was told to stop, or to save: all hear the same answer, and no device waits for it."""
+    heard = agreement.gather([self.stop.requested, self.stop.saves])
+    self.stopped = self.stopped or any(requested for requested, _ in heard)
+    self.saves_asked = max(saves for _, saves in heard)
 
   def act(self) -> None:
     """Evaluates, samples and saves, each where it is due; also what a run that was stopped here had left out."""
@@ -256,6 +260,8 @@ class Run:
       (self.settings.checkpoint.every, self.save),
     )
     due = [act for every, act in actions if self.step and every > 0 and self.step % every == 0]
+    if self.step and self.saves_asked > self.saves_made:
+      due.append(self.save_as_asked)
     if due:
       self.drain()
       with self.meter.pause():
@@ -364,6 +370,13 @@ class Run:
     if self.settings.objective.writes_text and not agreement.from_first(self.metrics.has_text(self.step, "sample")):
       text = sample_text(self.program, self.policy(), self.tokenizer, self.settings.training)
       self.metrics.log_text(self.step, "sample", text)
+
+  def save_as_asked(self) -> None:
+    """The checkpoint that SIGUSR1 asks for, on disk before the next step: the job may be killed soon."""
+    self.saves_made = self.saves_asked
+    self.save()
+    self.checkpoints.wait()
+    self.progress.say(f"step {self.step} is saved, as SIGUSR1 asks; the run goes on")
 
   def save(self, number: int | None = None) -> None:
     """A checkpoint of the step that is done, or of the one before a bad step, after which the state stood still."""

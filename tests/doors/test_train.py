@@ -90,6 +90,7 @@ def test_a_run_of_an_earlier_version_goes_on(door, job, trained, tmp_path):
   saved["training"]["z_loss"] = saved["objective"].pop("z_loss")
   del saved["compute"], saved["training"]["sample_tokens"]
   (run / "config.json").write_text(json.dumps(saved))
+  (run / "jaxllm_manifest.json").unlink()
   texts = [door("generate", f"--model={d}", "--prompt=a", "--seed=1", "--max-tokens=4")[:2] for d in (run, trained)]
   assert texts[0] == texts[1] and texts[0][0] == 0
   flags = [f"--config={job}", f"--workdir={run}", "--config.training.sample_tokens=8"]
