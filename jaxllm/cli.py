@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import os
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,10 +16,47 @@ from jaxllm.base.errors import UserError
 from jaxllm.base.files import local_path
 from jaxllm.base.os_errors import explain, one_line
 
+
+class _Stdout(io.TextIOWrapper):
+  """Says of its errors that they are its own."""
+
+  def write(self, text: str) -> int:
+    with _named("stdout"):
+      return super().write(text)
+
+  def flush(self) -> None:
+    with _named("stdout"):
+      super().flush()
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or name
+    raise
+
+
+def open_standard_streams() -> None:
+  """Gives stdin, stdout and stderr that the parent has closed a place of their own: else the next file that is opened
+  would be taken for one of them. Reading or writing the first two fails, as it should; what is said goes nowhere."""
+  for name, mode, way in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+    if getattr(sys, name) is None:  # the lowest number that is free is its
+      setattr(sys, name, os.fdopen(os.open(os.devnull, way), mode))
+  if type(sys.stdout) is io.TextIOWrapper:
+    out = sys.stdout
+    how: dict[str, Any] = {key: getattr(out, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+    sys.stdout = _Stdout(out.buffer, **how)
+    sys.__stdout__ = out  # which would take the buffer along
+
+
 if stopping.runs_a_door():  # before anything that takes long is imported
+  open_standard_streams()
   stopping.install()
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
+LEAST_FILES = 64  # that a door may need to have open
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -28,8 +67,7 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   """
   is_program = stopping.runs_a_door()
   if is_program:
-    stopping.install()
-  open_standard_streams()
+    _raise_limit_of_files()
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
@@ -39,12 +77,13 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)  # libraries say again what we say
   code = 0
   try:
-    code = main(argv) or 0
+    try:
+      code = main(argv) or 0
+    except SystemExit as stop:  # argparse's
+      code = stop.code if isinstance(stop.code, int) else 1
+      if not is_program:
+        raise
     sys.stdout.flush()
-  except SystemExit as stop:  # argparse's
-    code = stop.code if isinstance(stop.code, int) else 1
-    if not is_program:
-      raise
   except KeyboardInterrupt as error:
     code = getattr(error, "code", 130)
     leave(error, code, "stopped")
@@ -83,37 +122,23 @@ def explain_error(error: BaseException) -> str | None:
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
     what = one_line(text.splitlines()[0] if text else "", 200)
     return f"out of memory{f' ({what})' if what else ''}; use a smaller batch, context or model, or a larger machine"
-  if isinstance(error, OSError) and error.errno is not None and error.filename is None and _stdout_fails():
-    return explain(error, "cannot write", "stdout")
+  if isinstance(error, OSError) and error.filename == "stdout":
+    return explain(error, "cannot write")
   if isinstance(error, Exception) and (line := explain(error)) is not None:
     more = "" if isinstance(error, OSError) else f" ({type(error).__name__}: {one_line(text, 160)})"
     return line + more
   return one_line(text, 300) if isinstance(error, OSError) else None
 
 
-def open_standard_streams() -> None:
-  """Gives stdin, stdout and stderr that the parent has closed a place of their own: else the next file that is opened
-  would be taken for one of them. Reading or writing them fails, as it should."""
-  for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-    if getattr(sys, name) is not None:
-      continue
-    with contextlib.suppress(OSError):
-      os.fstat(number)
-      continue
-    handle = os.open(os.devnull, os.O_WRONLY if number == 0 else os.O_RDONLY)
-    if handle != number:
-      os.dup2(handle, number)
-      os.close(handle)
-    setattr(sys, name, os.fdopen(number, mode, closefd=False))
-
-
-def _stdout_fails() -> bool:
-  """Whether what was printed is still to be written, and cannot be."""
-  try:
-    sys.stdout.flush()
-  except (OSError, ValueError):
-    return True
-  return False
+def _raise_limit_of_files() -> None:
+  """Allows this program as many open files as its parent lets it: C++ just aborts where there are too few."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != hard:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+    print(f"error: a limit of {hard} open files is too low; raise it (ulimit -n {LEAST_FILES})", file=sys.stderr)
+    stopping.leave(2)
 
 
 def _to_nowhere(stream: TextIO) -> None:

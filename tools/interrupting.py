@@ -58,11 +58,11 @@ def interrupt(
     patience_s: how long it may take to end; then it is killed.
     group: whether all processes of its group get the signals, as from a terminal; else the first alone, as by kill(1).
   """
-
-  def reset() -> None:
-    for number in STOPS:
-      signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
+  # Between fork and exec, in a parent that may have threads, nothing of ours should run: so a program does it.
+  reset = "import os, signal, sys\n" + "".join(
+    f"signal.signal({number:d}, signal.{'SIG_IGN' if number in ignored else 'SIG_DFL'})\n" for number in STOPS
+  )
+  start = [sys.executable, "-I", "-S", "-c", reset + "os.execvp(sys.argv[1], sys.argv[1:])"]
   before = _files(look_at)
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
   process = subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=reset, **pipes)

@@ -96,7 +96,8 @@ def new_directory(path: Path, may_replace: Callable[[Path], bool] = lambda _: Fa
       raise CheckpointError(f"{path} has other things in it; choose an empty or new directory")
     new, old = _beside(path, "partial"), _beside(path, "replaced")
     try:
-      new.parent.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(FileExistsError):  # a file stands where a folder should: mkdir says it better
+        new.parent.mkdir(parents=True, exist_ok=True)
       _remove(new)
       new.mkdir()
       yield new

@@ -54,6 +54,7 @@ MISSING = (errno.ENOENT, errno.ENOTDIR)
 _SAID = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _SAID += (errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ESTALE, errno.EIO)
 _IN_WORDS = {os.strerror(number).lower(): number for number in _SAID}
+_IN_WORDS |= {"can't start new thread": errno.EAGAIN, "std::bad_alloc": errno.ENOMEM}
 _NUMBERS = (r"os_error_code='(\d+)'", r"\[Errno (\d+)\]", r"\berrno[:= ]+(\d+)", r"\(os error (\d+)\)")
 _LONGEST = 300  # characters of a path or reason that a message repeats
 
@@ -106,13 +107,22 @@ def explain(error: BaseException, doing: str = "", path: str | os.PathLike | Non
   number = number_of(error)
   if number is None:
     return None
-  names = [name for name in (getattr(error, "filename", None), path) if isinstance(name, str | bytes | os.PathLike)]
+  own = getattr(error, "filename", None)
+  if path is not None and own is not None and _is_part_of(own, path):
+    own = None
+  names = [name for name in (own, path) if isinstance(name, str | bytes | os.PathLike)]
   place = os.fsdecode(names[0]) if names else ""
   what, advice = KNOWN.get(number, (os.strerror(number).lower(), "check it, then start again"))
   if number == errno.ENOENT and place and (link := _dangling(Path(place))) is not None:
     what, advice = f"{link} is a link to {os.readlink(link)}, which is not there", "mend or remove the link"
   head = " ".join(filter(None, (doing, one_line(place, _LONGEST))))
   return one_line(f"{head}: {what}; {advice}" if head else f"{what}; {advice}")
+
+
+def _is_part_of(name: object, path: str | os.PathLike) -> bool:
+  """Whether a file is one under whose hidden or temporary name `path` is being written, see `jaxllm.base.files`."""
+  name, asked = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else "", os.fspath(path)
+  return name == f"{asked}.tmp" or f"/.{os.path.basename(asked)}.partial" in name
 
 
 def _dangling(path: Path) -> Path | None:
