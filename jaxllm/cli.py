@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxllm.base import settings, stopping
+from jaxllm.base import environment, settings, stopping
 from jaxllm.base.errors import UserError
 from jaxllm.base.files import local_path
 from jaxllm.base.os_errors import explain, one_line
@@ -51,7 +51,17 @@ def open_standard_streams() -> None:
     sys.__stdout__ = out  # which would take the buffer along
 
 
+def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """Reports what went wrong before a door began, while it was imported."""
+  line = None if "--debug" in sys.argv else explain_error(error)
+  if line is None:
+    sys.__excepthook__(kind, error, trace)
+  else:
+    stopping.leave(2, f"error: {line}\n".encode(errors="replace"))
+
+
 if stopping.runs_a_door():  # before anything that takes long is imported
+  sys.excepthook = _say
   open_standard_streams()
   stopping.install()
 
@@ -78,6 +88,7 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   code = 0
   try:
     try:
+      environment.check()
       code = main(argv) or 0
     except SystemExit as stop:  # argparse's
       code = stop.code if isinstance(stop.code, int) else 1
@@ -119,6 +130,8 @@ def explain_error(error: BaseException) -> str | None:
   if isinstance(error, RecursionError):
     return "something is nested too deeply: a config, a JSON file or a chat template"
   text = str(error)
+  if text.startswith("Unable to initialize backend") or "for environment" in text:  # jax's, of its variables
+    return f"{one_line(text.splitlines()[0], 300)}; mend the environment variable (JAX_PLATFORMS, JAX_…)"
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
     what = one_line(text.splitlines()[0] if text else "", 200)
     return f"out of memory{f' ({what})' if what else ''}; use a smaller batch, context or model, or a larger machine"

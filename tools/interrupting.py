@@ -65,7 +65,7 @@ def interrupt(
   start = [sys.executable, "-I", "-S", "-c", reset + "os.execvp(sys.argv[1], sys.argv[1:])"]
   before = _files(look_at)
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-  process = subprocess.Popen(list(command), env=environment, start_new_session=True, preexec_fn=reset, **pipes)
+  process = subprocess.Popen([*start, *command], env=environment, start_new_session=True, **pipes)
   send = os.killpg if group else os.kill
   said = b""
   try:

@@ -236,6 +236,22 @@ def test_alone(values, variables, recwarn, caplog):
   assert not caplog.records and not recwarn.list
 
 
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"])
+def test_a_cluster_whose_variable_is_no_number_is_named(name, variables):
+  variables(**SLURM | {name: "x"})
+  with pytest.raises(ConfigError, match=rf"{name} is 'x'; it must be a whole number.*JAX_NUM_PROCESSES=1 runs this"):
+    hosts.join_hosts()
+
+
+@pytest.mark.parametrize("value", ["x", "0", "70000", "-1", "1.5"])
+def test_a_port_that_is_none(value, variables):
+  variables(JAX_COORDINATOR_PORT=value)
+  with pytest.raises(
+    ConfigError, match=f"JAX_COORDINATOR_PORT is '{value}'; it must be a whole number from 1 to 65535"
+  ):
+    hosts.join_hosts()
+
+
 @pytest.mark.parametrize("name, value", [("SLURM_NTASKS", "x"), ("SLURM_PROCID", ""), ("SLURM_JOB_ID", "?")])
 def test_a_cluster_whose_variables_make_no_sense(name, value, variables):
   variables(**SLURM | {name: value})
