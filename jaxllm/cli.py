@@ -62,6 +62,10 @@ def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
 
 if stopping.runs_a_door():  # before anything that takes long is imported
   sys.excepthook = _say
+  if (
+    "--debug" not in sys.argv
+  ):  # what a library's callback or a destructor raises is nobody's to mend, or said elsewhere
+    sys.unraisablehook = lambda raised: logging.getLogger("jaxllm").debug("%s", raised)
   open_standard_streams()
   stopping.install()
 
@@ -84,7 +88,8 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
   logging.raiseExceptions = debug  # a log that nobody can read must not fill it with tracebacks
   logging.getLogger("jaxllm").setLevel(logging.INFO)
-  logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)  # libraries say again what we say
+  for library in ("absl", "asyncio"):  # which say again what we say
+    logging.getLogger(library).setLevel(logging.ERROR if debug else logging.CRITICAL)
   code = 0
   try:
     try:
@@ -105,6 +110,9 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
     leave(error, 1, "error: nobody reads the output")
     _to_nowhere(sys.stdout)
   except BaseException as error:
+    if stopping.interrupted is not None:
+      leave(error, 128 + stopping.interrupted, "stopped")
+      stopping.leave(128 + stopping.interrupted, stopping.LINE)
     line = explain_error(error)
     code = 1 if line is None else 2
     leave(error, code, None if debug or line is None else f"error: {line}")

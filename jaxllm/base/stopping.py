@@ -52,6 +52,7 @@ class Interrupted(KeyboardInterrupt):
 _patient = False  # somebody takes the first signal as a request of its own, and may need long
 _apart = False  # Ctrl-C ends something else than the program
 _over = False  # the program's work is done
+interrupted: int | None = None  # the signal that has; a library may have made another error of Interrupted
 saves_asked = 0  # SIGUSR1's so far
 
 
@@ -128,6 +129,7 @@ def leave(code: int, line: bytes = b"") -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+  global interrupted
   if _over:
     os._exit(128 + number)
   while frame is not None:
@@ -137,6 +139,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
   for each in STOPS:  # what cleans up is not to be interrupted; the thread listens on
     if not is_ignored(each):
       signal.signal(each, _nothing)
+  interrupted = number
   raise Interrupted(number)
 
 

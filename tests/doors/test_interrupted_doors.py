@@ -44,7 +44,7 @@ def test_a_run_is_saved(job, tmp_path, signals):
   found = interrupt(training(job, tmp_path / "run"), began, signals, look_at=[tmp_path])
   assert found.code == 0 and "which is saved; to go on: python -m jaxllm.train" in found.output, found
   assert any(path.endswith("manifest.json") and "/checkpoints/" in path for path in found.left)
-  assert not any("Traceback" in line for line in found.lines)
+  assert not any("Traceback" in line for line in found.lines), found.lines
 
 
 def test_the_same_signal_twice_ends_it_at_once(job, tmp_path):
@@ -57,7 +57,7 @@ def test_usr1_saves_and_the_run_goes_on(job, tmp_path):
   flags = ["--config.checkpoint.every=0", "--config.training.eval_every=0"]
   found = interrupt(training(job, tmp_path / "run", *flags, steps=60), began, [USR1])
   assert found.code == 0 and "is saved, as SIGUSR1 asks; the run goes on" in found.output, found
-  assert "done: step 200" in found.output
+  assert "done: step 60" in found.output
 
 
 def test_what_the_parent_ignores_stays_ignored(job, tmp_path):
@@ -74,4 +74,4 @@ def test_text_is_cut_short(job, tmp_path, door, signals):
   for after in (1.0, 2.5):
     found = interrupt(command, after, signals, look_at=[tmp_path])
     assert found.code in [128 + number for number in signals] and found.lines[-1] == "stopped" and not found.left, found
-    assert not any("Traceback" in line or "Fatal" in line for line in found.lines)
+    assert not any("Traceback" in line or "Fatal" in line for line in found.lines), found.lines
