@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from jaxllm.base import ranges
 from jaxllm.base.errors import ConfigError
 
 TAGS = ("name", "kind")  # a group uses one of them
@@ -45,6 +46,7 @@ def from_mapping(cls: type, values: Any, path: str = "") -> Any:
       hint = f"did you mean {path + '.' if path else ''}{near[0]}?" if near else f"known: {', '.join(hints) or 'none'}"
       raise ConfigError(f"unknown config key {full}; {hint}")
     kwargs[name] = convert(hints[name], values[name], full)
+  ranges.check(cls, kwargs, path)
   return cls(**kwargs)
 
 
