@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal
 
-from jaxllm.base.errors import ConfigError
 from jaxllm.base.ranges import Count
 
 
@@ -16,11 +15,6 @@ class CheckpointConfig:
   best_mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name, else the lowest
   keep_every: Count | None = None  # also keep for ever each multiple of this many steps
   asynchronous: bool = True
-
-  def __post_init__(self):
-    for name in ("every", "keep_last", "keep_best", "keep_every"):
-      if (getattr(self, name) or 0) < 0:
-        raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
 
   @property
   def highest(self) -> bool:

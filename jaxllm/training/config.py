@@ -25,9 +25,6 @@ class EarlyStoppingConfig:
   mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name
 
   def __post_init__(self):
-    for name in ("patience", "min_delta"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"training.early_stopping.{name} is {getattr(self, name)}; it must not be negative")
     if self.patience and self.mode == "auto" and higher_is_better(self.metric) is None:
       raise ConfigError(
         f"training.early_stopping.metric is {self.metric!r}, of which it is not known whether more is better: set "
@@ -37,7 +34,7 @@ class EarlyStoppingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  steps: Count = 1000
+  steps: Size = 1000
   batch_size: Size = 8  # sequences per optimizer step, over all hosts
   seq_len: Size = 256
   accumulation: Size = 1  # micro-batches per optimizer step
@@ -59,12 +56,6 @@ class TrainingConfig:
   sample_temperature: Amount = 0.8
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "seq_len", "accumulation"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("eval_every", "eval_batches", "sample_every", "neftune_alpha"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
     if self.early_stopping.patience and not self.eval_every:
       raise ConfigError("training.early_stopping.patience counts evaluations; set training.eval_every")
     if self.replay_limit is not None and not self.replay_dir:
@@ -104,14 +95,6 @@ class OptimizerConfig:
   loss_scale: Positive = 2.0**15  # float16 only: where dynamic loss scaling starts
   loss_scale_growth_steps: Size = 2000
 
-  def __post_init__(self):
-    if self.learning_rate < 0:
-      raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must not be negative")
-    if self.warmup_steps < 0:
-      raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
-    if not 0 <= self.decay_fraction <= 1:
-      raise ConfigError(f"optimizer.decay_fraction is {self.decay_fraction}; it is a share between 0 and 1")
-
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
@@ -124,20 +107,11 @@ class LoggingConfig:
   mlflow_uri: str = ""  # "": sqlite file mlflow.db in the run directory
   mlflow_experiment: str = "jaxllm"
 
-  def __post_init__(self):
-    if self.every < 1:
-      raise ConfigError(f"logging.every is {self.every}; it must be at least 1")
-
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
   steps: Count = 0  # trace so many steps into <run>/profile
   start: Count = 10  # the first of them, counted from the start of this process
-
-  def __post_init__(self):
-    for name in ("steps", "start"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"profile.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

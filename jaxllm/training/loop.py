@@ -68,6 +68,12 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
   agreement.check_same({**flatten(to_mapping(run)), "--workdir": str(workdir)}, "the config")
   run, start = open_start(run, Path(workdir))
   training, settings = run.training, to_mapping(run)
+  if run.optimizer.warmup_steps >= training.steps:
+    logger.warning(
+      "optimizer.warmup_steps %d are not fewer than training.steps %d: the learning rate never reaches its peak",
+      run.optimizer.warmup_steps,
+      training.steps,
+    )
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)

@@ -164,6 +164,37 @@ def test_sweep_makes_a_run_directory_per_point_and_a_table(door, job, tmp_path):
   assert all(run in line for run, line in zip(runs, table[1:]))
 
 
+@pytest.mark.parametrize(
+  "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_point_without_memory_is_a_row_and_the_others_follow(door, job, tmp_path, monkeypatch, error):
+  from jaxllm.training import loop
+
+  train, calls = loop.train, []
+
+  def first_fails(run, directory):
+    calls.append(directory)
+    if len(calls) == 1:
+      raise error
+    return train(run, directory)
+
+  monkeypatch.setattr(loop, "train", first_fails)
+  code, out, err = door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
+  assert code == 2 and len(calls) == 2
+  failed, whole = out.splitlines()[-2:]
+  assert failed.startswith("learning_rate=0.001,steps=2  failed: out of memory") and "failed" not in whole
+  assert err.splitlines()[-1] == "error: 1 of 2 points failed: learning_rate=0.001,steps=2"
+  assert read_metrics(calls[1])[-1]["step"] == 2
+
+
+def test_a_bug_of_ours_ends_a_sweep(door, job, tmp_path, monkeypatch):
+  from jaxllm.training import loop
+
+  monkeypatch.setattr(loop, "train", lambda *_: {}["a"])
+  with pytest.raises(KeyError):
+    door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
+
+
 BAD = [
   (["--config.training.stepz=3"], ["unknown config key training.stepz", "training.steps"]),
   (["--config.training.steps=soon"], ["training.steps", "whole number"]),
