@@ -51,8 +51,10 @@ KNOWN = {
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 
 # Those whose words mean nothing else in the text of a library's error.
-_SAID = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_SAID += (errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ESTALE, errno.EIO)
+_SAID = (
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+  *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ESTALE, errno.EIO),
+)
 _IN_WORDS = {os.strerror(number).lower(): number for number in _SAID}
 _IN_WORDS |= {"can't start new thread": errno.EAGAIN, "std::bad_alloc": errno.ENOMEM}
 _NUMBERS = (r"os_error_code='(\d+)'", r"\[Errno (\d+)\]", r"\berrno[:= ]+(\d+)", r"\(os error (\d+)\)")

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -84,7 +85,7 @@ def cache_dir() -> Path:
   if not asked and os.path.isabs(home) and home != "/":
     places = [Path(home) / ".cache" / "jaxllm"]
   places.append(Path(tempfile.gettempdir()) / f"jaxllm-{os.getuid()}")
-  reasons = []
+  reasons: list[str] = []
   for place in places:
     reason = make_private(place)
     if reason is None:
@@ -172,11 +173,13 @@ def _compile(scratch: Path) -> Path:
 def _run(commands: list[list[str]]) -> list[str]:
   """Runs commands beside each other, and returns what each has printed. Raises BuildError when one of them fails."""
   deadline = time.monotonic() + PATIENCE_S
-  pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+  pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   running: list[subprocess.Popen] = []
   try:
     for command in commands:
-      running.append(subprocess.Popen(command, text=True, errors="replace", start_new_session=True, **pipes))  # type: ignore[call-overload]
+      # The user's own compiler (CXX), with our words: no shell reads them (S603).
+      process = subprocess.Popen(command, errors="replace", start_new_session=True, **pipes)  # noqa: S603
+      running.append(process)
     said = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in running]
   except subprocess.TimeoutExpired:
     raise BuildError(f"{commands[0][0]} has not ended within {PATIENCE_S:g} s") from None

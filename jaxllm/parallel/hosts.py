@@ -248,7 +248,8 @@ def _what_broke(job: Job) -> str:
 def _check_port(address: str) -> None:
   """Raises ConfigError where something else listens on the coordinator's port."""
   port = _host_and_port(address)[1]
-  for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+  # All interfaces, as the coordinator will (S104); nothing is listened to, and the port is given up at once.
+  for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104
     with contextlib.suppress(OSError), socket.socket(family) as attempt:
       attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       if family == socket.AF_INET6:

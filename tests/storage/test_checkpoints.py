@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.os_errors import KNOWN
+from jaxllm.base.settings import from_mapping
 from jaxllm.storage.checkpoints import Checkpoints, steps_to_keep
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, restore_params
@@ -197,7 +198,7 @@ def test_retention_is_what_its_words_say(scores, keep_last, keep_best, keep_ever
 @pytest.mark.parametrize("key", ["every", "keep_last", "keep_best", "keep_every"])
 def test_negative_settings_are_refused(key):
   with pytest.raises(ConfigError, match=f"^checkpoint.{key} is -1; it must not be negative$"):
-    CheckpointConfig(**{key: -1})
+    from_mapping(CheckpointConfig, {key: -1}, "checkpoint")
 
 
 def test_only_a_score_of_its_own_makes_a_step_the_best(tmp_path):
