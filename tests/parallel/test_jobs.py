@@ -120,7 +120,7 @@ def test_the_first_process_is_stopped(tmp_path):
 @pytest.mark.parametrize(
   "what, own, code, others",
   [
-    ("error", ["error: the disk of process 1 is full", "and so on"], 2, "failed: the disk of process 1 is full"),
+    ("error", ["error: the disk of process 1 is full and so on"], 2, "failed: the disk of process 1 is full"),
     ("bug", None, 1, "failed: KeyError: 'lost'"),
     ("exit", None, 1, "failed: SystemExit: 3"),
     ("plain", None, 1, "failed: the disk of process 1 is full"),
