@@ -82,7 +82,7 @@ class _Child:
   def __init__(self):
     command = [sys.executable, "-P", "-B", str(_CHILD), str(SECONDS), str(MEMORY), str(OUTPUT)]
     # Not of this process's group: Ctrl-C is for us, and it ends when its input does.
-    self._process = subprocess.Popen(
+    self._process = subprocess.Popen(  # noqa: S603  (a program of ours; what it works on is its input)
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
     self._answers = select.poll()

@@ -34,9 +34,10 @@ class CheckpointError(UserError):
   """A checkpoint is missing, damaged, belongs to another model, or cannot be written."""
 
 
-def one_line(text: str, limit: int = MAX_MESSAGE) -> str:
-  """A text as one line of at most `limit` characters: its lines joined, what is not printable escaped, the middle of a
-  long one left out."""
+def one_line(value: object, limit: int = MAX_MESSAGE) -> str:
+  """A text, or what an error says, as one line of at most `limit` characters: its lines joined, what is not printable
+  escaped, the middle of a long one left out."""
+  text = str(value)
   if not text.isprintable():
     text = re.sub(r"[\r\n]\s*", " ", text[: 8 * limit]).strip()
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+from jaxllm.base import ranges
 from jaxllm.base.errors import ConfigError, shown
 
 TAGS = ("name", "kind")  # a group uses one of them
@@ -21,14 +22,6 @@ TAGS = ("name", "kind")  # a group uses one of them
 
 class Text(str):
   """A value as typed on a command line, read as whatever type its field has."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Between:
-  """In `Annotated[int, Between(1, 9)]` or of float: the numbers that are taken, also where they stand as text."""
-
-  low: float
-  high: float
 
 
 def from_mapping(cls: type, values: Any, path: str = "") -> Any:
@@ -53,6 +46,7 @@ def from_mapping(cls: type, values: Any, path: str = "") -> Any:
       hint = f"did you mean {path + '.' if path else ''}{near[0]}?" if near else f"known: {', '.join(hints) or 'none'}"
       raise ConfigError(f"unknown config key {full}; {hint}")
     kwargs[name] = convert(hints[name], values[name], full)
+  ranges.check(cls, kwargs, path)
   return cls(**kwargs)
 
 
@@ -103,8 +97,8 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     return convert(args[0], value, path)
   if origin is Annotated:
     number = convert(args[0], _number(value) if isinstance(value, str) else value, path)
-    if not args[1].low <= number <= args[1].high:
-      raise ConfigError(f"config key {path} is {shown(value)}; it must be from {args[1].low:g} to {args[1].high:g}")
+    if not args[1].holds(number):
+      raise ConfigError(f"config key {path} is {shown(value)}; it must {args[1].wish(number)}")
     return number
   if typing.is_typeddict(kind):
     return from_declared(kind, value, path)

@@ -6,13 +6,16 @@ are written as text or as another kind of number, where they are exact ("32", 32
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from jaxllm.base.errors import CheckpointError, ConfigError, UserError, shown
-from jaxllm.base.settings import Between, from_declared
+from jaxllm.base.os_errors import file_errors
+from jaxllm.base.ranges import Range
+from jaxllm.base.settings import from_declared
 
 MAX_BYTES = 1 << 24  # of a JSON file
 MAX_DEPTH = 64
@@ -20,13 +23,13 @@ BIG = 2**31 - 1
 _STRINGS, _BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL), re.compile(r"[][{}]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-Whole = Annotated[int, Between(-BIG, BIG)]
-Count = Annotated[int, Between(0, BIG)]
-Size = Annotated[int, Between(1, BIG)]
-Layers = Annotated[int, Between(1, 4096)]  # of which there are loops, so the largest is one that a model may have
-Real = Annotated[float, Between(-1e30, 1e30)]
-NotNegative = Annotated[float, Between(0, 1e30)]
-Positive = Annotated[float, Between(1e-30, 1e30)]
+Whole = Annotated[int, Range(-BIG, BIG)]
+Count = Annotated[int, Range(0, BIG)]
+Size = Annotated[int, Range(1, BIG)]
+Layers = Annotated[int, Range(1, 4096)]  # of which there are loops, so the largest is one that a model may have
+Real = Annotated[float, Range(-1e30, 1e30)]
+NotNegative = Annotated[float, Range(0, 1e30)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES, error: type[UserError] = CheckpointError) -> dict[str, Any]:
@@ -35,14 +38,12 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, error: type[UserError] = C
   Raises:
     error: no such file, it cannot be read, is larger than `max_bytes`, or has no object in it.
   """
-  try:
+  if not os.path.lexists(path):
+    raise error(f"{path.parent} has no {path.name}")
+  with file_errors(path, kind=error):
     if path.stat().st_size > max_bytes:
       raise error(f"cannot read {path}: it has {path.stat().st_size} bytes, and at most {max_bytes} make sense")
     data = path.read_bytes()
-  except FileNotFoundError:
-    raise error(f"{path.parent} has no {path.name}") from None
-  except OSError as problem:
-    raise error(f"cannot read {path}: {problem.strerror}") from problem
   value = parse_json(data, str(path), error)
   if not isinstance(value, dict):
     raise error(f"{path} holds no JSON object")

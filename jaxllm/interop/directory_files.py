@@ -11,6 +11,12 @@ from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHECKPOINTS = "checkpoints"  # of a run
+TOKENIZER = "tokenizer"  # of a run
+# What is read where it is there, so that a directory with a manifest must not have one that the manifest has not
+READ_IF_THERE = (
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja"),
+  *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja", GENERATION_FILE),
+)
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
 ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form

@@ -9,17 +9,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.base.files import local_path
+from jaxllm.base.files import local_path, recover
+from jaxllm.base.os_errors import file_errors
 from jaxllm.interop import peft
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.directory_files import (
   ADAPTER,
   CHECKPOINTS,
   CONFIG_FILE,
+  READ_IF_THERE,
   START,
   START_ADAPTER,
   START_FILE,
+  TOKENIZER,
   read_generation_config,
   read_json,
   read_start,
@@ -108,8 +112,10 @@ def form_of(path: Path) -> Form:
   Raises:
     CheckpointError: none; the message says what does stand there, or config.json cannot be read.
   """
+  recover(path)
   if not path.exists():
-    raise CheckpointError(f"no model at {path}: there is no such path")
+    with file_errors(path, "no model at"):
+      path.stat()
   if path.is_file() and path.suffix == ".gguf":
     return "gguf"
   has_config = (path / CONFIG_FILE).is_file()
@@ -142,6 +148,9 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   """
   if base.form == "run" and base.path and (base.path / ADAPTER).resolve() == directory.resolve():
     raise ConfigError(f"{directory} is what {base.path} has trained, which is in its weights already; leave it out")
+  with file_errors(directory):
+    recover(directory)
+    digests.check(directory, READ_IF_THERE, quiet=not (directory.parent / CHECKPOINTS).is_dir())
   read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
@@ -182,6 +191,7 @@ def family_at(path: Path) -> str | None:
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
   """A run's model, its own adapters apart."""
+  sealed = digests.check(directory, [f"{TOKENIZER}/{pattern}" for pattern in READ_IF_THERE])
   config = read_model_config(directory)
   tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
   own: tuple[StoredAdapter, ...] = ()
@@ -191,7 +201,9 @@ def _open_run(directory: Path, step: int | None) -> StoredModel:
     own = (StoredAdapter({"peft_type": "LORA"}, changes, {}, directory),) if changes else ()
     tensors = _with_start(config, directory, record, tensors)
   check_shapes(config, tensors, directory / CHECKPOINTS)
-  tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
+  tokenizer, generation = read_tokenizer(directory / TOKENIZER), read_generation_config(directory)
+  if tokenizer is None and not sealed:
+    raise CheckpointError(f"{directory} has no {TOKENIZER}/, which every run has; put back what was there")
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
   return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own)
 

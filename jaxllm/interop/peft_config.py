@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 
 from jaxllm.base import patterns
 from jaxllm.base.errors import CheckpointError, ConfigError, shown
-from jaxllm.base.settings import Between
+from jaxllm.base.ranges import Range
 from jaxllm.base.strangers import Count, Real, Size, declared, read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,7 +42,7 @@ class Adapter(TypedDict, total=False):
   use_dora: bool
   use_rslora: bool
   ensure_weight_tying: bool
-  lora_dropout: Annotated[float, Between(0, 1 - 2**-53)]
+  lora_dropout: Annotated[float, Range(0, below=1)]
 
 
 def is_adapter(directory: Path) -> bool:

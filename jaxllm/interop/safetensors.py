@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, shown
+from jaxllm.base.os_errors import file_errors
 from jaxllm.base.strangers import declared, parse_json, read_json
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
 
@@ -57,17 +58,14 @@ def read_safetensors(path: Path) -> Tensors:
   Raises:
     CheckpointError: the file is missing, cut short, or its header is not one; reading a tensor raises it too.
   """
-  try:
-    with path.open("rb") as file:
-      size = os.fstat(file.fileno()).st_size
-      length = int.from_bytes(file.read(8), "little")
-      if size < 8 or length > size - 8:
-        raise _damaged(path, f"its header should take {length} bytes of a file of {size}; copy it again")
-      if length > MAX_HEADER:
-        raise _damaged(path, f"its header takes {length} bytes, which is over the limit of {MAX_HEADER}")
-      text = file.read(length)
-  except OSError as error:
-    raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+  with file_errors(path), path.open("rb") as file:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+      raise _damaged(path, f"its header should take {length} bytes of a file of {size}; copy it again")
+    if length > MAX_HEADER:
+      raise _damaged(path, f"its header takes {length} bytes, which is over the limit of {MAX_HEADER}")
+    text = file.read(length)
   header = parse_json(text, f"the header of {path}")
   if not isinstance(header, dict):
     raise _damaged(path, "its header is not a JSON object")
@@ -195,17 +193,14 @@ def _tensor(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], star
       place = place * n + i
     count = math.prod(rest)
     buffer = np.empty(count * dtype.itemsize, np.uint8)
-    try:
-      with path.open("rb", buffering=0) as file:
-        file.seek(start + place * buffer.nbytes)
-        done = 0
-        while done < buffer.nbytes:
-          read = file.readinto(buffer[done:])
-          if not read:
-            raise _damaged(path, f"it ends within the tensor {name}; copy it again")
-          done += read
-    except OSError as error:
-      raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    with file_errors(path), path.open("rb", buffering=0) as file:
+      file.seek(start + place * buffer.nbytes)
+      done = 0
+      while done < buffer.nbytes:
+        read = file.readinto(buffer[done:])
+        if not read:
+          raise _damaged(path, f"it ends within the tensor {name}; copy it again")
+        done += read
     return buffer.view(dtype).reshape(rest)
 
   # A stack of matrices is best read one by one.

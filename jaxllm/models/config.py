@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from jaxllm.base.errors import ConfigError, shown
+from jaxllm.base import ranges
+from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Amount, Count, Positive, Range, Share, Size
 
 # name -> (activation, gated)
 MLPS = {
@@ -19,21 +20,14 @@ MLPS = {
   "relu": ("relu", False),
   "relu2": ("relu2", False),
 }
+# No model comes near these; beyond them sizes of arrays overflow.
 MAX_LAYERS = 4096
-MANY, WIDE = 2**31 - 1, 2**20  # no model comes near; beyond them sizes of arrays overflow
-
-
-def check_ranges(settings: Any, group: str, ranges: Mapping[str, tuple[float, float]]) -> None:
-  """Raises ConfigError unless the numbers of a group of settings are such, and in these ranges; None is left aside."""
-  for name, (low, high) in ranges.items():
-    value = getattr(settings, name)
-    if value is None:
-      continue
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise ConfigError(f"{group}.{name} is {shown(value)}; it should be a number")
-    if not low <= value <= high:
-      limit = f"at most {high}" if value > high else f"at least {low}"
-      raise ConfigError(f"{group}.{name} is {shown(value)}; it must be {limit}")
+Width = Annotated[int, Range(1, 2**20)]
+WidthOr0 = Annotated[int, Range(0, 2**20)]
+Layers = Annotated[int, Range(1, MAX_LAYERS)]
+LayersOr0 = Annotated[int, Range(0, MAX_LAYERS)]
+Heads = Annotated[int, Range(1, 2**14)]
+HeadsOr0 = Annotated[int, Range(0, 2**14)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +40,17 @@ class RopeScaling:
   """
 
   kind: Literal["linear", "ntk", "yarn", "llama3"] = "linear"
-  factor: float = 1.0
-  original_max_seq_len: int = 0  # the context before stretching; yarn and llama3 need it
-  low_freq_factor: float = 1.0  # llama3
-  high_freq_factor: float = 4.0  # llama3
-  beta_fast: float = 32.0  # yarn
-  beta_slow: float = 1.0  # yarn
-  attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
-  mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
+  factor: Positive = 1.0
+  original_max_seq_len: Count = 0  # the context before stretching; yarn and llama3 need it
+  low_freq_factor: Positive = 1.0  # llama3
+  high_freq_factor: Positive = 4.0  # llama3
+  beta_fast: Positive = 32.0  # yarn
+  beta_slow: Positive = 1.0  # yarn
+  attention_factor: Positive | None = None  # yarn; None: 0.1 ln(factor) + 1
+  mscale_all_dim: Amount | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
 
   def __post_init__(self):
-    positive = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), (1e-6, 1e9))
-    at_least_0 = dict.fromkeys(("attention_factor", "mscale_all_dim"), (0, 1e9))
-    check_ranges(self, "model.rope_scaling", {**positive, **at_least_0, "original_max_seq_len": (0, MANY)})
+    ranges.check(RopeScaling, vars(self), "model.rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,31 +60,30 @@ class MoEConfig:
   Mixtral (arXiv 2401.04088), Qwen3-MoE (2505.09388), DeepSeek-V2 (2405.04434) and V3 (2412.19437).
   """
 
-  num_experts: int = 8
-  top_k: int = 2  # experts of a token
-  mlp_dim: int = 0  # of one expert; 0: model.mlp_dim
-  shared_mlp_dim: int = 0  # of the experts that every token goes through, together; 0: none
-  first_dense_layers: int = 0  # these keep the plain feed-forward block
-  every: int = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
+  num_experts: Layers = 8
+  top_k: Layers = 2  # experts of a token
+  mlp_dim: WidthOr0 = 0  # of one expert; 0: model.mlp_dim
+  shared_mlp_dim: WidthOr0 = 0  # of the experts that every token goes through, together; 0: none
+  first_dense_layers: LayersOr0 = 0  # these keep the plain feed-forward block
+  every: Layers = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
 
   scoring: Literal["softmax", "sigmoid"] = "softmax"
   correction_bias: bool = False  # per expert, added to the scores where experts are chosen (DeepSeek-V3)
   normalize: bool = True  # the weights of a token's experts are divided by their sum
-  scale: float = 1.0  # and multiplied by this
+  scale: Positive = 1.0  # and multiplied by this
   # Experts are chosen from `top_groups` of these groups: those with the best expert, or, with sigmoid
   # scores, with the best sum of two.
-  num_groups: int = 1
-  top_groups: int = 1
+  num_groups: Layers = 1
+  top_groups: Layers = 1
 
   # None: dropless. Else an expert takes so many times its even share of a sequence; tokens beyond that pass
   # it by on the residual stream. A training measure: cached decoding drops nothing.
-  capacity_factor: float | None = None
-  load_balance_weight: float = 0.01  # of the two auxiliary losses, see `jaxllm.models.moe.router_losses`
-  z_weight: float = 0.001
+  capacity_factor: Positive | None = None
+  load_balance_weight: Amount = 0.01  # of the two auxiliary losses, see `jaxllm.models.moe.router_losses`
+  z_weight: Amount = 0.001
 
   def __post_init__(self):
-    sizes = {"num_experts": (1, 4096), "num_groups": (1, 4096), "mlp_dim": (0, WIDE), "shared_mlp_dim": (0, WIDE)}
-    check_ranges(self, "model.moe", {**sizes, "first_dense_layers": (0, MAX_LAYERS), "every": (1, MAX_LAYERS)})
+    ranges.check(MoEConfig, vars(self), "model.moe")
     if not 1 <= self.top_k <= self.num_experts:
       raise ConfigError(f"model.moe.top_k is {self.top_k}; it must be between 1 and num_experts {self.num_experts}")
     size, rest = divmod(self.num_experts, self.num_groups)
@@ -101,8 +92,6 @@ class MoEConfig:
         f"model.moe cannot choose {self.top_k} of {self.num_experts} experts in {self.top_groups} of "
         f"{self.num_groups} groups; change num_groups or top_groups"
       )
-    if self.capacity_factor is not None and self.capacity_factor <= 0:
-      raise ConfigError(f"model.moe.capacity_factor is {self.capacity_factor}; it must be over 0, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,25 +99,25 @@ class MLAConfig:
   """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values are made
   from a short vector per token, and only that is cached."""
 
-  kv_lora_rank: int = 512
-  q_lora_rank: int | None = None  # None: queries come straight from the residual stream
-  nope_head_dim: int = 128  # of a query or key head: the part without position
-  rope_head_dim: int = 64  # and the rotated part, which all key heads share
-  value_head_dim: int = 128
+  kv_lora_rank: Width = 512
+  q_lora_rank: Width | None = None  # None: queries come straight from the residual stream
+  nope_head_dim: Width = 128  # of a query or key head: the part without position
+  rope_head_dim: Width = 64  # and the rotated part, which all key heads share
+  value_head_dim: Width = 128
 
   def __post_init__(self):
-    check_ranges(self, "model.mla", {field.name: (1, WIDE) for field in dataclasses.fields(self)})
+    ranges.check(MLAConfig, vars(self), "model.mla")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
   """What stands in a block beside its own parts; see `jaxllm.models.adapters`."""
 
-  bottleneck_dim: int = 0  # of a small block after attention and one after the feed-forward; 0: none
-  prefix_len: int = 0  # virtual tokens in each layer's attention
+  bottleneck_dim: WidthOr0 = 0  # of a small block after attention and one after the feed-forward; 0: none
+  prefix_len: WidthOr0 = 0  # virtual tokens in each layer's attention
 
   def __post_init__(self):
-    check_ranges(self, "model.adapter", {"bottleneck_dim": (0, WIDE), "prefix_len": (0, WIDE)})
+    ranges.check(AdapterConfig, vars(self), "model.adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,47 +128,47 @@ class ModelConfig:
   `embed_dim / num_heads`, and 4 x embed_dim (gated: 8/3 x, rounded up to a multiple of 64).
   """
 
-  vocab_size: int = 32000
-  embed_dim: int = 512
-  num_layers: int = 8
-  num_heads: int = 8
-  num_kv_heads: int = 0
-  head_dim: int = 0
-  mlp_dim: int = 0
-  max_seq_len: int = 2048
+  vocab_size: Annotated[int, Range(1, 2**28)] = 32000
+  embed_dim: Width = 512
+  num_layers: Layers = 8
+  num_heads: Heads = 8
+  num_kv_heads: HeadsOr0 = 0
+  head_dim: HeadsOr0 = 0
+  mlp_dim: WidthOr0 = 0
+  max_seq_len: Size = 2048
 
   # decoder: a token sees those before it. encoder: it sees all. encoder_decoder: a decoder that also attends
   # to an encoder's states; both read the same token vectors.
   architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-  num_encoder_layers: int = 0  # of an encoder_decoder; 0: num_layers
-  decoder_start_id: int = 0  # the token before an encoder_decoder's first one
+  num_encoder_layers: LayersOr0 = 0  # of an encoder_decoder; 0: num_layers
+  decoder_start_id: Count = 0  # the token before an encoder_decoder's first one
 
   # Attention
   attention_bias: bool = False  # on query, key and value
   attention_out_bias: bool = False
   qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3), over all heads (OLMo 2)
-  query_scale: float | None = None  # None: head_dim ** -0.5
-  attention_softcap: float | None = None
-  sliding_window: int | None = None  # a query sees this many keys, itself included
+  query_scale: Positive | None = None  # None: head_dim ** -0.5
+  attention_softcap: Positive | None = None
+  sliding_window: Size | None = None  # a query sees this many keys, itself included
   # Repeats; (): local if there is a window. nope: global, and not rotated (SmolLM3).
   layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ()
   mla: MLAConfig | None = None  # then head_dim is its nope_head_dim + rope_head_dim
   attention_sinks: bool = False  # a learned logit per head that takes probability and gives no value
-  sink_tokens: int = 0  # the first tokens of a segment stay visible past the window (arXiv 2309.17453)
+  sink_tokens: Count = 0  # the first tokens of a segment stay visible past the window (arXiv 2309.17453)
 
   # Positions
   position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
-  position_offset: int = 0  # learned: the table's row of position 0 (RoBERTa, BART)
-  relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
-  relative_max_distance: int = 128  # from which on all distances share the last bucket
-  rope_theta: float = 10000.0
-  rope_local_theta: float | None = None  # of the local layers; None: rope_theta
-  rope_fraction: float = 1.0  # of head_dim that is rotated
+  position_offset: Count = 0  # learned: the table's row of position 0 (RoBERTa, BART)
+  relative_buckets: Width = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
+  relative_max_distance: Size = 128  # from which on all distances share the last bucket
+  rope_theta: Positive = 10000.0
+  rope_local_theta: Positive | None = None  # of the local layers; None: rope_theta
+  rope_fraction: Share = 1.0  # of head_dim that is rotated
   rope_scaling: RopeScaling | None = None  # of the global layers
 
   # Norms
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-  norm_eps: float = 1e-5
+  norm_eps: Share = 1e-5
   norm_bias: bool = True  # LayerNorm only
   norm_unit_offset: bool = False  # weight w stands for the scale 1 + w (Gemma)
   # pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); output: x + norm(f(x))
@@ -196,20 +185,20 @@ class ModelConfig:
 
   # Embedding
   tie_embeddings: bool = True
-  num_token_types: int = 0  # kinds of segment that a token's vector tells apart (BERT)
-  embedding_scale: float | None = None  # Gemma: embed_dim ** 0.5
+  num_token_types: WidthOr0 = 0  # kinds of segment that a token's vector tells apart (BERT)
+  embedding_scale: Positive | None = None  # Gemma: embed_dim ** 0.5
 
   # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token.
   head: Literal["lm", "sequence", "token", "none"] = "lm"
-  num_labels: int = 0
+  num_labels: WidthOr0 = 0
   head_bias: bool = False
   # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
   # has a bias where mlp_bias is set.
   head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"] | None = None
   head_norm: bool = False  # and a norm after it
   pooling: Literal["first", "mean"] = "first"  # which hidden state stands for a text
-  logit_scale: float | None = None  # T5 with a tied head: embed_dim ** -0.5
-  logit_softcap: float | None = None
+  logit_scale: Positive | None = None  # T5 with a tied head: embed_dim ** -0.5
+  logit_softcap: Positive | None = None
 
   adapter: AdapterConfig | None = None
 
@@ -218,7 +207,7 @@ class ModelConfig:
   # the same). fan_in: std 1/sqrt(inputs) (T5, PaLM). small: SmallInit sqrt(2 / 5D), residual projections
   # 2 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745).
   init: Literal["normal", "gpt2", "fan_in", "small"] = "gpt2"
-  init_std: float = 0.02
+  init_std: Amount = 0.02
 
   def __post_init__(self):
     def put(name, value):
@@ -228,7 +217,7 @@ class ModelConfig:
       if not getattr(self, name):
         put(name, value)
 
-    check_ranges(self, "model", _RANGES)
+    ranges.check(ModelConfig, vars(self), "model")
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
@@ -333,36 +322,6 @@ class ModelConfig:
     return tuple(run for run in runs if run[0] < run[1])
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-  "vocab_size": (1, 2**28),
-  "embed_dim": (1, 2**17),
-  "num_layers": (1, MAX_LAYERS),
-  "num_encoder_layers": (0, MAX_LAYERS),
-  "num_heads": (1, 2**14),
-  "num_kv_heads": (0, 2**14),
-  "head_dim": (0, 2**14),
-  "mlp_dim": (0, WIDE),
-  "max_seq_len": (1, MANY),
-  "decoder_start_id": (0, MANY),
-  "sliding_window": (1, MANY),
-  "sink_tokens": (0, MANY),
-  "position_offset": (0, MANY),
-  "relative_buckets": (1, WIDE),
-  "relative_max_distance": (1, MANY),
-  "rope_theta": (1e-6, 1e30),
-  "rope_local_theta": (1e-6, 1e30),
-  "rope_fraction": (0, 1),
-  "norm_eps": (0, 1),
-  "num_token_types": (0, WIDE),
-  "num_labels": (0, WIDE),
-  "query_scale": (0, 1e9),
-  "attention_softcap": (1e-6, 1e9),
-  "logit_softcap": (1e-6, 1e9),
-  "embedding_scale": (-1e9, 1e9),
-  "logit_scale": (-1e9, 1e9),
-  "init_std": (0, 1e9),
-}
-
 OPS = (
   "attention",
   "matmul",
@@ -399,7 +358,7 @@ class Compute:
   cross_entropy: str = "auto"
   grouped_matmul: str = "auto"  # of the experts
   quantized_matmul: str = "auto"
-  unroll_layers: int | None = None  # layers per scan step; None: by target
+  unroll_layers: Count | None = None  # layers per scan step; None: by target
   batch_invariant: bool = False
 
   def __post_init__(self):

@@ -14,6 +14,7 @@ from jaxllm.base.errors import DataError, shown
 from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+THREADS = os.cpu_count() or 1  # that encode a batch; a process beside others takes one
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
 _NOT_UTF8_OR_SPACE = re.compile(f"([\udc80-\udcff{_SPACE}]+)")
 
@@ -99,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _encode_plain(self, texts):
     if not self._added_text:
-      return self._processor.encode(texts, num_threads=os.cpu_count())
+      return self._processor.encode(texts, num_threads=THREADS)
     return [self._encode_parsing(text, self._added_text) for text in texts]
 
   def _encode_run(self, text, follows):

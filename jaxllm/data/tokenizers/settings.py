@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 from jaxllm.base.errors import DataError, shown
-from jaxllm.base.settings import Between
+from jaxllm.base.ranges import Range
 from jaxllm.base.strangers import declared
 
 MAX_TOKENS = 1 << 22  # ids of a vocabulary; ten times as many as the largest has
-TokenId = Annotated[int, Between(0, MAX_TOKENS - 1)]
+TokenId = Annotated[int, Range(0, MAX_TOKENS - 1)]
 
 
 class _Content(TypedDict):
@@ -53,7 +53,7 @@ class Settings(TypedDict, total=False):
   add_eos_token: bool
   add_prefix_space: bool
   legacy: bool
-  extra_ids: Annotated[int, Between(0, 100_000)]
+  extra_ids: Annotated[int, Range(0, 100_000)]
   do_lower_case: bool
   tokenize_chinese_chars: bool
   strip_accents: bool | None
