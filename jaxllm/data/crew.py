@@ -142,7 +142,10 @@ def _run_crew(job: Job, stage: str, count: int, progress: Progress) -> None:
           threads[crew.index(process)].join()
           _hear(said, heard, progress)
           raise _death(process.returncode)
-    _hear(said, heard, progress)
+    heard = _hear(said, heard, progress)
+    for process in crew:  # all may have ended between two looks
+      if process.returncode:
+        raise _death(process.returncode)
   finally:
     for process in crew:
       process.kill()

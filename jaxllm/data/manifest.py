@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.os_errors import file_errors
 from jaxllm.data.arrays import mapped
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, PARTS
@@ -147,16 +148,16 @@ class Prepared:
     """The path of a file of the build, once this process has seen that it is what was written.
 
     Raises:
-      DataError: it is not.
+      DataError: it is not, or cannot be read.
     """
     name = os.path.relpath(path, self.root)
-    try:
+    if name not in self.files or not path.is_file():
+      raise self.damaged(name)
+    with file_errors(path, kind=DataError):
       status = path.stat()
-      key = str(path), status.st_size, status.st_mtime_ns, *self.files[name]
-      if key not in _checked and file_facts(path, status.st_size) != list(self.files[name]):
-        raise self.damaged(name)
-    except (OSError, KeyError) as error:
-      raise self.damaged(name) from error
+    key = str(path), status.st_size, status.st_mtime_ns, *self.files[name]
+    if key not in _checked and file_facts(path, status.st_size) != list(self.files[name]):
+      raise self.damaged(name)
     _checked.add(key)
     return path
 
@@ -176,7 +177,7 @@ def file_facts(path: Path, size: int) -> list:
   """Size and SHA-256 of a file, of a shard the size alone."""
   if is_shard(path.name):
     return [size]
-  with path.open("rb") as file:
+  with file_errors(path, kind=DataError), path.open("rb") as file:
     return [size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
@@ -230,19 +231,19 @@ def read_manifest(directory: str | os.PathLike, *, missing_ok: bool = False) -> 
   """
   path = local_path(directory) / MANIFEST
   try:
-    facts = json.loads(path.read_bytes())
+    with file_errors(path, kind=DataError):
+      text = path.read_bytes() if os.path.lexists(path) else None
+    if text is None:
+      if not missing_ok and any(path.parent.glob("build-*")):
+        raise DataError(f"{path} is missing, without which its build is worth nothing: {_AGAIN}")
+      return None
+    facts = json.loads(text)
     if facts["format"] != FORMAT:
       return None
     if facts.pop("sha256") != digest(facts):
       raise ValueError("its sum is another")
     facts["sources"] = tuple(_source_info(source) for source in facts["sources"])
     return Prepared(dir=path.parent, **facts)
-  except FileNotFoundError:
-    if not missing_ok and any(path.parent.glob("build-*")):
-      raise DataError(f"{path} is missing, without which its build is worth nothing: {_AGAIN}") from None
-    return None
-  except OSError as error:
-    raise DataError(f"cannot read {path}: {error.strerror}") from error
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise DataError(f"{path} is damaged: delete it and {_AGAIN}") from error
 

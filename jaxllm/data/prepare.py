@@ -8,7 +8,6 @@ the work.
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import re
@@ -23,6 +22,7 @@ import numpy as np
 from jaxllm.base.errors import DataError, UserError
 from jaxllm.base.files import local_path, new_directory
 from jaxllm.base.locks import hold
+from jaxllm.base.os_errors import explain, file_errors
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
 from jaxllm.data.crew import do_stage
@@ -124,10 +124,11 @@ def _mask_stamp(config: DataConfig, tokenizer: Tokenizer | None) -> str:
 
 
 def _read_template(path: str) -> str:
-  try:
-    return local_path(path).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise DataError(f"cannot read data.chat.template {path}: {error}") from error
+  with file_errors(path, "cannot read data.chat.template", DataError):
+    try:
+      return local_path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+      raise DataError(f"data.chat.template {path} is not in UTF-8") from error
 
 
 def _with_template(config: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
@@ -157,17 +158,11 @@ def _errors_in(directory: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    advice = {
-      errno.ENOSPC: "make room and run the same command again, which goes on from there",
-      errno.EDQUOT: "make room and run the same command again, which goes on from there",
-      errno.EMFILE: "raise the limit of open files (ulimit -n), or run with fewer --processes",
-    }.get(error.errno or 0, "choose a data.dir that can be written")
-    path = error.filename or directory
-    if not str(path).startswith(str(directory)) and error.errno != errno.EMFILE:
-      raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    raise DataError(
-      f"cannot write the data directory {directory}: {error.strerror or error} ({path}); {advice}"
-    ) from error
+    path = Path(os.fsdecode(error.filename or directory))
+    if not path.is_relative_to(directory):
+      raise DataError(explain(error, "cannot read") or f"cannot read {path}: {error}") from error
+    line = explain(error, "cannot write", directory) or f"cannot write {path}: {error}"
+    raise DataError(f"{line}; the same command then goes on from what is done") from error
 
 
 def _finished(directory: Path, key: str) -> Prepared | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxllm.base.errors import DataError
+from jaxllm.base.os_errors import file_errors
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.libraries import first_line, import_library
 from jaxllm.data.paths import File
@@ -26,7 +27,7 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
   Raises:
     DataError: one is no readable Parquet file.
   """
-  try:
+  with file_errors("the corpus", kind=DataError):
     sizes = [_text_bytes(file.path, config) for file in files]
     most = unit_bytes(sum(sizes))
     by_path = dict(zip(files, sizes))
@@ -39,8 +40,6 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
       return [Unit((file,), size=by_path[file])]
 
     return files_in_groups(files, sizes, split)
-  except OSError as error:
-    raise _unreadable(error) from error
 
 
 def _text_bytes(path: str, config: SourceConfig) -> int:
@@ -56,15 +55,9 @@ def rows_of(unit: Unit, config: SourceConfig, marks: Marks) -> Iterator[tuple[st
     DataError: a file cannot be read or unpacked.
   """
   for relative, path in unit.files:
-    try:
+    with file_errors(path, kind=DataError):
       for row, values, where in _READERS[config.kind](path, relative, config, unit, marks):
         yield (f"/{relative}" if row is None else f"/{relative}:{row}"), values, where
-    except OSError as error:
-      raise _unreadable(error, path) from error
-
-
-def _unreadable(error: OSError, path: str = "") -> DataError:
-  return DataError(f"cannot read {error.filename or path}: {error.strerror or error}")
 
 
 def _text(path, relative, config, unit, marks) -> Iterator[Row]:

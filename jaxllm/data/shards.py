@@ -7,6 +7,7 @@ its length, those behind have 0 bytes and the same id.
 
 import collections
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from jaxllm.base.errors import DataError
+from jaxllm.base.os_errors import MISSING, explain, number_of
 
 VERSION = "1.0.0"
 PIECE_TOKENS = 1 << 16
@@ -81,11 +83,8 @@ def _errors_of(path: Path) -> Iterator[None]:
   except OSError:
     raise
   except Exception as error:  # the library has kinds of its own, which name the cause in their text
-    text = str(error)
-    at = text.rfind("[errno ")
-    number = int(text[at + 7 :].split("]")[0]) if at >= 0 and text[at + 7 :].split("]")[0].isdigit() else 5
-    known = next((code for code in (28, 27, 13, 30, 24, 122) if os.strerror(code) in text), number)
-    raise OSError(known, os.strerror(known), str(path)) from error
+    number = number_of(error) or errno.EIO
+    raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _encoded(id: bytes, num_bytes: int, tokens: np.ndarray) -> bytes:
@@ -234,8 +233,11 @@ class TokenDocuments:
     try:
       record = _decoded(_readers(self._paths[shard]).read([number - int(self._first[shard])])[0])
     except Exception as error:  # array_record and protobuf raise many kinds
+      path = self._paths[min(shard, len(self._paths) - 1)]
+      if number_of(error) not in (None, *MISSING):
+        raise DataError(explain(error, "cannot read", path) or str(error)) from error
       raise DataError(
-        f"{self._paths[min(shard, len(self._paths) - 1)]} is damaged (record {number - int(self._first[shard])}): "
+        f"{path} is damaged (record {number - int(self._first[shard])}): "
         "delete its build and run python -m jaxllm.prepare again"
       ) from error
     with self._lock:

@@ -1,5 +1,6 @@
 """`write_model`: a model written in any of the forms that others read."""
 
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -52,7 +53,7 @@ def write_model(
     write_model_directory(path, model, max_shard_bytes)
   elif format == "hf":
     write_huggingface(path, model, family, max_shard_bytes)
-  elif path.exists():
+  elif os.path.lexists(path):  # a link to nothing too
     raise CheckpointError(f"{path} is there already; choose another name, or remove it")
   else:
     hf, tensors = as_checkpoint(model.config, model.tensors, family)

@@ -275,7 +275,7 @@ def test_errors(base, files, tmp_path):
   void = dataclasses.replace(base, sources=(SourceConfig(path=f"{tmp_path}/void/*.txt"),))
   fails(void, "data source 'void' is empty: it has 1 documents")
   (tmp_path / "file").write_text("")
-  fails(dataclasses.replace(base, dir=f"{tmp_path}/file"), "cannot write the data directory")
+  fails(dataclasses.replace(base, dir=f"{tmp_path}/file"), "cannot write .*it is there already")
   fails(dataclasses.replace(base, tokenizer=TokenizerConfig(path="/none")), "cannot read the tokenizer /none")
   # A build that fails leaves nothing behind.
   fails(dataclasses.replace(base, tokenizer=TokenizerConfig(vocab_size=9999)), "too small for .*vocab_size 9999")

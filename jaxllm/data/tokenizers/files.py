@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.base.errors import DataError
+from jaxllm.base.os_errors import file_errors
 from jaxllm.base.strangers import declared, read_json
 from jaxllm.data import chat
 from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, damaged, named_templates
@@ -38,24 +39,23 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if found is None:
       raise DataError(f"no tokenizer in {path}: it needs a {HUGGINGFACE_FILE} or a SentencePiece .model")
     path = found
-  try:
-    if path.stat().st_size > MAX_BYTES:
-      raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
-    data = path.read_bytes()
-    settings = _settings_beside(path)
-    if path.name == _SHIFTED_FILE:
-      raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
-    if path.name == _BPE_FILE:
-      return HuggingFaceTokenizer(*_byte_level_bpe(path, settings))
-    if path.name == _WORDPIECE_FILE:
-      return HuggingFaceTokenizer(_wordpiece(data.decode(), settings), settings)
-    if path.suffix == ".json":
-      return HuggingFaceTokenizer(data.decode(), settings)
-    return SentencePieceTokenizer(data, settings)
-  except OSError as error:
-    raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; mend data.tokenizer.path") from error
-  except (DataError, UnicodeDecodeError) as error:
-    raise DataError(f"cannot load the tokenizer {path}: {error}") from error
+  with file_errors(path, "cannot read the tokenizer", DataError):
+    try:
+      if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
+      data = path.read_bytes()
+      settings = _settings_beside(path)
+      if path.name == _SHIFTED_FILE:
+        raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
+      if path.name == _BPE_FILE:
+        return HuggingFaceTokenizer(*_byte_level_bpe(path, settings))
+      if path.name == _WORDPIECE_FILE:
+        return HuggingFaceTokenizer(_wordpiece(data.decode(), settings), settings)
+      if path.suffix == ".json":
+        return HuggingFaceTokenizer(data.decode(), settings)
+      return SentencePieceTokenizer(data, settings)
+    except (DataError, UnicodeDecodeError) as error:
+      raise DataError(f"cannot load the tokenizer {path}: {error}") from error
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
