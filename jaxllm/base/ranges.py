@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Range:
     if self.low == 0 and self.high in (None, LARGEST) and self.below is None:
       return "not be negative"
     if self.low is not None and self.high is not None and self.high != LARGEST:
-      return f"be from {self.low:g} to {self.high:g}"
+      return f"be from {_spelled(self.low)} to {_spelled(self.high)}"
     bounds = {"at least": self.low, "at most": self.high, "over": self.above, "below": self.below}
-    told = [f"{word} {bound:g}" for word, bound in bounds.items() if bound not in (None, LARGEST)]
+    told = [f"{word} {_spelled(bound)}" for word, bound in bounds.items() if bound not in (None, LARGEST)]
     return "be " + " and ".join(told)
+
+
+def _spelled(bound: float) -> str:
+  return str(int(bound)) if float(bound).is_integer() and abs(bound) < 1e15 else f"{bound:g}"
 
 
 LARGEST = 2**31 - 1  # that counters and shapes on devices hold
@@ -82,20 +86,22 @@ def check(cls: type, values: Mapping[str, Any], path: str = "") -> None:
   """That the values of a dataclass's fields are within their ranges.
 
   Raises:
-    ConfigError: names the first that is not.
+    ConfigError: names the first that is not, or is no number.
   """
   for name, one in ranges(cls).items():
     for key, value in _numbers(values.get(name), f"{path}.{name}" if path else name):
+      if isinstance(value, str | bool):
+        raise ConfigError(f"{key} is {shown(value)}; it should be a number")
       if not one.holds(value):
-        raise ConfigError(f"{key} is {value}; it must {one.wish(value)}")
+        raise ConfigError(f"{key} is {shown(value)}; it must {one.wish(value)}")
 
 
-def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float | str]]:
   if isinstance(value, Mapping):
     for name, item in value.items():
       yield from _numbers(item, f"{path}.{name}")
   elif isinstance(value, list | tuple):
     for index, item in enumerate(value):
       yield from _numbers(item, f"{path}.{index}")
-  elif isinstance(value, int | float) and not isinstance(value, bool):
+  elif isinstance(value, int | float | str):
     yield path, value

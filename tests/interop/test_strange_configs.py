@@ -99,7 +99,7 @@ def test_numbers_as_text_and_as_floats_are_what_they_say():
   "change, message",
   [
     (dict(hidden_size=10**12), "hidden_size is 1000000000000; it must be"),
-    (dict(hidden_size=2**30), "embed_dim is 1073741824; it must be at most"),
+    (dict(hidden_size=2**30), "embed_dim is 1073741824; it must be from 1 to 1048576"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must be from 1 to 4096"),
     (dict(num_hidden_layers=0), "num_hidden_layers is 0"),
     (dict(vocab_size=-5), "vocab_size is -5"),
@@ -107,7 +107,7 @@ def test_numbers_as_text_and_as_floats_are_what_they_say():
     (dict(num_attention_heads=True), "num_attention_heads is True; it should be a whole number"),
     (dict(rope_scaling=dict(rope_type="linear")), "without a factor"),
     (dict(rope_scaling=dict(rope_type="linear", factor=0)), "rope_scaling.factor is 0"),
-    (dict(rms_norm_eps=-1.0), "norm_eps is -1.0; it must be at least 0"),
+    (dict(rms_norm_eps=-1.0), "norm_eps is -1.0; it must be from 0 to 1"),
   ],
 )
 def test_sizes_that_no_model_has_are_refused(change, message):
