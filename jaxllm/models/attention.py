@@ -49,8 +49,9 @@ class Attention(nnx.Module):
     self.output = linear(N * H, D, ("heads", "embed"), c.attention_out_bias, residual=True)
     if c.qk_norm != "none":
       full = c.qk_norm == "full"
-      self.query_norm = Norm(c, compute, N * H if full else H, rngs=rngs)
-      self.key_norm = Norm(c, compute, K * H if full else H, rngs=rngs)
+      own = c.qk_norm == "heads"
+      self.query_norm = Norm(c, compute, N * H if full else H, heads=N if own else None, rngs=rngs)
+      self.key_norm = Norm(c, compute, K * H if full else H, heads=K if own else None, rngs=rngs)
     self.prefix = Prefix(c, rngs=rngs) if c.adapter is not None and c.adapter.prefix_len else None
     if c.attention_sinks:
       self.sinks = parameter(rngs, (N,), ("heads",), nnx.initializers.zeros)
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
     if c.qk_norm == "full":
       query, key = self.query_norm(query), self.key_norm(key)
     query, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (query, key, value))
-    if c.qk_norm == "head":
+    if c.qk_norm in ("head", "heads"):
       query, key = self.query_norm(query), self.key_norm(key)
     if c.position == "rope" and kind != "nope":
       query, key = (pos.apply_rope(y, place.rope[kind], backend=self.elementwise) for y in (query, key))
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
       scale=c.query_scale,
       softcap=c.attention_softcap,
       sinks=self.sinks[...] if c.attention_sinks else None,
-      alibi_slopes=jnp.asarray(pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
+      alibi_slopes=jnp.asarray(c.alibi_scale * pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
       bias=place.bias,
       return_lse=self.prefix is not None,
       backend=self.kernel,

@@ -130,7 +130,8 @@ class ModelConfig:
   # Attention
   attention_bias: bool = False  # on query, key and value
   attention_out_bias: bool = False
-  qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3), over all heads (OLMo 2)
+  # head: one norm for every head (Qwen3); heads: each head has its own (Cohere); full: over all heads (OLMo 2)
+  qk_norm: Literal["none", "head", "heads", "full"] = "none"
   query_scale: float | None = None  # None: head_dim ** -0.5
   attention_softcap: float | None = None
   sliding_window: int | None = None  # a query sees this many keys, itself included
@@ -142,7 +143,9 @@ class ModelConfig:
 
   # Positions
   position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
-  position_offset: int = 0  # learned: the table's row of position 0 (RoBERTa, BART)
+  position_offset: int = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
+  sinusoidal_theta: float = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
+  alibi_scale: float = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
   relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
   relative_max_distance: int = 128  # from which on all distances share the last bucket
   rope_theta: float = 10000.0
@@ -158,6 +161,8 @@ class ModelConfig:
   # pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); output: x + norm(f(x))
   norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
   parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
+  shared_norm: bool = False  # and norm' is norm (GPT-J, Cohere)
+  residual_scale: float | None = None  # of what a part adds to the residual stream (Granite)
   embedding_norm: bool = False
   final_norm: bool = True
   first_norm: bool = True  # False: the first layer's attention reads the embedding as it is (ModernBERT)
@@ -171,9 +176,11 @@ class ModelConfig:
   tie_embeddings: bool = True
   num_token_types: int = 0  # kinds of segment that a token's vector tells apart (BERT)
   embedding_scale: float | None = None  # Gemma: embed_dim ** 0.5
+  embedding_dim: int = 0  # of the embedding, which is then projected to embed_dim (ELECTRA); 0: embed_dim
 
-  # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token.
-  head: Literal["lm", "sequence", "token", "none"] = "lm"
+  # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token. span: of
+  # each token two logits, that an answer starts there and that it ends there.
+  head: Literal["lm", "sequence", "token", "span", "none"] = "lm"
   num_labels: int = 0
   head_bias: bool = False
   # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
@@ -207,13 +214,19 @@ class ModelConfig:
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
+    if self.head == "span":
+      fill("num_labels", 2)
     if self.architecture == "encoder_decoder":
       fill("num_encoder_layers", self.num_layers)
       if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks:
         raise ConfigError("cross-attention goes with neither model.parallel_residual, qk_norm nor attention_sinks")
     elif self.num_encoder_layers:
       raise ConfigError(f"model.num_encoder_layers is of an encoder_decoder; this is a model of {self.architecture!r}")
-    if self.head in ("sequence", "token") and self.num_labels < 1:
+    if self.token_dim != self.embed_dim and (
+      self.architecture == "encoder_decoder" or self.head == "lm" and not self.head_dense
+    ):
+      raise ConfigError("model.embedding_dim other than embed_dim needs model.head_dense, and no encoder_decoder")
+    if self.head in ("sequence", "token", "span") and self.num_labels < 1:
       raise ConfigError(f"model.head {self.head!r} needs model.num_labels of at least 1, not {self.num_labels}")
     if (self.moe or self.mla) and (self.architecture != "decoder" or not self.first_norm):
       raise ConfigError("model.moe and model.mla are for model.architecture 'decoder' with model.first_norm")
@@ -248,6 +261,8 @@ class ModelConfig:
       if not self.moe_layers:
         raise ConfigError("model.moe leaves no layer with experts; change its first_dense_layers or every")
       put("moe", dataclasses.replace(self.moe, mlp_dim=self.moe.mlp_dim or self.mlp_dim))
+    if self.shared_norm and not self.parallel_residual:
+      raise ConfigError("model.shared_norm is for model.parallel_residual")
     if self.parallel_residual and self.norm_placement != "pre":
       raise ConfigError(f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}")
     scaling = self.rope_scaling
@@ -267,6 +282,11 @@ class ModelConfig:
   @property
   def rotary_dim(self) -> int:
     return self.mla.rope_head_dim if self.mla else int(self.head_dim * self.rope_fraction)
+
+  @property
+  def token_dim(self) -> int:
+    """Of the embedding's vectors."""
+    return self.embedding_dim or self.embed_dim
 
   @property
   def encoder(self) -> "ModelConfig":
@@ -397,6 +417,8 @@ def check_batch_invariant(model: ModelConfig) -> None:
     "sink_tokens": model.sink_tokens > 0,
     "position 'relative'": model.position == "relative",
     "head_bias": model.head_bias,
+    "residual_scale": model.residual_scale is not None,
+    "qk_norm 'heads'": model.qk_norm == "heads",
     "adapter.prefix_len": model.adapter is not None and model.adapter.prefix_len > 0,
     f"head_dim {model.head_dim}, which is no multiple of 16,": model.head_dim % 16 > 0,
   }

@@ -66,9 +66,9 @@ def apply_rope(
   return jnp.concatenate([rope(x[..., :rotary_dim], cos, sin, backend=backend), x[..., rotary_dim:]], axis=-1)
 
 
-def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:
+def sinusoidal(positions: Int[Array, "B T"], dim: int, theta: float = 10000.0) -> Float[Array, "B T D"]:
   """sin in the first half, cos in the second (Vaswani et al., arXiv 1706.03762, section 3.5)."""
-  frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+  frequencies = theta ** (-np.arange(dim // 2) / (dim // 2))
   angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 

@@ -13,8 +13,8 @@ from jaxllm.models.attention import Placement
 from jaxllm.models.caches import Cache, KVCache, NoCache
 from jaxllm.models.config import Compute, ModelConfig, check_batch_invariant
 from jaxllm.models.head import Head
-from jaxllm.models.initializers import embedding_init
-from jaxllm.models.linear import parameter
+from jaxllm.models.initializers import embedding_init, matrix_init
+from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.moe import RouterLosses
 from jaxllm.models.norms import Norm
 from jaxllm.models.stack import run_blocks, stack_blocks
@@ -30,12 +30,16 @@ class Embedding(nnx.Module):
     self.elementwise = compute.backend("elementwise")
 
     def table(count, axis=None):
-      return parameter(rngs, (count, c.embed_dim), (axis, "embed"), embedding_init(c))
+      return parameter(rngs, (count, c.token_dim), (axis, "embed"), embedding_init(c))
 
     self.tokens = table(c.vocab_size, "vocab") if own_tokens else None
     self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
     self.token_types = table(c.num_token_types) if c.num_token_types else None
-    self.norm = Norm(c, compute, rngs=rngs) if c.embedding_norm else None
+    self.norm = Norm(c, compute, c.token_dim, rngs=rngs) if c.embedding_norm else None
+    self.projection = None
+    if c.token_dim != c.embed_dim:
+      sizes, init = (c.token_dim, c.embed_dim), matrix_init(c, c.token_dim)
+      self.projection = Linear(*sizes, (None, "embed"), init=init, bias=True, compute=compute, rngs=rngs)
 
   def __call__(
     self,
@@ -55,8 +59,10 @@ class Embedding(nnx.Module):
     if self.c.position == "learned":
       x = x + rows(self.positions.get_value(), positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
-      x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
-    return x if self.norm is None else self.norm(x)
+      places = positions + self.c.position_offset
+      x = x + pos.sinusoidal(places, self.c.token_dim, self.c.sinusoidal_theta).astype(x.dtype)
+    x = x if self.norm is None else self.norm(x)
+    return x if self.projection is None else self.projection(x)
 
 
 class Transformer(nnx.Module):
@@ -191,12 +197,13 @@ class Transformer(nnx.Module):
   def classify(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
   ) -> Float[Array, "B *T num_labels"]:
-    """float32 logits of the labels: of each row's text, or of every token.
+    """float32 logits of the labels: of each row's text, or of every token; of a span that an answer starts and ends
+    there.
 
     Raises:
       ConfigError: the model has no classification head.
     """
-    if self.config.head not in ("sequence", "token"):
+    if self.config.head not in ("sequence", "token", "span"):
       raise ConfigError(f"a model with the head {self.config.head!r} (model.head) has no labels to choose from")
     x = self.pooled(x, segment_ids) if self.config.head == "sequence" else self.head.transform(x)
     return self._multiplied(x)

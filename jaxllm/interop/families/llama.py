@@ -11,6 +11,9 @@ KEYS = t.KEYS | {
   "norm_eps": "rms_norm_eps",
   "tie_embeddings": "tie_word_embeddings",
 }
+# of LlamaConfig, and of several configs made after it
+SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+SIZES |= {"num_attention_heads": 32, "max_position_embeddings": 2048}
 DEFAULTS = {
   "num_key_value_heads": None,
   "head_dim": None,

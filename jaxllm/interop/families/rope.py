@@ -5,7 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxllm.base.errors import ConfigError
+from jaxllm.interop.families.table import Transform, Weight, transposed
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 # ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.
@@ -76,6 +79,30 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
       if getattr(c.rope_scaling, ours) is not None
     }
   return hf
+
+
+def _halves(c: ModelConfig, x: np.ndarray, inverse: bool = False) -> np.ndarray:
+  """The first `rotary_dim` of every head of the last axis: in pairs (0, 1), (2, 3), … as they rotate them, to the first
+  of all pairs before the second of all, as `apply_rope` does."""
+  heads = x.reshape(*x.shape[:-1], -1, c.head_dim)
+  rotated, plain = np.split(heads, [c.rotary_dim], axis=-1)
+  pairs = (2, -1) if inverse else (-1, 2)
+  rotated = np.swapaxes(rotated.reshape(*rotated.shape[:-1], *pairs), -1, -2).reshape(rotated.shape)
+  return np.concatenate([rotated, plain], axis=-1).reshape(x.shape)
+
+
+_MATRIX = Transform(
+  lambda c, x, shapes: [_halves(c, transposed(x))], lambda c, weights: transposed(_halves(c, weights[0], inverse=True))
+)
+_SCALE = Transform(lambda c, x, shapes: [_halves(c, x)], lambda c, weights: _halves(c, weights[0], inverse=True))
+
+
+def interleaved(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+  """A table whose query and key are rotated in neighbouring pairs (GPT-J, GLM, Cohere)."""
+  ways = {f"blocks/attention/{name}": _MATRIX for name in ("query", "key")}
+  ways |= {f"blocks/attention/{name}_norm": _SCALE for name in ("query", "key")}
+  way_of = lambda w: ways.get(w.ours[0].rpartition("/")[0], w.transform)  # noqa: E731
+  return tuple(dataclasses.replace(w, transform=way_of(w)) for w in weights)
 
 
 def canonical_rope(c: ModelConfig) -> ModelConfig:
