@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
 from jaxllm.interop.stored import param_shapes
@@ -60,7 +61,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   """
   family = family_of(config)
   config = config.get(family.text_config, config)
-  hf = _Keys(DEFAULTS | dict(family.defaults) | dict(config))
+  hf = _Keys(DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name] | dict(config))
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}")

@@ -71,13 +71,6 @@ BART = t.Family(
     t.Weight(("head/bias",), "final_logits_bias", ROW),
   ),
   fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
-  defaults={
-    "decoder_start_token_id": 2,
-    "tie_word_embeddings": True,
-    "init_std": 0.02,
-    "activation_function": "gelu",
-    "scale_embedding": False,
-  },
   requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
   read=_read,
   write=_write,

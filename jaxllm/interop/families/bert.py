@@ -97,7 +97,6 @@ BERT: t.Family = t.Family(
   t.KEYS | {"num_token_types": "type_vocab_size", "norm_eps": "layer_norm_eps"},
   _weights("bert"),
   fields=POST_NORM | {"architecture": "encoder"},
-  defaults={"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
   requires={
     "is_decoder": False,
     "add_cross_attention": False,
@@ -118,7 +117,6 @@ ROBERTA = dataclasses.replace(
   name="roberta",
   architecture="RobertaForMaskedLM",
   weights=_weights("roberta"),
-  defaults=BERT.defaults | {"pad_token_id": 1},
   read=_read_roberta,
   write=_write_roberta,
   prefix="roberta.",

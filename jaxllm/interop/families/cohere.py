@@ -1,5 +1,5 @@
-"""Command R (Cohere, 2024): a parallel residual after one LayerNorm without bias, heads rotated in neighbouring pairs, a
-factor on the logits; Command R7B and A (`cohere2`, arXiv 2504.00698) rotate in their windowed layers only."""
+"""Command R (Cohere, 2024): a parallel residual after one LayerNorm without bias, heads rotated in neighbouring pairs,
+a factor on the logits; Command R7B and A (`cohere2`, arXiv 2504.00698) rotate in their windowed layers only."""
 
 import dataclasses
 
@@ -39,22 +39,6 @@ COHERE = t.Family(
   | {"norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
   (*interleaved(llama.WEIGHTS), *t.norm("blocks/attention_norm", f"{llama.LAYER}.input_layernorm")),
   fields={"norm": "layernorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True},
-  defaults={
-    "vocab_size": 256000,
-    "hidden_size": 8192,
-    "intermediate_size": 22528,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 64,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 8192,
-    "layer_norm_eps": 1e-5,
-    "logit_scale": 0.0625,
-    "hidden_act": "silu",
-    "rope_theta": 500000.0,
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-    "use_qk_norm": False,
-  },
   read=_read,
   write=_write,
 )
@@ -62,8 +46,7 @@ COHERE2 = dataclasses.replace(
   COHERE,
   name="cohere2",
   architecture="Cohere2ForCausalLM",
-  defaults={key: value for key, value in COHERE.defaults.items() if key not in ("rope_theta", "use_qk_norm")}
-  | {"sliding_window": 4096, "sliding_window_pattern": 4},
+  defaults={"sliding_window_pattern": 4},
   read=_read_cohere2,
   write=_write_cohere2,
 )

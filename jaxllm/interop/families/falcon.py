@@ -1,5 +1,5 @@
-"""Falcon (arXiv 2311.16867): its first architecture (one key/value head, a parallel residual after one norm; ALiBi and no
-parallel residual in the RefinedWeb models) and the one of 40B and 180B (key/value heads in groups, two norms)."""
+"""Falcon (arXiv 2311.16867): its first architecture (one key/value head, a parallel residual after one norm; ALiBi and
+no parallel residual in the RefinedWeb models) and the one of 40B and 180B (key/value heads in groups, two norms)."""
 
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.rope import read_rope, write_rope
@@ -17,7 +17,7 @@ def _norms(c):
 def _read(hf):
   new, heads = hf["new_decoder_architecture"], hf["num_attention_heads"]
   grouped = hf["num_kv_heads"] or heads
-  alibi = {"position": "alibi", "alibi_scale": (hf["hidden_size"] // heads) ** -0.5}
+  alibi = {"position": "alibi", "alibi_scale": (hf["hidden_size"] / heads) ** -0.5}
   bias = hf["bias"]
   return (alibi if hf["alibi"] else read_rope(hf)) | {
     "num_kv_heads": grouped if new or not hf["multi_query"] else 1,
@@ -58,10 +58,6 @@ FALCON = t.Family(
     *t.linear("head", "lm_head"),
   ),
   fields={"norm": "layernorm"},
-  defaults={"vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
-  | {"num_kv_heads": None, "ffn_hidden_size": None, "max_position_embeddings": 2048, "activation": "gelu"}
-  | {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "bias": False, "alibi": False, "multi_query": True}
-  | {"parallel_attn": True, "new_decoder_architecture": False, "num_ln_in_parallel_attn": None},
   read=_read,
   write=_write,
   prefix="transformer.",

@@ -44,18 +44,6 @@ GPTJ = t.Family(
     )
   ),
   fields={"norm": "layernorm", "mlp_bias": True, "parallel_residual": True, "shared_norm": True, "head_bias": True},
-  defaults={
-    "vocab_size": 50400,
-    "n_embd": 4096,
-    "n_layer": 28,
-    "n_head": 16,
-    "n_inner": None,
-    "n_positions": 2048,
-    "rotary_dim": 64,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": False,
-  },
   read=_read,
   write=_write,
   prefix="transformer.",

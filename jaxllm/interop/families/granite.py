@@ -31,9 +31,6 @@ GRANITE = dataclasses.replace(
   name="granite",
   architecture="GraniteForCausalLM",
   keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours != "head_dim"},
-  defaults=llama.SIZES
-  | llama.DEFAULTS
-  | {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "attention_multiplier": 1.0},
   read=_read,
   write=_write,
 )

@@ -11,18 +11,8 @@ KEYS = t.KEYS | {
   "norm_eps": "rms_norm_eps",
   "tie_embeddings": "tie_word_embeddings",
 }
-# of LlamaConfig, and of several configs made after it
-SIZES = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-SIZES |= {"num_attention_heads": 32, "max_position_embeddings": 2048}
-DEFAULTS = {
-  "num_key_value_heads": None,
-  "head_dim": None,
-  "rms_norm_eps": 1e-6,
-  "tie_word_embeddings": False,
-  "attention_bias": False,
-  "mlp_bias": False,
-  "hidden_act": "silu",
-}
+# of keys that some of the classes made after LlamaConfig lack
+DEFAULTS = {"head_dim": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 LAYER = "model.layers.{layer}"
 WEIGHTS = (
@@ -99,7 +89,6 @@ QWEN3 = replace(
   name="qwen3",
   architecture="Qwen3ForCausalLM",
   fields={"qk_norm": "head"},
-  defaults=DEFAULTS | {"head_dim": 128},
   read=_read_qwen,
   write=_write_qwen,
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxllm.interop.families import llama, olmo2
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.rope import read_rope, write_rope
+from jaxllm.interop.families.rope import write_rope
 
 
 def _read(hf):
@@ -36,9 +36,6 @@ OLMO3 = dataclasses.replace(
   name="olmo3",
   architecture="Olmo3ForCausalLM",
   keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours != "head_dim"},
-  defaults=llama.SIZES
-  | dict(olmo2.OLMO2.defaults)
-  | {"vocab_size": 50304, "sliding_window": 4096, "rope_theta": 500000.0},
   read=_read,
   write=_write,
 )

@@ -18,7 +18,7 @@ def _read(hf):
   width = hf["word_embed_proj_dim"] or hf["hidden_size"]
   if width != hf["hidden_size"]:
     raise ConfigError(
-      f"config.json has word_embed_proj_dim {width} and hidden_size {hf['hidden_size']}; an opt here has one size for both"
+      f"config.json has word_embed_proj_dim {width} and hidden_size {hf['hidden_size']}; they must be equal here"
     )
   before = hf["do_layer_norm_before"]
   return {
@@ -52,20 +52,6 @@ OPT = t.Family(
     *t.linear("head", "lm_head"),
   ),
   fields=t.BIASED | {"position": "learned", "position_offset": 2, "norm_eps": 1e-5, "init": "normal"},
-  defaults={
-    "vocab_size": 50272,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "ffn_dim": 3072,
-    "max_position_embeddings": 2048,
-    "activation_function": "relu",
-    "word_embed_proj_dim": None,
-    "do_layer_norm_before": True,
-    "_remove_final_layer_norm": False,
-    "init_std": 0.02,
-    "tie_word_embeddings": True,
-  },
   requires={"enable_bias": True, "layer_norm_elementwise_affine": True},
   read=_read,
   write=_write,

@@ -30,7 +30,7 @@ PHI3 = dataclasses.replace(
     *t.norm("final_norm", "model.norm"),
     *t.linear("head", "lm_head"),
   ),
-  defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+  defaults=llama.DEFAULTS | {"partial_rotary_factor": 1.0},
   read=_read,
   # Its default padding token is of the published vocabulary, and may be outside ours.
   write=lambda c: llama.write_mistral(c) | {"original_max_position_embeddings": c.max_seq_len, "pad_token_id": None},

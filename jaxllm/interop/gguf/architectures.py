@@ -236,7 +236,7 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
     numbers["rope.freq_base_swa"] = float(full["rope_local_base_freq"])
   entries: dict[str, Any] = {"general.architecture": architecture.name, "general.type": "model"}
   entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
-  back = _explicit(read_config(entries, _blanks(full) | extra) | {"model_type": family}, family)
+  back = _explicit({**architecture.only, **read_config(entries, _blanks(full) | extra), "model_type": family}, family)
   for key in full.keys() | back.keys():
     if key != "initializer_range" and not _alike(full.get(key), back.get(key)):
       raise ConfigError(
