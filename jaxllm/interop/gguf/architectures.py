@@ -143,7 +143,7 @@ _GEMMA_KEYS = {"attention.sliding_window": "sliding_window", "final_logit_softca
 _UNBIASED = {"attention_bias": False}
 _ARCHITECTURES = (
   Architecture("llama", "llama", interleaved=True),
-  Architecture("llama", "mistral", interleaved=True),
+  Architecture("llama", "mistral", interleaved=True, only={"sliding_window": None}),
   Architecture("smollm3", "smollm3", interleaved=True),
   Architecture("qwen2", "qwen2"),
   Architecture("qwen3", "qwen3", only=_UNBIASED),
