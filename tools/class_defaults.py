@@ -13,7 +13,7 @@ FOLDER = Path(families.__file__).parent
 FILE = FOLDER / "class_defaults.py"
 NEEDED = {"num_experts_per_tok"}  # None in a class stands for nothing there
 # What others follow from, or what is said in another way.
-NOT = {"model_type", "architectures", "id2label", "label2id", "rope_parameters", "layer_types", "bos_token_id"}
+NOT = {"model_type", "architectures", "id2label", "label2id", "rope_parameters", "layer_types"}
 HEAD = '''"""What the config class of each family in transformers gives to keys that config.json lacks.
 
 Written by tools/class_defaults.py. Only keys that the tables read; what a class computes of others stands there.

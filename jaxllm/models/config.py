@@ -146,6 +146,7 @@ class ModelConfig:
   position_offset: int = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
   sinusoidal_theta: float = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
   alibi_scale: float = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
+  relative_bias: bool = False  # also beside positions of another kind (MPNet)
   relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
   relative_max_distance: int = 128  # from which on all distances share the last bucket
   rope_theta: float = 10000.0
@@ -284,6 +285,10 @@ class ModelConfig:
     return self.mla.rope_head_dim if self.mla else int(self.head_dim * self.rope_fraction)
 
   @property
+  def has_relative_bias(self) -> bool:
+    return self.relative_bias or self.position == "relative"
+
+  @property
   def token_dim(self) -> int:
     """Of the embedding's vectors."""
     return self.embedding_dim or self.embed_dim
@@ -415,7 +420,7 @@ def check_batch_invariant(model: ModelConfig) -> None:
     "mla": model.mla is not None,
     "attention_sinks": model.attention_sinks,
     "sink_tokens": model.sink_tokens > 0,
-    "position 'relative'": model.position == "relative",
+    "a relative bias": model.has_relative_bias,
     "head_bias": model.head_bias,
     "residual_scale": model.residual_scale is not None,
     "qk_norm 'heads'": model.qk_norm == "heads",

@@ -36,10 +36,9 @@ class Embedding(nnx.Module):
     self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
     self.token_types = table(c.num_token_types) if c.num_token_types else None
     self.norm = Norm(c, compute, c.token_dim, rngs=rngs) if c.embedding_norm else None
-    self.projection = None
-    if c.token_dim != c.embed_dim:
-      sizes, init = (c.token_dim, c.embed_dim), matrix_init(c, c.token_dim)
-      self.projection = Linear(*sizes, (None, "embed"), init=init, bias=True, compute=compute, rngs=rngs)
+    sizes, init = (c.token_dim, c.embed_dim), matrix_init(c, c.token_dim)
+    linear = lambda: Linear(*sizes, (None, "embed"), init=init, bias=True, compute=compute, rngs=rngs)  # noqa: E731
+    self.projection = None if c.token_dim == c.embed_dim else linear()
 
   def __call__(
     self,
@@ -76,7 +75,7 @@ class Transformer(nnx.Module):
       check_batch_invariant(c)
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
-    if c.position == "relative":
+    if c.has_relative_bias:
       shape = (c.relative_buckets, c.num_heads)
       self.relative_bias = parameter(rngs, shape, (None, "heads"), embedding_init(c))
     self.blocks = stack_blocks(c, compute, rngs)
@@ -151,7 +150,7 @@ class Transformer(nnx.Module):
     rope, bias = {}, None
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
-    elif c.position == "relative":
+    if c.has_relative_bias:
       table = dense(self.relative_bias.get_value(), jnp.float32)
       bias = pos.relative_bias(c, table, slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)

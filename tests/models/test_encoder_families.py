@@ -28,6 +28,8 @@ BERT = IDS | dict(
   num_attention_heads=4,
   max_position_embeddings=24,
 )
+MPNET = BERT | dict(pad_token_id=1)
+DISTILBERT = IDS | dict(vocab_size=V, dim=32, hidden_dim=56, n_layers=3, n_heads=4, max_position_embeddings=24)
 MODERNBERT = BERT | dict(num_hidden_layers=5, local_attention=6, cls_token_id=1, sep_token_id=2)
 T5 = dict(vocab_size=V, d_model=32, d_kv=12, d_ff=56, num_heads=4, pad_token_id=0, eos_token_id=1)
 BART = IDS | dict(
@@ -47,9 +49,30 @@ ENCODERS = {
   "bert-relu": ("BertForMaskedLM", BERT | dict(hidden_act="relu", type_vocab_size=3, layer_norm_eps=1e-3)),
   "bert-sequence": ("BertForSequenceClassification", BERT | dict(num_labels=3)),
   "bert-token": ("BertForTokenClassification", BERT | dict(num_labels=5)),
+  "bert-span": ("BertForQuestionAnswering", BERT),
   "bert-bare": ("BertModel", BERT),
   "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
   "roberta-sequence": ("RobertaForSequenceClassification", BERT | dict(pad_token_id=2, num_labels=4)),
+  "roberta-span": ("RobertaForQuestionAnswering", BERT | dict(pad_token_id=1)),
+  "xlm-roberta-mlm": ("XLMRobertaForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "xlm-roberta-sequence": ("XLMRobertaForSequenceClassification", BERT | dict(pad_token_id=1, num_labels=2)),
+  "xlm-roberta-token": ("XLMRobertaForTokenClassification", BERT | dict(pad_token_id=1, num_labels=3)),
+  "distilbert-mlm": ("DistilBertForMaskedLM", DISTILBERT),
+  "distilbert-sequence": ("DistilBertForSequenceClassification", DISTILBERT | dict(num_labels=3)),
+  "distilbert-token": ("DistilBertForTokenClassification", DISTILBERT | dict(num_labels=3, activation="relu")),
+  "distilbert-span": ("DistilBertForQuestionAnswering", DISTILBERT),
+  "distilbert-bare": ("DistilBertModel", DISTILBERT),
+  "electra-generator": ("ElectraForMaskedLM", BERT | dict(embedding_size=20)),
+  "electra-discriminator": ("ElectraForPreTraining", BERT | dict(embedding_size=20)),
+  "electra-sequence": ("ElectraForSequenceClassification", BERT | dict(embedding_size=32, num_labels=3)),
+  "electra-token": ("ElectraForTokenClassification", BERT | dict(embedding_size=20, num_labels=3)),
+  "electra-span": ("ElectraForQuestionAnswering", BERT | dict(embedding_size=32)),
+  "electra-bare": ("ElectraModel", BERT | dict(embedding_size=20)),
+  "mpnet-mlm": ("MPNetForMaskedLM", MPNET),
+  "mpnet-sequence": ("MPNetForSequenceClassification", MPNET | dict(num_labels=3)),
+  "mpnet-token": ("MPNetForTokenClassification", MPNET | dict(num_labels=3)),
+  "mpnet-span": ("MPNetForQuestionAnswering", MPNET),
+  "mpnet-bare": ("MPNetModel", MPNET),
   "modernbert-mlm": ("ModernBertForMaskedLM", MODERNBERT),
   "modernbert-sequence": (
     "ModernBertForSequenceClassification",
@@ -67,6 +90,13 @@ ENCODER_DECODERS = {
     T5
     | dict(num_layers=3, num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12),
+  ),
+  "mt5": ("MT5ForConditionalGeneration", T5 | dict(num_layers=2)),
+  "mbart": ("MBartForConditionalGeneration", BART | dict(pad_token_id=1, scale_embedding=True)),
+  "m2m_100": ("M2M100ForConditionalGeneration", BART | dict(pad_token_id=1)),
+  "m2m_100-unscaled": (
+    "M2M100ForConditionalGeneration",
+    BART | dict(pad_token_id=1, scale_embedding=False, activation_function="gelu", encoder_layers=1),
   ),
   "bart": ("BartForConditionalGeneration", BART),
   "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
@@ -134,11 +164,15 @@ def torch_outputs(name):
       return out.decoder_hidden_states[-1].numpy(), out.logits.numpy()
     types = {"token_type_ids": batch["token_types"]} if "token_types" in batch else {}
     out = model(batch["tokens"], attention_mask=batch["segment_ids"], output_hidden_states=True, **types)
-  if name == "bert-bare":
-    return out.last_hidden_state.numpy(), out.pooler_output.numpy()
+  if name.endswith("-bare"):
+    x = out.last_hidden_state.numpy()
+    return x, out.pooler_output.numpy() if "pooler_output" in out else x[:, 0]
+  if name.endswith("-span"):
+    return out.hidden_states[-1].numpy(), torch.stack([out.start_logits, out.end_logits], -1).numpy()
   hidden = model.model(batch["tokens"], attention_mask=batch["segment_ids"]) if "modern" in name else None
   hidden = out.hidden_states[-1] if hidden is None else hidden.last_hidden_state
-  return hidden.detach().numpy(), out.logits.numpy()
+  logits = out.logits.numpy()
+  return hidden.detach().numpy(), logits[..., None] if name == "electra-discriminator" else logits
 
 
 @functools.cache

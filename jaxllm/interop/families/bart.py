@@ -11,26 +11,38 @@ def _attention(ours, theirs):
   return t.linears(ours, theirs, query="q_proj", key="k_proj", value="v_proj", output="out_proj")
 
 
-def _stack(prefix, side):
+def _stack(prefix, side, norm):
   layer = f"model.{side}.layers.{{layer}}"
   return (
     t.embedding(f"{prefix}embedding/positions", f"model.{side}.embed_positions"),
     *t.norm(f"{prefix}embedding/norm", f"model.{side}.layernorm_embedding"),
     *_attention(f"{prefix}blocks/attention", f"{layer}.self_attn"),
-    *t.norm(f"{prefix}blocks/attention_post_norm", f"{layer}.self_attn_layer_norm"),
+    *t.norm(f"{prefix}blocks/attention_{norm}", f"{layer}.self_attn_layer_norm"),
     *_attention(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn"),
-    *t.norm(f"{prefix}blocks/cross_attention_post_norm", f"{layer}.encoder_attn_layer_norm"),
+    *t.norm(f"{prefix}blocks/cross_attention_{norm}", f"{layer}.encoder_attn_layer_norm"),
     *t.linears(f"{prefix}blocks/mlp", layer, up="fc1", down="fc2"),
-    *t.norm(f"{prefix}blocks/mlp_post_norm", f"{layer}.final_layer_norm"),
+    *t.norm(f"{prefix}blocks/mlp_{norm}", f"{layer}.final_layer_norm"),
+    *t.norm(f"{prefix}final_norm", f"model.{side}.layer_norm"),
   )
 
 
-def _read(hf):
+def weights(norm):
+  """`norm`: what the norms of the layers' parts are called here."""
+  return (
+    t.embedding("embedding/tokens", "model.shared"),
+    *_stack("", "decoder", norm),
+    *_stack("encoder/", "encoder", norm),
+    t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
+    t.Weight(("head/bias",), "final_logits_bias", ROW),
+  )
+
+
+def read(hf):
   for size in ("attention_heads", "ffn_dim"):
     if hf[f"encoder_{size}"] != hf[f"decoder_{size}"]:
       raise ConfigError(
         f"config.json has encoder_{size} {hf[f'encoder_{size}']} and decoder_{size} {hf[f'decoder_{size}']}; "
-        "a bart here has one size for both"
+        "a model here has one size of both"
       )
   return {
     "mlp": t.mlp_name(hf["activation_function"], gated=False),
@@ -63,16 +75,16 @@ BART = t.Family(
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "init_std",
   },
-  (
-    t.embedding("embedding/tokens", "model.shared"),
-    *_stack("", "decoder"),
-    *_stack("encoder/", "encoder"),
-    t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
-    t.Weight(("head/bias",), "final_logits_bias", ROW),
-  ),
+  weights("post_norm"),
   fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
-  requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
-  read=_read,
+  # Untied, transformers has an embedding for each side.
+  requires={
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": True,
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+  },
+  read=read,
   write=_write,
   ignored=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
 )

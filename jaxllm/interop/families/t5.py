@@ -1,4 +1,6 @@
-"""T5 (arXiv 1910.10683), T5 1.1 and FLAN-T5 (arXiv 2210.11416)."""
+"""T5 (arXiv 1910.10683), T5 1.1, FLAN-T5 (2210.11416), and mT5 (2010.11934), whose logits are never scaled."""
+
+import dataclasses
 
 from jaxllm.interop.families import table as t
 from jaxllm.models.config import MLPS
@@ -80,4 +82,11 @@ T5 = t.Family(
   more_weights=_mlp,
   # copies of "shared", and a bias that the first checkpoints have and no code reads
   ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
+)
+MT5 = dataclasses.replace(
+  T5,
+  name="mt5",
+  architecture="MT5ForConditionalGeneration",
+  read=lambda hf: T5.read(hf) | {"logit_scale": None},
+  write=lambda c: {key: value for key, value in _write(c).items() if key != "scale_decoder_outputs"},
 )

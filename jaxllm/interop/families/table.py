@@ -161,7 +161,7 @@ def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[s
   named = (hf.get("architectures") or [None])[0]
   head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
   labels = len(hf["id2label"]) if hf["id2label"] else hf["num_labels"]
-  return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token") else {})
+  return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token", "span") else {})
 
 
 def write_labels(c: ModelConfig) -> dict[str, Any]:
