@@ -146,7 +146,9 @@ class ModelConfig:
   position_offset: int = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
   sinusoidal_theta: float = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
   alibi_scale: float = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
-  relative_bias: bool = False  # also beside positions of another kind (MPNet)
+  # Beside positions of another kind. learned: as with "relative" ones (MPNet). disentangled: of an encoder, products of
+  # each query and key with vectors of distances, of which there are 2 relative_buckets (DeBERTa, arXiv 2006.03654).
+  relative_bias: Literal["none", "learned", "disentangled"] = "none"
   relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
   relative_max_distance: int = 128  # from which on all distances share the last bucket
   rope_theta: float = 10000.0
@@ -262,6 +264,10 @@ class ModelConfig:
       if not self.moe_layers:
         raise ConfigError("model.moe leaves no layer with experts; change its first_dense_layers or every")
       put("moe", dataclasses.replace(self.moe, mlp_dim=self.moe.mlp_dim or self.mlp_dim))
+    if self.relative_bias == "disentangled" and (self.architecture != "encoder" or self.num_kv_heads != self.num_heads):
+      raise ConfigError(
+        "model.relative_bias 'disentangled' is for model.architecture 'encoder', with one key head each"
+      )
     if self.shared_norm and not self.parallel_residual:
       raise ConfigError("model.shared_norm is for model.parallel_residual")
     if self.parallel_residual and self.norm_placement != "pre":
@@ -286,7 +292,7 @@ class ModelConfig:
 
   @property
   def has_relative_bias(self) -> bool:
-    return self.relative_bias or self.position == "relative"
+    return self.relative_bias != "none" or self.position == "relative"
 
   @property
   def token_dim(self) -> int:

@@ -81,6 +81,20 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   return np.concatenate([slopes, extra]).astype(np.float32)
 
 
+def signed_buckets(c: ModelConfig, length: int) -> Int[Array, "T T"]:
+  """Which of 2 R vectors stands for the distance from each token to each other; before the middle for those after it.
+
+  Distances up to R / 2 have one each, those farther away share them logarithmically (DeBERTa v2's code).
+  """
+  span, middle = c.relative_buckets, c.relative_buckets // 2
+  away = np.arange(length)
+  steps = np.log(np.maximum(away, middle).astype(np.float32) / np.float32(middle))
+  steps = np.ceil(steps / np.log(np.float32((c.relative_max_distance - 1) / middle)) * (middle - 1)) + middle
+  bucket_of = np.where(away <= middle, away, steps).astype(np.int32)
+  distance = away[:, None] - away
+  return jnp.asarray(np.clip(np.sign(distance) * bucket_of[abs(distance)] + span, 0, 2 * span - 1))
+
+
 def relative_bias(
   c: ModelConfig, table: Float[Array, "R N"], queries: Int[Array, "#B T"], num_keys: int
 ) -> Float[Array, "#B N T S"]:

@@ -75,7 +75,10 @@ class Transformer(nnx.Module):
       check_batch_invariant(c)
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
-    if c.has_relative_bias:
+    if c.relative_bias == "disentangled":
+      self.relative_vectors = parameter(rngs, (2 * c.relative_buckets, c.embed_dim), (None, "embed"), embedding_init(c))
+      self.relative_norm = Norm(c, compute, rngs=rngs)
+    elif c.has_relative_bias:
       shape = (c.relative_buckets, c.num_heads)
       self.relative_bias = parameter(rngs, shape, (None, "heads"), embedding_init(c))
     self.blocks = stack_blocks(c, compute, rngs)
@@ -150,11 +153,15 @@ class Transformer(nnx.Module):
     rope, bias = {}, None
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
-    if c.has_relative_bias:
+    distances = None
+    if c.relative_bias == "disentangled":
+      vectors_of = self.relative_norm(dense(self.relative_vectors.get_value()).astype(self.compute.dtype))
+      distances = vectors_of, pos.signed_buckets(c, tokens.shape[1])
+    elif c.has_relative_bias:
       table = dense(self.relative_bias.get_value(), jnp.float32)
       bias = pos.relative_bias(c, table, slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)
-    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias), held)
+    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias, distances), held)
     return x if self.final_norm is None else self.final_norm(x), held.advance(tokens.shape[1]), losses
 
   def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

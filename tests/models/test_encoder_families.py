@@ -28,6 +28,15 @@ BERT = IDS | dict(
   num_attention_heads=4,
   max_position_embeddings=24,
 )
+DEBERTA = BERT | dict(
+  relative_attention=True,
+  position_buckets=6,
+  norm_rel_ebd="layer_norm",
+  share_att_key=True,
+  pos_att_type="p2c|c2p",
+  position_biased_input=False,
+  type_vocab_size=0,
+)
 MPNET = BERT | dict(pad_token_id=1)
 DISTILBERT = IDS | dict(vocab_size=V, dim=32, hidden_dim=56, n_layers=3, n_heads=4, max_position_embeddings=24)
 MODERNBERT = BERT | dict(num_hidden_layers=5, local_attention=6, cls_token_id=1, sep_token_id=2)
@@ -68,6 +77,14 @@ ENCODERS = {
   "electra-token": ("ElectraForTokenClassification", BERT | dict(embedding_size=20, num_labels=3)),
   "electra-span": ("ElectraForQuestionAnswering", BERT | dict(embedding_size=32)),
   "electra-bare": ("ElectraModel", BERT | dict(embedding_size=20)),
+  "deberta-mlm": ("DebertaV2ForMaskedLM", DEBERTA),
+  "deberta-sequence": ("DebertaV2ForSequenceClassification", DEBERTA | dict(num_labels=3)),
+  "deberta-token": (
+    "DebertaV2ForTokenClassification",
+    DEBERTA | dict(num_labels=3, position_biased_input=True, type_vocab_size=2, max_relative_positions=9),
+  ),
+  "deberta-span": ("DebertaV2ForQuestionAnswering", DEBERTA),
+  "deberta-bare": ("DebertaV2Model", DEBERTA),
   "mpnet-mlm": ("MPNetForMaskedLM", MPNET),
   "mpnet-sequence": ("MPNetForSequenceClassification", MPNET | dict(num_labels=3)),
   "mpnet-token": ("MPNetForTokenClassification", MPNET | dict(num_labels=3)),

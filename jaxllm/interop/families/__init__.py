@@ -4,6 +4,7 @@ from jaxllm.interop.families.bart import BART
 from jaxllm.interop.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from jaxllm.interop.families.bloom import BLOOM
 from jaxllm.interop.families.cohere import COHERE, COHERE2
+from jaxllm.interop.families.deberta import DEBERTA_V2
 from jaxllm.interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from jaxllm.interop.families.distilbert import DISTILBERT
 from jaxllm.interop.families.electra import ELECTRA
@@ -48,6 +49,6 @@ DENSE = (
   *(MISTRAL, OLMO2, OLMO3, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2),
 )
 DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, MIXTRAL, QWEN3_MOE)
-ENCODERS = (BERT, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
+ENCODERS = (BERT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
 ENCODER_DECODERS = (BART, M2M_100, MBART, MT5, T5)
 FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}

@@ -37,6 +37,13 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "max_position_embeddings": 8192, "num_attention_heads": 64, "num_hidden_layers": 40, "num_key_value_heads": None,
     "pad_token_id": 0, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": True, "vocab_size": 256000,
   },
+  "deberta-v2": {
+    "bos_token_id": None, "hidden_act": "gelu", "hidden_size": 1536, "initializer_range": 0.02,
+    "intermediate_size": 6144, "is_encoder_decoder": False, "layer_norm_eps": 1e-07, "max_position_embeddings": 512,
+    "max_relative_positions": -1, "num_attention_heads": 24, "num_hidden_layers": 24, "pad_token_id": 0,
+    "pooler_hidden_act": "gelu", "pos_att_type": None, "position_biased_input": True, "relative_attention": False,
+    "tie_word_embeddings": True, "type_vocab_size": 0, "vocab_size": 128100,
+  },
   "deepseek_v2": {
     "attention_bias": False, "bos_token_id": 1, "first_k_dense_replace": 0, "head_dim": None, "hidden_act": "silu",
     "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "is_encoder_decoder": False,
