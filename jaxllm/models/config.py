@@ -12,6 +12,7 @@ MLPS = {
   "geglu": ("gelu", True),
   "geglu_tanh": ("gelu_tanh", True),
   "reglu": ("relu", True),
+  "swiglu_clamped": ("silu_clamped", True),  # gpt-oss, see `jaxllm.models.mlp.gated`
   "gelu": ("gelu", False),
   "gelu_tanh": ("gelu_tanh", False),
   "silu": ("silu", False),
@@ -37,6 +38,7 @@ class RopeScaling:
   beta_fast: float = 32.0  # yarn
   beta_slow: float = 1.0  # yarn
   attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+  truncate: bool = True  # yarn: the dimensions between which it blends are whole numbers
   mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
 
 
@@ -55,6 +57,7 @@ class MoEConfig:
   every: int = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
 
   scoring: Literal["softmax", "sigmoid"] = "softmax"
+  bias: bool = False  # of the router and of each expert's matrices (gpt-oss)
   correction_bias: bool = False  # per expert, added to the scores where experts are chosen (DeepSeek-V3)
   normalize: bool = True  # the weights of a token's experts are divided by their sum
   scale: float = 1.0  # and multiplied by this
@@ -80,6 +83,8 @@ class MoEConfig:
         f"model.moe cannot choose {self.top_k} of {self.num_experts} experts in {self.top_groups} of "
         f"{self.num_groups} groups; change num_groups or top_groups"
       )
+    if self.bias and (self.shared_mlp_dim or self.capacity_factor is not None):
+      raise ConfigError("model.moe.bias goes with neither shared_mlp_dim nor capacity_factor")
     if self.capacity_factor is not None and self.capacity_factor <= 0:
       raise ConfigError(f"model.moe.capacity_factor is {self.capacity_factor}; it must be over 0, or None")
 

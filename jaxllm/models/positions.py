@@ -36,8 +36,10 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tup
   def dimension(rotations):  # that turns so many times within the original context (eq. 17 of YaRN)
     return dim * math.log(scaling.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(dimension(scaling.beta_fast)), 0)
-  high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+  low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
   ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
   factor = scaling.attention_factor
   if factor is None:

@@ -42,6 +42,8 @@ OPT = dict(
 )  # fmt: skip
 YARN4 = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 MULTIPLIERS = dict(embedding_multiplier=3.0, logits_scaling=0.7, residual_multiplier=0.4, attention_multiplier=0.2)
+GPT_OSS = GQA | dict(head_dim=8, num_local_experts=6, num_experts_per_tok=2, sliding_window=6, swiglu_limit=7.0)
+NO_YARN = dict(rope_type="default", rope_theta=1e4)
 UNTIED = dict(tie_word_embeddings=False)
 FALCON = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, eos_token_id=2, pad_token_id=0)
 NEWER = {
@@ -71,6 +73,8 @@ NEWER = {
   "falcon-new": ("Falcon", FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False)),
   "falcon-11b": ("Falcon", FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1)),
   "gptj": ("GPTJ", dict(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, eos_token_id=2)),
+  "gpt_oss": ("GptOss", GPT_OSS),
+  "gpt_oss-global": ("GptOss", GPT_OSS | dict(layer_types=["full_attention"] * 3, rope_parameters=NO_YARN)),
   "cohere": ("Cohere", GQA | dict(logit_scale=2.0)),
   "cohere-norms": (
     "Cohere",
@@ -90,7 +94,17 @@ OLDER = {
   "bloom": ("Bloom", dict(vocab_size=V, hidden_size=36, n_layer=3, n_head=6, eos_token_id=2, pad_token_id=0)),
 }
 # Each choice of the block is decoded through the engine in one of them at least; the others take their time.
-DECODED = {"mixtral", "deepseek_v2", "gemma3_text", "phi3", "smollm3", "falcon-alibi", "granite", "cohere-norms"}
+DECODED = {
+  "mixtral",
+  "deepseek_v2",
+  "gemma3_text",
+  "phi3",
+  "smollm3",
+  "falcon-alibi",
+  "granite",
+  "cohere-norms",
+  "gpt_oss",
+}
 ALL = [*NEWER, *(pytest.param(name, marks=pytest.mark.slow) for name in OLDER)]
 GREEDY = [pytest.param(name, marks=() if name in DECODED else pytest.mark.slow) for name in NEWER | OLDER]
 EXPERTS = [name for name in NEWER if name.startswith(("mixtral", "qwen3", "deepseek"))]

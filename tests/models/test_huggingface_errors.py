@@ -99,7 +99,6 @@ def test_a_parameter_of_another_shape():
     ({"model_type": "mamba"}, "model_type 'mamba'"),
     ({"hidden_act": "tanh"}, "activation 'tanh'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
   ],
 )
 def test_config_that_cannot_be_read(checkpoint, change, message):

@@ -139,6 +139,14 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "max_position_embeddings": 2048, "num_attention_heads": 64, "num_hidden_layers": 44, "pad_token_id": None,
     "rope_theta": 10000.0, "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50432,
   },
+  "gpt_oss": {
+    "attention_bias": True, "bos_token_id": None, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+    "initializer_range": 0.02, "intermediate_size": 2880, "is_encoder_decoder": False,
+    "max_position_embeddings": 131072, "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 36,
+    "num_key_value_heads": 8, "num_local_experts": 128, "pad_token_id": None, "rms_norm_eps": 1e-05,
+    "rope_theta": 150000.0, "router_aux_loss_coef": 0.001, "sliding_window": 128, "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088,
+  },
   "gptj": {
     "activation_function": "gelu_new", "bos_token_id": 50256, "initializer_range": 0.02, "is_encoder_decoder": False,
     "layer_norm_epsilon": 1e-05, "n_embd": 4096, "n_head": 16, "n_inner": None, "n_layer": 28, "n_positions": 2048,

@@ -24,6 +24,7 @@ _NUMBERS = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
     "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
     "original_max_seq_len": "original_max_position_embeddings",
   },
 }
@@ -51,8 +52,6 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
       f"config.json has RoPE scaling of type {kind!r}; those known are {', '.join(_NUMBERS)} "
       "(remove it to run at the trained length)"
     )
-  if settings.get("truncate") is False:
-    raise ConfigError("config.json has yarn RoPE scaling with truncate false, which is not supported")
   names = _NUMBERS[kind].items()
   numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
   if "original_max_seq_len" in _NUMBERS[kind]:
@@ -76,7 +75,7 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
     hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | {
       theirs: getattr(c.rope_scaling, ours)
       for ours, theirs in _NUMBERS[kind].items()
-      if getattr(c.rope_scaling, ours) is not None
+      if getattr(c.rope_scaling, ours) not in (None, True)  # `truncate` is said where it is False
     }
   return hf
 

@@ -197,7 +197,10 @@ def activation_name(mlp: str) -> str:
   """The Hugging Face activation name of a `ModelConfig.mlp`. Raises ConfigError where there is none."""
   if mlp not in MLPS:
     raise ConfigError(f"no config.json can say the activation {mlp!r} here")
-  return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == MLPS[mlp][0])
+  for theirs, ours in _ACTIVATIONS.items():
+    if ours == MLPS[mlp][0]:
+      return theirs
+  raise ConfigError(f"no config.json of this family can say model.mlp = {mlp!r}")
 
 
 def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:
