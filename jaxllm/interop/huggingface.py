@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families import FAMILIES, READ_AS
 from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
@@ -47,6 +47,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     ConfigError: no or an unknown `model_type`.
   """
   name = config.get("model_type")
+  name = READ_AS.get(str(name), name)
   if name not in FAMILIES:
     known = ", ".join(FAMILIES)
     raise ConfigError(f"config.json has model_type {name!r}; those that can be read are {known}")

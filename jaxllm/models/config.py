@@ -28,16 +28,23 @@ class RopeScaling:
   linear: positions / factor (Chen et al., arXiv 2306.15595). ntk: theta grown so that the slowest wave
   is stretched by factor (bloc97, 2023). yarn: Peng et al., arXiv 2309.00071. llama3: Llama 3.1's
   smoothed per-frequency factor (arXiv 2407.21783).
+
+  Of two the model's max_seq_len decides, for texts of any length, so that what is cached stays true (transformers goes
+  by the longest text at hand): dynamic: ntk, with the factor that stretches the original context to max_seq_len (none
+  where it is no longer). longrope: a factor for each frequency, long ones where it is longer (arXiv 2402.13753).
   """
 
-  kind: Literal["linear", "ntk", "yarn", "llama3"] = "linear"
+  kind: Literal["linear", "ntk", "yarn", "llama3", "dynamic", "longrope"] = "linear"
   factor: float = 1.0
-  original_max_seq_len: int = 0  # the context before stretching; yarn and llama3 need it
+  original_max_seq_len: int = 0  # the context before stretching; all but linear and ntk need it
+  short_factors: tuple[float, ...] = ()  # longrope
+  long_factors: tuple[float, ...] = ()  # longrope
   low_freq_factor: float = 1.0  # llama3
   high_freq_factor: float = 4.0  # llama3
   beta_fast: float = 32.0  # yarn
   beta_slow: float = 1.0  # yarn
-  attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+  # None: yarn: 0.1 ln(factor) + 1; longrope: (1 + ln(factor) / ln(original_max_seq_len)) ** 0.5
+  attention_factor: float | None = None
   truncate: bool = True  # yarn: the dimensions between which it blends are whole numbers
   mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
 
@@ -278,7 +285,10 @@ class ModelConfig:
     if self.parallel_residual and self.norm_placement != "pre":
       raise ConfigError(f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}")
     scaling = self.rope_scaling
-    if scaling and scaling.kind in ("yarn", "llama3") and not scaling.original_max_seq_len:
+    for name in ("short_factors", "long_factors") if scaling and scaling.kind == "longrope" else ():
+      if len(factors := getattr(scaling, name)) != self.rotary_dim // 2:
+        raise ConfigError(f"there are {self.rotary_dim // 2} rotated pairs of a head, but {len(factors)} {name}")
+    if scaling and scaling.kind not in ("linear", "ntk") and not scaling.original_max_seq_len:
       raise ConfigError(f"model.rope_scaling.original_max_seq_len must be set for {scaling.kind} scaling")
 
   def _check_mla(self):

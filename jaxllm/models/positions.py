@@ -10,10 +10,15 @@ from jaxllm.kernels.elementwise import rope
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 
-def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+def rope_frequencies(
+  dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int = 0
+) -> tuple[np.ndarray, float]:
   """Angular frequencies [dim / 2] in radians per position, and the factor on cos and sin.
 
   Su et al., arXiv 2104.09864; the scalings' sources stand at `RopeScaling`.
+
+  Args:
+    max_seq_len: of the model.
   """
   exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
   if scaling is None:
@@ -22,7 +27,15 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tup
     return theta**-exponent / scaling.factor, 1.0
   if scaling.kind == "ntk":
     return (theta * scaling.factor ** (dim / (dim - 2))) ** -exponent, 1.0
-  base = theta**-exponent
+  base, original = theta**-exponent, scaling.original_max_seq_len
+  if scaling.kind == "dynamic":
+    grown = scaling.factor * max(max_seq_len, original) / original - (scaling.factor - 1)
+    return (theta * grown ** (dim / (dim - 2))) ** -exponent, 1.0
+  if scaling.kind == "longrope":
+    factor = scaling.attention_factor
+    if factor is None:
+      factor = math.sqrt(1 + math.log(scaling.factor) / math.log(original)) if scaling.factor > 1 else 1.0
+    return base / np.asarray(scaling.long_factors if max_seq_len > original else scaling.short_factors), factor
   if scaling.kind == "llama3":
     wavelength = 2 * math.pi / base
     low = scaling.original_max_seq_len / scaling.low_freq_factor
@@ -52,7 +65,7 @@ def rope_table(c: ModelConfig, positions: Int[Array, "B T"], local: bool) -> tup
   theta = c.rope_local_theta if local and c.rope_local_theta else c.rope_theta
   # Gemma 3 stretches its global layers only; a model with one theta stretches all.
   scaling = None if local and c.rope_local_theta else c.rope_scaling
-  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling)
+  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling, c.max_seq_len)
   angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   return factor * jnp.cos(angles), factor * jnp.sin(angles)
 

@@ -44,6 +44,10 @@ YARN4 = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 MULTIPLIERS = dict(embedding_multiplier=3.0, logits_scaling=0.7, residual_multiplier=0.4, attention_multiplier=0.2)
 GPT_OSS = GQA | dict(head_dim=8, num_local_experts=6, num_experts_per_tok=2, sliding_window=6, swiglu_limit=7.0)
 NO_YARN = dict(rope_type="default", rope_theta=1e4)
+LONG = dict(
+  original_max_position_embeddings=16,
+  rope_scaling=dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.0, 5.0]),
+)
 UNTIED = dict(tie_word_embeddings=False)
 FALCON = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, eos_token_id=2, pad_token_id=0)
 NEWER = {
@@ -59,6 +63,8 @@ NEWER = {
   "gemma": ("Gemma", SMALL | dict(num_key_value_heads=1, head_dim=12)),
   "gemma3_text": ("Gemma3Text", GEMMA3 | dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
   "phi3": ("Phi3", GQA | dict(sliding_window=9, partial_rotary_factor=0.5)),
+  "phi3-long": ("Phi3", GQA | dict(partial_rotary_factor=0.75) | LONG),
+  "llama-dynamic": ("Llama", GQA | dict(rope_scaling=dict(rope_type="dynamic", factor=4.0))),
   "smollm3": ("SmolLM3", GQA | dict(num_hidden_layers=5)),
   "opt": ("OPT", OPT),
   "opt-post": ("OPT", OPT | dict(do_layer_norm_before=False, tie_word_embeddings=False)),
@@ -95,6 +101,7 @@ OLDER = {
 }
 # Each choice of the block is decoded through the engine in one of them at least; the others take their time.
 DECODED = {
+  "phi3-long",
   "mixtral",
   "deepseek_v2",
   "gemma3_text",
@@ -169,7 +176,9 @@ def test_padded_batch(name):
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_decoding_through_the_cache(name):
   model, _, _, config, params = case(name)
-  prompts = [np.random.default_rng(seed).integers(3, V, length).tolist() for seed, length in ((2, 9), (3, 5))]
+  more = 12 if name == "phi3-long" else 0  # shorter texts have other frequencies there, see `RopeScaling`
+  lengths = (2, 9 + more), (3, 5 + more)
+  prompts = [np.random.default_rng(seed).integers(3, V, length).tolist() for seed, length in lengths]
   completions = Model(config, params).generate(prompts, temperature=0.0, max_tokens=NEW)
   for prompt, completion in zip(prompts, completions, strict=True):
     ids = torch.tensor([prompt])

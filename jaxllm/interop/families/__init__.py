@@ -53,3 +53,5 @@ DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE)
 ENCODERS = (BERT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
 ENCODER_DECODERS = (BART, M2M_100, MBART, MT5, T5)
 FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}
+# Of models whose own code is that of another family; they are written as that.
+READ_AS = {"kimi_k2": "deepseek_v3"}

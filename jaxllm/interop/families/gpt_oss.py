@@ -33,7 +33,7 @@ def _experts(ours, theirs):
 def _read(hf):
   if (hf["swiglu_limit"], hf["swiglu_alpha"]) != (CLAMP, GAIN):
     raise ConfigError(f"config.json has swiglu_limit and swiglu_alpha other than {CLAMP} and {GAIN}")
-  rope = hf.get("rope_parameters") or ROPE | (hf.get("rope_scaling") or {})
+  rope = hf.get("rope_scaling") or hf.get("rope_parameters") or ROPE
   layers = range(hf["num_hidden_layers"])
   types = hf.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
   return (

@@ -14,6 +14,13 @@ from jaxllm.models.config import ModelConfig, RopeScaling
 # ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.
 _NUMBERS = {
   "linear": {},
+  "dynamic": {"original_max_seq_len": "original_max_position_embeddings"},
+  "longrope": {
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+    "attention_factor": "attention_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+  },
   "llama3": {
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -34,7 +41,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   """The RoPE fields of a ModelConfig.
 
   Raises:
-    ConfigError: a kind of scaling that is not fixed numbers (dynamic NTK, LongRoPE) or is unknown.
+    ConfigError: an unknown kind of scaling.
   """
   settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
   kind = settings.get("rope_type", settings.get("type", "default"))
@@ -54,6 +61,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
   names = _NUMBERS[kind].items()
   numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
+  numbers = {name: tuple(map(float, x)) if isinstance(x, list) else x for name, x in numbers.items()}
   if "original_max_seq_len" in _NUMBERS[kind]:
     numbers.setdefault("original_max_seq_len", hf["max_position_embeddings"])
   factor = settings.get("factor")
@@ -75,7 +83,7 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
     hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | {
       theirs: getattr(c.rope_scaling, ours)
       for ours, theirs in _NUMBERS[kind].items()
-      if getattr(c.rope_scaling, ours) not in (None, True)  # `truncate` is said where it is False
+      if getattr(c.rope_scaling, ours) is not None and getattr(c.rope_scaling, ours) is not True  # `truncate`: if False
     }
   return hf
 
