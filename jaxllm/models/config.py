@@ -202,7 +202,7 @@ class ModelConfig:
   # has a bias where mlp_bias is set.
   head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"] | None = None
   head_norm: bool = False  # and a norm after it
-  pooling: Literal["first", "mean"] = "first"  # which hidden state stands for a text
+  pooling: Literal["first", "mean", "last"] = "first"  # which hidden state stands for a text
   logit_scale: float | None = None  # T5 with a tied head: embed_dim ** -0.5
   logit_softcap: float | None = None
 

@@ -194,10 +194,14 @@ class Transformer(nnx.Module):
     return self.head_input(x).astype(jnp.float32) @ mean + bias
 
   def pooled(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
-    """What stands for each row's text: its first state, or the mean of those that are not padding, after the
-    head's dense layer and norm."""
+    """What stands for each row's text: its first state, or the mean or the last of those that are not padding, after
+    the head's dense layer and norm."""
     if self.config.pooling == "first":
       return self.head.transform(x[:, 0])
+    if self.config.pooling == "last":
+      places = jnp.arange(x.shape[1])
+      last = jnp.where(True if segment_ids is None else segment_ids != 0, places, 0).max(-1)
+      return self.head.transform(x[jnp.arange(len(x)), jnp.broadcast_to(last, len(x))])
     return self.head.transform(mean_pool(x, segment_ids))
 
   def classify(

@@ -115,6 +115,7 @@ ENCODER_DECODERS = {
     "M2M100ForConditionalGeneration",
     BART | dict(pad_token_id=1, scale_embedding=False, activation_function="gelu", encoder_layers=1),
   ),
+  "bart-sequence": ("BartForSequenceClassification", BART | dict(num_labels=3)),
   "bart": ("BartForConditionalGeneration", BART),
   "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
 }
@@ -131,7 +132,7 @@ def case(name):
   with torch.no_grad():
     if "T5" in stem and "tie_word_embeddings" in settings:  # this class ties a fresh model's in any case
       model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
-    if "Bart" in stem:
+    if hasattr(model, "final_logits_bias"):
       model.final_logits_bias.normal_()
   hf = hf_config.to_dict() | {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
   config, params = params_from_huggingface(hf, tensors_of(model))
@@ -161,6 +162,10 @@ def inputs(name):
   if name in ENCODERS:
     types = np.random.default_rng(2).integers(0, case(name)[2].num_token_types or 1, (B, T))
     return {"tokens": tokens, "segment_ids": mask} | ({"token_types": types} if "bert-" in name[:5] else {})
+  if name == "bart-sequence":  # the decoder reads the same text, one place later, up to its end
+    source = np.where(np.arange(T) == mask.sum(-1, keepdims=True) - 1, IDS["eos_token_id"], tokens)
+    shifted = np.concatenate([np.full((B, 1), BART["decoder_start_token_id"]), source[:, :-1]], axis=1)
+    return {"tokens": shifted, "segment_ids": mask, "source": source, "source_segment_ids": mask}
   source, source_mask = rows(LENGTHS["S"], S, 3)
   return {"tokens": tokens, "segment_ids": mask, "source": source, "source_segment_ids": source_mask}
 

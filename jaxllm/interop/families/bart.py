@@ -4,6 +4,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.bert import POST_NORM
 
+CLASSIFIER = "BartForSequenceClassification"
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
 
 
@@ -32,9 +33,20 @@ def weights(norm):
     t.embedding("embedding/tokens", "model.shared"),
     *_stack("", "decoder", norm),
     *_stack("encoder/", "encoder", norm),
-    t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
-    t.Weight(("head/bias",), "final_logits_bias", ROW),
   )
+
+
+def heads(c):
+  """The logits' matrix and bias, or a classifier's of the state at the text's end."""
+  if c.head == "sequence":
+    return t.linear("head/dense", "classification_head.dense") + t.linear("head", "classification_head.out_proj")
+  matrix = t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED)
+  return matrix, t.Weight(("head/bias",), "final_logits_bias", ROW)
+
+
+def _read(hf):
+  fields = read(hf) | t.read_head(hf, {"sequence": CLASSIFIER})
+  return fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
 
 
 def read(hf):
@@ -84,7 +96,9 @@ BART = t.Family(
     "normalize_before": False,
     "add_final_layer_norm": False,
   },
-  read=read,
-  write=_write,
+  read=_read,
+  write=lambda c: _write(c) | t.write_labels(c),
+  architectures={"sequence": CLASSIFIER},
+  more_weights=heads,
   ignored=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
 )

@@ -20,6 +20,7 @@ MBART = dataclasses.replace(
   bart.BART,
   name="mbart",
   architecture="MBartForConditionalGeneration",
+  architectures={},
   weights=bart.weights("norm"),
   fields=PRE_NORM | {"position": "learned", "position_offset": 2, "embedding_norm": True, "head_bias": True},
   requires={"is_encoder_decoder": True, "tie_word_embeddings": True},
