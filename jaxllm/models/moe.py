@@ -21,8 +21,10 @@ from jaxllm.parallel.sharding import constrain, ways_here
 
 # Weights: gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]; then any biases [E, F] of the first two.
 Matrices = tuple[Any, ...]
-MATRIX_AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
-MATRIX_AXES += (("expert", "mlp"), ("expert", "mlp"))
+MATRIX_AXES = (
+  *(("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")),
+  *(("expert", "mlp"), ("expert", "mlp")),
+)
 RouterLosses = dict[str, Float[Array, ""]]  # load_balance, z, dropped
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import tempfile
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -270,3 +271,20 @@ def test_packed_documents(name):
   got, want = forward(config)(params, packed)[0], forward(config)(params, alone)[0]
   np.testing.assert_allclose(got[0, :first], want[0, :first], rtol=0, atol=TOLERANCE)
   np.testing.assert_allclose(got[0, first:], want[1, :second], rtol=0, atol=TOLERANCE)
+
+
+def test_the_names_of_debertas_third_version():
+  """As its files and transformers without `legacy` have the head for masked tokens."""
+  model, hf, config, params = case("deberta-mlm")
+  names = {
+    "cls.predictions.transform.": "lm_predictions.lm_head.",
+    "cls.predictions.bias": "lm_predictions.lm_head.bias",
+  }
+  renamed = {}
+  for key, tensor in tensors_of(model).items():
+    old = next((old for old in names if key.startswith(old)), "")
+    renamed[names.get(old, "") + key.removeprefix(old)] = tensor
+  assert renamed.keys() != tensors_of(model).keys()
+  got_config, got = params_from_huggingface(hf, renamed)
+  assert got_config == config
+  jax.tree.map(np.testing.assert_array_equal, got, params)
