@@ -1,57 +1,174 @@
 """What the doors share: reading `--config`, reporting errors, exit codes."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from jaxllm.base import settings
-from jaxllm.base.errors import UserError
+from jaxllm.base import environment, settings, stopping
+from jaxllm.base.errors import UserError, one_line
 from jaxllm.base.files import local_path
+from jaxllm.base.os_errors import explain
+
+
+class _Stdout(io.TextIOWrapper):
+  """Says of its errors that they are its own."""
+
+  def write(self, text: str) -> int:
+    with _named("stdout"):
+      return super().write(text)
+
+  def flush(self) -> None:
+    with _named("stdout"):
+      super().flush()
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or name
+    raise
+
+
+def open_standard_streams() -> None:
+  """Gives stdin, stdout and stderr that the parent has closed a place of their own: else the next file that is opened
+  would be taken for one of them. Reading or writing the first two fails, as it should; what is said goes nowhere."""
+  for name, mode, way in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+    if getattr(sys, name) is None:  # the lowest number that is free is its
+      setattr(sys, name, os.fdopen(os.open(os.devnull, way), mode))
+  if type(sys.stdout) is io.TextIOWrapper:
+    out = sys.stdout
+    how: dict[str, Any] = {key: getattr(out, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+    sys.stdout = _Stdout(out.buffer, **how)
+    sys.__stdout__ = out  # which would take the buffer along
+
+
+def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """Reports what went wrong before a door began, while it was imported."""
+  line = None if "--debug" in sys.argv else explain_error(error)
+  if line is None:
+    sys.__excepthook__(kind, error, trace)
+  else:
+    stopping.leave(2, f"error: {line}\n".encode(errors="replace"))
+
+
+if stopping.runs_a_door():  # before anything that takes long is imported
+  sys.excepthook = _say
+  if (
+    "--debug" not in sys.argv
+  ):  # what a library's callback or a destructor raises is nobody's to mend, or said elsewhere
+    sys.unraisablehook = lambda raised: logging.getLogger("jaxllm").debug("%s", raised)
+  open_standard_streams()
+  stopping.install()
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
+LEAST_FILES = 64  # that a door may need to have open
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-  """Runs a door's `main(argv)`; a UserError becomes one line and exit code 2, a traceback with --debug.
+  """Runs a door's `main(argv)`; what the user can mend becomes one line and exit code 2, a traceback with --debug.
 
-  In a job of several processes an error does not return: it ends this process at once, and the others with it.
+  A signal ends a door with one line and 128 + its number, see `jaxllm.base.stopping`. In a job of several processes an
+  error does not return: it ends this process at once, and the others with it.
   """
+  is_program = stopping.runs_a_door()
+  if is_program:
+    _raise_limit_of_files()
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
+  logging.raiseExceptions = debug  # a log that nobody can read must not fill it with tracebacks
   logging.getLogger("jaxllm").setLevel(logging.INFO)
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  for library in ("absl", "asyncio"):  # which say again what we say
+    logging.getLogger(library).setLevel(logging.ERROR if debug else logging.CRITICAL)
+  code = 0
   try:
-    return main(argv) or 0
-  except UserError as error:
-    leave(error, 2, None if debug else f"error: {error}")
-    if debug:
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    try:
+      environment.check()
+      code = main(argv) or 0
+    except SystemExit as stop:  # argparse's
+      code = stop.code if isinstance(stop.code, int) else 1
+      if not is_program:
+        raise
+    sys.stdout.flush()
   except KeyboardInterrupt as error:
-    leave(error, 130, "stopped")
+    code = getattr(error, "code", 130)
+    leave(error, code, "stopped")
+    if is_program:
+      stopping.leave(code, stopping.LINE)
     print("stopped", file=sys.stderr)
-    return 130
   except BrokenPipeError as error:
     leave(error, 1, "error: nobody reads the output")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-  except OSError as error:
-    line = f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-    leave(error, 2, None if debug else line)
-    if debug:
-      raise
-    print(line, file=sys.stderr)
-    return 2
+    _to_nowhere(sys.stdout)
   except BaseException as error:
-    leave(error, 1)
-    raise
+    if stopping.interrupted is not None:
+      leave(error, 128 + stopping.interrupted, "stopped")
+      stopping.leave(128 + stopping.interrupted, stopping.LINE)
+    line = explain_error(error)
+    code = 1 if line is None else 2
+    leave(error, code, None if debug or line is None else f"error: {line}")
+    if debug or line is None:
+      raise
+    with contextlib.suppress(OSError):
+      print(f"error: {line}", file=sys.stderr, flush=True)
+    _to_nowhere(sys.stdout)
+  if is_program:
+    stopping.over()
+  return code
+
+
+def explain_error(error: BaseException) -> str | None:
+  """One line for an error that the user can mend; None for a bug of ours."""
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, UnicodeEncodeError):
+    return (
+      f"the output is in {error.encoding}, which has no {error.object[error.start : error.start + 1]!a}; set "
+      "PYTHONIOENCODING=utf-8, or a locale such as LANG=C.UTF-8"
+    )
+  if isinstance(error, RecursionError):
+    return "something is nested too deeply: a config, a JSON file or a chat template"
+  text = str(error)
+  if text.startswith("Unable to initialize backend") or "for environment" in text:  # jax's, of its variables
+    return f"{one_line(text.splitlines()[0], 300)}; mend the environment variable (JAX_PLATFORMS, JAX_…)"
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    what = one_line(text.splitlines()[0] if text else "", 200)
+    return f"out of memory{f' ({what})' if what else ''}; use a smaller batch, context or model, or a larger machine"
+  if isinstance(error, OSError) and error.filename == "stdout":
+    return explain(error, "cannot write")
+  if isinstance(error, Exception) and (line := explain(error)) is not None:
+    more = "" if isinstance(error, OSError) else f" ({type(error).__name__}: {one_line(text, 160)})"
+    return line + more
+  return one_line(text, 300) if isinstance(error, OSError) else None
+
+
+def _raise_limit_of_files() -> None:
+  """Allows this program as many open files as its parent lets it: C++ just aborts where there are too few."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != hard:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+    print(f"error: a limit of {hard} open files is too low; raise it (ulimit -n {LEAST_FILES})", file=sys.stderr)
+    stopping.leave(2)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+  """What is still to be written goes nowhere; Python would fail once more at the end."""
+  try:
+    stream.flush()
+  except (OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def leave(error: BaseException, code: int, line: str | None = None) -> None:

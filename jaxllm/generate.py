@@ -6,10 +6,12 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.base.errors import ConfigError, UserError
+from jaxllm.base.files import local_path
+from jaxllm.base.os_errors import file_errors
+from jaxllm.base.stopping import Interrupted, interrupts_apart
 from jaxllm.cli import add_model, door_parser, run_door
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
   settings = {name: value for name, value in vars(args).items() if name in names and value is not None}
   SamplingParams(**settings)  # a wrong setting is told before the model loads
   model = load_model(args.model, adapter=args.adapter, step=args.step, dtype=args.dtype)
+  if args.raw and model.tokenizer is not None:
+    model.tokenizer.end_of_turn_id = None  # its chat template, which would tell, is not run
   chats = not args.raw and model.tokenizer is not None and bool(model.tokenizer.chat_templates)
   if args.system is not None and not chats:
     raise ConfigError("--system is for a chat: the model has no chat template, or --raw turns it off")
@@ -85,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
     settings.setdefault("max_tokens", REPLY_TOKENS if chats else MAX_TOKENS)
   sampling = model.sampling(**settings)
   if not prompts:
-    return interact(model, sampling, args.echo, opening if chats else None)
+    with interrupts_apart():
+      return interact(model, sampling, args.echo, opening if chats else None)
   asked: list[Prompt] = list(prompts)
   if chats:
     asked = [model.chat_ids([*opening, {"role": "user", "content": prompt}]) for prompt in prompts]
@@ -109,10 +114,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
       prompt = sys.stdin.read().removesuffix("\n")
     prompts.append(prompt)
   for name in args.prompt_file or ():
-    try:
-      prompts.append(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-      raise ConfigError(f"cannot read the prompt file {name}: {error}") from error
+    with file_errors(name, "cannot read the prompt file", ConfigError):
+      try:
+        prompts.append(local_path(name).read_text(encoding="utf-8"))
+      except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the prompt file {name}: it is not in UTF-8") from error
   return prompts
 
 
@@ -172,7 +178,11 @@ def interact(model: "Model", sampling: "SamplingParams", echo: bool, opening: li
     except EOFError:
       print(file=sys.stderr)
       return 2 if failed and not terminal else 0
+    except Interrupted:  # SIGTERM
+      raise
     except KeyboardInterrupt:
+      if not terminal:
+        raise
       print("\nCtrl-D ends.", file=sys.stderr)
       continue
     if not line:
@@ -191,6 +201,8 @@ def interact(model: "Model", sampling: "SamplingParams", echo: bool, opening: li
         write_stream(model, line, sampling, before)
       else:
         write_all(model, [line], sampling, [before])
+    except Interrupted:
+      raise
     except KeyboardInterrupt:
       print("stopped", file=sys.stderr)
     except UserError as error:  # this prompt's mistake; the next one may be fine

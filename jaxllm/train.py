@@ -8,13 +8,15 @@ The run directory gets config.json, metrics.jsonl, checkpoints/, samples/ and te
 command again resumes from the last checkpoint; Ctrl-C saves one first. `training.steps` may grow.
 """
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.base.errors import UserError
-from jaxllm.cli import config_parser, parse_config_args, print_config, run_door
+from jaxllm.base import stopping
+from jaxllm.base.errors import one_line
+from jaxllm.cli import config_parser, explain_error, parse_config_args, print_config, run_door
 from jaxllm.config import load_config, sweep_points
 
 if TYPE_CHECKING:
@@ -92,20 +94,26 @@ def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> in
   say = print if jax.process_index() == 0 else lambda *_, **__: None
   points = sweep_points(path)
   runs = [load_config(path, [*overrides, *point.items()]) for point in points]  # all mistakes before any run
-  rows, failed = [], False
+  rows: list[tuple] = []
+  failed: list[str] = []
   for number, (point, run) in enumerate(zip(points, runs)):
     label = ",".join(f"{key.split('.')[-1]}={value}" for key, value in point.items())
     directory = workdir / f"{number:02d}-{label}".replace("/", "_").replace(" ", "")
     say(f"== {number + 1} of {len(points)}: {label} -> {directory}", flush=True)
     try:
       result = train(run, directory)
-    except UserError as error:
-      if jax.process_count() > 1 and not isinstance(error, TrainingStopped):
-        raise  # it may be this host's alone, and the others cannot know
-      failed = True
-      say(f"error: {error}", file=sys.stderr)
-      rows.append((label, "failed", "", "", directory))
+    except Exception as error:
+      line = None if stopping.interrupted else explain_error(error)
+      if line is None or jax.process_count() > 1 and not isinstance(error, TrainingStopped):
+        raise  # a bug of ours; or it may be this host's alone, and the others cannot know
+      failed.append(label)
+      say(f"error: {line}", file=sys.stderr)
+      rows.append((label, f"failed: {one_line(line, 60)}", "", "", directory))
+      error.__traceback__ = None  # it holds the arrays of the point that failed
+      del error
       continue
+    finally:
+      gc.collect()
     scores = [f"{result.get(key, float('nan')):.4f}" for key in ("loss", "eval/loss", "eval/bits_per_byte")]
     rows.append((label, *scores, directory))
     if result["stopped"]:
@@ -115,6 +123,8 @@ def _sweep(path: str, overrides: Sequence[tuple[str, Any]], workdir: Path) -> in
   widths = [max(len(row[i]) for row in table) for i in range(len(header))]
   for row in table:
     say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+  if failed:
+    say(f"error: {len(failed)} of {len(points)} points failed: {', '.join(failed)}", file=sys.stderr)
   return 2 if failed else 0
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxllm.base.errors import UserError
+from jaxllm.base.os_errors import file_errors
 
 NAME = "lock"
 _LONGEST = 500  # bytes of the file that a message repeats
@@ -49,11 +50,9 @@ def hold(directory: Path, patience_s: float = 1.0) -> Iterator[None]:
       raise UserError(f"{directory} is in use by this process already")
     _held[key] = os.getpid()
   try:
-    try:
+    with file_errors(path, "cannot write", UserError):
       # Python closes it in programs that this one starts; children by fork do not inherit such a lock.
       file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-      raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
       locked = _acquire(file, directory, patience_s)
       _write(file, _myself())

@@ -11,10 +11,11 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base import ranges
+from jaxllm.base.errors import ConfigError, shown
 
 TAGS = ("name", "kind")  # a group uses one of them
 
@@ -35,17 +36,39 @@ def from_mapping(cls: type, values: Any, path: str = "") -> Any:
   if isinstance(values, cls):
     return values
   if not isinstance(values, Mapping):
-    raise ConfigError(f"config {path or 'file'} is {values!r}; it should be a group of keys")
+    raise ConfigError(f"config {path or 'file'} is {shown(values)}; it should be a group of keys")
   hints = field_types(cls)
   kwargs = {}
   for name in values:
-    full = f"{path}.{name}" if path else str(name)
+    full = f"{path}.{name}" if path else f"{name}"
     if name not in hints:
-      near = difflib.get_close_matches(str(name), hints, n=1)
+      near = _near(name, hints)
       hint = f"did you mean {path + '.' if path else ''}{near[0]}?" if near else f"known: {', '.join(hints) or 'none'}"
       raise ConfigError(f"unknown config key {full}; {hint}")
     kwargs[name] = convert(hints[name], values[name], full)
+  ranges.check(cls, kwargs, path)
   return cls(**kwargs)
+
+
+def from_declared(kind: Any, values: Any, path: str = "") -> dict[str, Any]:
+  """The keys of a mapping that a TypedDict declares, each of its type; others are left out.
+
+  A null counts as absent where the type has no None.
+
+  Raises:
+    ConfigError: a value of another type, named in one line.
+  """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"config key {path} is {shown(values)}; it should be a group of keys")
+  hints = typing.get_type_hints(kind, include_extras=True)
+  found = {
+    name: convert(hints[name], value, f"{path}.{name}" if path else name)
+    for name, value in values.items()
+    if name in hints and (value is not None or type(None) in typing.get_args(hints[name]))
+  }
+  if lacking := sorted(kind.__required_keys__ - found.keys()):
+    raise ConfigError(f"config key {path} lacks {lacking[0]!r}")
+  return found
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -65,39 +88,52 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     if type(None) in args and (value is None or (isinstance(value, Text) and value.lower() == "none")):
       return None
     others = [a for a in args if a is not type(None)]
+    if len(others) > 1 and not dataclasses.is_dataclass(others[0]):
+      return _one_of(others, value, path)
     return _tagged(others, parse(value), path) if len(others) > 1 else convert(others[0], value, path)
   if dataclasses.is_dataclass(kind):
     return from_mapping(typing.cast(type, kind), parse(value), path)
+  if origin in (typing.Required, typing.NotRequired):
+    return convert(args[0], value, path)
+  if origin is Annotated:
+    number = convert(args[0], _number(value) if isinstance(value, str) else value, path)
+    if not args[1].holds(number):
+      raise ConfigError(f"config key {path} is {shown(value)}; it must {args[1].wish(number)}")
+    return number
+  if typing.is_typeddict(kind):
+    return from_declared(kind, value, path)
   if origin is tuple:
     return _tuple(args, value, path)
+  if origin is list:
+    return list(_tuple(args, value, path))
   if origin is dict:
     value = parse(value)
     if not isinstance(value, Mapping):
-      raise ConfigError(f"config key {path} is {value!r}; it should be a mapping from names to values")
+      raise ConfigError(f"config key {path} is {shown(value)}; it should be a mapping from names to values")
     return {str(name): convert(args[1], item, f"{path}.{name}") for name, item in value.items()}
   if kind is Any:
     return parse(value)
   if origin is Literal:
     value = str(value) if isinstance(value, Text) else value
     if value not in args:
-      near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+      near = _near(value, map(str, args))
       hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ConfigError(f"config key {path} is {value!r}; choose one of {', '.join(map(repr, args))}{hint}")
+      raise ConfigError(f"config key {path} is {shown(value)}; choose one of {', '.join(map(repr, args))}{hint}")
     return value
   if kind is str:
     if not isinstance(value, str):
-      raise ConfigError(f"config key {path} is {value!r}; it should be a string")
+      raise ConfigError(f"config key {path} is {shown(value)}; it should be a string")
     return str(value)
   value = parse(value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if kind is bool and isinstance(value, bool):
     return value
-  if kind is int and number and math.isfinite(value) and value == int(value):
+  if kind is int and number and (isinstance(value, int) or value.is_integer()):
     return int(value)
-  if kind is float and number and math.isfinite(value):
+  if kind is float and number and (abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)):
     return float(value)
   names = {bool: "true or false", int: "a whole number", float: "a number"}
-  raise ConfigError(f"config key {path} is {value!r}; it should be {names.get(kind, kind)}")
+  raise ConfigError(f"config key {path} is {shown(value)}; it should be {names.get(kind, kind)}")
 
 
 def _tuple(args: tuple, value: Any, path: str) -> tuple:
@@ -105,8 +141,32 @@ def _tuple(args: tuple, value: Any, path: str) -> tuple:
   if isinstance(value, Text) and isinstance(parsed, str) and args[0] is str:
     parsed = [parsed]
   if not isinstance(parsed, list | tuple):
-    raise ConfigError(f"config key {path} is {parsed!r}; it should be a list")
+    raise ConfigError(f"config key {path} is {shown(parsed)}; it should be a list")
   return tuple(convert(args[0], item, f"{path}.{i}") for i, item in enumerate(parsed))
+
+
+def _near(name: Any, known: Iterable[str]) -> list[str]:
+  return difflib.get_close_matches(name[:80], list(known), n=1) if isinstance(name, str) else []
+
+
+def _number(text: str) -> Any:
+  """The number that a text spells; else the text."""
+  for kind in (int, float):
+    try:
+      return kind(text) if len(text) < 40 else text
+    except ValueError:
+      pass
+  return text
+
+
+def _one_of(kinds: list[Any], value: Any, path: str) -> Any:
+  """The value as the first of these types that takes it."""
+  for kind in kinds[:-1]:
+    try:
+      return convert(kind, value, path)
+    except ConfigError:
+      pass
+  return convert(kinds[-1], value, path)
 
 
 def _tagged(classes: list[Any], values: Any, path: str) -> Any:
@@ -115,13 +175,14 @@ def _tagged(classes: list[Any], values: Any, path: str) -> Any:
     return values
   tag = tag_of(classes[0])
   if not isinstance(values, Mapping):
-    raise ConfigError(f"config {path} is {values!r}; it should be a group of keys with a {tag}")
+    raise ConfigError(f"config {path} is {shown(values)}; it should be a group of keys with a {tag}")
   by_name = {getattr(cls, tag): cls for cls in classes}
-  name = str(values.get(tag, next(iter(by_name))))
-  if name not in by_name:
-    near = difflib.get_close_matches(name, by_name, n=1)
+  name = values.get(tag, next(iter(by_name)))
+  name = str(name) if isinstance(name, str) else name
+  if not isinstance(name, str) or name not in by_name:
+    near = _near(name, by_name)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"config key {path}.{tag} is {name!r}; choose one of {', '.join(map(repr, by_name))}{hint}")
+    raise ConfigError(f"config key {path}.{tag} is {shown(name)}; choose one of {', '.join(map(repr, by_name))}{hint}")
   cls, rest = by_name[name], {key: value for key, value in values.items() if key != tag}
   for key in rest:
     if key not in field_types(cls):

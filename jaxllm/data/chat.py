@@ -1,21 +1,28 @@
 """Chat templates: from messages to the text that a chat model reads.
 
-A template is a Jinja program that comes with the model, so it is run in a sandbox, with the environment that
-`transformers` gives it (`apply_chat_template`): block tags take their line with them, `tojson` escapes no
-HTML, and `raise_exception`, `strftime_now`, loop controls and {% generation %} exist.
+A template is a program that comes with the model, so `chat_program` runs it in a process with limits, on plain values.
 """
 
-import datetime
-import functools
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from jaxllm.base import bounded
 from jaxllm.base.errors import DataError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages keep their reasoning
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends
+_PROGRAM = Path(__file__).with_name("chat_program.py")
+MAX_TEMPLATE = 1 << 20  # characters; the longest of a published model has 30,000
+# What errors of `chat_program` mean; their messages follow.
+_SAYINGS = {
+  "UndefinedError": "the chat template needs what these messages do not have: ",
+  "SecurityError": "the chat template does what a template may not: ",
+  "Refusal": "the chat template refuses these messages: ",
+  "Broken": "the chat template is broken in its line ",
+}
 MARKS = "\ufdd0", "\ufdd1"  # around {% generation %}, where asked for: characters that no text has
 
 
@@ -42,11 +49,14 @@ def render_chat(
     variables: more that the template may read: bos_token, enable_thinking, ….
 
   Raises:
-    DataError: the messages are no chat, or the template is broken or refuses them.
+    DataError: the messages are no chat, or the template is broken, refuses them, or needs more time, memory or
+      characters than a chat can.
   """
-  if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+  several = isinstance(messages, list | tuple) and messages
+  if not several or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
     raise DataError('a chat is a list of at least one message {"role": "user", "content": "…"}')
-  if not all(isinstance(item, dict) for item in (*(tools or ()), *(documents or ()))):
+  lists = [given for given in (tools, documents) if given]
+  if not all(isinstance(given, list | tuple) and all(isinstance(item, dict) for item in given) for given in lists):
     raise DataError("tools and documents are lists of JSON objects")
   if continue_final_message and add_generation_prompt:
     raise DataError("a chat either continues its final message or begins a reply; ask for one of the two")
@@ -97,60 +107,13 @@ def marks_generation(template: str) -> bool:
 
 
 def _render(template: str, inputs: dict[str, Any], mark_generation: bool = False) -> str:
-  import jinja2.sandbox
-
+  if len(template) > MAX_TEMPLATE:
+    raise DataError(f"the chat template has {len(template)} characters; at most {MAX_TEMPLATE} make sense")
+  marks = MARKS if mark_generation else ()
   try:
-    return _compile(template, mark_generation).render(**inputs)
-  except jinja2.UndefinedError as error:
-    raise DataError(f"the chat template needs what these messages do not have: {error.message}") from error
-  except jinja2.sandbox.SecurityError as error:
-    raise DataError(f"the chat template does what a template may not: {error.message}") from error
-  except _Refusal as error:
-    raise DataError(f"the chat template refuses these messages: {_line(error)}") from error
-  except jinja2.TemplateSyntaxError as error:
-    raise DataError(f"the chat template is broken in its line {error.lineno}: {_line(error.message)}") from error
-  except Exception as error:  # it is a program, and may fail in any way
-    raise DataError(f"the chat template fails with these messages: {type(error).__name__}: {_line(error)}") from error
-
-
-def _line(message: Any) -> str:
-  return " ".join(str(message).split())
-
-
-class _Refusal(Exception):
-  """The template called raise_exception."""
-
-
-def _raise_exception(message: str) -> None:
-  raise _Refusal(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str, mark_generation: bool):
-  import jinja2.ext
-  import jinja2.sandbox
-
-  class Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %} marks what an assistant writes; by default it leaves no trace."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-      line = next(parser.stream).lineno
-      body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      if mark_generation:
-        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in MARKS)
-        body = [begin, *body, end]
-      return jinja2.nodes.Scope(body, lineno=line)
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-  )
-  environment.filters["tojson"] = _tojson
-  environment.globals["raise_exception"] = _raise_exception
-  environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-  return environment.from_string(template)
+    return bounded.run(_PROGRAM, template, json.dumps([inputs, marks]))
+  except bounded.Exceeded as error:
+    raise DataError(f"the chat template is stopped: {error}") from None
+  except bounded.Failed as error:
+    kind, _, message = str(error).partition(": ")
+    raise DataError(_SAYINGS.get(kind, f"the chat template fails with these messages: {kind}: ") + message) from None

@@ -20,7 +20,7 @@ class SourceConfig:
   kind: "text" (path is a glob or several joined by commas, one document a file), "jsonl", "json" (a list of objects),
   "parquet" (globs; one document a row, in `field`), "python" (globs; a row for each documented function, see
   `jaxllm.data.python_functions`), "tfds" (path is a TFDS name), "huggingface" (a `datasets` directory or hub
-  name, "name:config" where it has configs).
+  name, "name:config" where it has configs). docs/preparing_data.md says more of all.
   """
 
   kind: Literal["text", "jsonl", "json", "parquet", "python", "tfds", "huggingface"] = "text"
@@ -34,6 +34,9 @@ class SourceConfig:
   columns: dict[str, str] = dataclasses.field(default_factory=dict)  # standard name -> name here: {"output": "answer"}
   weight: float = 1.0  # share of the mixture, relative to the other sources
   max_documents: int | None = None
+  encoding: str = ""  # of the files' text; "": UTF-8, or what a byte order mark says
+  on_null: Literal["error", "skip", "keep"] = "error"  # a field is null or missing: "keep" takes it for an empty text
+  streaming: bool = False  # huggingface: read as it comes, without a copy on the disk
 
   def __post_init__(self):
     unknown = sorted(self.columns.keys() - set(COLUMNS))

@@ -7,9 +7,7 @@ template sees.
 
 import dataclasses
 import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -187,7 +185,9 @@ def _check_bare(row: Mapping[str, Any]) -> None:
 def _shared_words(first: str, second: str) -> str:
   """The words with which both begin, without spaces behind them."""
   shared = os.path.commonprefix([first, second])
-  return (shared if shared[-1:].isspace() else re.sub(r"\S*$", "", shared)).rstrip()
+  if shared and not shared[-1].isspace():
+    shared = shared.removesuffix(shared.rsplit(maxsplit=1)[-1])
+  return shared.rstrip()
 
 
 def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -278,7 +278,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 def _parsed(text: str, what: str) -> Any:
   try:
     return json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(f"{what} is not JSON: {text[:40]!r}") from error
 
 
@@ -319,7 +319,7 @@ def _message(number: int, item: Mapping[str, Any], keys: Mapping[str, str]) -> M
   reasoning, weight = first(*_REASONING) or "", first(*_WEIGHTS)
   if not isinstance(reasoning, str):
     raise DataError(f"message {number} ({role}) has reasoning that is no text")
-  if not isinstance(weight or 0, int | float) or not 0 <= (weight or 0) < math.inf or (weight and role != "assistant"):
+  if not isinstance(weight or 0, int | float) or not 0 <= (weight or 0) < 1e300 or (weight and role != "assistant"):
     raise DataError(f"message {number} ({role}) has the weight {weight!r}; weights are an assistant's, and from 0 on")
   return Message(
     role,

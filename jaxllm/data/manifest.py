@@ -1,13 +1,16 @@
 """What `prepare` wrote and where: `manifest.json` of a data directory.
 
 The manifest names the build directory beside it that holds tokenizer, shards and held-out text. It is written
-last and replaced atomically, so a data directory always shows one whole build or none.
+last and replaced atomically, so a data directory always shows one whole build or none. It knows the SHA-256 of itself
+and of every file but the shards, which have sums of their own; small files are checked when the build is opened, those
+that grow with the corpus when they are first used.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +18,17 @@ from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, write_atomically
+from jaxllm.data.arrays import mapped
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, PARTS
-from jaxllm.data.shards import TokenDocuments, file_sizes, shard_directory
+from jaxllm.data.shards import TokenDocuments, file_sizes, shard_path
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+_BIG = ("token_counts_", "long_documents_", "heldout")  # files that grow with the corpus
+_AGAIN = "run python -m jaxllm.prepare again"
+_checked: set[tuple] = set()  # files that this process has found to be right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +37,11 @@ class SplitInfo:
   bytes: int = 0
   tokens: int = 0  # without special tokens
   trained: int = 0  # of instruction data: tokens with a weight above 0
-  shards: int = 0
-  parts: tuple[str, ...] = ()  # TFDS splits, in order
+  records: tuple[int, ...] = ()  # of each shard, in order
+
+  @property
+  def shards(self) -> int:
+    return len(self.records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +49,11 @@ class SourceInfo:
   name: str
   train: SplitInfo
   heldout: SplitInfo
-  fingerprint: str  # SHA-256 of all documents: ids, lengths and bytes
+  fingerprint: str  # digest of all documents: ids, lengths and bytes
   empty_documents: int  # left out
   not_utf8_documents: int
   skipped_rows: int = 0  # bad ones, listed in `Prepared.skipped_path`
+  null_rows: int = 0  # left out for want of a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +68,11 @@ class Prepared:
   vocab_size: int
   start_id: int
   eos_id: int
-  files: dict[str, int]  # of the build: size by relative path
+  files: dict[str, list]  # of the build: size and SHA-256 by relative path; of shards the size alone
   config: dict
   masks: str = ""  # of instruction data: digest of the template and of what is trained
+  duplicates: int = 0  # documents whose text stood before already
+  heldout_duplicates: int = 0  # held-out documents whose text stands in the training split too
   format: int = FORMAT
 
   @property
@@ -96,26 +109,79 @@ class Prepared:
 
   def documents(self, source: SourceInfo, split: str) -> TokenDocuments:
     info: SplitInfo = getattr(source, split)
-    directory = shard_directory(self.root / "shards", source.name)
-    counts = self.token_counts(source, split)
-    return TokenDocuments(directory, list(info.parts), info.documents, self.start_id, self.eos_id, counts)
+    shards = [
+      (shard_path(self.root / "shards", source.name, split, number, info.shards), records)
+      for number, records in enumerate(info.records)
+    ]
+    long = np.load(self.checked(long_path(self.root, source.name, split)))
+    return TokenDocuments(shards, self.token_counts(source, split), long, self.start_id, self.eos_id)
 
-  def train_text(self) -> bytes:
-    """The training documents as text again, one after another: tokenizing loses nothing."""
-    tokenizer = self.tokenizer()
-    return b"".join(
-      tokenizer.decode_bytes(documents.record(i).tokens.tolist())
-      for documents in (self.documents(source, "train") for source in self.sources)
-      for i in range(len(documents))
-    )
+  def train_text(self, most: int | None = None) -> Iterator[bytes]:
+    """The training documents as text again: tokenizing loses nothing.
+
+    Args:
+      most: bytes, about; where there are more, documents at equal distances in each source.
+    """
+    tokenizer, total = self.tokenizer(), self.total("train", "bytes")
+    step = 1 if most is None else max(1, -(-total // most))
+    for source in self.sources:
+      documents = self.documents(source, "train")
+      for index in range(0, len(documents), step):
+        yield tokenizer.decode_bytes(documents.record(index).tokens.tolist())
 
   def token_counts(self, source: SourceInfo, split: str) -> Int[np.ndarray, " documents *parts"]:
-    """Tokens of each document, or of each part of an example, in the shards' order."""
-    return np.load(counts_path(self.root, source.name, split))
+    """Tokens of each document, or of each part of an example, in the shards' order; mapped, not read."""
+    return mapped(self.checked(counts_path(self.root, source.name, split)))
 
   def heldout_lengths(self) -> Int[np.ndarray, " documents"]:
     """Bytes of each held-out document, in the order of `heldout_path`."""
-    return np.load(self.root / "heldout_lengths.npy")
+    return mapped(self.checked(self.root / "heldout_lengths.npy"))
+
+  def heldout_texts(self) -> Iterator[bytes]:
+    """The held-out documents, sources in order; one is in memory at a time."""
+    with self.checked(self.heldout_path).open("rb") as file:
+      for length in self.heldout_lengths():
+        yield file.read(int(length))
+
+  def checked(self, path: Path) -> Path:
+    """The path of a file of the build, once this process has seen that it is what was written.
+
+    Raises:
+      DataError: it is not.
+    """
+    name = os.path.relpath(path, self.root)
+    try:
+      status = path.stat()
+      key = str(path), status.st_size, status.st_mtime_ns, *self.files[name]
+      if key not in _checked and file_facts(path, status.st_size) != list(self.files[name]):
+        raise self.damaged(name)
+    except (OSError, KeyError) as error:
+      raise self.damaged(name) from error
+    _checked.add(key)
+    return path
+
+  def damaged(self, name: str) -> DataError:
+    """The error of a file that is not what was written."""
+    return DataError(
+      f"{self.root / name} is damaged or missing: delete {self.dir / MANIFEST} and run python -m jaxllm.prepare again"
+    )
+
+
+def is_shard(name: str) -> bool:
+  """Whether a file of a build is one that has sums of its own."""
+  return ".array_record-" in name
+
+
+def file_facts(path: Path, size: int) -> list:
+  """Size and SHA-256 of a file, of a shard the size alone."""
+  if is_shard(path.name):
+    return [size]
+  with path.open("rb") as file:
+    return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def long_path(root: Path, source: str, split: str) -> Path:
+  return root / f"long_documents_{source}_{split}.npy"
 
 
 def counts_path(root: Path, source: str, split: str) -> Path:
@@ -148,42 +214,57 @@ def digest(facts) -> str:
 
 
 def write_manifest(prepared: Prepared) -> None:
-  facts = dataclasses.asdict(prepared)
+  facts = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(prepared, dir=""))))  # type: ignore[arg-type]
   del facts["dir"]
-  write_atomically(prepared.dir / MANIFEST, json.dumps(facts, indent=2))
+  write_atomically(prepared.dir / MANIFEST, json.dumps(facts | {"sha256": digest(facts)}, indent=2))
 
 
-def read_manifest(directory: str | os.PathLike) -> Prepared | None:
-  """None when there is no manifest, or one of another format; DataError when it is damaged; ConfigError for a URL."""
+def read_manifest(directory: str | os.PathLike, *, missing_ok: bool = False) -> Prepared | None:
+  """None when there is no manifest, or one of another format.
+
+  Args:
+    missing_ok: None too where a build has lost its manifest.
+
+  Raises:
+    DataError: it is damaged, or deleted beside a build; ConfigError for a URL.
+  """
   path = local_path(directory) / MANIFEST
   try:
     facts = json.loads(path.read_bytes())
     if facts["format"] != FORMAT:
       return None
+    if facts.pop("sha256") != digest(facts):
+      raise ValueError("its sum is another")
     facts["sources"] = tuple(_source_info(source) for source in facts["sources"])
     return Prepared(dir=path.parent, **facts)
   except FileNotFoundError:
+    if not missing_ok and any(path.parent.glob("build-*")):
+      raise DataError(f"{path} is missing, without which its build is worth nothing: {_AGAIN}") from None
     return None
-  except (ValueError, KeyError, TypeError) as error:
-    raise DataError(f"{path} is damaged: delete it and run python -m jaxllm.prepare again") from error
+  except OSError as error:
+    raise DataError(f"cannot read {path}: {error.strerror}") from error
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise DataError(f"{path} is damaged: delete it and {_AGAIN}") from error
 
 
 def _source_info(facts: dict) -> SourceInfo:
-  splits = {s: SplitInfo(**{**facts[s], "parts": tuple(facts[s]["parts"])}) for s in ("train", "heldout")}
+  splits = {s: SplitInfo(**{**facts[s], "records": tuple(facts[s]["records"])}) for s in ("train", "heldout")}
   return SourceInfo(**{**facts, **splits})
 
 
-def missing_files(prepared: Prepared) -> list[str]:
-  """Files that are not there, or not of the size that the manifest says."""
+def damaged_files(prepared: Prepared) -> list[str]:
+  """Files that are not there, not of the size that the manifest says, or small and other than they were written."""
   sizes = file_sizes(prepared.root)
-  return [name for name, size in prepared.files.items() if sizes.get(name) != size]
+  wrong = [name for name, (size, *_) in prepared.files.items() if sizes.get(name) != size]
+  small = [name for name in prepared.files if not is_shard(name) and not name.startswith(_BIG)]
+  return wrong or [name for name in small if file_facts(prepared.root / name, sizes[name]) != prepared.files[name]]
 
 
 def open_prepared(config: DataConfig) -> Prepared:
   """The build in `config.dir`.
 
   Raises DataError when nothing is prepared there, when it was prepared with other settings, or when a file is
-  missing or cut short.
+  missing, cut short or changed.
   """
   prepared = open_any(config.dir)
   wanted = content_config(config)
@@ -199,15 +280,12 @@ def open_prepared(config: DataConfig) -> Prepared:
 def open_any(directory: str | os.PathLike) -> Prepared:
   """The build in a directory, whatever its settings.
 
-  Raises DataError when nothing is prepared there, or when a file is missing or cut short.
+  Raises DataError when nothing is prepared there, or when a file is missing, cut short or changed.
   """
   prepared = read_manifest(directory)
   if prepared is None:
     raise DataError(f"no prepared data in {directory}: run python -m jaxllm.prepare with this config first")
-  broken = missing_files(prepared)
+  broken = damaged_files(prepared)
   if broken:
-    raise DataError(
-      f"{prepared.root / broken[0]} is missing or cut short: delete {prepared.dir / MANIFEST} and run "
-      "python -m jaxllm.prepare again"
-    )
+    raise prepared.damaged(broken[0])
   return prepared

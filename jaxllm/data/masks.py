@@ -22,7 +22,7 @@ from jaxllm.data.conversations import TEXT, Conversation, Message
 from jaxllm.data.tokenizers import Tokenizer
 
 # Reasoning that stands in the content itself; it may begin in the prompt for a reply.
-_THOUGHT = re.compile(r"\s*(<think>)?.*?</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\s*+(<think>)?.*?</think>\s*", re.DOTALL)
 
 
 class Example(NamedTuple):

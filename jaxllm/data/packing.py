@@ -5,16 +5,23 @@ BOS) and ends by predicting EOS. So each of its tokens, EOS included, is a targe
 ever crosses into another document.
 """
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int, Int32
 
+from jaxllm.data.arrays import kept_arrays
+
 Packing = Literal["split", "first_fit", "best_fit", "none"]
 Order = Int[np.ndarray, " documents"]
+_KEPT_EPOCHS = 3  # on the disk
+_BLOCK = 1 << 20  # random numbers drawn together
 _OPEN_ROWS = 512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
 
 
@@ -35,28 +42,46 @@ class Plan(Protocol):
   def pieces(self, epoch: int, row: int) -> list[Piece]: ...
 
 
-def make_plan(packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None) -> Plan:
-  """How documents of `lengths` positions fill rows of `seq_len`.
+def make_plan(
+  packing: Packing, lengths: Int[np.ndarray, " documents"], seq_len: int, seed: int | None, frame: int = 0
+) -> Plan:
+  """How documents of `lengths` + `frame` positions fill rows of `seq_len`.
 
   "split": documents one after another, cut wherever a row ends; order and cuts change each epoch.
   "first_fit", "best_fit": documents stay whole where seq_len allows, longer ones are cut into pieces of
   seq_len and a rest. "none": one document a row, truncated. `seed` None keeps the corpus' order.
   """
   if packing == "split":
-    return SplitPlan(np.asarray(lengths, np.int64), seq_len, seed)
+    return SplitPlan(lengths, seq_len, seed, frame)
+  lengths = lengths.astype(np.int64) + frame
   if packing == "none":
     documents = np.arange(len(lengths))
     sizes = np.minimum(lengths, seq_len)
     dropped = int(np.sum(lengths) - np.sum(sizes))
     return TablePlan(documents, np.zeros_like(documents), sizes, np.arange(len(lengths) + 1), dropped)
   order = np.arange(len(lengths)) if seed is None else random_order(len(lengths), seed, 0)
-  return _fit(np.asarray(lengths, np.int64), order, seq_len, tightest=packing == "best_fit")
+  return _fit(lengths, order, seq_len, tightest=packing == "best_fit")
 
 
 def random_order(count: int, seed: int, stream: int) -> Order:
   """A permutation that is the same in every numpy version: Philox's raw stream is specified."""
-  bits = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(count)
-  return np.argsort(bits, kind="stable")
+  return np.concatenate([np.zeros(0, np.int64), *order_in_parts(count, seed, stream, max(count, 1))])
+
+
+def order_in_parts(count: int, seed: int, stream: int, at_once: int = 1 << 24) -> Iterator[Order]:
+  """`random_order` in parts of about `at_once`, of which one is in memory at a time."""
+  parts = max(1, -(-count // at_once))
+  edges = [round(2**64 * part / parts) for part in range(parts + 1)]
+  for low, high in zip(edges, edges[1:]):
+    generator = np.random.Philox(key=np.array([seed, stream], np.uint64))
+    bits, indices = [], []
+    for start in range(0, count, _BLOCK):
+      drawn = generator.random_raw(min(_BLOCK, count - start))
+      here = np.flatnonzero((drawn >= np.uint64(low)) & (drawn <= np.uint64(high - 1)))
+      bits.append(drawn[here])
+      indices.append(here + start)
+    if indices:
+      yield np.concatenate(indices)[np.argsort(np.concatenate(bits), kind="stable")]
 
 
 @dataclasses.dataclass
@@ -67,15 +92,17 @@ class SplitPlan:
   (what was before comes last), so that even a corpus of one document is cut elsewhere each time.
   """
 
-  lengths: Int[np.ndarray, " documents"]
+  lengths: Int[np.ndarray, " documents"]  # less `frame`
   seq_len: int
   seed: int | None
+  frame: int = 0
+  store: Path | None = None  # where each epoch's order is kept; None: in memory
   dropped_tokens: int = 0
   dropped_documents: int = 0
   cut_documents: int = 0
 
   def __post_init__(self):
-    self._total = int(self.lengths.sum())
+    self._total = int(self.lengths.sum(dtype=np.int64)) + self.frame * len(self.lengths)
     self.num_rows = -(-self._total // self.seq_len)
     self._epoch: Callable = functools.lru_cache(maxsize=2)(self._make_epoch)  # two: reading ahead
 
@@ -87,12 +114,31 @@ class SplitPlan:
 
   def _make_epoch(self, epoch: int) -> tuple[Order, Int[np.ndarray, " documents_plus_1"], int]:
     """Document order, where in the stream each starts (the last entry: where it ends), and the first cut."""
-    order, offset = np.arange(len(self.lengths)), 0
+    offset = 0
     if self.seed is not None:
-      order = random_order(len(self.lengths), self.seed, 2 * epoch)
       draw = np.random.Philox(key=np.array([self.seed, 2 * epoch + 1], np.uint64)).random_raw()
       offset = int(draw % self.seq_len) % self._total
-    return order, np.concatenate([[0], np.cumsum(self.lengths[order])]), offset
+    kept = None
+    if self.store is not None:
+      kept = kept_arrays(self.store / f"epoch-{epoch}", lambda: self._epoch_in_parts(epoch))
+      if epoch >= _KEPT_EPOCHS:
+        shutil.rmtree(self.store / f"epoch-{epoch - _KEPT_EPOCHS}", ignore_errors=True)
+    if kept is None:
+      parts = list(self._epoch_in_parts(epoch, len(self.lengths)))
+      kept = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return kept["order"], kept["starts"], offset
+
+  def _epoch_in_parts(self, epoch: int, at_once: int = 1 << 24) -> Iterator[dict[str, np.ndarray]]:
+    count, end = len(self.lengths), 0
+    yield {"order": np.zeros(0, np.uint32 if count < 2**32 else np.uint64), "starts": np.zeros(1, np.int64)}
+    if self.seed is not None:
+      parts = order_in_parts(count, self.seed, 2 * epoch, max(at_once, 1))
+    else:
+      parts = (np.arange(start, min(start + at_once, count)) for start in range(0, count, max(at_once, 1)))
+    for order in parts:
+      starts = end + np.cumsum(self.lengths[order].astype(np.int64) + self.frame)
+      end = int(starts[-1]) if len(starts) else end
+      yield {"order": order.astype(np.uint32 if count < 2**32 else np.uint64), "starts": starts}
 
   def pieces(self, epoch, row):
     order, starts, offset = self._epoch(epoch)
@@ -162,6 +208,8 @@ def fit_pieces(
   A row holds `capacity` positions on each of its sides (of an encoder-decoder there are two), and a piece
   costs that many of them.
   """
+  if tightest and len(capacity) == 1:
+    return _in_rows(documents, starts, sizes, *_best_fit(costs[:, 0], capacity[0]))
   rows = np.empty(len(documents), np.int64)
   room = np.zeros((_OPEN_ROWS, len(capacity)), np.int64)
   row_of_slot = np.zeros(_OPEN_ROWS, np.int64)
@@ -182,24 +230,57 @@ def fit_pieces(
       slot = slots[np.argmin(row_of_slot[slots])]
     room[slot] -= cost
     rows[piece] = row_of_slot[slot]
+  return _in_rows(documents, starts, sizes, rows, num_rows)
+
+
+def _best_fit(costs: Int[np.ndarray, " pieces"], capacity: int) -> tuple[Int[np.ndarray, " pieces"], int]:
+  """The row of each piece and how many rows there are: what the loop in `fit_pieces` does, ten times as fast."""
+  rows = np.empty(len(costs), np.int64)
+  free: list[tuple[int, int]] = []  # (room, slot) of the open rows, sorted
+  room, row_of_slot = [0] * _OPEN_ROWS, [0] * _OPEN_ROWS
+  num_rows = next_slot = 0
+  for first in range(0, len(costs), _BLOCK):
+    for piece, cost in enumerate(costs[first : first + _BLOCK].tolist(), first):
+      if cost == capacity:
+        rows[piece] = num_rows
+        num_rows += 1
+        continue
+      at = bisect.bisect_left(free, (cost, -1))
+      if at < len(free):
+        slot = free.pop(at)[1]
+      else:
+        slot, next_slot = next_slot, (next_slot + 1) % _OPEN_ROWS
+        if room[slot]:  # its row is closed
+          del free[bisect.bisect_left(free, (room[slot], slot))]
+        room[slot], row_of_slot[slot] = capacity, num_rows
+        num_rows += 1
+      room[slot] -= cost
+      if room[slot]:
+        bisect.insort(free, (room[slot], slot))
+      rows[piece] = row_of_slot[slot]
+  return rows, num_rows
+
+
+def _in_rows(documents, starts, sizes, rows: Int[np.ndarray, " pieces"], num_rows: int) -> TablePlan:
+  """The pieces sorted by their rows."""
   by_row = np.argsort(rows, kind="stable")
   offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
   return TablePlan(documents[by_row], starts[by_row], sizes[by_row], offsets)
 
 
 def fill_row(
-  pieces: list[Piece], framed: Callable[[int], Int32[np.ndarray, " positions_plus_1"]], seq_len: int
+  pieces: list[Piece], framed: Callable[[int, int, int], Int32[np.ndarray, " positions"]], seq_len: int
 ) -> dict[str, np.ndarray]:
-  """One row of a batch, each entry [seq_len]; `framed(document)` is start token, tokens, EOS.
+  """One row of a batch, each entry [seq_len]; `framed(document, start, stop)` is a part of start token, tokens, EOS.
 
   Segments count from 1 in each row, positions from 0 in each segment; segment 0 is padding, with weight 0.
   """
   row = {name: np.zeros(seq_len, np.int32) for name in ("inputs", "targets", "positions", "segment_ids")}
   at = 0
   for segment, (document, start, size) in enumerate(pieces, 1):
-    ids = framed(document)
-    row["inputs"][at : at + size] = ids[start : start + size]
-    row["targets"][at : at + size] = ids[start + 1 : start + size + 1]
+    ids = framed(document, start, start + size + 1)
+    row["inputs"][at : at + size] = ids[:-1]
+    row["targets"][at : at + size] = ids[1:]
     row["positions"][at : at + size] = np.arange(size)
     row["segment_ids"][at : at + size] = segment
     at += size

@@ -19,6 +19,7 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT
 from jaxllm.data.manifest import Prepared, digest, open_prepared
 from jaxllm.data.packing import Plan
+from jaxllm.data.plans import plan_of
 from jaxllm.data.shards import TokenDocuments
 from jaxllm.data.tasks import Task, empty_row, make_task, stacked
 
@@ -206,8 +207,17 @@ def train_batches(
       continue
     # Grain shuffles pass n with seed + n, so sources must be far apart.
     source_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    counts = prepared.token_counts(source, "train")
-    plan = task.plan(counts, config.packing, source_seed if config.shuffle else None)
+    plan = plan_of(
+      task,
+      prepared,
+      source,
+      "train",
+      config=config,
+      packing=config.packing,
+      seq_len=seq_len,
+      seed=source_seed if config.shuffle else None,
+      decoder_start_id=decoder_start_id,
+    )
     if not plan.num_rows:
       raise DataError(f"no row of data source {source.name!r} is left to train on: each is bad, or held out")
     packed = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)

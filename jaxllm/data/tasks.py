@@ -5,6 +5,7 @@ that it is given. Tasks travel to worker processes, so they hold plain values on
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -38,7 +39,8 @@ Ids = Int[np.ndarray, " tokens"]
 class Documents(Protocol):
   """Where a task reads from."""
 
-  def framed(self, index: int) -> Ids: ...  # start token, tokens, EOS
+  # Start token, tokens, EOS; of these positions [start, stop)
+  def framed(self, index: int, start: int = 0, stop: int | None = None) -> Ids: ...
 
   def parts(self, index: int) -> list[Ids]: ...  # without special tokens; of a text there is one
 
@@ -106,7 +108,7 @@ class TextTask:
   empty: Row
 
   def plan(self, counts, packing, seed):
-    return make_plan(packing, counts + 1, len(self.empty["inputs"]), seed)
+    return make_plan(packing, counts, len(self.empty["inputs"]), seed, 1)
 
   def row(self, pieces, documents, rng):
     return fill_row(pieces, documents.framed, len(self.empty["inputs"]))
@@ -122,13 +124,13 @@ class MaskingTask:
   config: CorruptionConfig
 
   def plan(self, counts, packing, seed):
-    return make_plan(packing, counts + 2, len(self.empty["inputs"]), seed)
+    return make_plan(packing, counts, len(self.empty["inputs"]), seed, 2)
 
   def row(self, pieces, documents, rng):
     row = copy(self.empty)
     words, first = np.full(len(row["inputs"]), -1), 0
     for segment, (document, start, size) in enumerate(pieces, 1):
-      at = put(row, "", segment, documents.framed(document)[start : start + size])
+      at = put(row, "", segment, documents.framed(document, start, start + size))
       words[at] = self.words.number(row["inputs"][at], self.config.whole_words)
       words[at] = np.where(words[at] < 0, -1, words[at] + first)
       first += size
@@ -399,10 +401,18 @@ def _special(config: DataConfig, tokenizer: Tokenizer, decoder_start_id: int, se
       f"data.task {config.task!r} needs a token that the tokenizer of {config.dir} does not have: set "
       f"data.corruption.{name} to an id past its {tokenizer.vocab_size} tokens, and model.vocab_size above that"
     )
-  if config.task == "span_corruption" and noise.sentinel_id is not None:
+  if config.task == "span_corruption":
+    assert sentinel is not None
     tokens = corruption.tokens_that_fill(seq_len, noise.rate, noise.mean_span)
     spans = corruption.span_counts(tokens, noise.rate, noise.mean_span)[1]
-    if noise.sentinel_id - spans + 1 < tokenizer.vocab_size:
+    if noise.sentinel_id is None and (there := _sentinels(tokenizer, sentinel, spans)) < spans:
+      raise DataError(
+        f"rows of {seq_len} tokens have up to {spans} noise spans, and the tokenizer has {there} sentinels: raise "
+        f"data.corruption.mean_span to {math.ceil(noise.mean_span * spans / there) + 1}, lower training.seq_len, or "
+        f"set data.corruption.sentinel_id to an id past the tokenizer's, {tokenizer.vocab_size + spans - 1}, and "
+        "model.vocab_size above that"
+      )
+    if noise.sentinel_id is not None and noise.sentinel_id - spans + 1 < tokenizer.vocab_size:
       raise DataError(
         f"rows of {seq_len} tokens have up to {spans} noise spans, whose sentinels count down from "
         f"data.corruption.sentinel_id {noise.sentinel_id} into the tokenizer's {tokenizer.vocab_size} tokens; raise it "
@@ -411,6 +421,15 @@ def _special(config: DataConfig, tokenizer: Tokenizer, decoder_start_id: int, se
   assert tokenizer.eos_id is not None  # prepare has refused tokenizers without one
   start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
   return Special(start, tokenizer.eos_id, decoder_start_id, mask or 0, sentinel or 0)
+
+
+def _sentinels(tokenizer: Tokenizer, first: int, most: int) -> int:
+  """How many of T5's sentinels count down from the first, up to `most`."""
+  for number in range(most):
+    ids = tokenizer.encode_prompt(f"<extra_id_{number}>", add_special=False)
+    if ids.tolist() != [first - number]:
+      return number
+  return most
 
 
 def _first_sentinel(tokenizer: Tokenizer) -> int | None:
@@ -427,7 +446,7 @@ def order_of(counts: Counts, seed: int | None) -> Ids:
 
 def text_of(piece: Piece, documents: Documents) -> Ids:
   """The tokens of a piece of a text, without special ones."""
-  return documents.framed(piece.document)[1 + piece.start : 1 + piece.start + piece.size]
+  return documents.framed(piece.document, 1 + piece.start, 1 + piece.start + piece.size)
 
 
 def put_example(row: Row, segment: int, ids: Ids, weights: np.ndarray, piece: Piece) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 from collections.abc import Iterable, Iterator
 
 from jaxllm.base.errors import DataError
@@ -33,9 +34,12 @@ def train_sentencepiece(
     )
   share = 1.0 if total_bytes is None else min(1.0, config.train_bytes / max(total_bytes, 1))
   model = io.BytesIO()
-  try:
+  sample = list(_sample(documents, share))  # what goes wrong with the documents is no failure of SentencePiece's
+  failed: list[Exception] = []
+
+  def train() -> None:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sample(documents, share),
+      sentence_iterator=iter(sample),
       model_writer=model,
       model_type=config.kind.removeprefix("sentencepiece_"),
       vocab_size=config.vocab_size,
@@ -53,8 +57,22 @@ def train_sentencepiece(
       num_threads=4,  # fixed: how the text is shared out rounds the unigram's sums
       minloglevel=3,
     )
-  except (RuntimeError, OSError) as error:
-    raise _explain(error, config.vocab_size) from error
+
+  def run() -> None:
+    try:
+      train()
+    except Exception as error:
+      failed.append(error)
+
+  # In a thread, for which this one waits: signals such as Ctrl-C are seen while SentencePiece computes.
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  while thread.is_alive():
+    thread.join(0.1)
+  if failed:
+    if isinstance(failed[0], RuntimeError | OSError):
+      raise _explain(failed[0], config.vocab_size) from failed[0]
+    raise failed[0]
   return SentencePieceTokenizer(model.getvalue())
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 from jaxllm.inference.params import SamplingParams
 
 # Theirs to ours, where a value means the same.
@@ -84,9 +84,9 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
       settings[name] = value
     elif name in NOT_HONOURED:
       if not (value in NOTHING or value in NOT_HONOURED[name]):
-        said.append(f"{name} = {value!r} is not honoured")
+        said.append(f"{name} = {shown(value)} is not honoured")
     else:
-      said.append(f"{name} = {value!r} is not known")
+      said.append(f"{shown(name)[1:-1]} = {shown(value)} is not known")
 
   beams = settings.get("num_beams", 1)
   if generation.get("do_sample") is False and beams == 1:
@@ -98,9 +98,9 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
     if isinstance(forced, list) and len(forced) == 1:
       forced = forced[0]
     if isinstance(forced, list):
-      said.append(f"{name} = {forced!r} is not honoured: there can be one such token")
+      said.append(f"{name} = {shown(forced)} is not honoured: there can be one such token")
     elif forced is not None and name == "forced_bos_token_id" and architecture == "decoder":
-      said.append(f"{name} = {forced!r} is not honoured: a decoder's text begins with its prompt")
+      said.append(f"{name} = {shown(forced)} is not honoured: a decoder's text begins with its prompt")
     elif forced is not None:
       settings[name] = forced
   ends = generation.get("eos_token_id")

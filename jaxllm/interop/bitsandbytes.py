@@ -7,19 +7,19 @@ numbers in order. Where blocks divide rows, they are the groups along the inputs
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.strangers import Real, Size, declared, parse_json
 from jaxllm.interop.bitsandbytes_int8 import Int8, unpacked_int8
 from jaxllm.interop.families import table
-from jaxllm.interop.huggingface import places
+from jaxllm.interop.huggingface import check_count, places
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
 from jaxllm.kernels.quantized.weights import NF4, from_codes
@@ -128,16 +128,25 @@ def unpacked(method: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Laz
   return rest, found
 
 
+class _State(TypedDict, total=False):
+  """X.quant_state.bitsandbytes__nf4."""
+
+  shape: Required[list[Size]]
+  blocksize: Required[Size]
+  nested_blocksize: Size
+  nested_offset: Real
+
+
 def _packed(name: str, tensor: LazyTensor, state: LazyTensor, parts: Mapping[str, LazyTensor]) -> Packed:
-  try:
-    told = json.loads(state.read().astype(np.uint8).tobytes()) if math.prod(state.shape) < 10_000 else {}
-    outputs, inputs = told["shape"]
-    sizes = [outputs, inputs, told["blocksize"], told.get("nested_blocksize") or 1]
-    if not all(isinstance(size, int) and 0 < size < 2**40 for size in sizes):
-      raise ValueError
-    offset = float(told.get("nested_offset") or 0)
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-    raise CheckpointError(f"the state of the quantized tensor {name} cannot be read") from None
+  what = f"the state of the quantized tensor {name}"
+  if math.prod(state.shape) > 10_000:
+    raise CheckpointError(f"{what} cannot be read: it has {math.prod(state.shape)} bytes")
+  told = parse_json(state.read().astype(np.uint8).tobytes(), what)
+  told = declared(_State, told if isinstance(told, dict) else {}, what, CheckpointError)
+  if len(told["shape"]) != 2:
+    raise CheckpointError(f"{what} cannot be read: it is of no matrix")
+  outputs, inputs = told["shape"]
+  offset = told.get("nested_offset", 0.0)
   nested = told.get("nested_blocksize") if "nested_absmax" in parts else None
   return Packed(name, (outputs, inputs), told["blocksize"], nested, offset, tensor, parts)
 
@@ -146,8 +155,7 @@ def turned(
   tensors: Tensors, packed: Mapping[str, Packed | Int8], config: ModelConfig, family: str
 ) -> dict[str, LazyTensor]:
   """The tensors with quantized ones as the family has them: of GPT-2's [inputs, outputs], turned back."""
-  if config.num_layers > len(tensors):  # before names are made for every layer
-    return dict(tensors)
+  check_count(config, len(tensors))
   known, names = places(config, family, list(packed))
   found = dict(tensors)
   for name, matrix in packed.items():

@@ -1,54 +1,113 @@
 """The files of directories of models and of runs: config.json, generation_config.json, a tokenizer's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
-from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError
+from jaxllm.base.strangers import Count, Real, Size, Whole, declared, read_json
 from jaxllm.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 CHECKPOINTS = "checkpoints"  # of a run
+TOKENIZER = "tokenizer"  # of a run
+# What is read where it is there, so that a directory with a manifest must not have one that the manifest has not
+READ_IF_THERE = (
+  *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja"),
+  *("vocab.json", "vocab.txt", "merges.txt", "additional_chat_templates/*.jinja", GENERATION_FILE),
+)
 # Of a run that does not train all weights: what its checkpoints leave out, and, if it began with fresh ones, where
 START_FILE, START = "start.json", "start"
 ADAPTER = "adapter"  # what a run with adapters has trained, in PEFT's form
 START_ADAPTER = "start_adapter"  # of a run whose adapters began with singular values: these, not scaled
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    CheckpointError: no such file, or no object in it.
-  """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise CheckpointError(f"{path.parent} has no {path.name}") from None
-  except (OSError, ValueError, RecursionError) as error:
-    raise CheckpointError(f"cannot read {path}: {error}") from error
-  if not isinstance(value, dict):
-    raise CheckpointError(f"{path} holds no JSON object")
-  return value
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
   path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class Generation(TypedDict, total=False):
+  """Keys of generation_config.json whose types are known; the rest is checked where it is used, if it is."""
+
+  eos_token_id: Whole | list[Whole] | None
+  bos_token_id: Whole | None
+  pad_token_id: Whole | None
+  decoder_start_token_id: Whole | None
+  do_sample: bool | None
+  temperature: Real | None
+  top_k: Whole | None
+  top_p: Real | None
+  min_p: Real | None
+  typical_p: Real | None
+  repetition_penalty: Real | None
+  no_repeat_ngram_size: Whole | None
+  max_length: Whole | None
+  min_length: Whole | None
+  max_new_tokens: Whole | None
+  min_new_tokens: Whole | None
+  num_beams: Whole | None
+  num_return_sequences: Whole | None
+  length_penalty: Real | None
+  forced_bos_token_id: Count | list[Count] | None
+  forced_eos_token_id: Count | list[Count] | None
+  suppress_tokens: list[Count] | None
+  begin_suppress_tokens: list[Count] | None
+  bad_words_ids: list[list[Count]] | None
+  stop_strings: str | list[str] | None
+
+
+def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]:
+  """The content of a generation_config.json, its known keys by their types.
+
+  A token id below 0 means none, as in transformers.
+
+  Raises:
+    ConfigError: a value of another type.
+  """
+  known = declared(Generation, values, str(what))
+  for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+    ids = known.get(name)
+    if isinstance(ids, list):
+      known[name] = [i for i in ids if i >= 0]
+    elif ids is not None and ids < 0:
+      known[name] = None
+  return {**values, **known}
+
+
+class StartRecord(TypedDict, total=False):
+  """start.json of a run: what its checkpoints leave out, and where that is."""
+
+  path: Required[str]  # of a model; `START`: beside it
+  step: Count | None
+  adapter: str | None
+  digest: str
+  adapter_digest: str
+  scales: dict[str, Real | list[Real] | list[list[Real]]]
+  quantize: str | None
+  group_size: Size | None
+  double_quantize: bool
+
+
+def read_start(directory: Path) -> dict[str, Any]:
+  """A run's start.json.
+
+  Raises:
+    CheckpointError: it cannot be read, or a value in it is of another type.
+  """
+  file = directory / START_FILE
+  usual = dict.fromkeys(("step", "adapter", "quantize", "group_size")) | {"scales": {}, "double_quantize": False}
+  return usual | declared(StartRecord, read_json(file), str(file), CheckpointError)
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
   """generation_config.json, {} where there is none.
 
   Raises:
-    CheckpointError: it cannot be read. ConfigError: the end-of-text tokens in it are not token ids.
+    CheckpointError: it cannot be read. ConfigError: a value in it is of a wrong type.
   """
-  if not (directory / GENERATION_FILE).is_file():
-    return {}
-  config = read_json(directory / GENERATION_FILE)
-  ends = config.get("eos_token_id")
-  if ends is not None and not all(isinstance(i, int) for i in (ends if isinstance(ends, list) else [ends])):
-    raise ConfigError(f"{directory / GENERATION_FILE}: eos_token_id is {ends!r}, not a token id or a list of them")
-  return config
+  file = directory / GENERATION_FILE
+  return generation_settings(read_json(file), file) if file.is_file() else {}
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.base.errors import CheckpointError
-from jaxllm.interop.directory_files import CHECKPOINTS, CONFIG_FILE, START, START_ADAPTER, START_FILE, read_json
+from jaxllm.interop.directory_files import CHECKPOINTS, CONFIG_FILE, START, START_ADAPTER, START_FILE, read_start
 from jaxllm.interop.model_directory import PARAMS
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from jaxllm.interop.peft_config import base_of, is_adapter
@@ -48,7 +48,7 @@ def fingerprint(path: Path, step: int | None = None, alone: bool = False) -> str
     files = [path / CHECKPOINTS / str(step) / MANIFEST]
     files += [path / name / "0" / MANIFEST for name in (START, START_ADAPTER) if (path / name).is_dir()]
     if (path / START_FILE).is_file():
-      record = read_json(path / START_FILE)
+      record = read_start(path)
       if record["path"] != START:
         under.append(fingerprint(Path(record["path"]), record["step"]))
       if record["adapter"]:

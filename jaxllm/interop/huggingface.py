@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError, shown
 from jaxllm.interop.families import FAMILIES, READ_AS
 from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
+from jaxllm.interop.families.keys import read_keys
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
 from jaxllm.interop.stored import param_shapes
@@ -35,11 +36,6 @@ FOR_TRAINING = {name: getattr(MoEConfig, name) for name in ("capacity_factor", "
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class _Keys(dict):
-  def __missing__(self, key):
-    raise ConfigError(f"config.json lacks {key!r}, which a {self['model_type']} model needs")
-
-
 def family_of(config: Mapping[str, Any]) -> Family:
   """The family of a config.json.
 
@@ -48,9 +44,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
   """
   name = config.get("model_type")
   name = READ_AS.get(str(name), name)
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     known = ", ".join(FAMILIES)
-    raise ConfigError(f"config.json has model_type {name!r}; those that can be read are {known}")
+    raise ConfigError(f"config.json has model_type {shown(name)}; those that can be read are {known}")
   return FAMILIES[name]
 
 
@@ -62,10 +58,12 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   """
   family = family_of(config)
   config = config.get(family.text_config, config)
-  hf = _Keys(DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name] | dict(config))
+  if not isinstance(config, Mapping):
+    raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
+  hf = read_keys(config, DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name], family.types)
   for key, value in family.requires.items():
     if config.get(key, value) != value:
-      raise ConfigError(f"config.json has {key} = {config[key]!r}; a {family.name} here can only have {value!r}")
+      raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")
   fields = {ours: hf[theirs] for ours, theirs in family.keys.items()}
   fields = {name: value for name, value in fields.items() if value is not None}
   return ModelConfig(**(fields | dict(family.fields) | family.read(hf)))
@@ -112,8 +110,7 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
     CheckpointError: a tensor is missing, unexpected, or of another shape or type; the message names it.
   """
   family, c = family_of(config), config_from_huggingface(config)
-  if c.num_layers > len(tensors):  # before names are made for every layer
-    raise CheckpointError(f"config.json calls for {c.num_layers} layers but the checkpoint has {len(tensors)} tensors")
+  check_count(c, len(tensors))
   shapes = param_shapes(c)
   tensors = {_renamed(name, family): tensor for name, tensor in tensors.items()}
   table = _table(family, c, {n for name in tensors for n in (name, family.prefix + name)})
@@ -156,6 +153,15 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
       f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
     )
   return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
+
+
+def check_count(config: ModelConfig, tensors: int) -> None:
+  """Raises CheckpointError where a checkpoint has too few tensors for a model's layers and experts; before there are
+  names for all of them."""
+  experts = config.moe.num_experts * len(config.moe_layers) if config.moe else 0
+  if config.num_layers > tensors or experts > 4 * tensors + 4096:  # one tensor can have all experts of a layer
+    wanted = f"{config.num_layers} layers" + (f" and {experts} experts" if experts else "")
+    raise CheckpointError(f"config.json calls for {wanted} but the checkpoint has {tensors} tensors")
 
 
 def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[dict[str, Any], Tensors]:

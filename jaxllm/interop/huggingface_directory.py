@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 from jaxllm.base.files import new_directory
 from jaxllm.data.tokenizers import as_huggingface
 from jaxllm.interop.bitsandbytes import is_bitsandbytes, kept, turned, unpacked
@@ -13,6 +13,7 @@ from jaxllm.interop.block_scaled import dequantized, is_block_scaled
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
+  generation_settings,
   read_generation_config,
   read_json,
   read_tokenizer,
@@ -44,7 +45,9 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
     return plain, dequantized(method, read_sharded(directory))
   if method and not is_bitsandbytes(method):
     name = method.get("quant_method") if isinstance(method, dict) else method
-    raise ConfigError(f"the weights in {directory} are quantized ({name!r}); use the model that they were made from")
+    raise ConfigError(
+      f"the weights in {directory} are quantized ({shown(name)}); use the model that they were made from"
+    )
   return config, read_sharded(directory)
 
 
@@ -64,6 +67,7 @@ def open_huggingface(directory: Path) -> StoredModel:
   else:
     config, params = from_huggingface(hf, tensors)
   generation = {name: hf[name] for name in SPECIAL_IDS if hf.get(name) is not None}
+  generation = generation_settings(generation, directory / CONFIG_FILE)
   if (directory / GENERATION_FILE).is_file():
     generation = read_generation_config(directory)
   return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf")

@@ -3,23 +3,23 @@
 - config.json: {"model": the fields of ModelConfig, "version": of this layout}
 - params/: the parameters by path, layers stacked, in safetensors files like those of Hugging Face: they can
   be written and read one layer at a time, by any program
-- params.sha256.json: a checksum of every file in params/
 - tokenizer files: what `jaxllm.data.tokenizers.load_tokenizer` reads
 - generation_config.json: eos_token_id and default sampling settings, by Hugging Face's names
+- jaxllm_manifest.json: size and SHA-256 of each of these files, which are checked before they are used, see
+  `jaxllm.base.digests`; written last. Directories that are older have params.sha256.json, of the parameters alone.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
+from jaxllm.base import digests
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import new_directory
 from jaxllm.base.settings import from_mapping
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
+  READ_IF_THERE,
   read_generation_config,
   read_json,
   read_tokenizer,
@@ -58,11 +58,11 @@ def write_model_directory(directory: Path, model: StoredModel, max_shard_bytes: 
   with new_directory(directory, lambda path: (path / PARAMS).is_dir() and (path / CONFIG_FILE).is_file()) as new:
     (new / PARAMS).mkdir()
     write_sharded(new / PARAMS, model.tensors, max_shard_bytes)
-    (new / CHECKSUMS).write_text(json.dumps(_checksums(new / PARAMS), indent=0), encoding="utf-8")
     write_json(new / GENERATION_FILE, model.generation)
     if model.tokenizer is not None:
       model.tokenizer.save(new)
     write_json(new / CONFIG_FILE, {"model": dataclasses.asdict(model.config), "version": VERSION})
+    digests.seal(new)
 
 
 def open_model_directory(directory: Path) -> StoredModel:
@@ -72,6 +72,7 @@ def open_model_directory(directory: Path) -> StoredModel:
     CheckpointError: the config or parameters are missing, damaged, or another model's. DataError: the tokenizer is
       damaged.
   """
+  sealed = digests.check(directory, (*READ_IF_THERE, f"{PARAMS}/*"))
   config = read_model_config(directory)
   path = directory / PARAMS
   version = read_json(directory / CONFIG_FILE).get("version")
@@ -81,9 +82,7 @@ def open_model_directory(directory: Path) -> StoredModel:
     )
   if not path.is_dir():
     raise CheckpointError(f"{directory} is not a complete model directory: it has no {PARAMS}/")
-  if not (directory / CHECKSUMS).is_file():
-    raise CheckpointError(f"{directory} has no {CHECKSUMS}: writing it was cut off; save the model again")
-  if _checksums(path) != read_json(directory / CHECKSUMS):
+  if not sealed and (directory / CHECKSUMS).is_file() and _checksums(path) != read_json(directory / CHECKSUMS):
     raise CheckpointError(f"the parameters in {path} are damaged: their checksums differ; copy them again")
   tensors = read_sharded(path)
   check_shapes(config, tensors, path)
@@ -92,10 +91,4 @@ def open_model_directory(directory: Path) -> StoredModel:
 
 
 def _checksums(directory: Path) -> dict[str, str]:
-  def digest(file: Path) -> str:
-    with file.open("rb") as data:
-      return hashlib.file_digest(data, "sha256").hexdigest()
-
-  files = sorted(p for p in directory.rglob("*") if p.is_file())
-  with concurrent.futures.ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter lock
-    return dict(zip((file.relative_to(directory).as_posix() for file in files), pool.map(digest, files)))
+  return {name: each["sha256"] for name, each in digests.digests(directory, digests.files_in(directory)).items()}

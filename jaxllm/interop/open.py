@@ -9,19 +9,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.base.files import local_path
+from jaxllm.base.files import local_path, recover
+from jaxllm.base.os_errors import file_errors
 from jaxllm.interop import peft
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.directory_files import (
   ADAPTER,
   CHECKPOINTS,
   CONFIG_FILE,
+  READ_IF_THERE,
   START,
   START_ADAPTER,
   START_FILE,
+  TOKENIZER,
   read_generation_config,
   read_json,
+  read_start,
   read_tokenizer,
 )
 from jaxllm.interop.fingerprint import check_unchanged
@@ -68,6 +73,13 @@ def open_model(
       or a `step` of what has none. DataError: the tokenizer is damaged.
   """
   path = local_path(path)
+  try:
+    return _opened(path, adapter, step, merge, own_apart)
+  except RecursionError:
+    raise CheckpointError(f"{path} stands on itself: it names a model that names it as what it began with") from None
+
+
+def _opened(path: Path, adapter: Adapters, step: int | None, merge: bool, own_apart: bool) -> StoredModel:
   form = form_of(path)
   if step is not None and form != "run":
     raise ConfigError(f"{path} is not a training run and has no steps; leave --step out")
@@ -100,8 +112,10 @@ def form_of(path: Path) -> Form:
   Raises:
     CheckpointError: none; the message says what does stand there, or config.json cannot be read.
   """
+  recover(path)
   if not path.exists():
-    raise CheckpointError(f"no model at {path}: there is no such path")
+    with file_errors(path, "no model at"):
+      path.stat()
   if path.is_file() and path.suffix == ".gguf":
     return "gguf"
   has_config = (path / CONFIG_FILE).is_file()
@@ -134,6 +148,9 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   """
   if base.form == "run" and base.path and (base.path / ADAPTER).resolve() == directory.resolve():
     raise ConfigError(f"{directory} is what {base.path} has trained, which is in its weights already; leave it out")
+  with file_errors(directory):
+    recover(directory)
+    digests.check(directory, READ_IF_THERE, quiet=not (directory.parent / CHECKPOINTS).is_dir())
   read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
   if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
@@ -174,16 +191,19 @@ def family_at(path: Path) -> str | None:
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:
   """A run's model, its own adapters apart."""
+  sealed = digests.check(directory, [f"{TOKENIZER}/{pattern}" for pattern in READ_IF_THERE])
   config = read_model_config(directory)
   tensors: Tensors = {name: LazyTensor(*array) for name, array in open_params(directory / CHECKPOINTS, step).items()}
   own: tuple[StoredAdapter, ...] = ()
   if (directory / START_FILE).is_file():
-    record = read_json(directory / START_FILE)
+    record = read_start(directory)
     changes = _own_changes(directory, record, tensors)
     own = (StoredAdapter({"peft_type": "LORA"}, changes, {}, directory),) if changes else ()
     tensors = _with_start(config, directory, record, tensors)
   check_shapes(config, tensors, directory / CHECKPOINTS)
-  tokenizer, generation = read_tokenizer(directory / "tokenizer"), read_generation_config(directory)
+  tokenizer, generation = read_tokenizer(directory / TOKENIZER), read_generation_config(directory)
+  if tokenizer is None and not sealed:
+    raise CheckpointError(f"{directory} has no {TOKENIZER}/, which every run has; put back what was there")
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
   return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own)
 
@@ -220,8 +240,13 @@ def _own_changes(directory: Path, record: dict[str, Any], trained: Tensors) -> d
   changes = {}
   for path, scale in record["scales"].items():
     a, b, magnitude = (trained.get(f"{path}/{part}") for part in ("a", "b", "magnitude"))
+    if a is None or b is None or min(len(a.shape), len(b.shape)) < 2:
+      raise CheckpointError(f"{directory / START_FILE} names an adapter of {path}, which the checkpoint has not")
     lead = a.shape[:-2]
-    factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    try:
+      factor = np.broadcast_to(np.asarray(scale, np.float64), lead)
+    except ValueError:
+      raise CheckpointError(f"{directory / START_FILE} has scales of {path} that do not fit its {lead}") from None
     if f"{path}/a" in kept:  # scale a₀ b₀, for factors that are not divided by the root of it
       b = _joined(b, kept[f"{path}/b"], -2, -1 / factor)
       a = _joined(a, kept[f"{path}/a"], -1, np.ones(lead))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError, shown
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.table import Family
 from jaxllm.interop.huggingface import Place, places
-from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings, short
+from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -164,7 +164,7 @@ def _check_targets(
   for target in settings.targets if isinstance(settings.targets, tuple) else ():
     named = [module for module in {*matrices, *modules} if ends((target,), module)]
     if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
-      raise CheckpointError(f"the adapter in {directory} has no weights of {short(target)}, one of its target_modules")
+      raise CheckpointError(f"the adapter in {directory} has no weights of {shown(target)}, one of its target_modules")
 
 
 # Factors

@@ -1,17 +1,15 @@
 """adapter_config.json of PEFT's LoRA and DoRA adapters: which modules have which rank and scale."""
 
 import dataclasses
-import json
 import math
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.directory_files import read_json
+from jaxllm.base import patterns
+from jaxllm.base.errors import CheckpointError, ConfigError, shown
+from jaxllm.base.ranges import Range
+from jaxllm.base.strangers import Count, Real, Size, declared, read_json
 
 CONFIG_FILE = "adapter_config.json"
 UNSUPPORTED = (
@@ -26,8 +24,25 @@ UNSUPPORTED = (
   "monteclora_config",
 )
 KEY_START = r"(.*\.)?"  # of a key of rank_pattern and alpha_pattern, as PEFT has it
-PATTERN_SECONDS = 10.0
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or their beginning
+
+
+class Adapter(TypedDict, total=False):
+  """What is read of an adapter_config.json; a null stands for the default."""
+
+  r: Size
+  lora_alpha: Real
+  rank_pattern: dict[str, Size]
+  alpha_pattern: dict[str, Real]
+  target_modules: str | list[str]
+  exclude_modules: str | list[str]
+  layers_to_transform: Count | list[Count]
+  layers_pattern: str | list[str]
+  modules_to_save: list[str]
+  use_dora: bool
+  use_rslora: bool
+  ensure_weight_tying: bool
+  lora_dropout: Annotated[float, Range(0, below=1)]
 
 
 def is_adapter(directory: Path) -> bool:
@@ -63,7 +78,7 @@ def _named_base(directory: Path) -> Path:
       pass  # too long, of an unknown user, or with characters that no path has
   what = "does not say what it belongs to"
   if name is not None:
-    what = f"belongs to {short(name)}, which is no path to another model here"
+    what = f"belongs to {shown(name)}, which is no path to another model here"
   raise CheckpointError(
     f"the adapter in {directory} {what}; set base_model_name_or_path in its {CONFIG_FILE} to where that model is, or "
     "name the model beside the adapter"
@@ -113,9 +128,9 @@ class Settings:
       return False
     if self.layers is None or isinstance(self.targets, str):
       return True
-    patterns = self._layer_patterns()
-    found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
-    return found is not None and int(found[found.re.groups]) in self.layers
+    numbers = (patterns.find(pattern, module, "match") for pattern in self._layer_patterns())
+    number = next((number for number in numbers if number is not None), "")
+    return number.isdecimal() and int(number) in self.layers
 
   def _layer_patterns(self) -> list[str]:
     starts = [rf"(?:^|.*?\.){pattern}\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\."]
@@ -123,8 +138,6 @@ class Settings:
 
   def check_patterns(self, modules: Collection[str], here: str) -> None:
     """That its patterns can be matched against a model's modules: there are some that take longer than the universe.
-
-    A matcher cannot be stopped from within, so one of its own is tried on all of them first.
 
     Args:
       here: what has the patterns, for the message.
@@ -134,23 +147,9 @@ class Settings:
     """
     tables = [_key(key) for table in (self.rank_pattern, self.alpha_pattern) for key in table]
     whole = [pattern for pattern in (self.targets, self.excluded) if isinstance(pattern, str)]
-    patterns = [*tables, *whole, *(self._layer_patterns() if self.layers_pattern else ())]
-    if not any(re.search(r"[*+?{|]", pattern.removeprefix(KEY_START)) for pattern in patterns):
-      return
-    program = "import json, re, sys\nfor p, m in json.load(sys.stdin): re.fullmatch(p, m), re.match(p, m)"
-    text = json.dumps([(pattern, module) for pattern in patterns for module in modules])
-    try:
-      subprocess.run(
-        [sys.executable, "-I", "-c", program],
-        input=text,
-        text=True,
-        check=True,
-        timeout=PATTERN_SECONDS,
-        capture_output=True,
-      )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-      longest = short(max(patterns, key=len))
-      raise ConfigError(f"{here} has patterns, {longest} among them, that take too long to match") from None
+    patterns.prepare(f"{here} has a pattern that cannot be used", whole, modules)
+    for_start = [*tables, *(self._layer_patterns() if self.layers_pattern else ())]
+    patterns.prepare(f"{here} has a pattern that cannot be used", for_start, modules, "match")
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
@@ -166,79 +165,50 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
   config = read_json(directory / CONFIG_FILE)
   here = f"the adapter in {directory}"
   if config.get("peft_type") != "LORA":
-    raise ConfigError(f"{here} is of the kind {short(config.get('peft_type'))}; only LORA can be read")
+    raise ConfigError(f"{here} is of the kind {shown(config.get('peft_type'))}; only LORA can be read")
   for setting in UNSUPPORTED:
     if config.get(setting):
-      raise ConfigError(f"{here} has {setting} = {short(config[setting])}, which cannot be expressed here")
+      raise ConfigError(f"{here} has {setting} = {shown(config[setting])}, which cannot be expressed here")
   init = config.get("init_lora_weights")
   if isinstance(init, str) and init.startswith(CHANGES_BASE):
     raise ConfigError(
-      f"{here} has init_lora_weights = {short(init)}, so it belongs to a base that was changed when it began; save it "
+      f"{here} has init_lora_weights = {shown(init)}, so it belongs to a base that was changed when it began; save it "
       "with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
     )
 
-  def get(name: str, fits: Callable[[Any], bool], kind: str, default: Any) -> Any:
-    value = config.get(name)
-    if value is None:
-      return default
-    if not fits(value):
-      raise ConfigError(f"{here} has {name} = {short(value)}; it should be {kind}")
-    return value
-
-  def numbers(name: str, fits: Callable[[Any], bool], kind: str) -> Any:
-    of_each = lambda value: isinstance(value, dict) and all(map(fits, value.values()))  # noqa: E731
-    found = get(name, of_each, f"a table of patterns, each with {kind}", {})
-    for pattern in found:
-      _compiled(pattern, f"{here} has {name}", _key(pattern))
-    return found
-
-  def names(name: str) -> Any:
-    found = get(name, lambda v: isinstance(v, str) or _all(str, v), "a name, a list of them, or a pattern", None)
-    if isinstance(found, str):
-      _compiled(found, f"{here} has {name}")
-    return found if found is None or isinstance(found, str) else tuple(found)
-
-  truth = lambda name: get(name, lambda v: isinstance(v, bool), "true or false", False)  # noqa: E731
-  is_rank = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31  # noqa: E731
-  is_number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e30  # noqa: E731
-  layers = get("layers_to_transform", lambda v: isinstance(v, int) or _all(int, v), "layers' numbers", ())
-  patterns = names("layers_pattern") or ()
-  for pattern in patterns:
-    _compiled(pattern, f"{here} has layers_pattern")
+  found = declared(Adapter, config, here)
+  for name in ("target_modules", "exclude_modules"):
+    patterns.prepare(f"{here} has {name}", _one(found.get(name)))
+  for name in ("rank_pattern", "alpha_pattern"):
+    patterns.prepare(f"{here} has {name}", [p for key in found.get(name, {}) for p in (key, _key(key))])
+  of_layers = found.get("layers_pattern") or ()
+  of_layers = (of_layers,) if isinstance(of_layers, str) else tuple(of_layers)
+  patterns.prepare(f"{here} has layers_pattern", of_layers)
+  layers = found.get("layers_to_transform", ())
   return config, Settings(
-    rank=get("r", is_rank, "a positive whole number", 8),
-    alpha=get("lora_alpha", is_number, "a number", 8),
-    rank_pattern=numbers("rank_pattern", is_rank, "a positive whole number"),
-    alpha_pattern=numbers("alpha_pattern", is_number, "a number"),
-    targets=names("target_modules"),
-    excluded=names("exclude_modules") or None,
+    rank=found.get("r", 8),
+    alpha=found.get("lora_alpha", 8),
+    rank_pattern=found.get("rank_pattern", {}),
+    alpha_pattern=found.get("alpha_pattern", {}),
+    targets=_names(found.get("target_modules")),
+    excluded=_names(found.get("exclude_modules")) or None,
     layers=((layers,) if isinstance(layers, int) else tuple(layers)) or None,
-    layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
-    saved=tuple(get("modules_to_save", lambda v: _all(str, v), "a list of names", ())),
-    dora=truth("use_dora"),
-    rslora=truth("use_rslora"),
-    tied=truth("ensure_weight_tying"),
-    dropout=get("lora_dropout", lambda v: is_number(v) and 0 <= v < 1, "at least 0 and below 1", 0.0),
+    layers_pattern=of_layers,
+    saved=tuple(found.get("modules_to_save", ())),
+    dora=found.get("use_dora", False),
+    rslora=found.get("use_rslora", False),
+    tied=found.get("ensure_weight_tying", False),
+    dropout=found.get("lora_dropout", 0.0),
   )
 
 
-def _all(kind: type, value: Any) -> bool:
-  return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+def _one(pattern: str | list[str] | None) -> list[str]:
+  """The pattern that a setting is; a list has names."""
+  return [pattern] if isinstance(pattern, str) else []
 
 
-def _compiled(pattern: str, what: str, whole: str | None = None) -> None:
-  try:
-    re.compile(pattern)
-    re.compile(whole or pattern)
-  except (re.error, RecursionError, OverflowError) as error:
-    reason = short(str(error))[1:-1]
-    raise ConfigError(f"{what} = {short(pattern)}, which is no regular expression: {reason}") from None
-
-
-def short(value: Any) -> str:
-  """A stranger's value in a message of one line."""
-  text = ascii(value)
-  return text if len(text) <= 60 else text[:57] + "..."
+def _names(found: str | list[str] | None) -> str | tuple[str, ...] | None:
+  return tuple(found) if isinstance(found, list) else found
 
 
 def listed(names: Sequence[str]) -> str:
@@ -253,13 +223,14 @@ def _key(key: str) -> str:
 
 
 def _of_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
-  return next((value for key, value in table.items() if re.match(_key(key), module)), default)
+  meant = (value for key, value in table.items() if patterns.find(_key(key), module, "match") is not None)
+  return next(meant, default)
 
 
 def ends(names: str | Collection[str] | None, module: str) -> bool:
   """Whether a module's name ends in one of some names, or is all of what a pattern means."""
   if names is None or isinstance(names, str):
-    return names is not None and re.fullmatch(names, module) is not None
+    return names is not None and patterns.matches(names, module)
   return any(f".{module}".endswith(f".{name}") for name in names)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import new_directory
 from jaxllm.data.tokenizers import Tokenizer
@@ -88,6 +89,7 @@ def write_adapter(
     write_json(new / CONFIG_FILE, settings)
     if tokenizer is not None:
       tokenizer.save(new)
+    digests.seal(new)
 
 
 def _known(config: ModelConfig, family: str | None) -> tuple[dict[str, Place], str]:

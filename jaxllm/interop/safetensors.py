@@ -9,12 +9,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import ml_dtypes
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError, shown
+from jaxllm.base.os_errors import file_errors
+from jaxllm.base.strangers import declared, parse_json, read_json
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
 
 DTYPES = {
@@ -44,27 +46,27 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+class _Index(TypedDict, total=False):
+  """model.safetensors.index.json."""
+
+  weight_map: dict[str, str]
+
+
 def read_safetensors(path: Path) -> Tensors:
   """The tensors of one file, in the order of their bytes; only the header is read.
 
   Raises:
     CheckpointError: the file is missing, cut short, or its header is not one; reading a tensor raises it too.
   """
-  try:
-    with path.open("rb") as file:
-      size = os.fstat(file.fileno()).st_size
-      length = int.from_bytes(file.read(8), "little")
-      if size < 8 or length > size - 8:
-        raise _damaged(path, f"its header should take {length} bytes of a file of {size}; copy it again")
-      if length > MAX_HEADER:
-        raise _damaged(path, f"its header takes {length} bytes, which is over the limit of {MAX_HEADER}")
-      text = file.read(length)
-  except OSError as error:
-    raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-  try:
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-  except (ValueError, RecursionError) as error:
-    raise _damaged(path, f"its header is not JSON ({error})") from error
+  with file_errors(path), path.open("rb") as file:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+      raise _damaged(path, f"its header should take {length} bytes of a file of {size}; copy it again")
+    if length > MAX_HEADER:
+      raise _damaged(path, f"its header takes {length} bytes, which is over the limit of {MAX_HEADER}")
+    text = file.read(length)
+  header = parse_json(text, f"the header of {path}")
   if not isinstance(header, dict):
     raise _damaged(path, "its header is not a JSON object")
   metadata = header.pop("__metadata__", {})
@@ -100,14 +102,14 @@ def read_sharded(directory: Path) -> Tensors:
         "safetensors"
       )
     raise CheckpointError(f"{directory} has no weights: there is no {SINGLE} and no {INDEX}")
-  try:
-    places = json.loads((directory / INDEX).read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
-    shards = dict.fromkeys(places.values())
-  except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-    raise CheckpointError(f"cannot read {directory / INDEX}: it has no weight_map of names to files") from error
+  index = declared(_Index, read_json(directory / INDEX, MAX_HEADER), str(directory / INDEX), CheckpointError)
+  places = index.get("weight_map")
+  if places is None:
+    raise CheckpointError(f"cannot read {directory / INDEX}: it has no weight_map of names to files")
+  shards = dict.fromkeys(places.values())
   for shard in shards:
-    if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-      raise CheckpointError(f"{directory / INDEX} names {shard!r}, which is not a .safetensors file beside it")
+    if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors") or not shard.isprintable():
+      raise CheckpointError(f"{directory / INDEX} names {shown(shard)}, which is not a .safetensors file beside it")
     if not (directory / shard).is_file():
       raise CheckpointError(f"{directory} lacks the shard {shard}, which {INDEX} names; copy it again")
   tensors = {shard: read_safetensors(directory / shard) for shard in shards}
@@ -160,27 +162,22 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
     os.fsync(file.fileno())
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  table = dict(pairs)
-  if len(table) < len(pairs):
-    raise ValueError("a name stands in it twice")
-  return table
-
-
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int, ...], int, int]:
   """(name, dtype, shape, first byte, last byte + 1) of a tensor in a header, each alone checked."""
   if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-    raise _damaged(path, f"its entry of {name!r} is not a dtype, a shape and data_offsets")
+    raise _damaged(path, f"its entry of {shown(name)} is not a dtype, a shape and data_offsets")
   if not name.isprintable():  # names come to stand in one-line messages
-    raise _damaged(path, f"it names a tensor {name!r}")
+    raise _damaged(path, f"it names a tensor {shown(name)}")
   kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if not isinstance(kind, str) or kind not in DTYPES:
-    raise _damaged(path, f"the tensor {name!r} has the type {kind!r}; those known are {', '.join(DTYPES)}")
+    raise _damaged(path, f"the tensor {shown(name)} has the type {shown(kind)}; those known are {', '.join(DTYPES)}")
   if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
-    raise _damaged(path, f"the tensor {name!r} has no possible shape or place")
+    raise _damaged(path, f"the tensor {shown(name)} has no possible shape or place")
   start, stop = offsets
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
-    raise _damaged(path, f"the tensor {name!r} of shape {shape} and type {kind} does not take {stop - start} bytes")
+    raise _damaged(
+      path, f"the tensor {shown(name)} of shape {shape} and type {kind} does not take {stop - start} bytes"
+    )
   return name, DTYPES[kind], tuple(shape), start, stop
 
 
@@ -196,17 +193,14 @@ def _tensor(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], star
       place = place * n + i
     count = math.prod(rest)
     buffer = np.empty(count * dtype.itemsize, np.uint8)
-    try:
-      with path.open("rb", buffering=0) as file:
-        file.seek(start + place * buffer.nbytes)
-        done = 0
-        while done < buffer.nbytes:
-          read = file.readinto(buffer[done:])
-          if not read:
-            raise _damaged(path, f"it ends within the tensor {name}; copy it again")
-          done += read
-    except OSError as error:
-      raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    with file_errors(path), path.open("rb", buffering=0) as file:
+      file.seek(start + place * buffer.nbytes)
+      done = 0
+      while done < buffer.nbytes:
+        read = file.readinto(buffer[done:])
+        if not read:
+          raise _damaged(path, f"it ends within the tensor {name}; copy it again")
+        done += read
     return buffer.view(dtype).reshape(rest)
 
   # A stack of matrices is best read one by one.

@@ -1,30 +1,28 @@
-"""Builds and registers the C++ kernels of `kernels/cpu/` as XLA custom calls (CPU only).
+"""Registers the C++ kernels of `kernels/cpu/` as XLA custom calls (CPU only).
 
-The sources are compiled with the machine's own `g++ -march=native` at first use, into a cache folder whose name
-holds a hash of the sources, the compiler, jaxlib and the CPU's features; later processes load the file. Where there
-is no compiler or the CPU lacks AVX-512, `available()` is False and callers use their plain XLA form.
+`cpu_library` compiles them with the machine's own `g++ -march=native` at first use. Where there is no compiler, it
+fails, or the CPU lacks AVX-512, `available()` is False and callers use their plain XLA form.
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import pathlib
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jaxlib
 from jaxtyping import Array
 
+from jaxllm.base import environment
+from jaxllm.kernels import cpu_library
+from jaxllm.kernels.cpu_library import SOURCES, BuildError, cache_dir, cpu_flags, why_unavailable
+
+__all__ = ["SOURCES", "BuildError", "available", "cache_dir", "call", "cpu_flags", "missing", "why_unavailable"]
+
 log = logging.getLogger("jaxllm")
-SOURCES = pathlib.Path(__file__).with_name("cpu")
 TARGETS = (
   "cpu_matmul",
   "cpu_matmul_plus",
@@ -47,82 +45,6 @@ TARGETS = (
   "cpu_swiglu_grad",
   "cpu_rope",
 )
-NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
-
-
-class BuildError(RuntimeError):
-  """The compiler refused the kernels; the message holds what it said."""
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-  """Feature flags of this CPU as Linux names them; empty where that is unknown."""
-  try:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-      if line.startswith("flags"):
-        return frozenset(line.split(":", 1)[1].split())
-  except OSError:
-    pass
-  return frozenset()
-
-
-def why_unavailable() -> str | None:
-  """One line that says why the C++ kernels cannot run here, or None if they can (as far as is known unbuilt)."""
-  if platform.system() != "Linux" or platform.machine() != "x86_64":
-    return f"the C++ kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-  if missing := NEEDED - cpu_flags():
-    return f"this CPU lacks {', '.join(sorted(missing))}"
-  if not compiler():
-    return "no C++ compiler (g++) was found; set CXX or install one"
-  return None
-
-
-def compiler() -> str:
-  """The C++ compiler: $CXX, else g++; "" if there is none."""
-  return shutil.which(os.environ.get("CXX", "g++")) or ""
-
-
-def cache_dir() -> pathlib.Path:
-  """Where built libraries are kept: $JAXLLM_CACHE_DIR, else ~/.cache/jaxllm."""
-  root = os.environ.get("JAXLLM_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "jaxllm")
-  return pathlib.Path(root) / "cpu_kernels"
-
-
-def _key() -> str:
-  """Hash of everything that the built library depends on."""
-  version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
-  h = hashlib.sha256("\n".join([version, jaxlib.__version__, *FLAGS, *sorted(cpu_flags())]).encode())
-  for path in sorted(SOURCES.iterdir()):
-    h.update(path.name.encode() + path.read_bytes())
-  return h.hexdigest()[:16]
-
-
-def build() -> pathlib.Path:
-  """Compiles the kernels unless this CPU's build is in the cache. Returns the library; raises BuildError."""
-  library = cache_dir() / f"{_key()}.so"
-  if library.exists():
-    return library
-  log.info("compiling the CPU kernels, once for this machine")
-  library.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=library.parent) as tmp:  # then an atomic rename: builds may race
-    objects, running = [], []
-    for source in sorted(SOURCES.glob("*.cc")):
-      objects.append(f"{tmp}/{source.stem}.o")
-      flags = [f for f in FLAGS if f != "-shared"]
-      running.append(
-        subprocess.Popen(
-          [compiler(), *flags, f"-I{jax.ffi.include_dir()}", "-c", str(source), "-o", objects[-1]],
-          stderr=subprocess.PIPE,
-          text=True,
-        )
-      )
-    errors = [p.communicate()[1] for p in running]
-    if any(p.returncode for p in running):
-      raise BuildError("compiling the CPU kernels failed:\n" + "\n".join(errors)[-4000:])
-    subprocess.run([compiler(), "-shared", *objects, "-o", f"{tmp}/out.so"], check=True)
-    os.replace(f"{tmp}/out.so", library)
-  return library
 
 
 @functools.cache
@@ -130,26 +52,31 @@ def load() -> None:
   """Builds (if need be), loads and registers every kernel once per process. Raises BuildError or RuntimeError."""
   if reason := why_unavailable():
     raise RuntimeError(reason)
-  lib = ctypes.cdll.LoadLibrary(str(build()))
+  library = cpu_library.load(TARGETS)
   for name in TARGETS:
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(lib, name)), platform="cpu")
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
 
 
 @functools.cache
-def available() -> bool:
-  """True if the C++ kernels run here (builds them at the first call); what stands in the way is logged once.
+def missing() -> str | None:
+  """Why there are no C++ kernels, None where they run (builds them at the first call); it is logged once.
 
   JAXLLM_CPU_KERNELS=0 switches them off.
   """
-  reason = "JAXLLM_CPU_KERNELS is 0" if os.environ.get("JAXLLM_CPU_KERNELS", "1") == "0" else why_unavailable()
+  reason = why_unavailable() if environment.flag("JAXLLM_CPU_KERNELS", True) else "JAXLLM_CPU_KERNELS is 0"
   if reason is None:
     try:
       load()
-      return True
-    except (BuildError, OSError) as error:
+    except BuildError as error:
       reason = str(error)
-  log.warning("the CPU runs without its C++ kernels, at half the speed (a quarter in bfloat16): %s", reason)
-  return False
+  if reason is not None:
+    log.warning("the CPU runs without its C++ kernels, at half the speed (a quarter in bfloat16): %s", reason)
+  return reason
+
+
+def available() -> bool:
+  """Whether the C++ kernels run here; see `missing`."""
+  return missing() is None
 
 
 def keep_memory_resident() -> bool:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
+from jaxllm.base import ranges
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Amount, Count, Positive, Range, Share, Size
 
 # name -> (activation, gated)
 MLPS = {
@@ -19,6 +21,14 @@ MLPS = {
   "relu": ("relu", False),
   "relu2": ("relu2", False),
 }
+# No model comes near these; beyond them sizes of arrays overflow.
+MAX_LAYERS = 4096
+Width = Annotated[int, Range(1, 2**20)]
+WidthOr0 = Annotated[int, Range(0, 2**20)]
+Layers = Annotated[int, Range(1, MAX_LAYERS)]
+LayersOr0 = Annotated[int, Range(0, MAX_LAYERS)]
+Heads = Annotated[int, Range(1, 2**14)]
+HeadsOr0 = Annotated[int, Range(0, 2**14)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +45,21 @@ class RopeScaling:
   """
 
   kind: Literal["linear", "ntk", "yarn", "llama3", "dynamic", "longrope"] = "linear"
-  factor: float = 1.0
-  original_max_seq_len: int = 0  # the context before stretching; all but linear and ntk need it
-  short_factors: tuple[float, ...] = ()  # longrope
-  long_factors: tuple[float, ...] = ()  # longrope
-  low_freq_factor: float = 1.0  # llama3
-  high_freq_factor: float = 4.0  # llama3
-  beta_fast: float = 32.0  # yarn
-  beta_slow: float = 1.0  # yarn
+  factor: Positive = 1.0
+  original_max_seq_len: Count = 0  # the context before stretching; all but linear and ntk need it
+  short_factors: tuple[Positive, ...] = ()  # longrope
+  long_factors: tuple[Positive, ...] = ()  # longrope
+  low_freq_factor: Positive = 1.0  # llama3
+  high_freq_factor: Positive = 4.0  # llama3
+  beta_fast: Positive = 32.0  # yarn
+  beta_slow: Positive = 1.0  # yarn
   # None: yarn: 0.1 ln(factor) + 1; longrope: (1 + ln(factor) / ln(original_max_seq_len)) ** 0.5
-  attention_factor: float | None = None
+  attention_factor: Positive | None = None
   truncate: bool = True  # yarn: the dimensions between which it blends are whole numbers
-  mscale_all_dim: float | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
+  mscale_all_dim: Amount | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
+
+  def __post_init__(self):
+    ranges.check(RopeScaling, vars(self), "model.rope_scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,34 +69,33 @@ class MoEConfig:
   Mixtral (arXiv 2401.04088), Qwen3-MoE (2505.09388), DeepSeek-V2 (2405.04434) and V3 (2412.19437).
   """
 
-  num_experts: int = 8
-  top_k: int = 2  # experts of a token
-  mlp_dim: int = 0  # of one expert; 0: model.mlp_dim
-  shared_mlp_dim: int = 0  # of the experts that every token goes through, together; 0: none
-  first_dense_layers: int = 0  # these keep the plain feed-forward block
-  every: int = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
+  num_experts: Layers = 8
+  top_k: Layers = 2  # experts of a token
+  mlp_dim: WidthOr0 = 0  # of one expert; 0: model.mlp_dim
+  shared_mlp_dim: WidthOr0 = 0  # of the experts that every token goes through, together; 0: none
+  first_dense_layers: LayersOr0 = 0  # these keep the plain feed-forward block
+  every: Layers = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
 
   scoring: Literal["softmax", "sigmoid"] = "softmax"
   bias: bool = False  # of the router and of each expert's matrices (gpt-oss)
   correction_bias: bool = False  # per expert, added to the scores where experts are chosen (DeepSeek-V3)
   normalize: bool = True  # the weights of a token's experts are divided by their sum
-  scale: float = 1.0  # and multiplied by this
+  scale: Positive = 1.0  # and multiplied by this
   # Experts are chosen from `top_groups` of these groups: those with the best expert, or, with sigmoid
   # scores, with the best sum of two.
-  num_groups: int = 1
-  top_groups: int = 1
+  num_groups: Layers = 1
+  top_groups: Layers = 1
 
   # None: dropless. Else an expert takes so many times its even share of a sequence; tokens beyond that pass
   # it by on the residual stream. A training measure: cached decoding drops nothing.
-  capacity_factor: float | None = None
-  load_balance_weight: float = 0.01  # of the two auxiliary losses, see `jaxllm.models.moe.router_losses`
-  z_weight: float = 0.001
+  capacity_factor: Positive | None = None
+  load_balance_weight: Amount = 0.01  # of the two auxiliary losses, see `jaxllm.models.moe.router_losses`
+  z_weight: Amount = 0.001
 
   def __post_init__(self):
+    ranges.check(MoEConfig, vars(self), "model.moe")
     if not 1 <= self.top_k <= self.num_experts:
       raise ConfigError(f"model.moe.top_k is {self.top_k}; it must be between 1 and num_experts {self.num_experts}")
-    if self.every < 1:
-      raise ConfigError(f"model.moe.every is {self.every}; it must be at least 1")
     size, rest = divmod(self.num_experts, self.num_groups)
     if rest or not 1 <= self.top_groups <= self.num_groups or self.top_groups * size < self.top_k:
       raise ConfigError(
@@ -92,8 +104,6 @@ class MoEConfig:
       )
     if self.bias and (self.shared_mlp_dim or self.capacity_factor is not None):
       raise ConfigError("model.moe.bias goes with neither shared_mlp_dim nor capacity_factor")
-    if self.capacity_factor is not None and self.capacity_factor <= 0:
-      raise ConfigError(f"model.moe.capacity_factor is {self.capacity_factor}; it must be over 0, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +111,25 @@ class MLAConfig:
   """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values are made
   from a short vector per token, and only that is cached."""
 
-  kv_lora_rank: int = 512
-  q_lora_rank: int | None = None  # None: queries come straight from the residual stream
-  nope_head_dim: int = 128  # of a query or key head: the part without position
-  rope_head_dim: int = 64  # and the rotated part, which all key heads share
-  value_head_dim: int = 128
+  kv_lora_rank: Width = 512
+  q_lora_rank: Width | None = None  # None: queries come straight from the residual stream
+  nope_head_dim: Width = 128  # of a query or key head: the part without position
+  rope_head_dim: Width = 64  # and the rotated part, which all key heads share
+  value_head_dim: Width = 128
+
+  def __post_init__(self):
+    ranges.check(MLAConfig, vars(self), "model.mla")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
   """What stands in a block beside its own parts; see `jaxllm.models.adapters`."""
 
-  bottleneck_dim: int = 0  # of a small block after attention and one after the feed-forward; 0: none
-  prefix_len: int = 0  # virtual tokens in each layer's attention
+  bottleneck_dim: WidthOr0 = 0  # of a small block after attention and one after the feed-forward; 0: none
+  prefix_len: WidthOr0 = 0  # virtual tokens in each layer's attention
+
+  def __post_init__(self):
+    ranges.check(AdapterConfig, vars(self), "model.adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,60 +140,60 @@ class ModelConfig:
   `embed_dim / num_heads`, and 4 x embed_dim (gated: 8/3 x, rounded up to a multiple of 64).
   """
 
-  vocab_size: int = 32000
-  embed_dim: int = 512
-  num_layers: int = 8
-  num_heads: int = 8
-  num_kv_heads: int = 0
-  head_dim: int = 0
-  mlp_dim: int = 0
-  max_seq_len: int = 2048
+  vocab_size: Annotated[int, Range(1, 2**28)] = 32000
+  embed_dim: Width = 512
+  num_layers: Layers = 8
+  num_heads: Heads = 8
+  num_kv_heads: HeadsOr0 = 0
+  head_dim: HeadsOr0 = 0
+  mlp_dim: WidthOr0 = 0
+  max_seq_len: Size = 2048
 
   # decoder: a token sees those before it. encoder: it sees all. encoder_decoder: a decoder that also attends
   # to an encoder's states; both read the same token vectors.
   architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-  num_encoder_layers: int = 0  # of an encoder_decoder; 0: num_layers
-  decoder_start_id: int = 0  # the token before an encoder_decoder's first one
+  num_encoder_layers: LayersOr0 = 0  # of an encoder_decoder; 0: num_layers
+  decoder_start_id: Count = 0  # the token before an encoder_decoder's first one
 
   # Attention
   attention_bias: bool = False  # on query, key and value
   attention_out_bias: bool = False
   # head: one norm for every head (Qwen3); heads: each head has its own (Cohere); full: over all heads (OLMo 2)
   qk_norm: Literal["none", "head", "heads", "full"] = "none"
-  query_scale: float | None = None  # None: head_dim ** -0.5
-  attention_softcap: float | None = None
-  sliding_window: int | None = None  # a query sees this many keys, itself included
+  query_scale: Positive | None = None  # None: head_dim ** -0.5
+  attention_softcap: Positive | None = None
+  sliding_window: Size | None = None  # a query sees this many keys, itself included
   # Repeats; (): local if there is a window. nope: global, and not rotated (SmolLM3).
   layer_pattern: tuple[Literal["global", "local", "nope"], ...] = ()
   mla: MLAConfig | None = None  # then head_dim is its nope_head_dim + rope_head_dim
   attention_sinks: bool = False  # a learned logit per head that takes probability and gives no value
-  sink_tokens: int = 0  # the first tokens of a segment stay visible past the window (arXiv 2309.17453)
+  sink_tokens: Count = 0  # the first tokens of a segment stay visible past the window (arXiv 2309.17453)
 
   # Positions
   position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
-  position_offset: int = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
-  sinusoidal_theta: float = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
-  alibi_scale: float = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
+  position_offset: Count = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
+  sinusoidal_theta: Positive = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
+  alibi_scale: Positive = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
   # Beside positions of another kind. learned: as with "relative" ones (MPNet). disentangled: of an encoder, products of
   # each query and key with vectors of distances, of which there are 2 relative_buckets (DeBERTa, arXiv 2006.03654).
   relative_bias: Literal["none", "learned", "disentangled"] = "none"
-  relative_buckets: int = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
-  relative_max_distance: int = 128  # from which on all distances share the last bucket
-  rope_theta: float = 10000.0
-  rope_local_theta: float | None = None  # of the local layers; None: rope_theta
-  rope_fraction: float = 1.0  # of head_dim that is rotated
+  relative_buckets: Width = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
+  relative_max_distance: Size = 128  # from which on all distances share the last bucket
+  rope_theta: Positive = 10000.0
+  rope_local_theta: Positive | None = None  # of the local layers; None: rope_theta
+  rope_fraction: Share = 1.0  # of head_dim that is rotated
   rope_scaling: RopeScaling | None = None  # of the global layers
 
   # Norms
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-  norm_eps: float = 1e-5
+  norm_eps: Share = 1e-5
   norm_bias: bool = True  # LayerNorm only
   norm_unit_offset: bool = False  # weight w stands for the scale 1 + w (Gemma)
   # pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); output: x + norm(f(x))
   norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
   parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
   shared_norm: bool = False  # and norm' is norm (GPT-J, Cohere)
-  residual_scale: float | None = None  # of what a part adds to the residual stream (Granite)
+  residual_scale: Positive | None = None  # of what a part adds to the residual stream (Granite)
   embedding_norm: bool = False
   final_norm: bool = True
   first_norm: bool = True  # False: the first layer's attention reads the embedding as it is (ModernBERT)
@@ -189,22 +205,22 @@ class ModelConfig:
 
   # Embedding
   tie_embeddings: bool = True
-  num_token_types: int = 0  # kinds of segment that a token's vector tells apart (BERT)
-  embedding_scale: float | None = None  # Gemma: embed_dim ** 0.5
-  embedding_dim: int = 0  # of the embedding, which is then projected to embed_dim (ELECTRA); 0: embed_dim
+  num_token_types: WidthOr0 = 0  # kinds of segment that a token's vector tells apart (BERT)
+  embedding_scale: Positive | None = None  # Gemma: embed_dim ** 0.5
+  embedding_dim: WidthOr0 = 0  # of the embedding, which is then projected to embed_dim (ELECTRA); 0: embed_dim
 
   # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token. span: of
   # each token two logits, that an answer starts there and that it ends there.
   head: Literal["lm", "sequence", "token", "span", "none"] = "lm"
-  num_labels: int = 0
+  num_labels: WidthOr0 = 0
   head_bias: bool = False
   # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
   # has a bias where mlp_bias is set.
   head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"] | None = None
   head_norm: bool = False  # and a norm after it
   pooling: Literal["first", "mean", "last"] = "first"  # which hidden state stands for a text
-  logit_scale: float | None = None  # T5 with a tied head: embed_dim ** -0.5
-  logit_softcap: float | None = None
+  logit_scale: Positive | None = None  # T5 with a tied head: embed_dim ** -0.5
+  logit_softcap: Positive | None = None
 
   adapter: AdapterConfig | None = None
 
@@ -213,7 +229,7 @@ class ModelConfig:
   # the same). fan_in: std 1/sqrt(inputs) (T5, PaLM). small: SmallInit sqrt(2 / 5D), residual projections
   # 2 / (L sqrt(D)) (GPT-NeoX-20B, arXiv 2204.06745).
   init: Literal["normal", "gpt2", "fan_in", "small"] = "gpt2"
-  init_std: float = 0.02
+  init_std: Amount = 0.02
 
   def __post_init__(self):
     def put(name, value):
@@ -223,9 +239,7 @@ class ModelConfig:
       if not getattr(self, name):
         put(name, value)
 
-    for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "max_seq_len"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+    ranges.check(ModelConfig, vars(self), "model")
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
@@ -265,8 +279,6 @@ class ModelConfig:
       raise ConfigError(f"sinusoidal positions need an even model.embed_dim, not {self.embed_dim}")
     if "local" in self.layer_pattern and not self.sliding_window:
       raise ConfigError("model.layer_pattern has local layers but model.sliding_window is not set")
-    if self.sliding_window is not None and self.sliding_window < 1:
-      raise ConfigError(f"model.sliding_window is {self.sliding_window}; it must be at least 1, or None")
     for kind in self.layer_pattern:
       if kind not in ("global", "local", "nope"):
         raise ConfigError(f"model.layer_pattern holds {kind!r}; each entry is 'global', 'local' or 'nope'")
@@ -392,7 +404,7 @@ class Compute:
   cross_entropy: str = "auto"
   grouped_matmul: str = "auto"  # of the experts
   quantized_matmul: str = "auto"
-  unroll_layers: int | None = None  # layers per scan step; None: by target
+  unroll_layers: Count | None = None  # layers per scan step; None: by target
   batch_invariant: bool = False
 
   def __post_init__(self):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxllm.base.ranges import Amount
 from jaxllm.objectives.base import Loss, Objective
 from jaxllm.objectives.vocabulary import vocabulary_loss
 
@@ -22,7 +23,7 @@ class CausalLM(Objective):
   routers: ClassVar[bool] = True
   writes_text: ClassVar[bool] = True
 
-  z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)
+  z_loss: Amount = 0.0  # weight of log(Z)^2 (PaLM, arXiv 2204.02311, section 5)
 
   def __call__(self, models, batch, key=None) -> Loss:
     model = models["policy"]

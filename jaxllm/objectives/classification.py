@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Amount
 from jaxllm.objectives.base import Loss, Objective
 
 
@@ -23,7 +24,7 @@ class Classification(Objective):
   architectures: ClassVar = ("encoder", "decoder")
   heads_and_tasks: ClassVar = (("sequence", "classification"), ("token", "token_classification"))
 
-  z_loss: float = 0.0  # weight of log(Z)^2
+  z_loss: Amount = 0.0  # weight of log(Z)^2
 
   def check(self, model, data):
     super().check(model, data)

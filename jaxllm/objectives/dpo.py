@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Amount, Decay, Positive
 from jaxllm.models.head import token_log_probs
 from jaxllm.models.transformer import Transformer
 from jaxllm.objectives.base import Batch, Loss, Objective
@@ -36,10 +37,10 @@ class DPO(Objective):
   writes_text: ClassVar[bool] = True
 
   loss_type: LossType = "sigmoid"
-  beta: float = 0.1
-  label_smoothing: float = 0.0  # share of the pairs that are thought to be the wrong way round
+  beta: Positive = 0.1
+  label_smoothing: Decay = 0.0  # share of the pairs that are thought to be the wrong way round
   length_normalized: bool = False  # scores per token and not per row
-  sft_weight: float = 0.0  # of the chosen rows' mean loss per token, added (RPO, arXiv 2404.19733)
+  sft_weight: Amount = 0.0  # of the chosen rows' mean loss per token, added (RPO, arXiv 2404.19733)
   reference: str = ""  # of a model in files; "": the policy as it began
   reference_free: bool = False  # a reference for which all rows are equally likely
   cache_reference: bool = False  # its log-probabilities once, on disk; then it is neither in memory nor computed again

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxllm.base.ranges import Amount
 from jaxllm.objectives.base import Loss, Objective
 from jaxllm.objectives.vocabulary import vocabulary_loss
 
@@ -18,7 +19,7 @@ class MaskedLM(Objective):
   architectures: ClassVar = ("encoder",)
   heads_and_tasks: ClassVar = (("lm", "masking"),)
 
-  z_loss: float = 0.0  # weight of log(Z)^2
+  z_loss: Amount = 0.0  # weight of log(Z)^2
 
   def __call__(self, models, batch, key=None) -> Loss:
     model = models["policy"]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from jaxllm.base.ranges import Amount
 from jaxllm.objectives.base import Loss, Objective
 from jaxllm.objectives.vocabulary import vocabulary_loss
 
@@ -19,7 +20,7 @@ class Seq2Seq(Objective):
   architectures: ClassVar = ("encoder_decoder",)
   heads_and_tasks: ClassVar = (("lm", "span_corruption"), ("lm", "denoising"), ("lm", "pairs"))
 
-  z_loss: float = 0.0  # weight of log(Z)^2
+  z_loss: Amount = 0.0  # weight of log(Z)^2
 
   def __call__(self, models, batch, key=None) -> Loss:
     model, segments = models["policy"], batch.get("encoder_segment_ids")

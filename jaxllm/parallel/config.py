@@ -1,8 +1,10 @@
 """Settings of the device mesh."""
 
 import dataclasses
+from typing import Annotated
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Range
 
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")  # outermost (slowest links) first
 SLOW_AXES = ("data", "stage", "fsdp", "expert")  # the others speak several times a layer: not between TPU slices
@@ -31,16 +33,19 @@ class AxisRules:
           raise ConfigError(f"mesh.rules.{field.name} names {axis!r}; the mesh axes are {', '.join(AXES)}")
 
 
+Axis = Annotated[int, Range(-1, never=(0,), words="be at least 1, or -1 for the devices left over")]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """How many ways each mesh axis splits the devices; one axis may be -1: whatever is left over."""
 
-  data: int = -1
-  stage: int = 1
-  fsdp: int = 1
-  expert: int = 1
-  context: int = 1
-  tensor: int = 1
+  data: Axis = -1
+  stage: Axis = 1
+  fsdp: Axis = 1
+  expert: Axis = 1
+  context: Axis = 1
+  tensor: Axis = 1
   rules: AxisRules = AxisRules()
 
   def __post_init__(self):

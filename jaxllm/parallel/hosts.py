@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 
+from jaxllm.base import environment
 from jaxllm.base.errors import ConfigError, UserError
 from jaxllm.parallel.watch import AGAIN, Watch, when_coordination_fails
 
@@ -57,9 +58,10 @@ def join_hosts() -> None:
 
   if _watch is not None:
     return
-  patience_s, start_s = _seconds("JAXLLM_HOST_TIMEOUT_S", 30.0), _seconds("JAXLLM_START_TIMEOUT_S", 300.0)
+  patience_s = environment.seconds("JAXLLM_HOST_TIMEOUT_S", 30.0)
+  start_s = environment.seconds("JAXLLM_START_TIMEOUT_S", 300.0)
   if not jax.distributed.is_initialized():
-    job = _job_from_variables() if any(os.environ.get(name) for name in VARIABLES) else _job_from_cluster(start_s)
+    job = _job_from_variables() if any(environment.text(name) for name in VARIABLES) else _job_from_cluster(start_s)
     if job is None or job.count == 1:
       return
     _connect(job, patience_s, start_s)
@@ -131,16 +133,13 @@ def _end_together() -> None:
 
 def _job_from_variables() -> Job | None:
   """The job that JAX's own three variables name."""
-  given = {name: os.environ[name].strip() for name in VARIABLES if os.environ.get(name)}
+  given = {name: value for name in VARIABLES if (value := environment.text(name))}
   if given.get("JAX_NUM_PROCESSES") == "1":
     return None
   if missing := [name for name in VARIABLES if name not in given]:
     raise ConfigError(f"{', '.join(VARIABLES[:-1])} and {VARIABLES[-1]} go together; {', '.join(missing)} is not set")
-  address, *numbers = given.values()
-  for name, number in zip(VARIABLES[1:], numbers):
-    if not number.isdecimal():
-      raise ConfigError(f"{name} is {number!r}; it must be a whole number")
-  count, index = map(int, numbers)
+  address = given["JAX_COORDINATOR_ADDRESS"]
+  count, index = (environment.whole(name) or 0 for name in VARIABLES[1:])
   if not index < count:
     raise ConfigError(f"JAX_PROCESS_ID is {index}; with JAX_NUM_PROCESSES={count} it goes from 0 to {count - 1}")
   host, _, port = address.rpartition(":")
@@ -151,6 +150,7 @@ def _job_from_variables() -> Job | None:
 
 def _job_from_cluster(start_s: float) -> Job | None:
   """The job that JAX finds this process to be part of."""
+  port = environment.whole("JAX_COORDINATOR_PORT", 1, 65535)
   from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
   from jax._src.clusters import ClusterEnv  # which cluster this is has no public name
 
@@ -159,11 +159,12 @@ def _job_from_cluster(start_s: float) -> Job | None:
     if cluster is None:
       return None
     log.debug("cluster: %s", cluster.__name__)
+    environment.check_cluster()
     count = cluster.get_process_count()
     if count == 1:
       return None
-    port = os.environ.get("JAX_COORDINATOR_PORT")
-    address = cluster.get_coordinator_address(timeout_secs=int(start_s), override_coordinator_port=port)
+    where = None if port is None else str(port)
+    address = cluster.get_coordinator_address(timeout_secs=int(start_s), override_coordinator_port=where)
     local = None if running_in_cloud_tpu_vm else cluster.get_local_process_id()  # then one device a process
     return Job(address, count, cluster.get_process_id(), None if local is None else [local])
   except Exception as error:
@@ -177,9 +178,9 @@ def _runs_here(cluster) -> bool:
   name = cluster.__name__
   if cluster.opt_in_only_method:
     return False
-  if name == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:  # a pod by itself
+  if name == "K8sCluster" and not environment.text("JOB_COMPLETION_INDEX"):  # a pod by itself
     return False
-  if name == "SlurmCluster" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1":  # a shell in an allocation for more
+  if name == "SlurmCluster" and environment.text("SLURM_STEP_NUM_TASKS") == "1":  # a shell in an allocation for more
     return False
   try:
     return cluster.is_env_present()
@@ -247,7 +248,8 @@ def _what_broke(job: Job) -> str:
 def _check_port(address: str) -> None:
   """Raises ConfigError where something else listens on the coordinator's port."""
   port = _host_and_port(address)[1]
-  for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+  # All interfaces, as the coordinator will (S104); nothing is listened to, and the port is given up at once.
+  for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104
     with contextlib.suppress(OSError), socket.socket(family) as attempt:
       attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       if family == socket.AF_INET6:
@@ -286,17 +288,6 @@ def _seconds_left(seconds: float) -> Iterator[float]:
 def _host_and_port(address: str) -> tuple[str, int]:
   host, _, port = address.rpartition(":")
   return host.strip("[]"), int(port)
-
-
-def _seconds(name: str, default: float) -> float:
-  text = os.environ.get(name, "") or str(default)
-  try:
-    seconds = float(text)
-  except ValueError:
-    seconds = 0.0
-  if not 1 <= seconds < 1e6:
-    raise ConfigError(f"{name} is {text!r}; it must be a number of seconds, at least 1")
-  return seconds
 
 
 def _one_line(error: BaseException) -> str:

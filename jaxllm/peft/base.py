@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import PyTree
 
+from jaxllm.base import patterns
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.weights import is_adapted, map_weights_with_path, path_key, trained_parts
 
@@ -123,7 +124,7 @@ def matches(target: str, module: str) -> bool:
   """Whether a target means a module: "all-linear", the end of its path, or a regular expression for all of it."""
   if target == ALL_LINEAR:
     return is_linear(module)
-  return f"/{module}".endswith(f"/{target}") or re.fullmatch(target, module) is not None
+  return f"/{module}".endswith(f"/{target}") or patterns.matches(target, module)
 
 
 def has(target: str, path: str) -> bool:
@@ -139,12 +140,10 @@ def check_targets(key: str, targets: Iterable[str], names: list[str], match: Cal
     names: what there is: modules, or paths with `has` as `match`.
 
   Raises:
-    ConfigError: one does not, or is no regular expression.
+    ConfigError: one does not, is no regular expression, or takes too long to match.
   """
+  targets = list(targets)
+  patterns.prepare(key, [target for target in targets if target != ALL_LINEAR], names)
   for target in targets:
-    try:
-      found = any(match(target, name) for name in names)
-    except re.error as error:
-      raise ConfigError(f"{key}: {target!r} is not a regular expression: {error}") from None
-    if not found:
+    if not any(match(target, name) for name in names):
       raise ConfigError(f"{key}: {target!r} matches no module; there are {', '.join(names)}")

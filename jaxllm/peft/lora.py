@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Decay, Positive, Size
 from jaxllm.models.lora import LoraWeight
 from jaxllm.models.weights import dense, map_weights_with_path
 from jaxllm.peft.base import ALL_LINEAR, Peft, check_targets, has, is_table, matches, module_of, paths_of
@@ -27,19 +28,19 @@ class Lora(Peft):
 
   kind: ClassVar[str] = "lora"
 
-  rank: int = 8
-  alpha: float = 16.0
+  rank: Size = 8
+  alpha: Positive = 16.0
   targets: tuple[str, ...] = (ALL_LINEAR,)
   exclude: tuple[str, ...] = ()  # of the targets
   # For the modules that a target of these means, the first that does
-  rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-  alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+  rank_pattern: dict[str, Size] = dataclasses.field(default_factory=dict)
+  alpha_pattern: dict[str, Positive] = dataclasses.field(default_factory=dict)
   modules_to_save: tuple[str, ...] = ()  # trained whole, with all that is in them
-  dropout: float = 0.0
+  dropout: Decay = 0.0
   rslora: bool = False  # scale alpha / sqrt(rank) (arXiv 2312.03732)
   init: Literal["default", "gaussian", "pissa"] = "default"
-  lr_ratio: float = 1.0  # LoRA+ (arXiv 2402.12354): B and vectors learn so many times as fast as A
-  embedding_lr: float = 1e-6  # peak rate of embeddings' adapters where lr_ratio is not 1, as in PEFT
+  lr_ratio: Positive = 1.0  # LoRA+ (arXiv 2402.12354): B and vectors learn so many times as fast as A
+  embedding_lr: Positive = 1e-6  # peak rate of embeddings' adapters where lr_ratio is not 1, as in PEFT
   path: str = ""  # an adapter in PEFT's form to go on with; its shapes and targets are taken
 
   def __post_init__(self):

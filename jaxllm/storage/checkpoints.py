@@ -9,7 +9,6 @@ step means (commit, verification, fallback, retention) is here. All processes mu
 """
 
 import concurrent.futures
-import errno
 import itertools
 import json
 import logging
@@ -27,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxllm.base.errors import CheckpointError
 from jaxllm.base.files import write_atomically
+from jaxllm.base.os_errors import KNOWN, explain, file_errors, number_of, reason
 from jaxllm.parallel.agreement import first_does, from_first, gather, post, posted, to_first
 from jaxllm.storage import manifest as manifests
 from jaxllm.storage.config import CheckpointConfig
@@ -185,18 +185,16 @@ class Checkpoints:
     return committed_steps(self.directory)
 
   def _open(self) -> list[int]:
-    try:
+    with file_errors(self.directory, "cannot write"):
       self.directory.mkdir(parents=True, exist_ok=True)
       return self._remove_unfinished()
-    except OSError as error:
-      raise CheckpointError(f"{_disk_trouble(error)}: {self.directory}") from error
 
   def _remove_superseded(self, newest: int) -> None:
     scores = {}
     for step in committed_steps(self.directory):
       try:
         scores[step] = manifests.read(self.directory / str(step)).metrics.get(self.config.best_metric)
-      except manifests.DamagedError:
+      except (manifests.DamagedError, CheckpointError):
         scores[step] = None
     keep = steps_to_keep(scores, newest, self.config)
     try:
@@ -206,14 +204,14 @@ class Checkpoints:
         (place / manifests.NAME).unlink()  # uncommitted first: a half-deleted step must not look whole
         shutil.rmtree(place)
     except OSError as error:  # the new step is saved all the same
-      log.warning("cannot remove %s: %s", error.filename, error.strerror)
+      log.warning("%s", explain(error, "cannot remove"))
 
   def _clear(self) -> list[int]:
     """`_remove_unfinished`, as far as that can be done while another process may still be writing."""
     try:
       return self._remove_unfinished()
     except OSError as error:
-      log.warning("cannot remove %s: %s", error.filename, error.strerror)
+      log.warning("%s", explain(error, "cannot remove"))
       return committed_steps(self.directory)
 
   def _remove_unfinished(self) -> list[int]:
@@ -238,9 +236,9 @@ class Checkpoints:
       raise error
     last = max(self._steps, default=None)
     # Who has seen it happen says it, not those who have heard of it.
-    reason = next((e for e in errors if e and not e.startswith("process ")), None) or next(filter(None, errors))
+    first = next((e for e in errors if e and not e.startswith("process ")), None) or next(filter(None, errors))
     raise CheckpointError(
-      f"{reason} while saving step {step} under {self.directory}; "
+      f"cannot save step {step} under {self.directory}: {first}; "
       + ("there is no earlier checkpoint" if last is None else f"the last good checkpoint is step {last}")
     ) from error
 
@@ -262,8 +260,8 @@ def _finish_writing(response: Any, failed: str) -> None:
     except TimeoutError as error:
       if error.errno is not None:  # the file system's
         raise
-    for index, reason in posted(failed).items():
-      raise _OtherProcess(f"process {index}: {reason}")
+    for index, why in posted(failed).items():
+      raise _OtherProcess(f"process {index}: {why}")
 
 
 def steps_to_keep(scores: Mapping[int, float | None], newest: int, config: CheckpointConfig) -> set[int]:
@@ -294,11 +292,5 @@ def _reason(error: BaseException) -> str:
 
 def _disk_trouble(error: BaseException) -> str | None:
   """What to say of an error of the file system; None if it is something else (a bug of ours)."""
-  number = error.errno if isinstance(error, OSError) else None
-  if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's errors are ValueErrors
-    number = int(found[1])
-  if number is None:
-    return None
-  if number in (errno.ENOSPC, errno.EDQUOT):
-    return "disk full"
-  return f"cannot write ({os.strerror(number).lower()})"
+  number = number_of(error)
+  return None if number is None else "; ".join(KNOWN.get(number) or [reason(number)])

@@ -3,23 +3,18 @@
 import dataclasses
 from typing import Literal
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Count
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  every: int = 500  # steps; 0: only at the end
-  keep_last: int = 2  # the newest stays in any case
-  keep_best: int = 1  # by `best_metric`, among steps where it was measured; 0: none
+  every: Count = 500  # steps; 0: only at the end
+  keep_last: Count = 2  # the newest stays in any case
+  keep_best: Count = 1  # by `best_metric`, among steps where it was measured; 0: none
   best_metric: str = "eval/loss"
   best_mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name, else the lowest
-  keep_every: int | None = None  # also keep for ever each multiple of this many steps
+  keep_every: Count | None = None  # also keep for ever each multiple of this many steps
   asynchronous: bool = True
-
-  def __post_init__(self):
-    for name in ("every", "keep_last", "keep_best", "keep_every"):
-      if (getattr(self, name) or 0) < 0:
-        raise ConfigError(f"checkpoint.{name} is {getattr(self, name)}; it must not be negative")
 
   @property
   def highest(self) -> bool:

@@ -5,24 +5,19 @@ TensorStore return flipped bits as if they were weights; the hashes are what not
 what it wrote itself: of 8B parameters and their moments, 44 s for one host.
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.base.files import write_atomically
+from jaxllm.base import digests as base
+from jaxllm.base.digests import DamagedError, digests
+
+__all__ = ["DamagedError", "Manifest", "digests", "files_of", "read", "verify", "write"]
 
 NAME = "manifest.json"
-
-
-class DamagedError(Exception):
-  """A file of a step is missing, cut short or changed; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +32,7 @@ def write(directory: Path, step: int, metrics: Mapping[str, float], tree: dict, 
   """Commits the step: `files` are the digests of all that lies in its `directory`."""
   finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
   body = dataclasses.asdict(Manifest(step, finite, tree, dict(sorted(files.items()))))
-  write_atomically(directory / NAME, json.dumps({**body, "sha256": _own_digest(body)}, indent=1))
+  base.write_signed(directory / NAME, body)
 
 
 def files_of(directory: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -55,59 +50,27 @@ def files_of(directory: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
   return [name for name in names if writer(name) == index]
 
 
-def digests(directory: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-  """Size and SHA-256 of the named files; raises OSError."""
-  hashes = _in_threads(lambda name: _sha256(directory / name), names)
-  return {name: {"bytes": (directory / name).stat().st_size, "sha256": hash} for name, hash in zip(names, hashes)}
-
-
 def read(directory: Path) -> Manifest:
-  """Raises DamagedError if the manifest is not what was written."""
+  """The manifest of a step, which lies in the directory of its name.
+
+  Raises:
+    DamagedError: it is not what was written, or of another step (the directory was copied or renamed).
+    CheckpointError: it cannot be read.
+  """
   try:
-    body = json.loads((directory / NAME).read_text())
-    if body.pop("sha256") != _own_digest(body):
-      raise DamagedError(f"{directory / NAME} has changed since it was written")
-    return Manifest(**body)
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise DamagedError(f"{directory / NAME} cannot be read") from error
+    manifest = Manifest(**base.read_signed(directory / NAME))
+  except TypeError as error:
+    raise DamagedError(f"{directory / NAME} is of another version of jaxllm") from error
+  if str(manifest.step) != directory.name:
+    raise DamagedError(f"{directory} is a copy of step {manifest.step} under another name")
+  return manifest
 
 
 def verify(directory: Path, manifest: Manifest, wanted: Callable[[str], bool], share: tuple[int, int] = (0, 1)) -> None:
   """Reads and hashes the `wanted` files; of n processes, process i with share (i, n) takes every n-th.
 
-  Raises DamagedError for the first file that is missing, has another size, or another hash.
+  Raises DamagedError for the first file that is missing, has another size, or another hash, and CheckpointError for
+  one that cannot be read.
   """
   index, count = share
-  names = [name for name in manifest.files if wanted(name)][index::count]
-  for name in names:  # the cheap check first: a missing file is found before gigabytes are hashed
-    path = directory / name
-    expected = manifest.files[name]["bytes"]
-    if not path.is_file():
-      raise DamagedError(f"{path} is missing")
-    if path.stat().st_size != expected:
-      raise DamagedError(f"{path} has {path.stat().st_size} bytes instead of {expected}")
-
-  def check(name: str) -> None:
-    try:
-      digest = _sha256(directory / name)
-    except OSError as error:
-      raise DamagedError(f"{directory / name} cannot be read ({error.strerror})") from error
-    if digest != manifest.files[name]["sha256"]:
-      raise DamagedError(f"{directory / name} has changed since it was written")
-
-  _in_threads(check, names)
-
-
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _own_digest(body: dict) -> str:
-  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _in_threads(function: Callable[[str], Any], names: Sequence[str]) -> list:
-  # hashlib lets go of the interpreter lock, so threads add up: about 1.1 GB/s each with SHA instructions.
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return list(pool.map(function, names))
+  base.verify(directory, manifest.files, [name for name in manifest.files if wanted(name)][index::count])

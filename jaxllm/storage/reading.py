@@ -104,17 +104,22 @@ def good_step(directory: Path, step: int | None, part: str | None = None) -> tup
   damage = ""
   for candidate in [step] if step is not None else reversed(steps):
     place = directory / str(candidate)
-    found = None
+    found, unreadable = None, False
     try:
       manifest = manifests.read(place)
       manifests.verify(place, manifest, wanted, (jax.process_index(), jax.process_count()))
-    except manifests.DamagedError as error:
-      found = str(error)
-    error = next(filter(None, gather(found)), None)
+    except manifests.DamagedError as caught:
+      found = str(caught)
+    except CheckpointError as caught:
+      found, unreadable = str(caught), True
+    told = gather([found, unreadable])
+    error = next((each for each, _ in told if each), None)
     if error is None:
       if damage:
         log.warning("%s; using checkpoint step %d instead", damage, candidate)
       return candidate, manifest
+    if reason := next((each for each, cannot in told if cannot), None):  # it may be whole: nothing else takes its place
+      raise CheckpointError(f"{reason}; it is of checkpoint step {candidate}")
     damage = damage or f"checkpoint step {candidate} is damaged: {error}"
   raise CheckpointError(
     f"{damage}; choose another of the steps {steps}"

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.base.ranges import Amount, Count, Decay, Positive, Seed, Share, Size
 from jaxllm.data.config import DataConfig
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.objectives.causal_lm import CausalLM
@@ -18,15 +19,12 @@ from jaxllm.storage.config import CheckpointConfig, higher_is_better
 class EarlyStoppingConfig:
   """When a run ends before its last step, because a held-out figure gets no better (`training.watch`)."""
 
-  patience: int = 0  # evaluations without an improvement after which it ends; 0: never
+  patience: Count = 0  # evaluations without an improvement after which it ends; 0: never
   metric: str = "eval/loss"  # of metrics.jsonl: "eval/rewards/accuracies", "replay/loss"
-  min_delta: float = 0.0  # an improvement is more than this
+  min_delta: Amount = 0.0  # an improvement is more than this
   mode: Literal["auto", "min", "max"] = "auto"  # which is better; "auto": by the metric's name
 
   def __post_init__(self):
-    for name in ("patience", "min_delta"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"training.early_stopping.{name} is {getattr(self, name)}; it must not be negative")
     if self.patience and self.mode == "auto" and higher_is_better(self.metric) is None:
       raise ConfigError(
         f"training.early_stopping.metric is {self.metric!r}, of which it is not known whether more is better: set "
@@ -36,34 +34,28 @@ class EarlyStoppingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  steps: int = 1000
-  batch_size: int = 8  # sequences per optimizer step, over all hosts
-  seq_len: int = 256
-  accumulation: int = 1  # micro-batches per optimizer step
-  seed: int = 0
-  neftune_alpha: float = 0.0  # noise on the embeddings of a training step (`jaxllm.models.noise`); 0: none
-  ema_decay: float | None = None  # keep an exponential moving average of the weights
+  steps: Size = 1000
+  batch_size: Size = 8  # sequences per optimizer step, over all hosts
+  seq_len: Size = 256
+  accumulation: Size = 1  # micro-batches per optimizer step
+  seed: Seed = 0
+  neftune_alpha: Amount = 0.0  # noise on the embeddings of a training step (`jaxllm.models.noise`); 0: none
+  ema_decay: Decay | None = None  # keep an exponential moving average of the weights
   on_bad_step: Literal["stop", "skip"] = "stop"  # NaN, Inf or a loss spike
-  spike_sigmas: float | None = None  # a loss this many standard deviations above its running mean is bad
-  eval_every: int = 0  # 0: only at the end
-  eval_batches: int = 0  # 0: the whole held-out set
+  spike_sigmas: Positive | None = None  # a loss this many standard deviations above its running mean is bad
+  eval_every: Count = 0  # 0: only at the end
+  eval_batches: Count = 0  # 0: the whole held-out set
   early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
   # A prepared data directory whose held-out split is measured at step 0 and at each evaluation: what the run forgets
   replay_dir: str = ""
-  replay_limit: float | None = None  # nats that the loss on it may rise
+  replay_limit: Amount | None = None  # nats that the loss on it may rise
   on_forgetting: Literal["stop", "warn"] = "stop"  # where it rises by more
-  sample_every: int = 0  # 0: only at the end
+  sample_every: Count = 0  # 0: only at the end
   sample_prompts: tuple[str, ...] = ("",)
-  sample_tokens: int = 128
-  sample_temperature: float = 0.8
+  sample_tokens: Size = 128
+  sample_temperature: Amount = 0.8
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "seq_len", "accumulation"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-    for name in ("eval_every", "eval_batches", "sample_every", "neftune_alpha"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"training.{name} is {getattr(self, name)}; it must not be negative")
     if self.early_stopping.patience and not self.eval_every:
       raise ConfigError("training.early_stopping.patience counts evaluations; set training.eval_every")
     if self.replay_limit is not None and not self.replay_dir:
@@ -79,42 +71,34 @@ class ParamRule:
   """Applies to every parameter whose path (like "blocks/attention/query") matches the regex `pattern`."""
 
   pattern: str = ".*"
-  lr_scale: float = 1.0  # 0 freezes the parameter
-  weight_decay: float | None = None  # None: the optimizer's
+  lr_scale: Amount = 1.0  # 0 freezes the parameter
+  weight_decay: Amount | None = None  # None: the optimizer's
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
-  learning_rate: float = 3e-4  # peak
+  learning_rate: Amount = 3e-4  # peak
   schedule: Literal["cosine", "wsd", "linear", "constant", "rsqrt"] = "cosine"
-  warmup_steps: int = 100
-  decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
-  final_lr_fraction: float = 0.1  # of the peak, at the last step (rsqrt and constant have none)
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
+  warmup_steps: Count = 100
+  decay_fraction: Share = 0.2  # wsd: share of the steps spent decaying
+  final_lr_fraction: Share = 0.1  # of the peak, at the last step (rsqrt and constant have none)
+  b1: Decay = 0.9
+  b2: Decay = 0.95
+  eps: Amount = 1e-8
+  weight_decay: Amount = 0.1
   # By default norms, biases and embeddings do not decay; rules come first, the first match wins.
   rules: tuple[ParamRule, ...] = ()
-  clip_norm: float | None = 1.0  # global gradient norm; None: no clipping
-  muon_learning_rate: float = 0.02  # of the matrices; the rest takes adamw at learning_rate
-  muon_momentum: float = 0.95
-  loss_scale: float = 2.0**15  # float16 only: where dynamic loss scaling starts
-  loss_scale_growth_steps: int = 2000
-
-  def __post_init__(self):
-    if self.learning_rate < 0:
-      raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; it must not be negative")
-    if self.warmup_steps < 0:
-      raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
-    if not 0 <= self.decay_fraction <= 1:
-      raise ConfigError(f"optimizer.decay_fraction is {self.decay_fraction}; it is a share between 0 and 1")
+  clip_norm: Positive | None = 1.0  # global gradient norm; None: no clipping
+  muon_learning_rate: Amount = 0.02  # of the matrices; the rest takes adamw at learning_rate
+  muon_momentum: Decay = 0.95
+  loss_scale: Positive = 2.0**15  # float16 only: where dynamic loss scaling starts
+  loss_scale_growth_steps: Size = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-  every: int = 10  # steps between lines of metrics.jsonl
+  every: Size = 10  # steps between lines of metrics.jsonl
   tensorboard: bool = True
   wandb: bool = False
   wandb_project: str = "jaxllm"
@@ -123,20 +107,11 @@ class LoggingConfig:
   mlflow_uri: str = ""  # "": sqlite file mlflow.db in the run directory
   mlflow_experiment: str = "jaxllm"
 
-  def __post_init__(self):
-    if self.every < 1:
-      raise ConfigError(f"logging.every is {self.every}; it must be at least 1")
-
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  steps: int = 0  # trace so many steps into <run>/profile
-  start: int = 10  # the first of them, counted from the start of this process
-
-  def __post_init__(self):
-    for name in ("steps", "start"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"profile.{name} is {getattr(self, name)}; it must not be negative")
+  steps: Count = 0  # trace so many steps into <run>/profile
+  start: Count = 10  # the first of them, counted from the start of this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +120,9 @@ class ModelInitConfig:
 
   path: str = ""  # a model in any form that jaxllm.load_model reads; its config is the model group's default
   adapter: str = ""  # of a PEFT LoRA adapter that is merged into it
-  step: int | None = None  # of a training run; None: the latest
+  step: Count | None = None  # of a training run; None: the latest
   quantize: Literal["int8", "int4", "nf4", "fp8"] | None = None  # the layers' matrices, which are frozen then
-  group_size: int | None = 64  # weights that share a scale; None: those of an output feature
+  group_size: Size | None = 64  # weights that share a scale; None: those of an output feature
   double_quantize: bool = False  # the scales in 8 bits too, in blocks of 256 (QLoRA, arXiv 2305.14314)
   new_tokens: tuple[str, ...] = ()  # the tokenizer and the vocabulary have these too; they begin as the mean token
 

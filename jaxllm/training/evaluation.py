@@ -48,7 +48,9 @@ class Evaluation:
     """The names of the figures, without a prefix; traced, not computed."""
     sums = jax.eval_shape(self.metric_sums, program.state.params, program.frozen, self.like)
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape), sums)
-    return list(self.objective.figures(ones, getattr(self.batches, "bytes", None)))
+    names = list(self.objective.figures(ones, getattr(self.batches, "bytes", None)))
+    sources = list(dict.fromkeys(getattr(self.batches, "sources", None) or []))
+    return names + [f"{source}/{name}" for source in sources for name in names if len(sources) > 1]
 
 
 def open_replay(run: RunConfig, program: Program, prepared: Prepared) -> Evaluation | None:

@@ -68,6 +68,12 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
   agreement.check_same({**flatten(to_mapping(run)), "--workdir": str(workdir)}, "the config")
   run, start = open_start(run, Path(workdir))
   training, settings = run.training, to_mapping(run)
+  if run.optimizer.warmup_steps >= training.steps:
+    logger.warning(
+      "optimizer.warmup_steps %d are not fewer than training.steps %d: the learning rate never reaches its peak",
+      run.optimizer.warmup_steps,
+      training.steps,
+    )
 
   # What is computed: nothing is allocated yet, and all that the config got wrong is said here.
   mesh = make_mesh(run.mesh)
@@ -103,8 +109,7 @@ def train(run: RunConfig, workdir: Path, make_batches: MakeBatches = disk_batche
     enter(contextlib.closing(batches))
     stop = enter(StopRequest())
     directory = enter(hold_run_directory(workdir))
-    open_run_directory(directory, settings)
-    agreement.first_does(lambda: tokenizer.save(directory / "tokenizer"))
+    open_run_directory(directory, settings, tokenizer)
     memory = enter(explain_out_of_memory(program, run, directory))
     kept = checkpoints_to_keep(run.checkpoint, training)
     checkpoints = enter(Checkpoints(directory / "checkpoints", dataclasses.replace(run.checkpoint, **kept)))
@@ -201,6 +206,8 @@ class Run:
   measured: dict[int, dict[str, float]]  # what was measured at each of the last few steps
   latest: dict[str, float]  # the last value of every metric
   stopped: bool = False  # somebody asked for it
+  saves_asked: int = 0  # by SIGUSR1
+  saves_made: int = 0
 
   def __post_init__(self):
     # Where the data stood after the last few steps, and how many passes over it that was
@@ -246,8 +253,10 @@ class Run:
     return self.program.policy(self.state.params, self.frozen)
 
   def ask(self) -> None:
-    """Whether any process was told to stop: all hear the same answer, and no device waits for it."""
-    self.stopped = self.stopped or agreement.anywhere(self.stop.requested)
+    """Whether any process was told to stop, or to save: all hear the same answer, and no device waits for it."""
+    heard = agreement.gather([self.stop.requested, self.stop.saves])
+    self.stopped = self.stopped or any(requested for requested, _ in heard)
+    self.saves_asked = max(saves for _, saves in heard)
 
   def act(self) -> None:
     """Evaluates, samples and saves, each where it is due; also what a run that was stopped here had left out."""
@@ -257,6 +266,8 @@ class Run:
       (self.settings.checkpoint.every, self.save),
     )
     due = [act for every, act in actions if self.step and every > 0 and self.step % every == 0]
+    if self.step and self.saves_asked > self.saves_made:
+      due.append(self.save_as_asked)
     if due:
       self.drain()
       with self.meter.pause():
@@ -365,6 +376,13 @@ class Run:
     if self.settings.objective.writes_text and not agreement.from_first(self.metrics.has_text(self.step, "sample")):
       text = sample_text(self.program, self.policy(), self.tokenizer, self.settings.training)
       self.metrics.log_text(self.step, "sample", text)
+
+  def save_as_asked(self) -> None:
+    """The checkpoint that SIGUSR1 asks for, on disk before the next step: the job may be killed soon."""
+    self.saves_made = self.saves_asked
+    self.save()
+    self.checkpoints.wait()
+    self.progress.say(f"step {self.step} is saved, as SIGUSR1 asks; the run goes on")
 
   def save(self, number: int | None = None) -> None:
     """A checkpoint of the step that is done, or of the one before a bad step, after which the state stood still."""

@@ -22,6 +22,8 @@ logger = logging.getLogger("jaxllm")
 class OutOfMemory(UserError):
   """A device has too little memory for the run."""
 
+  max_length = 4000  # of which the most is ways out
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:

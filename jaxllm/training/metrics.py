@@ -1,5 +1,6 @@
 """How a run went: metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxllm.base.files import write_atomically
+from jaxllm.base.os_errors import file_errors
 from jaxllm.parallel import agreement
 from jaxllm.training.files import read_metrics
 from jaxllm.training.trackers import Tracker
@@ -32,12 +34,12 @@ class MetricsLogger:
     resumed: dict[str, float] = {}
     if jax.process_index() == 0:
       path = self._directory / "metrics.jsonl"
-      if path.exists():
-        drop_lines_after(path, -1 if resumed_step is None else resumed_step)
-        for line in read_metrics(path):
-          if line["step"] == resumed_step:
-            resumed |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
-      self._file = path.open("a")
+      with file_errors(path, "cannot read or write"):
+        if path.exists():
+          for line in drop_lines_after(path, -1 if resumed_step is None else resumed_step):
+            if line["step"] == resumed_step:
+              resumed |= {k: math.nan if v is None else v for k, v in line.items() if k != "step"}
+        self._file = path.open("a")
     self.resumed: dict[str, float] = agreement.from_first(resumed)
 
   def __enter__(self) -> "MetricsLogger":
@@ -52,8 +54,9 @@ class MetricsLogger:
       return
     values = {name: v if isinstance(v, int) else float(v) for name, v in metrics.items()}
     line = {name: v if math.isfinite(v) else None for name, v in values.items()}
-    self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
-    self._file.flush()
+    with file_errors(self._file.name, "cannot write"):
+      self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+      self._file.flush()
     for tracker in self._trackers:
       tracker.log(step, values)
 
@@ -69,19 +72,23 @@ class MetricsLogger:
     if self._file is None:
       return
     file = self._text_file(step, name)
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text)
+    with file_errors(file, "cannot write"):
+      file.parent.mkdir(exist_ok=True)
+      write_atomically(file, text.encode(errors="replace"))
     for tracker in self._trackers:
       tracker.log_text(step, name, text)
 
   def close(self) -> None:
     if self._file is not None:
-      self._file.close()
+      with contextlib.suppress(OSError):  # a full disk, where `log` has failed
+        self._file.close()
       self._file = None
       for tracker in self._trackers:
         tracker.close()
 
 
-def drop_lines_after(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+  """Leaves the lines up to a step, and returns them."""
   kept = [line for line in read_metrics(path) if line["step"] <= step]
   write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+  return kept

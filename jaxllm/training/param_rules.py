@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 from jaxtyping import PyTree
 
+from jaxllm.base import patterns
 from jaxllm.base.errors import ConfigError
 from jaxllm.models.weights import map_weights, trained_parts
 from jaxllm.training.config import OptimizerConfig
@@ -63,12 +64,8 @@ def plan_params(
     ConfigError: a rule's pattern is no regular expression, applies to no parameter, or its lr_scale is
       negative; or no parameter is left to train.
   """
-  patterns = []
+  patterns.prepare("optimizer.rules", [rule.pattern for rule in config.rules], param_paths(params), "search")
   for rule in config.rules:
-    try:
-      patterns.append(re.compile(rule.pattern))
-    except re.error as error:
-      raise ConfigError(f"optimizer.rules: {rule.pattern!r} is not a regular expression: {error}") from None
     if rule.lr_scale < 0:
       raise ConfigError(f"optimizer.rules: lr_scale of {rule.pattern!r} is {rule.lr_scale}; it must be >= 0")
 
@@ -76,7 +73,8 @@ def plan_params(
   plans = []
   trained = map_weights(trained_parts, params) if trained is None else trained
   for path, leaf, train in zip(param_paths(params), jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
-    index = next((i for i, pattern in enumerate(patterns) if pattern.search(path)), None)
+    found = (i for i, rule in enumerate(config.rules) if patterns.find(rule.pattern, path, "search") is not None)
+    index = next(found, None)
     used.add(index)
     plans.append(_plan(config, None if index is None else config.rules[index], path, leaf, train, lr_scale))
 

@@ -1,6 +1,11 @@
 """What a person sees while a run goes on: one live line on a terminal, plain lines in a log."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TextIO
 
 import jax
 from rich import box
@@ -9,6 +14,49 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
+
+from jaxllm.base.os_errors import explain
+
+
+class Lasting(io.TextIOBase):
+  """A stream that nobody may read any more: a run goes on when its terminal is closed, a pipe ends or a disk is full.
+
+  What cannot be shown goes, which is said once on stderr; metrics.jsonl has the figures.
+  """
+
+  def __init__(self, stream: TextIO):
+    self._stream, self._lost = stream, False
+
+  def write(self, text: str) -> int:
+    self._attempt(lambda: self._stream.write(text))
+    return len(text)
+
+  def flush(self) -> None:
+    self._attempt(self._stream.flush)
+
+  def isatty(self) -> bool:
+    return self._stream.isatty()
+
+  def fileno(self) -> int:
+    return self._stream.fileno()
+
+  @property
+  def encoding(self) -> str:  # type: ignore[override]
+    """By which rich decides which lines it may draw."""
+    return self._stream.encoding
+
+  def _attempt(self, act: Callable[[], Any]) -> None:
+    if self._lost:
+      return
+    try:
+      act()
+    except (OSError, ValueError) as error:  # ValueError: closed, or a character that the locale has not
+      self._lost = not isinstance(error, UnicodeEncodeError)
+      with contextlib.suppress(OSError):
+        os.write(2, f"progress is shown no more ({explain(error) or error}); the run goes on\n".encode())
+      if self._lost:
+        with contextlib.suppress(OSError, ValueError):  # Python would fail on what is still to be written
+          os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class Progress:
@@ -20,7 +68,7 @@ class Progress:
 
   def __init__(self, total: int, console: Console | None = None):
     self.total = total
-    self.console = console or Console(quiet=jax.process_index() != 0)
+    self.console = console or Console(file=Lasting(sys.stdout), quiet=jax.process_index() != 0)
     self._metrics: dict[str, float] = {}
     self._bar = None
     if self.console.is_terminal:
@@ -83,7 +131,7 @@ def short_number(value: float) -> str:
 
 def print_table(rows: Iterable[tuple[str, str]], title: str = "", console: Console | None = None) -> None:
   """The table before step 0: one (name, value) a row; long values wrap on a terminal only."""
-  console = console or Console()
+  console = console or Console(file=Lasting(sys.stdout))
   if not console.is_terminal:
     console = Console(file=console.file, width=200)
   table = Table(title=title or None, title_justify="left", box=box.SIMPLE, show_header=False, padding=(0, 1))

@@ -18,11 +18,16 @@ from typing import Any
 
 import jax
 
+from jaxllm.base import digests
 from jaxllm.base.errors import ConfigError
-from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.files import local_path, new_directory
 from jaxllm.base.locks import hold
+from jaxllm.base.os_errors import file_errors
 from jaxllm.base.settings import from_mapping, to_mapping
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.interop.directory_files import CHECKPOINTS, CONFIG_FILE, START_FILE, TOKENIZER
 from jaxllm.parallel.agreement import first_does, gather
+from jaxllm.storage.reading import committed_steps
 from jaxllm.training.config import RunConfig, moved
 from jaxllm.training.trackers import flatten
 
@@ -49,7 +54,7 @@ MAY_CHANGE = (
 MAY_GROW = ("training.steps",)
 
 SHARING_PATIENCE_S = 10.0  # for a file of one host to be seen on another
-_TOKEN = ".shared-"
+_TOKEN = ".shared-"  # noqa: S105  (the beginning of a file's name)
 
 
 @contextlib.contextmanager
@@ -63,10 +68,8 @@ def hold_run_directory(path: str | os.PathLike) -> Iterator[Path]:
   directory = local_path(path)
 
   def enter() -> None:
-    try:
+    with file_errors(directory, "cannot create the run directory", ConfigError):
       directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ConfigError(f"cannot create the run directory {directory}: {error.strerror}") from error
     stack.enter_context(hold(directory))
 
   with contextlib.ExitStack() as stack:
@@ -116,29 +119,50 @@ def _appears(path: Path) -> bool:
   return True
 
 
-def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
-  """Checks that the run directory is this config's, or creates it, and writes config.json; all processes call it.
+def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Path:
+  """Checks that the run directory is this config's, or begins it, and writes config.json; all processes call it.
 
-  `config` is the resolved config as nested dicts of JSON values. Raises ConfigError if the directory
-  holds a run of another config, is a URL or cannot be written.
+  What a run was begun with is checked against the run's manifest, see `jaxllm.base.digests`.
+
+  Args:
+    config: resolved, as nested dicts of JSON values.
+    tokenizer: of the data, which stays with the run.
+
+  Raises:
+    ConfigError: the directory holds a run of another config, or is a URL.
+    CheckpointError: a file of the run is damaged, or the system refuses.
   """
   directory = local_path(path)
-  file = directory / "config.json"
+  file = directory / CONFIG_FILE
 
   def check_and_write() -> None:
-    try:
-      if file.exists():
-        saved = json.loads(file.read_text())
-        saved.pop("environment", None)
-        check_same_run(_of_today(saved), _of_today(config))
+    with file_errors(directory, "cannot read or write"):
+      begun = file.exists() or bool(committed_steps(directory / CHECKPOINTS))
+      if begun:
+        digests.check(directory)
+        try:
+          saved = json.loads(file.read_bytes())
+          saved.pop("environment", None)
+          check_same_run(_of_today(saved), _of_today(config))
+        except (ValueError, AttributeError):
+          raise ConfigError(f"{file} is damaged; restore it, or choose another --workdir") from None
+        except ConfigError as error:
+          raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
       directory.mkdir(parents=True, exist_ok=True)
-      write_atomically(file, json.dumps({**config, "environment": environment()}, indent=2) + "\n")
-    except (ValueError, AttributeError):
-      raise ConfigError(f"{file} is damaged; restore it, or choose another --workdir") from None
-    except ConfigError as error:
-      raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
-    except OSError as error:
-      raise ConfigError(f"cannot read or write {file}: {error.strerror}") from error
+      beside: list[str] = []
+      if not begun:  # what a run that was killed before it began has left is of no use
+        (directory / digests.NAME).unlink(missing_ok=True)
+        (directory / START_FILE).unlink(missing_ok=True)
+      elif not (directory / digests.NAME).exists() and (directory / START_FILE).exists():
+        beside.append(START_FILE)
+      if tokenizer is not None:
+        place = directory / TOKENIZER
+        if not begun or not place.is_dir():
+          with new_directory(place, lambda _: True) as new:
+            tokenizer.save(new)
+        beside += [f"{TOKENIZER}/{name}" for name in digests.files_in(place)]
+      content = json.dumps({**config, "environment": environment()}, indent=2) + "\n"
+      digests.record(directory, {CONFIG_FILE: content.encode()}, beside)
 
   first_does(check_and_write)
   return directory
@@ -195,7 +219,8 @@ def _git_commit() -> str | None:
 
   def git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  (our words alone)
+    return done.stdout.strip()
 
   try:
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")

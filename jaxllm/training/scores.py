@@ -88,6 +88,14 @@ class _Scored:
   def bytes(self) -> float | None:
     return getattr(self.batches, "bytes", None)
 
+  @property
+  def sources(self) -> list[str]:
+    return self.batches.sources
+
+  @property
+  def source_bytes(self) -> dict[str, float]:
+    return self.batches.source_bytes
+
 
 def with_scores(batches: Batches, objective: Objective) -> Batches:
   """The batches, with a place for scores where the objective wants them.

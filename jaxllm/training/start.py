@@ -15,8 +15,9 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxllm.base import digests
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.files import local_path
 from jaxllm.base.settings import from_mapping
 from jaxllm.data.config import DataConfig, TokenizerConfig
 from jaxllm.interop.adapter import StoredAdapter
@@ -377,7 +378,7 @@ def keep_record(directory: Path, record: dict[str, Any]) -> None:
   """
   file = directory / START_FILE
   if not file.exists():
-    write_atomically(file, json.dumps(record, indent=2) + "\n")
+    digests.record(directory, {START_FILE: (json.dumps(record, indent=2) + "\n").encode()})
     return
   before, now = json.loads(file.read_text()), json.loads(json.dumps(record))
   if changed := next((key for key in before if before[key] != now.get(key)), None):

@@ -7,7 +7,8 @@ import jax
 from jaxllm.base.chips import CHIPS
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.show import example_rows
-from jaxllm.kernels import backends
+from jaxllm.kernels import backends, cpu_ffi
+from jaxllm.kernels.backends import TARGETS
 from jaxllm.models.weights import is_adapted, map_weights_with_path, num_parameters
 from jaxllm.parallel.mesh import target_of
 from jaxllm.training import flops
@@ -94,7 +95,9 @@ def kernels_in_use(target: str) -> str:
     name: [f"{backend} ({why})" if why else backend for backend, why in backends.chosen(op, target).items()]
     for op, name in ops.items()
   }
-  return ", ".join(f"{name}: {' and '.join(taken)}" for name, taken in used.items() if taken)
+  said = ", ".join(f"{name}: {' and '.join(taken)}" for name, taken in used.items() if taken)
+  why = cpu_ffi.missing() if TARGETS.get(target) == "cpu" else None
+  return f"{said}; no C++ kernels: {why}" if why else said
 
 
 def _size(count: float) -> str:

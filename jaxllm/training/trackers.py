@@ -173,11 +173,21 @@ def _first_line(error: Exception) -> str:
 
 
 def _known_run(run_directory: Path, tracker: str) -> str | None:
-  path = run_directory / "trackers.json"
-  return json.loads(path.read_text()).get(tracker) if path.exists() else None
+  return _known_runs(run_directory / "trackers.json").get(tracker)
+
+
+def _known_runs(path: Path) -> dict[str, str]:
+  if not path.exists():
+    return {}
+  try:
+    known = json.loads(path.read_bytes())
+  except ValueError:
+    known = None
+  if not isinstance(known, dict) or not all(isinstance(name, str) for name in known.values()):
+    raise ConfigError(f"{path} is damaged; delete it, and the trackers begin new runs")
+  return known
 
 
 def _remember_run(run_directory: Path, tracker: str, run_id: str) -> None:
   path = run_directory / "trackers.json"
-  known = json.loads(path.read_text()) if path.exists() else {}
-  write_atomically(path, json.dumps({**known, tracker: run_id}))
+  write_atomically(path, json.dumps({**_known_runs(path), tracker: run_id}))

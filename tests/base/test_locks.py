@@ -129,5 +129,5 @@ def test_a_file_system_without_locks_is_named_with_who_was_there_last(tmp_path, 
 
 def test_what_cannot_be_written_is_said(tmp_path):
   (tmp_path / "lock").mkdir()
-  with pytest.raises(UserError, match=f"cannot write {tmp_path}/lock: Is a directory"), hold(tmp_path):
+  with pytest.raises(UserError, match=f"cannot write {tmp_path}/lock: it is a folder; "), hold(tmp_path):
     pass

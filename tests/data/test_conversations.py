@@ -314,3 +314,10 @@ def test_the_examples_of_the_documentation():
   assert [len(chat.messages) for chat in chats] == [2, 2, 4, 2, 2, 1]
   assert [pair.chosen[0].content for pair in pairs] == ["4", "4", "4", " blue."]
   assert len({pair.prompt for pair in pairs}) == 2
+
+
+def test_odd_rows_take_no_square_of_their_length():
+  """Hours, where a pattern tries every place as a beginning."""
+  row = {"chosen": "a" * 300_000 + " b", "rejected": "a" * 300_000 + " c"}
+  assert preference_of(row).prompt[0].content == "a" * 300_000
+  assert preference_of({"chosen": "one two x", "rejected": "one twist"}).prompt[0].content == "one"

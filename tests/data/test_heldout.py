@@ -114,3 +114,19 @@ def test_errors(config, mixture):
     heldout_batches(mixture, batch_size=3, seq_len=8, rows=(2, 3))
   with pytest.raises(DataError, match="prepared with another data.heldout_fraction"):
     heldout_batches(dataclasses.replace(config, heldout_fraction=0.0), batch_size=2, seq_len=8)
+
+
+@pytest.mark.parametrize("max_batches", [0, 4])
+def test_a_batch_is_of_one_source(mixture, max_batches):
+  """And what is said of each source is what its batches hold."""
+  batches = heldout_batches(mixture, batch_size=3, seq_len=64, max_batches=max_batches)
+  texts = {name: {(i, t) for i, t, _ in expected(mixture, name)} for name in ("first", "second")}
+  tokens = dict.fromkeys(texts, 0.0)
+  for batch, name in zip(batches, batches.sources, strict=True):
+    assert {(i, t) for i, t, _ in scored([batch])} <= texts[name]
+    tokens[name] += float(batch["loss_weights"].sum())
+  assert set(batches.sources) == set(texts)  # the first batches too are of both
+  assert sum(tokens.values()) == batches.tokens
+  assert sum(batches.source_bytes.values()) == batches.bytes
+  for name, size in batches.source_bytes.items():
+    assert size == pytest.approx(tokens[name], rel=0.03)  # a token is a byte; EOS is none

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MISTRAL, PHI3, QWEN3, ZEPHYR
+from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -400,3 +401,9 @@ def test_sentencepiece(prefix, tmp_path):
     assert ids[stop - 1] == tokenizer.eos_id
     texts.append(tokenizer.decode(ids[start:stop]))
   assert [text.strip() for text in texts] == ["Hello", "It is\n\n4. \u4f60\U0001f600"]
+
+
+def test_reasoning_without_an_end_takes_no_square_of_its_length():
+  spaces = Conversation((Message("user", "?"), Message("assistant", " " * 300_000 + "<think>")))  # hours, else
+  with pytest.raises(DataError, match="reasoning without an end"):
+    Masker(chat_tokenizer(), ChatConfig(reasoning="drop"))([spaces])

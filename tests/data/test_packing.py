@@ -116,13 +116,14 @@ GOLDEN_ORDER = [4, 2, 0, 6, 1, 5, 7, 3]
 def test_row_by_hand():
   """Start 9, EOS 8: documents [1 2 3] and [4 5 6 7], the second cut after three positions."""
   framed = {0: np.array([9, 1, 2, 3, 8], np.int32), 1: np.array([9, 4, 5, 6, 7, 8], np.int32)}
-  row = fill_row([Piece(0, 0, 4), Piece(1, 0, 3)], framed.__getitem__, 8)
+  part = lambda document, start, stop: framed[document][start:stop]  # noqa: E731
+  row = fill_row([Piece(0, 0, 4), Piece(1, 0, 3)], part, 8)
   assert row["inputs"].tolist() == [9, 1, 2, 3, 9, 4, 5, 0]
   assert row["targets"].tolist() == [1, 2, 3, 8, 4, 5, 6, 0]
   assert row["segment_ids"].tolist() == [1, 1, 1, 1, 2, 2, 2, 0]
   assert row["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
   assert row["loss_weights"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
-  rest = fill_row([Piece(1, 3, 2)], framed.__getitem__, 3)
+  rest = fill_row([Piece(1, 3, 2)], part, 3)
   assert rest["inputs"].tolist() == [6, 7, 0]
   assert rest["targets"].tolist() == [7, 8, 0]
   assert rest["positions"].tolist() == [0, 1, 0]

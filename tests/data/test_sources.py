@@ -175,10 +175,15 @@ def test_huggingface_unknown_name(monkeypatch):
 
 @pytest.fixture
 def tfds_dir(tmp_path):
-  from jaxllm.data.shards import Record, write_shards
+  from jaxllm.data.shards import Record, ShardWriter, shard_path, write_metadata
 
-  records = [Record(f"r{i}".encode(), i, np.arange(i, dtype=np.int32)) for i in range(5)]
-  write_shards(tmp_path, "toy", {"train": iter(records)})
+  path = shard_path(tmp_path, "toy", "train", 0, 1)
+  path.parent.mkdir(parents=True)
+  shard = ShardWriter(path)
+  for i in range(5):
+    shard.write(Record(f"r{i}".encode(), i, np.arange(i, dtype=np.int32)))
+  shard.close()
+  write_metadata(tmp_path, "toy", {"train": ([5], 100)})
   return tmp_path / "toy" / "1.0.0"
 
 
@@ -250,4 +255,6 @@ def test_json_lists_are_rows_by_line(tmp_path):
   path.write_text('[{"text": "a"}, {"text": 5}, {"text": "c"}]')
   source = open_source(SourceConfig(kind="json", path=str(path)), on_bad_row="skip")
   assert [d.data for d in source.documents()] == [b"a", b"c"]
-  assert source.skipped == [f"{path}:1: field 'text' must be text, this is int"]
+  assert source.skipped == [
+    f"{path}:1: field 'text' must be text, this is int (5); write it as a string, or set data.on_bad_row to 'skip'"
+  ]

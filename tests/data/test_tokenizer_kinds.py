@@ -244,6 +244,12 @@ def test_files_that_do_not_tell_a_tokenizer(tmp_path):
   refused("no merges.txt")
   (tmp_path / "vocab.json").write_text("nonsense")
   (tmp_path / "merges.txt").write_text("")
+  refused("is not JSON")
+  (tmp_path / "vocab.json").write_text('{"a": 4294967295}')  # 13 GB, where the library makes a list of it
+  (tmp_path / "merges.txt").write_text("")
+  refused("ids.a is 4294967295")
+  (tmp_path / "vocab.json").write_text('{"a": 0}')
+  (tmp_path / "merges.txt").write_text("a b c d\n")
   refused("damaged")
   byte_level(tmp_path, [])
   (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
@@ -253,11 +259,11 @@ def test_files_that_do_not_tell_a_tokenizer(tmp_path):
   for settings, match in [
     ("{", "is not JSON"),
     ("[]", "no JSON object"),
-    ('{"eos_token": 3}', "eos_token is 3, not a token"),
-    ('{"chat_template": [{"name": "default"}]}', "chat_template does not have the form"),
-    ('{"added_tokens_decoder": {"999999999999": {"content": "a"}}}', "added_tokens_decoder does not have the form"),
+    ('{"eos_token": 3}', "key eos_token is 3"),
+    ('{"chat_template": [{"name": "default"}]}', "chat_template.0 lacks .template."),
+    ('{"added_tokens_decoder": {"999999999999": {"content": "a"}}}', "added_tokens_decoder has the id"),
     ('{"added_tokens_decoder": {"0": {"content": "<new>"}}}', "'<new>' cannot have id 0"),
-    ('{"padding_side": "up"}', "padding_side does not"),
+    ('{"padding_side": "up"}', "padding_side is .up."),
   ]:
     byte_level(tmp_path, [])
     (tmp_path / "tokenizer_config.json").write_text(settings)

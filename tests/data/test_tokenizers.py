@@ -244,3 +244,30 @@ def test_the_standard_library_round_trips():
   tokenizer = train_sentencepiece(data, TokenizerConfig(), sum(map(len, data)))
   for ids, original in zip(tokenizer.encode_batch(data), data, strict=True):
     assert tokenizer.decode_bytes(ids) == original
+
+
+HALF, DIGITS = "\ud800 half", "0123456789" * 6
+
+
+def test_text_that_a_tokenizer_cannot_read_is_refused_in_a_line(tmp_path):
+
+  rust = tokenizers.Tokenizer(tokenizers.models.BPE({str(i): i for i in range(10)}, []))
+  hostile = tokenizers.Regex(r"(?:(?:[0-9]+.?)+)+!")  # Oniguruma counts its steps, and Rust panics at too many
+  rust.pre_tokenizer = tokenizers.pre_tokenizers.Split(hostile, "isolated")
+  tokenizer = HuggingFaceTokenizer(rust.to_str())
+  for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_chats([text])):
+    with pytest.raises(DataError, match="cannot read this text") as raised:
+      encode(DIGITS)
+    assert str(raised.value).isprintable()
+  with pytest.raises(DataError, match="cannot read this text"):
+    tokenizer.encode_prompt(HALF)
+
+
+@pytest.mark.parametrize(
+  "vocab, message",
+  [({}, "without tokens"), ({"a": 2**32 - 1}, "ids that no vocabulary has"), ({"a": 2**40}, "damaged"), (5, "damaged")],
+)
+def test_a_vocabulary_that_is_none(vocab, message):
+  model = {"type": "BPE", "vocab": vocab, "merges": []}
+  with pytest.raises(DataError, match=message):
+    HuggingFaceTokenizer(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))

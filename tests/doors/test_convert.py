@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxllm.base import digests
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.convert import parse_size
 from jaxllm.inference.model import Model
@@ -80,6 +81,7 @@ def test_a_training_run(door, forms, tmp_path):
   with Checkpoints(run / "checkpoints", CheckpointConfig()) as checkpoints:
     for step, params in ((3, early), (5, late)):
       checkpoints.save(step, {"params": params, "opt_state": {"mu": params}, "step": np.int32(step)})
+  digests.record(run, {}, ["config.json"])
   assert door("convert", f"--from={run}", f"--to={tmp_path / 'out'}", "--format=hf")[0] == 0
   same(forms / "ours", tmp_path / "out")
   assert door("convert", f"--from={run}", f"--to={tmp_path / 'old'}", "--format=jaxllm", "--step=3")[0] == 0
@@ -147,6 +149,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(door, forms, tmp_path, for
   source = shutil.copytree(forms / form, tmp_path / "source")
   if damage:
     damage(source)
+    (source / "jaxllm_manifest.json").unlink(missing_ok=True)  # which would say it first
   before = sorted(tmp_path.rglob("*"))
   code, out, err = door("convert", f"--from={source}", f"--to={tmp_path / 'out'}", "--format=jaxllm", *flags)
   assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err

@@ -90,6 +90,7 @@ def test_a_run_of_an_earlier_version_goes_on(door, job, trained, tmp_path):
   saved["training"]["z_loss"] = saved["objective"].pop("z_loss")
   del saved["compute"], saved["training"]["sample_tokens"]
   (run / "config.json").write_text(json.dumps(saved))
+  (run / "jaxllm_manifest.json").unlink()
   texts = [door("generate", f"--model={d}", "--prompt=a", "--seed=1", "--max-tokens=4")[:2] for d in (run, trained)]
   assert texts[0] == texts[1] and texts[0][0] == 0
   flags = [f"--config={job}", f"--workdir={run}", "--config.training.sample_tokens=8"]
@@ -161,6 +162,37 @@ def test_sweep_makes_a_run_directory_per_point_and_a_table(door, job, tmp_path):
   table = out.splitlines()[-3:]
   assert table[0].split()[:2] == ["point", "loss"]
   assert all(run in line for run, line in zip(runs, table[1:]))
+
+
+@pytest.mark.parametrize(
+  "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_a_point_without_memory_is_a_row_and_the_others_follow(door, job, tmp_path, monkeypatch, error):
+  from jaxllm.training import loop
+
+  train, calls = loop.train, []
+
+  def first_fails(run, directory):
+    calls.append(directory)
+    if len(calls) == 1:
+      raise error
+    return train(run, directory)
+
+  monkeypatch.setattr(loop, "train", first_fails)
+  code, out, err = door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
+  assert code == 2 and len(calls) == 2
+  failed, whole = out.splitlines()[-2:]
+  assert failed.startswith("learning_rate=0.001,steps=2  failed: out of memory") and "failed" not in whole
+  assert err.splitlines()[-1] == "error: 1 of 2 points failed: learning_rate=0.001,steps=2"
+  assert read_metrics(calls[1])[-1]["step"] == 2
+
+
+def test_a_bug_of_ours_ends_a_sweep(door, job, tmp_path, monkeypatch):
+  from jaxllm.training import loop
+
+  monkeypatch.setattr(loop, "train", lambda *_: {}["a"])
+  with pytest.raises(KeyError):
+    door("train", f"--config={job}", f"--workdir={tmp_path}", "--sweep")
 
 
 BAD = [

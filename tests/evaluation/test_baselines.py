@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from jaxllm.evaluation import baselines
 from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
 from jaxllm.objectives.causal_lm import CausalLM
 from jaxllm.objectives.heldout import heldout_metrics
@@ -59,3 +60,41 @@ def test_heldout_metrics_weigh_batches_by_their_tokens():
     "x/perplexity": pytest.approx(math.exp(2)),
     "x/bits_per_byte": pytest.approx(12 / math.log(2) / 24),
   }
+
+
+def test_text_in_pieces_is_text(monkeypatch):
+  """Whatever the pieces and blocks are."""
+  monkeypatch.setattr(baselines, "_BLOCK", 70)
+  draw = random.Random(1)
+  whole = bytes(draw.choices(b"abcd \n", k=1500))
+  pieces = [whole[start : start + draw.randint(1, 50)] for start in range(1)]
+  at = len(pieces[0])
+  while at < len(whole):
+    pieces.append(whole[at : at + draw.randint(0, 60)])
+    at += len(pieces[-1])
+  assert b"".join(pieces) == whole
+  for measure in (gzip_bits_per_byte, xz_bits_per_byte):
+    assert measure(iter(pieces)) == measure(whole)
+  model, by_pieces = (ByteNGram(3).fit(text) for text in (whole, iter(pieces)))
+  assert by_pieces.bits_per_byte(iter(pieces)) == pytest.approx(model.bits_per_byte(whole), rel=1e-12)
+  grams, counts = np.unique(np.frombuffer(whole, np.uint8), return_counts=True)
+  assert by_pieces.tables[0][0].tolist() == grams.tolist() and by_pieces.tables[0][1].tolist() == counts.tolist()
+  exact = -np.log2(model.probabilities(whole)).mean()
+  assert by_pieces.bits_per_byte(whole) == pytest.approx(exact, rel=1e-12)
+
+
+def test_figures_of_each_source_come_from_its_batches():
+  sums = [(10.0, 5.0), (2.0, 1.0), (6.0, 4.0)]
+  batches = type("Batches", (list,), {"bytes": 24, "sources": ["a", "b", "a"], "source_bytes": {"a": 20, "b": 4}})(
+    [0, 1, 2]
+  )
+  metrics = heldout_metrics(CausalLM(), lambda n: {"nll": tuple(map(np.float32, sums[n]))}, batches, prefix="eval/")
+  assert metrics["eval/loss"] == pytest.approx(18 / 10)
+  assert metrics["eval/a/loss"] == pytest.approx(16 / 9) and metrics["eval/b/loss"] == pytest.approx(2)
+  assert metrics["eval/a/bits_per_byte"] == pytest.approx(16 / math.log(2) / 20)
+  assert metrics["eval/b/bits_per_byte"] == pytest.approx(2 / math.log(2) / 4)
+  batches.sources = ["a"] * 3
+  assert not any(
+    name.startswith("eval/a/")
+    for name in heldout_metrics(CausalLM(), lambda n: {"nll": tuple(map(np.float32, sums[n]))}, batches)
+  )

@@ -139,6 +139,7 @@ def test_the_models_file_changes_its_texts(tmp_path):
   others = [i for i in range(258) if i not in FEW]
   written = dict(do_sample=False, repetition_penalty=3.0, suppress_tokens=others, max_new_tokens=NEW, eos_token_id=[])
   (tmp_path / "m" / "generation_config.json").write_text(json.dumps(written))
+  (tmp_path / "m" / "jaxllm_manifest.json").unlink(missing_ok=True)  # it is meant
   from jaxllm.inference.load import load_model
 
   model = load_model(tmp_path / "m")

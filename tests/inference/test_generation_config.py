@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny_models as tiny
 
+from jaxllm.base.digests import seal
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference import generation_config as tables
 from jaxllm.inference.generation_config import default_sampling, default_settings
@@ -93,7 +94,13 @@ def test_wrong_values_are_told_with_the_file():
 def test_a_model_says_it_when_it_is_loaded(tmp_path, caplog):
   tiny.save(tmp_path / "m")
   (tmp_path / "m" / "generation_config.json").write_text(json.dumps(dict(top_h=0.4, repetition_penalty=1.5)))
+  seal(tmp_path / "m")  # it is meant
   with caplog.at_level(logging.WARNING, "jaxllm"):
     model = load_model(tmp_path / "m")
   assert [r.getMessage() for r in caplog.records] == ["generation_config.json: top_h = 0.4 is not honoured"]
   assert model.sampling().repetition_penalty == 1.5
+
+
+def test_what_is_said_of_a_stranger_s_settings_is_short_and_printable():
+  _, said = default_settings({"x\n\x1b[31m": "a\x1b" * 5000, "watermarking_config": ["\u202e"] * 999})
+  assert len(said) == 2 and all(line.isprintable() and len(line) < 160 for line in said)

@@ -227,6 +227,7 @@ def test_the_models_own_settings(saved, tmp_path):
 
   copy = shutil.copytree(saved, tmp_path / "copy")
   (copy / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "do_sample": False}))
+  (copy / "jaxllm_manifest.json").unlink(missing_ok=True)  # it is meant
   llm = LLM(copy, **SIZES)
   assert llm.get_default_sampling_params() == SamplingParams(temperature=0, max_tokens=3)
   assert len(llm.generate("abc")[0].outputs[0].token_ids) <= 3

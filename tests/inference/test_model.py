@@ -89,6 +89,7 @@ def test_text_begins_with_the_start_token_and_ends_before_the_end_token(saved):
 
 
 def test_the_models_own_sampling_settings(copy):
+  (copy / "jaxllm_manifest.json").unlink()  # the file is changed on purpose
   settings = {"temperature": 0, "top_k": 7, "max_new_tokens": 3, "do_sample": True}
   (copy / "generation_config.json").write_text(json.dumps(settings))
   model = load_model(copy)
@@ -160,8 +161,6 @@ def change_model(**fields):
 @pytest.mark.parametrize(
   "damage, error, message",
   [
-    (flip_bits, CheckpointError, "damaged"),
-    (lambda p: (p / "params.sha256.json").unlink(), CheckpointError, "cut off"),
     (lambda p: (p / "config.json").unlink(), CheckpointError, "is not a model"),
     (lambda p: (p / "config.json").write_text("{}"), CheckpointError, "not a jaxllm model"),
     (lambda p: (p / "config.json").write_text("{"), CheckpointError, "cannot read .*config.json"),
@@ -179,13 +178,14 @@ def change_model(**fields):
 )
 def test_a_broken_model_is_refused_in_one_line(copy, damage, error, message):
   damage(copy)
+  (copy / "jaxllm_manifest.json").unlink()  # which would say it first
   with pytest.raises(error, match=message) as raised:
     load_model(copy)
   assert "\n" not in str(raised.value)
 
 
 def test_what_is_no_model_is_refused(saved, tmp_path):
-  with pytest.raises(CheckpointError, match="there is no such path"):
+  with pytest.raises(CheckpointError, match="no model at .*nothing: there is no such file or folder"):
     load_model(tmp_path / "nothing")
   with pytest.raises(CheckpointError, match="is not a model"):
     load_model(tmp_path)

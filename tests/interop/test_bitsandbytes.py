@@ -203,9 +203,9 @@ def test_damaged_bitsandbytes_tensors_are_refused(saved, tmp_path, caplog):
     ("absmax", lambda t: t.pop(key + ".absmax"), "has no absmax of 128 numbers"),
     ("codes", lambda t: t.update({key: t[key][:-1]}), "has not 8192 codes"),
     ("weight", lambda t: t.pop(key), f"lacks the tensor {key}"),
-    ("shape", told(shape=[64, -1]), "state of the quantized tensor .* cannot be read"),
-    ("kind", told(shape={"a": 1}), "state of the quantized tensor .* cannot be read"),
-    ("block", told(blocksize=0), "state of the quantized tensor .* cannot be read"),
+    ("shape", told(shape=[64, -1]), "state of the quantized tensor"),
+    ("kind", told(shape={"a": 1}), "state of the quantized tensor"),
+    ("block", told(blocksize=0), "state of the quantized tensor"),
   ]
   for name, change, message in cases:
     with pytest.raises(CheckpointError, match=message):

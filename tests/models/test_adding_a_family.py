@@ -12,6 +12,7 @@ TABLES = Path(families.__file__).parent
 LONG = {
   "__init__",
   "class_defaults",
+  "keys",
   "table",
   "rope",
   "bert",

@@ -120,7 +120,7 @@ def test_the_first_process_is_stopped(tmp_path):
 @pytest.mark.parametrize(
   "what, own, code, others",
   [
-    ("error", ["error: the disk of process 1 is full", "and so on"], 2, "failed: the disk of process 1 is full"),
+    ("error", ["error: the disk of process 1 is full and so on"], 2, "failed: the disk of process 1 is full"),
     ("bug", None, 1, "failed: KeyError: 'lost'"),
     ("exit", None, 1, "failed: SystemExit: 3"),
     ("plain", None, 1, "failed: the disk of process 1 is full"),
@@ -234,6 +234,22 @@ def test_alone(values, variables, recwarn, caplog):
   variables(**values)
   hosts.join_hosts()
   assert not caplog.records and not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"])
+def test_a_cluster_whose_variable_is_no_number_is_named(name, variables):
+  variables(**SLURM | {name: "x"})
+  with pytest.raises(ConfigError, match=rf"{name} is 'x'; it must be a whole number.*JAX_NUM_PROCESSES=1 runs this"):
+    hosts.join_hosts()
+
+
+@pytest.mark.parametrize("value", ["x", "0", "70000", "-1", "1.5"])
+def test_a_port_that_is_none(value, variables):
+  variables(JAX_COORDINATOR_PORT=value)
+  with pytest.raises(
+    ConfigError, match=f"JAX_COORDINATOR_PORT is '{value}'; it must be a whole number from 1 to 65535"
+  ):
+    hosts.join_hosts()
 
 
 @pytest.mark.parametrize("name, value", [("SLURM_NTASKS", "x"), ("SLURM_PROCID", ""), ("SLURM_JOB_ID", "?")])

@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact round trips, damage, full disks, kills, other meshes, several processes."""
 
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -22,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.base.os_errors import KNOWN
+from jaxllm.base.settings import from_mapping
 from jaxllm.storage.checkpoints import Checkpoints, steps_to_keep
 from jaxllm.storage.config import CheckpointConfig
 from jaxllm.storage.reading import committed_steps, restore_params
@@ -195,7 +198,7 @@ def test_retention_is_what_its_words_say(scores, keep_last, keep_best, keep_ever
 @pytest.mark.parametrize("key", ["every", "keep_last", "keep_best", "keep_every"])
 def test_negative_settings_are_refused(key):
   with pytest.raises(ConfigError, match=f"^checkpoint.{key} is -1; it must not be negative$"):
-    CheckpointConfig(**{key: -1})
+    from_mapping(CheckpointConfig, {key: -1}, "checkpoint")
 
 
 def test_only_a_score_of_its_own_makes_a_step_the_best(tmp_path):
@@ -292,6 +295,34 @@ def test_a_damaged_step_falls_back_to_the_one_before(tmp_path, warnings, damage)
     shutil.rmtree(tmp_path / "10")
     with pytest.raises(CheckpointError, match="no good checkpoint is left"):
       checkpoints.restore(small_state(0, 4096))
+
+
+def test_a_step_under_another_name_is_refused(tmp_path, warnings):
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    checkpoints.save(10, small_state(10))
+  shutil.copytree(tmp_path / "10", tmp_path / "20")
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    assert checkpoints.restore(small_state(0)).step == 10
+    assert len(warnings) == 1 and f"{tmp_path / '20'} is a copy of step 10 under another name" in warnings[0]
+    with pytest.raises(CheckpointError, match="a copy of step 10"):
+      checkpoints.restore(small_state(0), step=20)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_is_not_called_damaged_and_not_passed_over(tmp_path, warnings, monkeypatch, number):
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    for step in (10, 20):
+      checkpoints.save(step, small_state(step))
+
+  def refused(path):
+    raise OSError(number, os.strerror(number), str(path))
+
+  monkeypatch.setattr("jaxllm.base.digests._sha256", refused)
+  with Checkpoints(tmp_path, ALL) as checkpoints, pytest.raises(CheckpointError) as error:
+    checkpoints.restore(small_state(0))
+  said = str(error.value)
+  assert said.startswith(f"cannot read {tmp_path / '20'}") and "damaged" not in said and "step 20" in said
+  assert KNOWN[number][0] in said and KNOWN[number][1] in said and not warnings
 
 
 def test_damage_to_the_optimizer_does_not_stop_inference(tmp_path):
@@ -420,8 +451,9 @@ FULL_DISK = """
 def test_a_write_that_fails_leaves_the_earlier_steps(tmp_path, asynchronous):
   # A limit on the size of files fails in the same place as a full disk, and needs no privileges.
   output = finish(run_python(FULL_DISK, tmp_path, asynchronous, 1_000_000))
-  last = f"while saving step 2 under {tmp_path}; the last good checkpoint is step 1"
-  assert f"ERROR: cannot write (file too large) {last}\n" in output
+  last = "the last good checkpoint is step 1"
+  assert f"ERROR: cannot save step 2 under {tmp_path}: the file grew too large for its file system" in output
+  assert f"or choose another disk; {last}\n" in output
   assert "LEFT: ['1']\nGOOD: 1\nSTEPS: [1, 3]\n" in output
 
 
@@ -435,8 +467,10 @@ def test_a_full_disk_is_called_so(tmp_path):
   result = subprocess.run(
     [*prefix, sys.executable, "-c", code, tmp_path, "True"], env=env, text=True, capture_output=True
   )
-  last = f"while saving step 2 under {tmp_path}; the last good checkpoint is step 1"
-  assert f"ERROR: disk full {last}\n" in result.stdout, result.stderr
+  line = (
+    f"under {tmp_path}: the disk is full; free some space, or choose another disk; the last good checkpoint is step 1"
+  )
+  assert line + "\n" in result.stdout, result.stderr
   assert "LEFT: ['1']\nGOOD: 1\nSTEPS: [1, 3]\n" in result.stdout
 
 
@@ -447,9 +481,9 @@ def test_no_space_for_the_manifest(tmp_path, monkeypatch):
   with Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(1, small_state(1))
     checkpoints.wait()
-    monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
+    monkeypatch.setattr("jaxllm.base.digests.write_atomically", full)
     checkpoints.save(2, small_state(2))
-    with pytest.raises(CheckpointError, match="disk full while saving step 2 .* step 1$"):
+    with pytest.raises(CheckpointError, match="cannot save step 2 .*: the disk is full; .* step 1$"):
       checkpoints.save(3, small_state(3))
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
@@ -458,7 +492,7 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path, monk
   def full(path, content):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("jaxllm.storage.manifest.write_atomically", full)
+  monkeypatch.setattr("jaxllm.base.digests.write_atomically", full)
   with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(2, small_state(2))
     raise ZeroDivisionError

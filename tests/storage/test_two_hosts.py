@@ -95,7 +95,7 @@ FAILURES = {
   bad = 1
   """,
   "manifest": """
-  import jaxllm.storage.manifest as manifest
+  import jaxllm.base.digests as manifest
   def full(path, content):
     raise OSError(28, "No space left on device")
   def fail():
@@ -110,10 +110,10 @@ FAILURES = {
 @pytest.mark.parametrize(
   "moment, reason",
   [
-    ("before", "disk full"),
-    ("arrays", "cannot write (file too large)"),
-    ("digests", "cannot write (input/output error)"),
-    ("manifest", "disk full"),
+    ("before", "the disk is full; free some space, or choose another disk"),
+    ("arrays", "the file grew too large for its file system or ulimit -f; raise the limit, or choose another disk"),
+    ("digests", "the disk or network failed (I/O error); look at the system's log (dmesg), then start again"),
+    ("manifest", "the disk is full; free some space, or choose another disk"),
   ],
 )
 def test_a_save_that_fails_on_one_host_fails_on_both_and_the_next_succeeds(two_processes, tmp_path, moment, reason):
@@ -139,16 +139,16 @@ def test_a_save_that_fails_on_one_host_fails_on_both_and_the_next_succeeds(two_p
   os._exit(0)  # a thread of Orbax waits for its barrier, for minutes
   """
   for output in two_processes(START + FAILURES[moment] + code, tmp_path):
-    assert f"{reason} while saving step 2 under {tmp_path}; the last good checkpoint is step 1\n" in output
+    assert f"cannot save step 2 under {tmp_path}: {reason}; the last good checkpoint is step 1\n" in output
     assert "left 1 [1]" in output and "then [1, 3] True" in output
   assert sorted(place.name for place in tmp_path.iterdir()) == ["1", "3"]
 
 
 def test_each_host_hashes_what_it_wrote(two_processes, tmp_path):
   code = """
-  import jaxllm.storage.manifest as manifest
-  hashed, real = [], manifest._sha256
-  manifest._sha256 = lambda path: (hashed.append(str(path)), real(path))[1]
+  import jaxllm.base.digests as base
+  hashed, real = [], base._sha256
+  base._sha256 = lambda path: (hashed.append(str(path)), real(path))[1]
   with Checkpoints(directory, config) as checkpoints:
     checkpoints.save(5, make(jnp.int32(5)), {"n": 5})
   print("HASHED " + " ".join(hashed))

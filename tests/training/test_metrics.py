@@ -58,3 +58,44 @@ def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path, resumed, expec
     logger.log(100, {"loss": 0.5})
   assert [line["step"] for line in read_metrics(path)] == [*expected, 100]
   assert path.read_text().splitlines()[: len(expected)] == original[: len(expected)], "the rest is untouched"
+
+
+STRANGE = {
+  "cut short": b'{"step": 2, "lo',
+  "binary": bytes(range(256)).replace(b"\n", b""),
+  "a list": b"[1, 2]",
+  "a number": b"3",
+  "no step": b'{"loss": 1.0}',
+  "a step in words": b'{"step": "2", "loss": 1.0}',
+  "half a step": b'{"step": 1.5}',
+  "text for a number": b'{"step": 1, "loss": "low"}',
+  "a group": b'{"step": 1, "loss": {"a": 1}}',
+  "too deep": b"[" * 100_000,
+  "no text": b'\xff\xfe{"step": 1}',
+  "infinity": b'{"step": 1, "loss": Infinity}',
+  "NUL": b"\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("line", STRANGE.values(), ids=STRANGE)
+def test_strange_lines_are_left_out_and_said(tmp_path, caplog, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n\n{"step": 2, "loss": null}\n' + line)
+  with caplog.at_level("WARNING", "jaxllm"), MetricsLogger(tmp_path, resumed_step=2) as logger:
+    assert list(logger.resumed) == ["loss"] and np.isnan(logger.resumed["loss"])
+    logger.log(3, {"loss": 1.0})
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said == f"{path}: 2 lines are not of metrics and left out (2, 5)"
+  rows = [json.loads(text) for text in path.read_text().splitlines()]
+  assert rows == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+  from jaxllm.base.errors import CheckpointError
+
+  (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+  logger = MetricsLogger.__new__(MetricsLogger)
+  logger._directory, logger._trackers, logger._file = tmp_path, [], (tmp_path / "metrics.jsonl").open("a")
+  with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}/metrics.jsonl: the disk is full; free some"):
+    logger.log(1, {"loss": 1.0})
+  logger.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm.base.errors import ConfigError, UserError
+from jaxllm.base.errors import CheckpointError, ConfigError, UserError
 from jaxllm.training.run_directory import check_same_run, hold_run_directory, open_run_directory
 
 CONFIG = {
@@ -98,7 +98,7 @@ def test_a_directory_that_cannot_be_made_or_read_is_said_in_one_line(tmp_path):
     hold_run_directory(file / "run"),
   ):
     pass
-  with pytest.raises(ConfigError, match=f"cannot read or write {file}/run/config.json: "):
+  with pytest.raises(CheckpointError, match=f"cannot read or write {file}/run.*: a part of the path is a file"):
     open_run_directory(file / "run", CONFIG)
   (tmp_path / "config.json").write_text("[1, 2")
   with pytest.raises(ConfigError, match=f"{tmp_path}/config.json is damaged; restore it, or choose another"):
@@ -121,7 +121,7 @@ def test_the_run_directory_is_made_and_held(tmp_path, monkeypatch):
 RUN = """
   import sys, time
   from pathlib import Path
-  from jaxllm.base.errors import ConfigError, UserError
+  from jaxllm.base.errors import CheckpointError, ConfigError, UserError
   import jaxllm.training.run_directory as run_directory
   from jaxllm.training.run_directory import hold_run_directory, open_run_directory
   run_directory.SHARING_PATIENCE_S = 0.5

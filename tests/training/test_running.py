@@ -20,7 +20,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.training.config import ProfileConfig
 from jaxllm.training.meter import Meter
 from jaxllm.training.profiling import Profiler
-from jaxllm.training.progress import Progress, print_table, progress_line, short_number
+from jaxllm.training.progress import Lasting, Progress, print_table, progress_line, short_number
 from jaxllm.training.signals import StopRequest
 
 
@@ -38,6 +38,51 @@ def test_a_second_ctrl_c_interrupts_at_once():
   with pytest.raises(KeyboardInterrupt), StopRequest():
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
+
+
+def test_two_kinds_at_once_are_one_request_and_later_ones_insist(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr("jaxllm.base.stopping.time.monotonic", lambda: now[0])
+  with StopRequest() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested
+    now[0] = 5.0
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+
+
+def test_what_was_ignored_stays_so_but_sigterm():
+  numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+  before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+  try:
+    with StopRequest() as stop:
+      signal.raise_signal(signal.SIGINT)
+      signal.raise_signal(signal.SIGHUP)
+      assert not stop.requested
+      signal.raise_signal(signal.SIGTERM)
+      assert stop.requested
+    assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def test_usr1_is_counted_and_stops_nothing():
+  with StopRequest() as stop:
+    before = stop.saves
+    signal.raise_signal(signal.SIGUSR1)
+    assert stop.saves == before + 1 and not stop.requested
+
+
+def test_a_progress_that_nobody_can_see_ends_nothing(capfd):
+  with open("/dev/full", "w") as stream:
+    console = Console(file=Lasting(stream))
+    for _ in range(3):
+      console.print("step 1")
+  said = capfd.readouterr().err.splitlines()
+  (line,) = said
+  assert line.startswith("progress is shown no more (the disk is full; free some space") and line.endswith("goes on")
 
 
 def test_in_another_thread_nothing_is_installed():

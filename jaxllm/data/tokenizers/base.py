@@ -5,18 +5,19 @@ pieces, so that a tokenizer with byte pieces and without normalization (every on
 """
 
 import abc
+import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jaxllm.base.errors import DataError
+from jaxllm.base.errors import DataError, UserError, shown
 from jaxllm.data import chat
 from jaxllm.data.text import to_bytes
 
@@ -24,8 +25,21 @@ Ids = Int32[np.ndarray, " tokens"]
 SETTINGS_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "cls_token", "sep_token")
+# It has half a character, say, or the tokenizer's regular expression takes more steps than Oniguruma allows.
+CANNOT = "the tokenizer cannot read this text"
 NOTHING = re.compile("((?!))")
 NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8 decode to these surrogates (PEP 383)
+
+
+@contextlib.contextmanager
+def damaged(problem: str) -> Iterator[None]:
+  """Makes what a tokenizer's library raises, from C++ or Rust, a DataError that says `problem`."""
+  try:
+    yield
+  except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except BaseException as error:  # a panic of Rust's is no Exception
+    raise DataError(f"{problem}: {shown(str(error))[1:-1]}") from error
 
 
 class Tokenizer(abc.ABC):

@@ -1,19 +1,21 @@
 """Finds and reads the tokenizer files of a model."""
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxllm.base.errors import DataError
-from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, named_templates
+from jaxllm.base.strangers import declared, read_json
+from jaxllm.data import chat
+from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, damaged, named_templates
 from jaxllm.data.tokenizers.huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from jaxllm.data.tokenizers.settings import AddedTokens, checked
 
 _WORDPIECE_FILE, _BPE_FILE, _MERGES_FILE = "vocab.txt", "vocab.json", "merges.txt"
 _FILES = (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "spiece.model", _BPE_FILE, _WORDPIECE_FILE)  # the first counts
 # Its ids are shifted against its model by code of its class (XLM-R, CamemBERT, …).
+MAX_BYTES = 1 << 28  # of a tokenizer's file
 _SHIFTED_FILE = "sentencepiece.bpe.model"
 
 
@@ -37,6 +39,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       raise DataError(f"no tokenizer in {path}: it needs a {HUGGINGFACE_FILE} or a SentencePiece .model")
     path = found
   try:
+    if path.stat().st_size > MAX_BYTES:
+      raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
     data = path.read_bytes()
     settings = _settings_beside(path)
     if path.name == _SHIFTED_FILE:
@@ -57,13 +61,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def _settings_beside(path: Path) -> dict[str, Any]:
   """tokenizer_config.json next to a tokenizer, and what older and newer layouts keep in files of their own."""
   settings = _object(path.with_name("special_tokens_map.json")) | _object(path.with_name(SETTINGS_FILE))
-  later = _object(path.with_name("added_tokens.json"))
-  if later and "added_tokens_decoder" not in settings:
-    settings["added_tokens_decoder"] = {str(i): {"content": token} for token, i in later.items()}
-  _check_shapes(settings)
+  later = {"ids": _object(path.with_name("added_tokens.json"))}
+  if later["ids"] and "added_tokens_decoder" not in settings:
+    ids = declared(AddedTokens, later, "added_tokens.json", DataError)["ids"]
+    settings["added_tokens_decoder"] = {str(i): {"content": token} for token, i in ids.items()}
+  settings = checked(settings, SETTINGS_FILE)
   named = sorted(path.parent.glob("additional_chat_templates/*.jinja"))
   files = {file.stem: file for file in named} | {"default": path.with_name(TEMPLATE_FILE)}
-  templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+  files = {name: file for name, file in files.items() if file.is_file()}
+  for file in files.values():
+    if file.stat().st_size > chat.MAX_TEMPLATE:
+      raise DataError(f"{file.name} has {file.stat().st_size} bytes, and at most {chat.MAX_TEMPLATE} make sense")
+  templates = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
   if templates:
     templates = named_templates(settings) | templates
     settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
@@ -72,39 +81,7 @@ def _settings_beside(path: Path) -> dict[str, Any]:
 
 def _object(path: Path) -> dict[str, Any]:
   """The object in a JSON file; {} where there is no file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise DataError(f"{path.name} is not JSON") from error
-  if not isinstance(value, dict):
-    raise DataError(f"{path.name} holds no JSON object")
-  return value
-
-
-def _check_shapes(settings: dict[str, Any]) -> None:
-  """Refuses settings that are not what the tokenizers read; DataError names the first."""
-
-  def token(value):
-    return value is None or isinstance(value, str) or isinstance(value, dict) and isinstance(value.get("content"), str)
-
-  def template(value):
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "template"))
-
-  checks: dict[str, Callable[[Any], bool]] = {
-    "added_tokens_decoder": lambda v: (
-      isinstance(v, dict)
-      and all(i.isdecimal() and len(i) < 8 and isinstance(t, dict) and token(t) for i, t in v.items())
-    ),
-    "chat_template": lambda v: v is None or isinstance(v, str) or isinstance(v, list) and all(map(template, v)),
-    "padding_side": lambda v: v in ("left", "right"),
-  }
-  for name, value in settings.items():
-    if name.endswith("_token") and not name.startswith("add_") and not token(value):
-      raise DataError(f"{SETTINGS_FILE}: {name} is {value!r}, not a token")
-    if name in checks and not checks[name](value):
-      raise DataError(f"{SETTINGS_FILE}: {name} does not have the form that it should have")
+  return read_json(path, error=DataError) if path.is_file() else {}
 
 
 def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -117,10 +94,10 @@ def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str
     raise DataError(f"it is a {kind}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
   if not path.with_name(_MERGES_FILE).is_file():
     raise DataError(f"there is no {_MERGES_FILE} beside it")
-  try:
+  # The library makes a list as long as the largest id.
+  declared(AddedTokens, {"ids": read_json(path, MAX_BYTES, DataError)}, _BPE_FILE, DataError)
+  with damaged(f"{_BPE_FILE} or {_MERGES_FILE} is damaged"):
     model = models.BPE.from_file(str(path), str(path.with_name(_MERGES_FILE)))
-  except Exception as error:  # the Rust side raises bare Exceptions
-    raise DataError(f"{_BPE_FILE} or {_MERGES_FILE} is damaged") from error
   tokenizer = tokenizers.Tokenizer(model)
   space = bool(settings.get("add_prefix_space"))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import DataError
-from jaxllm.data.tokenizers.base import NOT_UTF8, NOTHING, ROLES, Tokenizer, settings_file, token_text
+from jaxllm.base.strangers import parse_json
+from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, NOTHING, ROLES, Tokenizer, damaged, settings_file, token_text
+from jaxllm.data.tokenizers.settings import MAX_TOKENS
 
 HUGGINGFACE_FILE = "tokenizer.json"
 # Read only where tokenizer_config.json does not say.
@@ -34,15 +36,13 @@ class HuggingFaceTokenizer(Tokenizer):
     ("bos_token" and so on; what it leaves out is looked up by the usual names), chat templates, ….
     """
     self._definition, self.settings = definition, dict(settings or {})
-    try:
-      parsed = json.loads(definition)
+    parsed = parse_json(definition, "it", DataError)
+    with damaged("not a tokenizer.json, or a damaged one"):
       self._tokenizer = self._build()
-    except DataError:
-      raise
-    except Exception as error:  # the Rust side raises bare Exceptions
-      raise DataError("not a tokenizer.json, or a damaged one") from error
-    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocabulary.values()) + 1
+      vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocabulary.values(), default=MAX_TOKENS) + 1
+    if self.vocab_size > MAX_TOKENS:
+      raise DataError("a tokenizer.json without tokens, or with ids that no vocabulary has")
     roles = self._roles(vocabulary)
     self._set_special(
       {role: token for role, token in roles.items() if token is not None},
@@ -84,7 +84,9 @@ class HuggingFaceTokenizer(Tokenizer):
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special = [*self._roles(vocabulary).values()]
     for name in ("additional_special_tokens", "extra_special_tokens"):
-      special += [token_text(token) for token in self.settings.get(name) or () if not isinstance(token, int)]
+      named = self.settings.get(name) or ()
+      named = named.values() if isinstance(named, dict) else named
+      special += [token_text(token) for token in named if not isinstance(token, int)]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     tokenizer.add_special_tokens([token for token in special if token in vocabulary and token not in known])
     return tokenizer
@@ -92,6 +94,10 @@ class HuggingFaceTokenizer(Tokenizer):
   @functools.cached_property
   def _plain(self):
     """Another `tokenizers` object for documents, in which "<|endoftext|>" is text."""
+    with damaged("not a tokenizer.json, or a damaged one"):
+      return self._built_plain()
+
+  def _built_plain(self):
     import tokenizers
 
     tokenizer = self._build()
@@ -122,13 +128,16 @@ class HuggingFaceTokenizer(Tokenizer):
   def _encode_plain(self, texts):
     # A vocabulary without byte pieces can only know bytes that are not UTF-8 as U+FFFD.
     valid = [NOT_UTF8.sub("\ufffd", text) for text in texts]
-    return [encoded.ids for encoded in self._plain.encode_batch_fast(valid, add_special_tokens=False)]
+    with damaged(CANNOT):
+      return [encoded.ids for encoded in self._plain.encode_batch_fast(valid, add_special_tokens=False)]
 
   def _encode_run(self, text, follows):
-    return self._plain.encode(text, add_special_tokens=False).ids
+    with damaged(CANNOT):
+      return self._plain.encode(text, add_special_tokens=False).ids
 
   def encode_pair(self, first, second=None, *, add_special=True):
-    encoded = self._tokenizer.encode(first, second, add_special_tokens=add_special)
+    with damaged(CANNOT):
+      encoded = self._tokenizer.encode(first, second, add_special_tokens=add_special)
     return np.array(encoded.ids, np.int32), np.array(encoded.type_ids, np.int32)
 
   @functools.cached_property
@@ -141,7 +150,8 @@ class HuggingFaceTokenizer(Tokenizer):
     return tokenizer
 
   def encode_chats(self, texts):
-    encoded = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
+    with damaged(CANNOT):
+      encoded = self._untrimmed.encode_batch(list(texts), add_special_tokens=False)
     return [(np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2)) for one in encoded]
 
   def token_text(self, id):
@@ -149,14 +159,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def decode_bytes(self, ids):
     if self._piece_bytes is None:
-      return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).encode()
+      with damaged("the tokenizer cannot decode these tokens"):
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).encode()
     return b"".join([self._piece_bytes[int(i)] for i in ids])
 
   def pieces(self):
     if self._piece_bytes is not None:
       return [self._piece_bytes.get(i, b"") for i in range(self.vocab_size)]
     model = json.loads(self._definition)["model"]
-    prefix = model.get("continuing_subword_prefix") if model["type"] == "WordPiece" else None
+    prefix = model.get("continuing_subword_prefix") if model.get("type") == "WordPiece" else None
 
     def text(token: str) -> str:
       if prefix is None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import DataError
-from jaxllm.data.tokenizers.base import NOT_UTF8, ROLES, Tokenizer, settings_file, token_text
+from jaxllm.base.errors import DataError, shown
+from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+THREADS = os.cpu_count() or 1  # that encode a batch; a process beside others takes one
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
 _NOT_UTF8_OR_SPACE = re.compile(f"([\udc80-\udcff{_SPACE}]+)")
 
@@ -26,11 +27,9 @@ class SentencePieceTokenizer(Tokenizer):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
-    try:
+    with damaged("not a SentencePiece model, or a damaged one"):  # protobuf and the C++ side each raise their own
       spec = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # protobuf and the C++ side each raise their own
-      raise DataError("not a SentencePiece model, or a damaged one") from error
     if not spec.pieces:
       raise DataError("a SentencePiece model without pieces")
     self.model, self.settings = model, dict(settings or {})
@@ -68,7 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
     tokens = {role: token for role, token in tokens.items() if token is not None}
     for role, token in tokens.items():
       if token not in ids:
-        raise DataError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+        raise DataError(f"{role} {shown(token)} is not in the tokenizer's vocabulary")
     self._set_special(tokens, {role: ids[token] for role, token in tokens.items()})
     self.special_ids = frozenset(
       {ids[token] for token in tokens.values()}
@@ -101,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _encode_plain(self, texts):
     if not self._added_text:
-      return self._processor.encode(texts, num_threads=os.cpu_count())
+      return self._processor.encode(texts, num_threads=THREADS)
     return [self._encode_parsing(text, self._added_text) for text in texts]
 
   def _encode_run(self, text, follows):
@@ -113,7 +112,8 @@ class SentencePieceTokenizer(Tokenizer):
     eos = [self.eos_id] if self.settings.get("add_eos_token", self.bos_id is None) else []
     ids = []
     for text in (first,) if second is None else (first, second):
-      parsed = self._encode_parsing(text)
+      with damaged(CANNOT):
+        parsed = self._encode_parsing(text)
       ids += [i for i in (*bos, *parsed, *eos) if i is not None] if add_special else parsed
     return np.array(ids, np.int32), np.zeros(len(ids), np.int32)
 
@@ -141,7 +141,8 @@ class SentencePieceTokenizer(Tokenizer):
     return _any_of(added) if added else None
 
   def encode_chats(self, texts):
-    return [self._encode_with_positions(text) for text in texts]
+    with damaged(CANNOT):
+      return [self._encode_with_positions(text) for text in texts]
 
   def _encode_with_positions(self, text: str):
     """Pieces laid along the text, which they spell but for the dummy prefix, or something normalizes it."""

@@ -2,13 +2,12 @@
 
 import hashlib
 import logging
-import os
 
 import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxllm.kernels import cpu_ffi
+from jaxllm.kernels import cpu_library
 
 log = logging.getLogger("jaxllm")
 
@@ -20,15 +19,14 @@ def keep_programs() -> None:
   told = jax.config.values
   if told["jax_compilation_cache_dir"] or not told["jax_enable_compilation_cache"]:
     return
-  machine = hashlib.sha256(" ".join(sorted(cpu_ffi.cpu_flags())).encode()).hexdigest()[:12]
-  folder = cpu_ffi.cache_dir().parent / f"programs-{jaxlib.__version__}-{machine}"
+  machine = hashlib.sha256(" ".join(sorted(cpu_library.cpu_flags())).encode()).hexdigest()[:12]
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    log.warning("compiled programs are not kept: %s", error)
-    return
-  if not os.access(folder, os.W_OK):
-    log.warning("compiled programs are not kept: %s cannot be written", folder)
+    folder = cpu_library.cache_dir() / f"programs-{jaxlib.__version__}-{machine}"
+    reason = cpu_library.make_private(folder)  # a program that another user could write is one that this one runs
+  except cpu_library.BuildError as error:
+    reason = str(error)
+  if reason:
+    log.warning("compiled programs are not kept: %s", reason)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
   compilation_cache.reset_cache()  # what was compiled before has settled that there is none

@@ -1,6 +1,6 @@
 """ModernBERT (arXiv 2412.13663): RoPE, GeGLU, and windows in two of three layers, in an encoder."""
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 from jaxllm.interop.families import table as t
 
 LAYER = "model.layers.{layer}"
@@ -9,6 +9,7 @@ ARCHITECTURES = {
   "token": "ModernBertForTokenClassification",
   "none": "ModernBertModel",
 }
+POOLING = {"cls": "first", "mean": "mean"}
 TRANSFORM = (*t.linear("head/dense", "head.dense"), *t.norm("head/norm", "head.norm"))
 
 
@@ -17,6 +18,8 @@ def _read(hf):
   head = fields["head"]
   if head != "none" and hf["classifier_bias"] != hf["mlp_bias"]:
     raise ConfigError("config.json has a classifier_bias other than its mlp_bias, which model.mlp_bias cannot express")
+  if hf["classifier_pooling"] not in POOLING:
+    raise ConfigError(f"config.json has classifier_pooling {shown(hf['classifier_pooling'])}; it can be cls or mean")
   every = hf["global_attn_every_n_layers"]
   types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
   windows = t.read_windows(hf.get("layer_types") or types, hf["local_attention"] // 2 + 1)
@@ -25,7 +28,7 @@ def _read(hf):
     kind: rope.get(kind, {}).get("rope_theta", hf[f"{scope}_rope_theta"])
     for kind, scope in (("full_attention", "global"), ("sliding_attention", "local"))
   }
-  if any(settings.get("rope_type", "default") != "default" for settings in rope.values()):
+  if any(rope.get(kind, {}).get("rope_type", "default") != "default" for kind in theta):
     raise ConfigError("config.json has RoPE scaling, which a modernbert here cannot have")
   if windows:
     fields |= windows | {"rope_local_theta": theta["sliding_attention"]}
@@ -35,7 +38,7 @@ def _read(hf):
     "head_dense": None if head == "none" else t.mlp_name(hf["classifier_activation"], gated=False),
     "head_norm": head != "none",
     "head_bias": hf["decoder_bias"] if head == "lm" else head != "none",
-    "pooling": {"cls": "first", "mean": "mean"}[hf["classifier_pooling"]],
+    "pooling": POOLING[hf["classifier_pooling"]],
   }
 
 

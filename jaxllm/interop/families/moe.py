@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
 from jaxllm.models.config import MoEConfig
@@ -47,7 +47,9 @@ def _write_mixtral(c):
 def _read_qwen(hf):
   dense = list(hf["mlp_only_layers"] or [])
   if dense != list(range(len(dense))):
-    raise ConfigError(f"config.json has mlp_only_layers = {dense}; only the first layers can be without experts here")
+    raise ConfigError(
+      f"config.json has mlp_only_layers = {shown(dense)}; only the first layers can be without experts here"
+    )
   keys = QWEN_KEYS | ({"num_experts": "num_local_experts"} if hf.get("num_local_experts") else {})
   return llama.QWEN3.read(hf) | {"moe": t.read_part(MoEConfig, hf, keys, first_dense_layers=len(dense))}
 

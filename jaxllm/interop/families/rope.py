@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, shown
 from jaxllm.interop.families.table import Transform, Weight, transposed
 from jaxllm.models.config import ModelConfig, RopeScaling
 
@@ -56,7 +56,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     return fields
   if kind not in _NUMBERS:
     raise ConfigError(
-      f"config.json has RoPE scaling of type {kind!r}; those known are {', '.join(_NUMBERS)} "
+      f"config.json has RoPE scaling of type {shown(kind)}; those known are {', '.join(_NUMBERS)} "
       "(remove it to run at the trained length)"
     )
   names = _NUMBERS[kind].items()
@@ -65,6 +65,8 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   if "original_max_seq_len" in _NUMBERS[kind]:
     numbers.setdefault("original_max_seq_len", hf["max_position_embeddings"])
   factor = settings.get("factor")
+  if factor is None and "original_max_seq_len" not in numbers:
+    raise ConfigError(f"config.json has RoPE scaling of type {kind!r} without a factor")
   if factor is None:
     factor = hf["max_position_embeddings"] / numbers["original_max_seq_len"]
   if kind == "yarn" and settings.get("mscale") and settings.get("mscale_all_dim"):

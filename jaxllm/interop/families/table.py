@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import ConfigError
-from jaxllm.models.config import MLPS, ModelConfig
+from jaxllm.base.errors import ConfigError, shown
+from jaxllm.models.config import MAX_LAYERS, MLPS, ModelConfig
 
 Shape = tuple[int, ...]
 # ModelConfig field -> key, as most families spell them
@@ -129,6 +129,7 @@ class Family:
   weights: tuple[Weight, ...]
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that `CLASS_DEFAULTS` has not
+  types: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that families.keys does not declare
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
   parts: tuple[str, ...] = ()  # ModelConfig fields that may be None but not in this family
   read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing  # config.json -> further fields
@@ -190,7 +191,7 @@ def mlp_name(activation: str, gated: bool) -> str:
     if choice == (_ACTIVATIONS.get(activation), gated):
       return name
   known = ", ".join(_ACTIVATIONS)
-  raise ConfigError(f"config.json has the activation {activation!r} ({gated=}); those known are {known}")
+  raise ConfigError(f"config.json has the activation {shown(activation)} ({gated=}); those known are {known}")
 
 
 def activation_name(mlp: str) -> str:
@@ -208,7 +209,7 @@ def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:
   kinds = {"full_attention": "global", "sliding_attention": "local"}
   for kind in layer_types:
     if kind not in kinds:
-      raise ConfigError(f"config.json has a layer of type {kind!r}; those known are {', '.join(kinds)}")
+      raise ConfigError(f"config.json has a layer of type {shown(kind)}; those known are {', '.join(kinds)}")
   return shortest_period(tuple(kinds[kind] for kind in layer_types))
 
 
@@ -221,7 +222,9 @@ def read_windows(layer_types: list[str], window: int) -> dict[str, Any]:
 
 
 def shortest_period(layers: tuple[str, ...]) -> tuple[str, ...]:
-  """The shortest start of `layers` that repeats into it."""
+  """The shortest start of `layers` that repeats into it. Raises ConfigError for more layers than a model can have."""
+  if len(layers) > MAX_LAYERS:
+    raise ConfigError(f"config.json has kinds of {len(layers)} layers; a model has at most {MAX_LAYERS}")
   periods = range(1, len(layers) + 1)
   return next(layers[:p] for p in periods if all(k == layers[i % p] for i, k in enumerate(layers)))
 

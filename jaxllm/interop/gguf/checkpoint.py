@@ -1,7 +1,6 @@
 """A GGUF file seen as a Hugging Face checkpoint."""
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, DataError
+from jaxllm.base.files import scratch_directory
+from jaxllm.base.os_errors import file_errors
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.interop.gguf.architectures import BY_NAME, read_config, read_tensors
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
@@ -41,9 +42,9 @@ class GgufCheckpoint:
     files = tokenizer_files(self.metadata)
     if files is None:
       return None
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch_directory() as directory:
       for name, data in files.items():
-        (Path(directory) / name).write_bytes(data)
+        (directory / name).write_bytes(data)
       try:
         return load_tokenizer(directory)
       except DataError as error:
@@ -82,19 +83,16 @@ def _read(name: str, info: TensorInfo) -> np.ndarray:
   out = np.empty(info.shape, plain or np.float32)
   rows = out.reshape(-1, info.shape[-1])
   step = max(1, _AT_ONCE // rows.shape[1])
-  try:
-    with info.path.open("rb") as file:
-      file.seek(info.start)
-      for start in range(0, len(rows), step):
-        some = rows[start : start + step]
-        data = np.fromfile(file, np.uint8, nbytes_of(info.type, some.shape))
-        if data.size < nbytes_of(info.type, some.shape):
-          raise CheckpointError(f"{info.path} ends within the tensor {name}; download or convert it again")
-        if plain:
-          some[:] = data.view(plain).reshape(some.shape)
-        else:
-          kind = gguf.GGMLQuantizationType[info.type]
-          some[:] = gguf.quants.dequantize(data.reshape(len(some), -1), kind)
-  except OSError as error:
-    raise CheckpointError(f"cannot read {info.path}: {error.strerror}") from error
+  with file_errors(info.path), info.path.open("rb") as file:
+    file.seek(info.start)
+    for start in range(0, len(rows), step):
+      some = rows[start : start + step]
+      data = np.fromfile(file, np.uint8, nbytes_of(info.type, some.shape))
+      if data.size < nbytes_of(info.type, some.shape):
+        raise CheckpointError(f"{info.path} ends within the tensor {name}; download or convert it again")
+      if plain:
+        some[:] = data.view(plain).reshape(some.shape)
+      else:
+        kind = gguf.GGMLQuantizationType[info.type]
+        some[:] = gguf.quants.dequantize(data.reshape(len(some), -1), kind)
   return out

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError
+from jaxllm.base.os_errors import file_errors
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT_KEY, ALIGNMENT = "general.alignment", 32
@@ -90,11 +91,8 @@ def read_header(path: Path) -> Header:
   Raises:
     CheckpointError: the file cannot be read, is damaged, or holds something unknown.
   """
-  try:
-    with path.open("rb") as file:
-      return _Reader(path, file).header()
-  except OSError as error:
-    raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+  with file_errors(path), path.open("rb") as file:
+    return _Reader(path, file).header()
 
 
 class _Reader:

@@ -63,13 +63,10 @@ def write_gguf(
   for name, tensor in tensors.items():
     infos.append((name, kinds[name], tensor.shape, offset))
     offset = aligned(offset + nbytes_of(kinds[name], tensor.shape), ALIGNMENT)
-  try:
-    with new_file(Path(path).expanduser()) as file:
-      file.write(encode_header(metadata, infos))
-      for name, tensor in tensors.items():
-        _write_tensor(file, name, tensor, kinds[name])
-  except OSError as error:
-    raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+  with new_file(Path(path).expanduser()) as file:
+    file.write(encode_header(metadata, infos))
+    for name, tensor in tensors.items():
+      _write_tensor(file, name, tensor, kinds[name])
 
 
 def _check_complete(tensors: Tensors, layers: int) -> None:

@@ -54,6 +54,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path, caplog, monkeypatch):
   jax.config.update("jax_compilation_cache_dir", None)
   try:
     kept.keep_programs()
-    assert jax.config.jax_compilation_cache_dir is None and "not kept" in caplog.text
+    place = jax.config.jax_compilation_cache_dir
+    assert "/jaxllm-" in place and "is no folder" in caplog.text, "a folder of this user's takes its place"
   finally:
     jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,154 @@
+"""Files as bytes of UTF-8: compressed ones, byte order marks, other encodings."""
+
+import bz2
+import codecs
+import collections
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from jaxllm.base.errors import DataError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_MARKS = (
+  (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+  (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+  (codecs.BOM_UTF8, "utf-8-sig"),
+)  # fmt: skip
+MOST_BYTES = 1 << 30  # of one document: it is in memory at once, its tokens too
+
+
+def is_plain(path: str, encoding: str) -> bool:
+  """Whether the file's bytes are its text's, so that it can be read from the middle."""
+  if encoding or path.endswith(COMPRESSED):
+    return False
+  with open(path, "rb") as file:
+    return encoding_of(file.read(4)) in ("", "utf-8-sig")
+
+
+def encoding_of(start: bytes) -> str:
+  """The encoding that a byte order mark at the beginning of a text names; "" without one."""
+  return next((name for mark, name in _MARKS if start.startswith(mark)), "")
+
+
+def without_suffix(path: str) -> str:
+  """A file's name without that of its compression."""
+  return os.path.splitext(path)[0] if path.endswith(COMPRESSED) else path
+
+
+@contextlib.contextmanager
+def opened(path: str, encoding: str = "", marks: collections.Counter | None = None) -> Iterator[IO[bytes]]:
+  """The file's text as bytes of UTF-8, unpacked; without a byte order mark.
+
+  Args:
+    encoding: of the text; "": as a byte order mark says, else the bytes as they are.
+    marks: counts the marks by the encoding that they name.
+
+  Raises:
+    DataError: it is cut short or damaged, nothing here can unpack it, or the text is in no such encoding.
+  """
+  with open(path, "rb") as raw:
+    file = _unpacked(raw, path)
+    try:
+      start = file.read(4)
+      mark = encoding_of(start) if len(start) > 3 or start == codecs.BOM_UTF8 else ""
+      name = encoding or mark
+      if marks is not None and mark:
+        marks[mark] += 1
+      if name.lower() in ("", "utf-8", "utf8"):
+        yield _Again(start, file)
+      elif name == "utf-8-sig":
+        yield _Again(start.removeprefix(codecs.BOM_UTF8), file)
+      else:
+        yield _Recoded(_Again(start, file), name, path)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+      raise DataError(f"{path} is damaged or cut short: {error}") from error
+    except OSError as error:
+      if error.errno is None:  # bz2's and pyarrow's, of what they cannot unpack
+        raise DataError(f"{path} is damaged or cut short: {error}") from error
+      raise
+
+
+def _unpacked(raw: IO[bytes], path: str) -> Any:
+  match os.path.splitext(path)[1]:
+    case ".gz":
+      return gzip.GzipFile(fileobj=raw)
+    case ".bz2":
+      return bz2.BZ2File(raw)
+    case ".xz":
+      return lzma.LZMAFile(raw)
+    case ".zst":
+      return _zstd(raw, path)
+  return raw
+
+
+def _zstd(raw: IO[bytes], path: str) -> Any:
+  """Python 3.14's module, the package zstandard, or pyarrow's codec, whichever there is."""
+  with contextlib.suppress(ImportError):
+    from compression import zstd  # type: ignore[import-not-found]
+
+    return zstd.ZstdFile(raw)
+  with contextlib.suppress(ImportError):
+    import zstandard  # type: ignore[import-not-found]
+
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+  with contextlib.suppress(ImportError):
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
+  raise DataError(f"{path} needs a reader of zstd: pip install zstandard")
+
+
+class _Again(io.RawIOBase):
+  """A stream with the bytes that were read of it put back in front."""
+
+  def __init__(self, start: bytes, file: Any):
+    self._start, self._file = start, file
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    data, self._start = (self._start[: len(buffer)], self._start[len(buffer) :]) if self._start else (b"", b"")
+    data = data or self._file.read(len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+class _Recoded(io.RawIOBase):
+  """A stream in UTF-8 of one in another encoding."""
+
+  def __init__(self, file: io.RawIOBase, encoding: str, path: str):
+    self._file, self._encoding, self._path, self._left, self._ended = file, encoding, path, b"", False
+    try:
+      self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+    except LookupError as error:
+      raise DataError(f"a source's encoding is {encoding!r}, which Python does not know; 'latin-1', say") from error
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._left and not self._ended:
+      data = self._file.read(1 << 16) or b""
+      self._ended = not data
+      try:
+        self._left = self._decoder.decode(data, self._ended).encode("utf-8", "surrogatepass")
+      except UnicodeDecodeError as error:
+        raise DataError(
+          f"{self._path} is not in the encoding {self._encoding}: {error.reason}; set the source's `encoding`"
+        ) from error
+    part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+    buffer[: len(part)] = part
+    return len(part)
+
+
+def lines_of(file: IO[bytes]) -> io.BufferedReader:
+  """The stream with a buffer, to read line by line."""
+  return io.BufferedReader(file, 1 << 20)  # type: ignore[arg-type, type-var]

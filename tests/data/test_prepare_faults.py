@@ -1,0 +1,133 @@
+"""What the system refuses while data is prepared is one line, and what was done is kept."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxllm.base.errors import DataError
+from jaxllm.data import prepare as prepare_module
+from jaxllm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from jaxllm.data.manifest import open_prepared
+from jaxllm.data.prepare import prepare
+
+
+@pytest.fixture
+def config(byte_tokenizer, tmp_path):
+  (tmp_path / "texts").mkdir()
+  for i in range(60):
+    (tmp_path / "texts" / f"{i}.txt").write_text(f"words {i} " * 200)
+  source = SourceConfig(path=f"{tmp_path}/texts/*.txt", name="s")
+  return DataConfig(str(tmp_path / "out"), (source,), TokenizerConfig(str(byte_tokenizer)), heldout_fraction=0.2)
+
+
+def test_a_disk_that_is_full(config):
+  """A limit on the size of files stands for it: the same calls fail."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+  try:
+    with pytest.raises(DataError, match=r"cannot write the data directory .*: File too large .*out/partial-") as caught:
+      prepare(config, log=str)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert "\n" not in str(caught.value)
+  with pytest.raises(DataError, match="no prepared data in"):
+    open_prepared(config)
+  assert prepare(config, log=str).prepared.total("train", "documents") > 30
+  assert len(list(os.scandir(config.dir))) == 3  # lock, manifest and build
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written(config, tmp_path):
+  (tmp_path / "closed").mkdir(mode=0o500)
+  with pytest.raises(DataError, match="cannot write the data directory .*Permission denied"):
+    prepare(dataclasses.replace(config, dir=f"{tmp_path}/closed/data"), log=str)
+
+
+@pytest.mark.parametrize(
+  "number, text", [(30, "Read-only file system"), (13, "Permission denied"), (28, "No space left")]
+)
+def test_what_the_system_refuses(config, monkeypatch, number, text):
+  def refuse(*_):
+    raise OSError(number, os.strerror(number), f"{config.dir}/partial-x/file")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_module, "publish", refuse)
+    with pytest.raises(DataError, match=f"cannot write the data directory .*{text}.*partial-x/file") as caught:
+      prepare(config, log=str)
+  assert "\n" not in str(caught.value)
+  assert not prepare(config, log=str).already
+
+
+def test_too_many_open_files(config):
+  code = f"""
+import resource
+from jaxllm.data.config import *
+from jaxllm.data.prepare import prepare
+from jaxllm.base.errors import UserError
+import tensorflow_datasets, array_record.python.array_record_module
+resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+source = SourceConfig(path={config.sources[0].path!r}, name="s")
+try:
+  prepare(DataConfig({config.dir!r}, (source,), TokenizerConfig({config.tokenizer.path!r})), log=str, processes=1)
+  print("whole")
+except UserError as error:
+  print(error)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  said = done.stdout.strip()
+  assert said == "whole" or ("Too many open files" in said and "\n" not in said)
+
+
+def test_a_worker_that_is_killed(config, monkeypatch):
+  """As the kernel does where memory runs out."""
+  from jaxllm.data import units
+
+  monkeypatch.setattr(units, "_SMALLEST", 25_000)
+  original = subprocess.Popen
+
+  def start(*args, **kwargs):
+    process = original(*args, **kwargs)
+    process.send_signal(signal.SIGKILL)
+    return process
+
+  with monkeypatch.context() as patch:
+    patch.setattr(subprocess, "Popen", start)
+    with pytest.raises(DataError, match=r"killed by signal 9 \(out of memory\?\): run the same command again"):
+      prepare(config, log=str, processes=2)
+  assert not prepare(config, log=str, processes=1).already
+
+
+def test_ctrl_c_while_a_tokenizer_is_trained(tmp_path):
+  """It is no failure of SentencePiece's."""
+  import random
+
+  draw = random.Random(0)
+  words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(3, 9))) for _ in range(20_000)]
+  (tmp_path / "a.txt").write_text(" ".join(draw.choices(words, k=300_000)))
+  code = f"""
+import sys
+from jaxllm.cli import run_door
+from jaxllm.data import prepare
+from jaxllm.data.config import *
+original = prepare.train_sentencepiece
+def train(*args):
+  print("training", flush=True)
+  return original(*args)
+prepare.train_sentencepiece = train
+sources = (SourceConfig(path={str(tmp_path)!r} + "/a.txt"),)
+config = DataConfig({str(tmp_path / "out")!r}, sources, TokenizerConfig(vocab_size=15000), heldout_fraction=0)
+sys.exit(run_door(lambda argv: prepare.prepare(config)))
+"""
+  process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  assert process.stdout is not None and process.stdout.readline() == "training\n"
+  time.sleep(0.4)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (130, "stopped\n")

@@ -1,0 +1,91 @@
+"""Doors where the system refuses: one line, exit code 2, nothing half-written. Each runs as a program."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(job, tmp_path_factory):
+  from jaxllm.cli import run_door
+  from jaxllm.train import main
+
+  directory = tmp_path_factory.mktemp("runs") / "tiny"
+  flags = ["--config.training.steps=1", "--config.training.sample_every=0"]
+  assert run_door(main, [f"--config={job}", f"--workdir={directory}", *flags]) == 0
+  return directory
+
+
+def shell(line: str, **environment):
+  env = {k: v for k, v in os.environ.items() if k not in ("PYTHONUNBUFFERED", *environment)} | environment
+  env["PYTHONPATH"] = os.pathsep.join([os.getcwd(), env.get("PYTHONPATH", "")])
+  line = line.replace("jaxllm", f"{sys.executable} -m jaxllm", 1)
+  return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.mark.parametrize(
+  "line, said",
+  [
+    ("jaxllm --help > /dev/full", "cannot write stdout: the disk is full; free some space"),
+    ("jaxllm --help >&-", "cannot write stdout: it is closed; redirect it to a file, or to /dev/null"),
+    ("jaxllm.train --help > /dev/full", "cannot write stdout: the disk is full"),
+    ("jaxllm.train --config={job} --print-config > /dev/full", "cannot write stdout: the disk is full"),
+    ("jaxllm.train --config={job} --print-config >&- <&-", "cannot write stdout: it is closed"),
+    ("ulimit -n 12; jaxllm --help", "a limit of 12 open files is too low; raise it"),
+    ("jaxllm.train --config={job} --workdir={job}/x", "a part of the path is a file and no folder; check the path"),
+    ("jaxllm.train --config={job} --workdir={job}", "cannot create the run directory {job}: it is there already"),
+    ("jaxllm.train --config=" + "n" * 300 + ".py", "the name is too long; choose a shorter one"),
+    ("jaxllm.evaluate --model={job}/x", "no model at {job}/x: a part of the path is a file and no folder"),
+    ("jaxllm.evaluate --model={tmp}/dangling", "is a link to {tmp}/gone, which is not there; mend or remove the link"),
+    ("jaxllm.convert --from={tmp}/loop --to={tmp}/x --format=hf", "its links go round in a circle"),
+    ("jaxllm.convert --from=~nobody-here/x --to={tmp}/x --format=hf", "a user whom this machine does not know"),
+    ("jaxllm.generate --model=x --prompt-file={tmp}", "cannot read the prompt file {tmp}: it is a folder"),
+    ("PYTHONIOENCODING=ascii jaxllm --help", "the output is in ascii, which has no '\\u2026'; set PYTHONIOENCODING"),
+  ],
+)
+def test_one_line(job, tmp_path, line, said):
+  (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+  (tmp_path / "loop").symlink_to("loop")
+  done = shell(line.format(job=job, tmp=tmp_path))
+  assert done.returncode == 2, done.stderr
+  *before, error = done.stderr.splitlines()
+  assert error.startswith("error: ") and said.format(job=job, tmp=tmp_path) in error
+  assert all(" on cpu: " in line for line in before), before
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "loop"]
+
+
+def test_a_closed_stderr_changes_nothing():
+  done = shell("jaxllm --help 2>&-")
+  assert done.returncode == 0 and "commands:" in done.stdout
+
+
+def test_a_file_that_grows_too_large_leaves_nothing(run, tmp_path):
+  done = shell(f"ulimit -f 20; jaxllm.convert --from={run} --to={tmp_path / 'x'} --format=jaxllm")
+  errors = done.stderr.splitlines()
+  assert done.returncode == 2 and f"cannot write {tmp_path}/x: the file grew too large" in errors[-1]
+  assert not list(tmp_path.iterdir()) and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("unshare"), reason="mounts")
+@pytest.mark.parametrize("options, said", [("size=64k", "the disk is full"), ("ro,size=1m", "is read-only")])
+def test_a_file_system_that_refuses(job, run, tmp_path, options, said):
+  """Disks are mounted in a name space of the test's own."""
+  mount = f"mount -t tmpfs -o {options} none {tmp_path} && "
+  for door in (
+    f"jaxllm.convert --from={run} --to={tmp_path}/x --format=hf",
+    f"jaxllm.train --config={job} --workdir={tmp_path}/run",
+  ):
+    done = subprocess.run(
+      ["unshare", "--mount", "bash", "-c", mount + door.replace("jaxllm", f"{sys.executable} -m jaxllm", 1)],
+      capture_output=True,
+      text=True,
+      env=os.environ | {"PYTHONPATH": os.getcwd()},
+      timeout=120,
+    )
+    if "mount" in done.stderr:
+      pytest.skip("this sandbox cannot mount")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: "), done.stderr

@@ -1,0 +1,417 @@
+"""The readers that `fuzzing` tries, each with a sample that it reads whole."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fuzzing import Reader
+
+TEXT = "The quick brown fox jumps over the lazy dog, and 3.14 is not 22/7.\n"
+TEMPLATE = (
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+SMALL = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = SMALL | {"num_key_value_heads": 1, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+YARN = {
+  "rope_type": "yarn",
+  "factor": 2.0,
+  "original_max_position_embeddings": 16,
+  "mscale": 1.0,
+  "mscale_all_dim": 1.0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "norm_topk_prob": True}
+LATENT = {"kv_lora_rank": 4, "q_lora_rank": None, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+ENCODER = SMALL | {"max_position_embeddings": 32, "id2label": {"0": "a"}}
+BART = {"vocab_size": 300, "d_model": 8, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 32}
+SIDES = {
+  f"{side}_{size}": value
+  for side in ("encoder", "decoder")
+  for size, value in (("ffn_dim", 12), ("attention_heads", 2))
+}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+BLOOM = {"vocab_size": 300, "hidden_size": 8, "n_layer": 2, "n_head": 2}
+GPT2 = {"vocab_size": 300, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32, "n_inner": None}
+KINDS = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
+T5 = {
+  "vocab_size": 300,
+  "d_model": 8,
+  "d_kv": 4,
+  "d_ff": 12,
+  "num_layers": 2,
+  "num_heads": 2,
+  "feed_forward_proj": "relu",
+}
+# Of every family
+CONFIGS: dict[str, dict[str, Any]] = {
+  "llama": LLAMA | {"rope_scaling": YARN | {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}},
+  "mistral": LLAMA | {"sliding_window": 4},
+  "qwen2": LLAMA | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+  "qwen3": LLAMA | {"head_dim": 4, "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}},
+  "gemma": LLAMA | {"head_dim": 4, "hidden_act": "gelu"},
+  "gemma2": LLAMA | WINDOWS | {"head_dim": 4, "final_logit_softcapping": 30.0},
+  "gemma3_text": LLAMA | WINDOWS | {"head_dim": 4, "rope_parameters": KINDS},
+  "gemma3": {"text_config": LLAMA | WINDOWS | {"head_dim": 4}, "vision_config": {}},
+  "olmo2": LLAMA,
+  "phi3": LLAMA | {"partial_rotary_factor": 1.0, "sliding_window": None},
+  "smollm3": LLAMA | {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+  "gpt2": GPT2 | {"activation_function": "gelu_new"},
+  "gpt_neox": SMALL | {"max_position_embeddings": 32, "rotary_pct": 0.5, "rotary_emb_base": 10000},
+  "bloom": BLOOM | {"layer_norm_epsilon": 1e-5},
+  "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+  "qwen3_moe": LLAMA | EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
+  "deepseek_v2": LLAMA
+  | LATENT
+  | ROUTED
+  | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
+  | {"routed_scaling_factor": 1.0, "topk_method": "group_limited_greedy", "rope_scaling": YARN},
+  "deepseek_v3": LLAMA
+  | LATENT
+  | ROUTED
+  | {"num_experts_per_tok": 2, "moe_intermediate_size": 6, "rms_norm_eps": 1e-6}
+  | {"routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+  "bert": ENCODER | {"type_vocab_size": 2, "architectures": ["BertForSequenceClassification"]},
+  "roberta": ENCODER | {"pad_token_id": 1, "architectures": ["RobertaForMaskedLM"]},
+  "modernbert": ENCODER
+  | {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
+  | {"rope_parameters": KINDS},
+  "bart": BART | SIDES | {"scale_embedding": True},
+  "t5": T5 | {"num_decoder_layers": 2},
+}
+
+
+@functools.cache
+def tokenizer() -> Any:
+  """A byte-level BPE tokenizer that chats."""
+  import tokenizers
+
+  from jaxllm.data.tokenizers import HuggingFaceTokenizer, byte_alphabet
+  from jaxllm.interop.gguf.tokenizer import PRE_TOKENIZERS
+
+  rust = tokenizers.Tokenizer(tokenizers.models.BPE(byte_alphabet() | {"th": 256, "he": 257}, [("t", "h"), ("h", "e")]))
+  split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZERS["qwen2"][0]), "isolated")
+  level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  rust.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, level])
+  rust.decoder = tokenizers.decoders.ByteLevel()
+  rust.add_special_tokens(["</s>", "<|im_start|>", "<|im_end|>"])
+  more = {"added_tokens_decoder": {"261": {"content": "<x>", "special": False}}, "additional_special_tokens": ["</s>"]}
+  settings = {"bos_token": "</s>", "eos_token": {"content": "</s>", "lstrip": False}, "padding_side": "left"}
+  return HuggingFaceTokenizer(rust.to_str(), settings | more | {"chat_template": TEMPLATE})
+
+
+@functools.cache
+def sentencepiece() -> Any:
+  from jaxllm.data.config import TokenizerConfig
+  from jaxllm.data.train_tokenizer import train_sentencepiece
+
+  documents = [TEXT.replace("dog", f"dog {i}").encode() for i in range(40)]
+  return train_sentencepiece(documents, TokenizerConfig(kind="sentencepiece_bpe", vocab_size=310))
+
+
+@functools.cache
+def model() -> Any:
+  import numpy as np
+
+  from jaxllm.interop.huggingface import config_from_huggingface
+  from jaxllm.interop.stored import StoredModel, param_shapes
+  from jaxllm.interop.tensors import in_memory
+
+  config = config_from_huggingface(LLAMA | {"model_type": "llama"})
+  rng = np.random.default_rng(0)
+  tensors = {path: rng.normal(size=shape).astype(np.float32) for path, shape in param_shapes(config).items()}
+  generation = {"eos_token_id": [258, 260], "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8, "do_sample": True}
+  return StoredModel(config, in_memory(tensors), tokenizer(), generation)
+
+
+def write_model_as(format: str, name: str = "") -> Callable[[Path], None]:
+  def write(directory: Path) -> None:
+    from jaxllm.interop.write import write_model
+
+    write_model(model(), directory / (name or "model"), format=format, max_shard_bytes=4000)  # type: ignore[arg-type]
+
+  return write
+
+
+def write_adapter(directory: Path) -> None:
+  import numpy as np
+
+  from jaxllm.interop.safetensors import write_safetensors
+  from jaxllm.interop.tensors import in_memory
+
+  write_model_as("hf", "base")(directory)
+  settings = {"peft_type": "LORA", "base_model_name_or_path": "../base", "r": 4, "lora_alpha": 8, "use_rslora": False}
+  settings |= {"target_modules": r".*\.(q_proj|down_proj)", "rank_pattern": {r"layers\.1\..*q_proj": 2}, "bias": "none"}
+  settings |= {"alpha_pattern": {"down_proj": 16}, "modules_to_save": None, "layers_pattern": None, "lora_dropout": 0.1}
+  tensors = {}
+  for layer, rank in ((0, 4), (1, 2)):
+    for module, inputs, outputs, r in (("self_attn.q_proj", 8, 8, rank), ("mlp.down_proj", 12, 8, 4)):
+      start = f"base_model.model.model.layers.{layer}.{module}"
+      tensors[f"{start}.lora_A.weight"] = np.ones((r, inputs), np.float32)
+      tensors[f"{start}.lora_B.weight"] = np.ones((outputs, r), np.float32)
+  (directory / "adapter").mkdir()
+  (directory / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+  write_safetensors(directory / "adapter" / "adapter_model.safetensors", in_memory(tensors))
+
+
+def write_bitsandbytes(directory: Path) -> None:
+  """A Hugging Face model whose matrices in the layers are in 4 bits."""
+  import numpy as np
+
+  from jaxllm.interop.safetensors import read_sharded, write_safetensors
+  from jaxllm.interop.tensors import in_memory
+  from jaxllm.kernels.quantized.weights import NF4
+
+  write_model_as("hf")(directory)
+  tensors: dict[str, Any] = {}
+  for name, tensor in read_sharded(directory / "model").items():
+    if not name.endswith("_proj.weight"):
+      tensors[name] = tensor.read()
+      continue
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(tensor.shape)}
+    count = tensor.shape[0] * tensor.shape[1]
+    tensors[name] = np.full((count // 2, 1), 0x7F, np.uint8)
+    tensors[f"{name}.absmax"] = np.ones(-(-count // 64), np.float32)
+    tensors[f"{name}.quant_map"] = np.asarray(NF4, np.float32)
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+  for file in (directory / "model").glob("model*"):
+    file.unlink()
+  write_safetensors(directory / "model" / "model.safetensors", in_memory(tensors))
+  config = json.loads((directory / "model" / "config.json").read_text())
+  method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+  (directory / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+
+
+def write_wordpiece(directory: Path) -> None:
+  (directory / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "##s", *"abcdefg"]))
+  (directory / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "strip_accents": None}))
+
+
+def write_merges(directory: Path) -> None:
+  from jaxllm.data.tokenizers import byte_alphabet
+
+  (directory / "vocab.json").write_text(json.dumps(byte_alphabet() | {"th": 256, "<|endoftext|>": 257}))
+  (directory / "merges.txt").write_text("#version: 0.2\nt h\n")
+  (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+  (directory / "added_tokens.json").write_text(json.dumps({"<x>": 258}))
+
+
+def read_model(path: Path) -> Any:
+  """Opens a model and reads all of it; its generation settings, tokenizer and template are used."""
+  from jaxllm.inference.generation_config import default_sampling
+  from jaxllm.interop.open import open_model
+
+  stored = open_model(path)
+  for tensor in stored.tensors.values():
+    tensor.read()
+  default_sampling(stored.generation, stored.config.architecture)
+  if stored.tokenizer is not None:
+    use_tokenizer(stored.tokenizer)
+  return stored.config
+
+
+def use_tokenizer(tokenizer: Any) -> None:
+  ids = tokenizer.encode(TEXT)
+  tokenizer.decode(ids)
+  tokenizer.encode_prompt("<|im_start|> \u2581 \U0001f600 </s>")
+  tokenizer.encode_chats([TEXT])
+  tokenizer.pieces()
+  _ = tokenizer.end_of_turn_id, tokenizer.padding_side
+  if tokenizer.chat_templates:
+    tokenizer.render_chat(CHAT, add_generation_prompt=True)
+
+
+def write_tokenizer(made: Callable[[], Any]) -> Callable[[Path], None]:
+  def write(directory: Path) -> None:
+    made().save(directory)
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+
+  return write
+
+
+def read_tokenizer(directory: Path) -> None:
+  from jaxllm.data.tokenizers import load_tokenizer
+
+  use_tokenizer(load_tokenizer(directory))
+
+
+def write_configs(directory: Path) -> None:
+  for name, config in CONFIGS.items():
+    (directory / f"{name}.json").write_text(json.dumps({"model_type": name} | config))
+
+
+@functools.cache
+def tensors_of(family: str) -> Any:
+  """The tensors of a checkpoint of a family."""
+  import numpy as np
+
+  from jaxllm.interop.huggingface import config_from_huggingface, to_huggingface
+  from jaxllm.interop.stored import param_shapes
+  from jaxllm.interop.tensors import in_memory
+
+  model = config_from_huggingface({"model_type": family} | CONFIGS[family])
+  params = in_memory({path: np.zeros(shape, np.float32) for path, shape in param_shapes(model).items()})
+  return to_huggingface(model, family.replace("gemma3_text", "gemma3").replace("gemma3", "gemma3_text"), params)[1]
+
+
+def read_configs(directory: Path) -> None:
+  """The changed ones; what is refused is said of the first."""
+  from jaxllm.base.errors import UserError
+  from jaxllm.interop.directory_files import read_json
+  from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface
+  from jaxllm.interop.stored import param_shapes
+
+  refused: list[UserError] = []
+  for name, config in CONFIGS.items():
+    file = directory / f"{name}.json"
+    if file.read_bytes() == json.dumps({"model_type": name} | config).encode() and name in _read:
+      continue
+    _read.add(name)
+    try:
+      found = read_json(file)
+      param_shapes(config_from_huggingface(found))
+      for tensor in from_huggingface(found, tensors_of(name))[1].values():
+        tensor.read()
+    except UserError as error:
+      refused.append(error)
+  if refused:
+    raise refused[0]
+
+
+_read: set[str] = set()
+
+
+def write_generation(directory: Path) -> None:
+  settings = {
+    "eos_token_id": [1, 2],
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "temperature": 0.7,
+    "top_k": 5,
+    "top_p": 0.9,
+  }
+  settings |= {"do_sample": True, "max_new_tokens": 8, "min_length": 0, "bad_words_ids": [[1], [2, 3]], "num_beams": 1}
+  settings |= {"sequence_bias": [[[1, 2], 0.5]], "suppress_tokens": [3], "forced_bos_token_id": None, "max_length": 20}
+  settings |= {"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "stop_strings": ["x"], "watermarking_config": None}
+  (directory / "generation_config.json").write_text(json.dumps(settings))
+
+
+def read_generation(directory: Path) -> None:
+  from jaxllm.inference.generation_config import default_sampling, default_settings
+  from jaxllm.interop.directory_files import read_generation_config
+
+  for architecture in ("decoder", "encoder_decoder"):
+    generation = read_generation_config(directory)
+    default_settings(generation, architecture)
+    default_sampling(generation, architecture).named_tokens()
+
+
+def write_tensors(directory: Path) -> None:
+  import numpy as np
+
+  from jaxllm.interop.safetensors import write_sharded
+  from jaxllm.interop.tensors import in_memory
+
+  write_sharded(directory, in_memory({f"t{i}": np.ones((3, i + 1), np.float32) for i in range(4)}), 60)
+
+
+def read_tensors(directory: Path) -> None:
+  from jaxllm.interop.safetensors import read_sharded
+
+  for tensor in read_sharded(directory).values():
+    tensor.read()
+
+
+def write_run_config(directory: Path) -> None:
+  from jaxllm.base import settings
+  from jaxllm.training.config import RunConfig
+
+  (directory / "config.json").write_text(json.dumps(settings.to_mapping(RunConfig())))
+
+
+def read_run_config(directory: Path) -> None:
+  from jaxllm.config import resolve
+  from jaxllm.interop.directory_files import read_json
+  from jaxllm.interop.model_directory import read_model_config
+
+  resolve(read_json(directory / "config.json"))
+  read_model_config(directory)
+
+
+def write_template(directory: Path) -> None:
+  (directory / "chat_template.jinja").write_text(
+    TEMPLATE + "{% macro f(x) %}{{ x * 2 }}{% endmacro %}{% set ns = namespace(n=0) %}{% for i in range(3) %}"
+    "{% set ns.n = ns.n + i %}{% if loop.last %}{{ f('ab') ~ ns.n }}{% endif %}{% endfor %}"
+    "{% if tools is defined and tools %}{{ tools | tojson(indent=2) }}{% endif %}"
+    "{{ 'x'.replace('x', 'y') | indent(2) }}"
+  )
+
+
+def read_template(directory: Path) -> None:
+  from jaxllm.base.errors import DataError
+  from jaxllm.data.chat import render_chat
+
+  try:
+    template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise DataError("not UTF-8") from error
+  render_chat(template, CHAT, tools=[{"name": "f"}], bos_token="<s>")
+
+
+def write_rows(directory: Path) -> None:
+  import pyarrow
+  import pyarrow.parquet
+
+  rows = [{"text": f"{TEXT} {i}", "messages": CHAT, "tools": [{"name": "f"}]} for i in range(6)]
+  (directory / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  (directory / "b.json").write_text(json.dumps(rows[:3]))
+  pyarrow.parquet.write_table(pyarrow.table({"text": [TEXT, TEXT[:5]]}), directory / "c.parquet")
+  (directory / "d.txt").write_text(TEXT)
+
+
+def read_rows(directory: Path) -> None:
+  from jaxllm.base.errors import UserError
+  from jaxllm.data.config import SourceConfig
+  from jaxllm.data.conversations import conversation_of, from_json, to_json
+  from jaxllm.data.sources import open_source
+
+  refused: list[UserError] = []
+  kinds = {"a.jsonl": "jsonl", "b.json": "json", "c.parquet": "parquet", "d.txt": "text"}
+  chats = {"field": "messages", "format": "auto"}
+  for name, kind in kinds.items():
+    for more in ({"field": "text"}, chats) if kind in ("jsonl", "json") else ({"field": "text"},):
+      content = (lambda row, config: to_json(conversation_of(row))) if more is chats else None
+      config = dataclasses.replace(SourceConfig(kind=kind, path=str(directory / name)), **more)  # type: ignore[arg-type]
+      try:
+        for document in open_source(config, content).documents():
+          if content:
+            from_json(document.data)
+      except UserError as error:
+        refused.append(error)
+  if refused:
+    raise refused[0]
+
+
+READERS: dict[str, Reader] = {
+  "families": Reader(write_configs, read_configs),
+  "huggingface": Reader(write_model_as("hf"), lambda path: read_model(path / "model")),
+  "adapter": Reader(
+    write_adapter, lambda path: read_model(path / "adapter"), lambda path: path.parent.name == "adapter"
+  ),
+  "model_directory": Reader(write_model_as("jaxllm"), lambda path: read_model(path / "model")),
+  "bitsandbytes": Reader(write_bitsandbytes, lambda path: read_model(path / "model")),
+  "gguf": Reader(write_model_as("gguf", "model.gguf"), lambda path: read_model(path / "model.gguf")),
+  "safetensors": Reader(write_tensors, read_tensors),
+  "tokenizer_json": Reader(write_tokenizer(tokenizer), read_tokenizer),
+  "sentencepiece": Reader(write_tokenizer(sentencepiece), read_tokenizer),
+  "wordpiece": Reader(write_wordpiece, read_tokenizer),
+  "merges": Reader(write_merges, read_tokenizer),
+  "generation_config": Reader(write_generation, read_generation),
+  "run_config": Reader(write_run_config, read_run_config),
+  "chat_template": Reader(write_template, read_template),
+  "rows": Reader(write_rows, read_rows),
+}
