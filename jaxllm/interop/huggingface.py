@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError, shown
-from jaxllm.interop.families import FAMILIES
+from jaxllm.interop.families import FAMILIES, READ_AS
+from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
 from jaxllm.interop.families.keys import read_keys
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
@@ -42,6 +43,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     ConfigError: no or an unknown `model_type`.
   """
   name = config.get("model_type")
+  name = READ_AS.get(str(name), name)
   if not isinstance(name, str) or name not in FAMILIES:
     known = ", ".join(FAMILIES)
     raise ConfigError(f"config.json has model_type {shown(name)}; those that can be read are {known}")
@@ -58,7 +60,7 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   config = config.get(family.text_config, config)
   if not isinstance(config, Mapping):
     raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
-  hf = read_keys(config, DEFAULTS | dict(family.defaults), family.types)
+  hf = read_keys(config, DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name], family.types)
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")

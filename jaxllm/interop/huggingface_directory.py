@@ -9,6 +9,7 @@ from jaxllm.base.errors import ConfigError, shown
 from jaxllm.base.files import new_directory
 from jaxllm.data.tokenizers import as_huggingface
 from jaxllm.interop.bitsandbytes import is_bitsandbytes, kept, turned, unpacked
+from jaxllm.interop.block_scaled import dequantized, is_block_scaled
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
@@ -35,10 +36,13 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
 
   Raises:
     CheckpointError: there is no config.json or no weights, or only a pickle of them, or they are damaged.
-    ConfigError: the weights are quantized, and not by bitsandbytes.
+    ConfigError: the weights are quantized, and not by bitsandbytes or with scales of blocks.
   """
   config = read_json(directory / CONFIG_FILE)
   method = config.get("quantization_config")
+  if method and is_block_scaled(method):
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return plain, dequantized(method, read_sharded(directory))
   if method and not is_bitsandbytes(method):
     name = method.get("quant_method") if isinstance(method, dict) else method
     raise ConfigError(

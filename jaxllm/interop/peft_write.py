@@ -26,7 +26,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import trimmed
 
 TABLE = "embedding/tokens"
-TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
+TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS", "none": "FEATURE_EXTRACTION"}
 
 
 def write_adapter(
@@ -199,7 +199,7 @@ def _settings(
   targets = _short_names(ranks, {*modules, *ranks})
   rank, alpha = _usual(ranks.values(), 8), _usual(alphas.values(), 8)
   task: str | None = "SEQ_2_SEQ_LM" if config.architecture == "encoder_decoder" else TASKS.get(config.head, "CAUSAL_LM")
-  if config.head in ("sequence", "token") and not saved:
+  if config.head in ("sequence", "token", "span") and not saved:
     task = None  # or PEFT wants the head's weights
   kinds = {change.magnitude is not None for change in changes.values()}
   if len(kinds) > 1:

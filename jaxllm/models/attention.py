@@ -1,6 +1,7 @@
 """Self- and cross-attention with grouped key/value heads."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ class Placement:
 
   rope: dict[str, tuple[Array, Array]]  # layer kind -> cos and sin [B, T, rotary_dim / 2]
   bias: Float[Array, "#B N T S"] | None = None  # of the scores, where positions are relative
+  # of a disentangled bias: the vectors [2 R, D] of distances, and which of them stands between two tokens [T, T]
+  distances: tuple[Array, Array] | None = None
 
 
 class Attention(nnx.Module):
@@ -49,8 +52,9 @@ class Attention(nnx.Module):
     self.output = linear(N * H, D, ("heads", "embed"), c.attention_out_bias, residual=True)
     if c.qk_norm != "none":
       full = c.qk_norm == "full"
-      self.query_norm = Norm(c, compute, N * H if full else H, rngs=rngs)
-      self.key_norm = Norm(c, compute, K * H if full else H, rngs=rngs)
+      own = c.qk_norm == "heads"
+      self.query_norm = Norm(c, compute, N * H if full else H, heads=N if own else None, rngs=rngs)
+      self.key_norm = Norm(c, compute, K * H if full else H, heads=K if own else None, rngs=rngs)
     self.prefix = Prefix(c, rngs=rngs) if c.adapter is not None and c.adapter.prefix_len else None
     if c.attention_sinks:
       self.sinks = parameter(rngs, (N,), ("heads",), nnx.initializers.zeros)
@@ -64,7 +68,7 @@ class Attention(nnx.Module):
     if c.qk_norm == "full":
       query, key = self.query_norm(query), self.key_norm(key)
     query, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (query, key, value))
-    if c.qk_norm == "head":
+    if c.qk_norm in ("head", "heads"):
       query, key = self.query_norm(query), self.key_norm(key)
     if c.position == "rope" and kind != "nope":
       query, key = (pos.apply_rope(y, place.rope[kind], backend=self.elementwise) for y in (query, key))
@@ -80,8 +84,8 @@ class Attention(nnx.Module):
       scale=c.query_scale,
       softcap=c.attention_softcap,
       sinks=self.sinks[...] if c.attention_sinks else None,
-      alibi_slopes=jnp.asarray(pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
-      bias=place.bias,
+      alibi_slopes=jnp.asarray(c.alibi_scale * pos.alibi_slopes(c.num_heads)) if c.position == "alibi" else None,
+      bias=place.bias if place.distances is None else self._disentangled(query, key, *place.distances),
       return_lse=self.prefix is not None,
       backend=self.kernel,
       target=self.target,
@@ -91,6 +95,18 @@ class Attention(nnx.Module):
       out = self.prefix.join(query, *out, scale=options.scale, softcap=options.softcap)
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
     return self.output(out), cache
+
+  def _disentangled(
+    self, query: Float[Array, "B T N H"], key: Float[Array, "B T N H"], vectors: Float[Array, "R D"], which
+  ) -> Float[Array, "B N T T"]:
+    """What content and distance add to scores, in float32: the query by the distance's key, and the key by the
+    distance's query (DeBERTa, arXiv 2006.03654, equation 4, with one set of projections as in v2)."""
+    c = self.c
+    own_query, own_key = (f(vectors[None]).reshape(-1, c.num_heads, c.head_dim) for f in (self.query, self.key))
+    pick = lambda products, index: jnp.take_along_axis(products, index[None, None], axis=-1)  # noqa: E731
+    product = functools.partial(jnp.einsum, "BTNH,RNH->BNTR", preferred_element_type=jnp.float32)
+    bias = pick(product(query, own_key), which) + jnp.swapaxes(pick(product(key, own_query), which.T), -1, -2)
+    return bias * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
 
 
 class CrossAttention(Attention):

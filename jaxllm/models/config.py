@@ -14,6 +14,7 @@ MLPS = {
   "geglu": ("gelu", True),
   "geglu_tanh": ("gelu_tanh", True),
   "reglu": ("relu", True),
+  "swiglu_clamped": ("silu_clamped", True),  # gpt-oss, see `jaxllm.models.mlp.gated`
   "gelu": ("gelu", False),
   "gelu_tanh": ("gelu_tanh", False),
   "silu": ("silu", False),
@@ -37,16 +38,24 @@ class RopeScaling:
   linear: positions / factor (Chen et al., arXiv 2306.15595). ntk: theta grown so that the slowest wave
   is stretched by factor (bloc97, 2023). yarn: Peng et al., arXiv 2309.00071. llama3: Llama 3.1's
   smoothed per-frequency factor (arXiv 2407.21783).
+
+  Of two the model's max_seq_len decides, for texts of any length, so that what is cached stays true (transformers goes
+  by the longest text at hand): dynamic: ntk, with the factor that stretches the original context to max_seq_len (none
+  where it is no longer). longrope: a factor for each frequency, long ones where it is longer (arXiv 2402.13753).
   """
 
-  kind: Literal["linear", "ntk", "yarn", "llama3"] = "linear"
+  kind: Literal["linear", "ntk", "yarn", "llama3", "dynamic", "longrope"] = "linear"
   factor: Positive = 1.0
-  original_max_seq_len: Count = 0  # the context before stretching; yarn and llama3 need it
+  original_max_seq_len: Count = 0  # the context before stretching; all but linear and ntk need it
+  short_factors: tuple[Positive, ...] = ()  # longrope
+  long_factors: tuple[Positive, ...] = ()  # longrope
   low_freq_factor: Positive = 1.0  # llama3
   high_freq_factor: Positive = 4.0  # llama3
   beta_fast: Positive = 32.0  # yarn
   beta_slow: Positive = 1.0  # yarn
-  attention_factor: Positive | None = None  # yarn; None: 0.1 ln(factor) + 1
+  # None: yarn: 0.1 ln(factor) + 1; longrope: (1 + ln(factor) / ln(original_max_seq_len)) ** 0.5
+  attention_factor: Positive | None = None
+  truncate: bool = True  # yarn: the dimensions between which it blends are whole numbers
   mscale_all_dim: Amount | None = None  # yarn, DeepSeek: scores grow by (0.1 mscale_all_dim ln(factor) + 1) ** 2
 
   def __post_init__(self):
@@ -68,6 +77,7 @@ class MoEConfig:
   every: Layers = 1  # and so do all but the every-th of the others: layers 1, 3, … are sparse when it is 2
 
   scoring: Literal["softmax", "sigmoid"] = "softmax"
+  bias: bool = False  # of the router and of each expert's matrices (gpt-oss)
   correction_bias: bool = False  # per expert, added to the scores where experts are chosen (DeepSeek-V3)
   normalize: bool = True  # the weights of a token's experts are divided by their sum
   scale: Positive = 1.0  # and multiplied by this
@@ -92,6 +102,8 @@ class MoEConfig:
         f"model.moe cannot choose {self.top_k} of {self.num_experts} experts in {self.top_groups} of "
         f"{self.num_groups} groups; change num_groups or top_groups"
       )
+    if self.bias and (self.shared_mlp_dim or self.capacity_factor is not None):
+      raise ConfigError("model.moe.bias goes with neither shared_mlp_dim nor capacity_factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +158,8 @@ class ModelConfig:
   # Attention
   attention_bias: bool = False  # on query, key and value
   attention_out_bias: bool = False
-  qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3), over all heads (OLMo 2)
+  # head: one norm for every head (Qwen3); heads: each head has its own (Cohere); full: over all heads (OLMo 2)
+  qk_norm: Literal["none", "head", "heads", "full"] = "none"
   query_scale: Positive | None = None  # None: head_dim ** -0.5
   attention_softcap: Positive | None = None
   sliding_window: Size | None = None  # a query sees this many keys, itself included
@@ -158,7 +171,12 @@ class ModelConfig:
 
   # Positions
   position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
-  position_offset: Count = 0  # learned: the table's row of position 0 (RoBERTa, BART)
+  position_offset: Count = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
+  sinusoidal_theta: Positive = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
+  alibi_scale: Positive = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
+  # Beside positions of another kind. learned: as with "relative" ones (MPNet). disentangled: of an encoder, products of
+  # each query and key with vectors of distances, of which there are 2 relative_buckets (DeBERTa, arXiv 2006.03654).
+  relative_bias: Literal["none", "learned", "disentangled"] = "none"
   relative_buckets: Width = 32  # relative: a learned bias per head and bucket of distances (T5, arXiv 1910.10683)
   relative_max_distance: Size = 128  # from which on all distances share the last bucket
   rope_theta: Positive = 10000.0
@@ -174,6 +192,8 @@ class ModelConfig:
   # pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); output: x + norm(f(x))
   norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
   parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
+  shared_norm: bool = False  # and norm' is norm (GPT-J, Cohere)
+  residual_scale: Positive | None = None  # of what a part adds to the residual stream (Granite)
   embedding_norm: bool = False
   final_norm: bool = True
   first_norm: bool = True  # False: the first layer's attention reads the embedding as it is (ModernBERT)
@@ -187,16 +207,18 @@ class ModelConfig:
   tie_embeddings: bool = True
   num_token_types: WidthOr0 = 0  # kinds of segment that a token's vector tells apart (BERT)
   embedding_scale: Positive | None = None  # Gemma: embed_dim ** 0.5
+  embedding_dim: WidthOr0 = 0  # of the embedding, which is then projected to embed_dim (ELECTRA); 0: embed_dim
 
-  # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token.
-  head: Literal["lm", "sequence", "token", "none"] = "lm"
+  # Head. lm: logits over the vocabulary. sequence, token: num_labels logits of a text, or of each token. span: of
+  # each token two logits, that an answer starts there and that it ends there.
+  head: Literal["lm", "sequence", "token", "span", "none"] = "lm"
   num_labels: WidthOr0 = 0
   head_bias: bool = False
   # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
   # has a bias where mlp_bias is set.
   head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh"] | None = None
   head_norm: bool = False  # and a norm after it
-  pooling: Literal["first", "mean"] = "first"  # which hidden state stands for a text
+  pooling: Literal["first", "mean", "last"] = "first"  # which hidden state stands for a text
   logit_scale: Positive | None = None  # T5 with a tied head: embed_dim ** -0.5
   logit_softcap: Positive | None = None
 
@@ -221,13 +243,19 @@ class ModelConfig:
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
     fill("num_kv_heads", self.num_heads)
+    if self.head == "span":
+      fill("num_labels", 2)
     if self.architecture == "encoder_decoder":
       fill("num_encoder_layers", self.num_layers)
       if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks:
         raise ConfigError("cross-attention goes with neither model.parallel_residual, qk_norm nor attention_sinks")
     elif self.num_encoder_layers:
       raise ConfigError(f"model.num_encoder_layers is of an encoder_decoder; this is a model of {self.architecture!r}")
-    if self.head in ("sequence", "token") and self.num_labels < 1:
+    if self.token_dim != self.embed_dim and (
+      self.architecture == "encoder_decoder" or self.head == "lm" and not self.head_dense
+    ):
+      raise ConfigError("model.embedding_dim other than embed_dim needs model.head_dense, and no encoder_decoder")
+    if self.head in ("sequence", "token", "span") and self.num_labels < 1:
       raise ConfigError(f"model.head {self.head!r} needs model.num_labels of at least 1, not {self.num_labels}")
     if (self.moe or self.mla) and (self.architecture != "decoder" or not self.first_norm):
       raise ConfigError("model.moe and model.mla are for model.architecture 'decoder' with model.first_norm")
@@ -260,10 +288,19 @@ class ModelConfig:
       if not self.moe_layers:
         raise ConfigError("model.moe leaves no layer with experts; change its first_dense_layers or every")
       put("moe", dataclasses.replace(self.moe, mlp_dim=self.moe.mlp_dim or self.mlp_dim))
+    if self.relative_bias == "disentangled" and (self.architecture != "encoder" or self.num_kv_heads != self.num_heads):
+      raise ConfigError(
+        "model.relative_bias 'disentangled' is for model.architecture 'encoder', with one key head each"
+      )
+    if self.shared_norm and not self.parallel_residual:
+      raise ConfigError("model.shared_norm is for model.parallel_residual")
     if self.parallel_residual and self.norm_placement != "pre":
       raise ConfigError(f"model.parallel_residual needs model.norm_placement 'pre', not {self.norm_placement!r}")
     scaling = self.rope_scaling
-    if scaling and scaling.kind in ("yarn", "llama3") and not scaling.original_max_seq_len:
+    for name in ("short_factors", "long_factors") if scaling and scaling.kind == "longrope" else ():
+      if len(factors := getattr(scaling, name)) != self.rotary_dim // 2:
+        raise ConfigError(f"there are {self.rotary_dim // 2} rotated pairs of a head, but {len(factors)} {name}")
+    if scaling and scaling.kind not in ("linear", "ntk") and not scaling.original_max_seq_len:
       raise ConfigError(f"model.rope_scaling.original_max_seq_len must be set for {scaling.kind} scaling")
 
   def _check_mla(self):
@@ -279,6 +316,15 @@ class ModelConfig:
   @property
   def rotary_dim(self) -> int:
     return self.mla.rope_head_dim if self.mla else int(self.head_dim * self.rope_fraction)
+
+  @property
+  def has_relative_bias(self) -> bool:
+    return self.relative_bias != "none" or self.position == "relative"
+
+  @property
+  def token_dim(self) -> int:
+    """Of the embedding's vectors."""
+    return self.embedding_dim or self.embed_dim
 
   @property
   def encoder(self) -> "ModelConfig":
@@ -407,8 +453,10 @@ def check_batch_invariant(model: ModelConfig) -> None:
     "mla": model.mla is not None,
     "attention_sinks": model.attention_sinks,
     "sink_tokens": model.sink_tokens > 0,
-    "position 'relative'": model.position == "relative",
+    "a relative bias": model.has_relative_bias,
     "head_bias": model.head_bias,
+    "residual_scale": model.residual_scale is not None,
+    "qk_norm 'heads'": model.qk_norm == "heads",
     "adapter.prefix_len": model.adapter is not None and model.adapter.prefix_len > 0,
     f"head_dim {model.head_dim}, which is no multiple of 16,": model.head_dim % 16 > 0,
   }

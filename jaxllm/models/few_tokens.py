@@ -1,5 +1,6 @@
 """A few tokens through all layers in one call, where the model is a Llama and a CPU computes it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +20,32 @@ MATRICES = (*(("attention", name) for name in ("query", "key", "value", "output"
 MATRICES += (*(("mlp", name) for name in ("gate", "up", "down")),)
 
 
+# What a model may choose and still be one whose layers are RMSNorm, rotated heads without biases, RMSNorm, SwiGLU. All
+# else has to stand at its default: a choice that is not known here is not computed here.
+FREE = {
+  *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len"),
+  *(
+    "query_scale",
+    "sliding_window",
+    "layer_pattern",
+    "rope_theta",
+    "rope_local_theta",
+    "rope_fraction",
+    "rope_scaling",
+  ),
+  *("position_offset", "sinusoidal_theta", "alibi_scale", "relative_buckets", "relative_max_distance"),  # unused here
+  *("norm_eps", "norm_bias", "norm_unit_offset", "embedding_norm", "final_norm", "num_encoder_layers"),
+  *("tie_embeddings", "num_token_types", "embedding_scale", "embedding_dim", "decoder_start_id"),
+  *("head", "num_labels", "head_bias", "head_dense", "head_norm", "pooling", "logit_scale", "logit_softcap"),
+  *("init", "init_std"),
+}
+LLAMA = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name not in FREE}
+
+
 def _is_llama(c: ModelConfig) -> bool:
-  """Whether every layer is RMSNorm, rotated heads without biases, RMSNorm, SwiGLU."""
-  plain = c.architecture == "decoder" and c.mla is None and c.moe is None and c.adapter is None
-  norms = c.norm == "rmsnorm" and c.norm_placement == "pre" and not c.parallel_residual and c.first_norm
-  attention = not (c.attention_bias or c.attention_out_bias or c.attention_sinks or c.sink_tokens)
-  attention &= c.qk_norm == "none" and c.attention_softcap is None and c.layer_kinds == ("global",)
-  return plain and norms and attention and c.mlp == "swiglu" and not c.mlp_bias and _rotates(c)
-
-
-def _rotates(c: ModelConfig) -> bool:
-  return c.position == "rope" and c.rotary_dim == c.head_dim
+  """Whether every layer is one that the kernel knows."""
+  plain = all(getattr(c, name) == choice for name, choice in LLAMA.items())
+  return plain and c.layer_kinds == ("global",) and c.rotary_dim == c.head_dim
 
 
 def _own_kernels(compute: Compute) -> bool:

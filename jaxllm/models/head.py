@@ -25,15 +25,16 @@ class Head(nnx.Module):
   """A dense layer and a norm where the config has them, a matrix unless it is the embedding's, and a bias."""
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
-    D = c.embed_dim
+    D = c.token_dim if c.head == "lm" else c.embed_dim  # what the head's matrix multiplies
     outputs, axis = (c.vocab_size, "vocab") if c.head == "lm" else (c.num_labels, None)
     init = matrix_init(c, D)
     self.activation = c.head_dense
-    dense = functools.partial(Linear, D, D, ("embed", None), init=init, bias=c.mlp_bias, compute=compute, rngs=rngs)
+    sizes, bias = (c.embed_dim, D), c.mlp_bias
+    dense = functools.partial(Linear, *sizes, ("embed", None), init=init, bias=bias, compute=compute, rngs=rngs)
     self.dense = None if c.head_dense is None else dense()
-    self.norm = Norm(c, compute, rngs=rngs) if c.head_norm else None
+    self.norm = Norm(c, compute, D, rngs=rngs) if c.head_norm else None
     self.axes = ("embed", axis)
-    matrix = c.head in ("sequence", "token") or (c.head == "lm" and not c.tie_embeddings)
+    matrix = c.head in ("sequence", "token", "span") or (c.head == "lm" and not c.tie_embeddings)
     self.weight = parameter(rngs, (D, outputs), self.axes, init) if matrix else None
     self.bias = parameter(rngs, (outputs,), (axis,), nnx.initializers.zeros) if c.head_bias else None
 

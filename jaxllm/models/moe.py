@@ -14,21 +14,27 @@ from jaxllm.kernels.matmul import matmul
 from jaxllm.models.config import MLPS, Compute, ModelConfig, MoEConfig
 from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear, parameter
-from jaxllm.models.mlp import ACTIVATIONS, MLP
+from jaxllm.models.mlp import ACTIVATIONS, MLP, gated
 from jaxllm.models.weights import dense, grouped, part_axes, ready
 from jaxllm.parallel.kernels import by_experts
 from jaxllm.parallel.sharding import constrain, ways_here
 
-Matrices = tuple[Any, Any, Any]  # weights: gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]
-MATRIX_AXES = (("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed"))
+# Weights: gate [E, D, F] (None: not gated), up [E, D, F], down [E, F, D]; then any biases [E, F] of the first two.
+Matrices = tuple[Any, ...]
+MATRIX_AXES = (
+  *(("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")),
+  *(("expert", "mlp"), ("expert", "mlp")),
+)
 RouterLosses = dict[str, Float[Array, ""]]  # load_balance, z, dropped
 
 
 class ExpertLinear(nnx.Module):
-  """A matrix [I, O] for each of E experts."""
+  """A matrix [I, O] for each of E experts, and a vector [O] where they have biases."""
 
-  def __init__(self, experts, inputs, outputs, axes, *, init, rngs):
+  def __init__(self, experts, inputs, outputs, axes, *, init, bias, rngs):
     self.weight = parameter(rngs, (experts, inputs, outputs), ("expert", *axes), init)
+    own = ("expert", axes[1])
+    self.bias = parameter(rngs, (experts, outputs), own, nnx.initializers.zeros) if bias else None
 
 
 class MoE(nnx.Module):
@@ -37,14 +43,13 @@ class MoE(nnx.Module):
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
     self.m = m = c.moe
     self.compute = compute
-    activation, gated = MLPS[c.mlp]
-    self.activation = activation
-    matrix = functools.partial(ExpertLinear, m.num_experts, rngs=rngs)
+    self.activation, has_gate = MLPS[c.mlp]
+    matrix = functools.partial(ExpertLinear, m.num_experts, bias=m.bias, rngs=rngs)
     D, F, inner = c.embed_dim, m.mlp_dim, matrix_init(c, c.embed_dim)
-    self.router = Linear(D, m.num_experts, ("embed", None), init=inner, compute=compute, rngs=rngs)
+    self.router = Linear(D, m.num_experts, ("embed", None), init=inner, bias=m.bias, compute=compute, rngs=rngs)
     if m.correction_bias:
       self.correction_bias = parameter(rngs, (m.num_experts,), (None,), nnx.initializers.zeros)
-    self.gate = matrix(D, F, ("embed", "mlp"), init=inner) if gated else None
+    self.gate = matrix(D, F, ("embed", "mlp"), init=inner) if has_gate else None
     self.up = matrix(D, F, ("embed", "mlp"), init=inner)
     self.down = matrix(F, D, ("mlp", "embed"), init=matrix_init(c, F, residual=True))
     self.shared = MLP(c, compute, m.shared_mlp_dim, rngs=rngs) if m.shared_mlp_dim else None
@@ -63,10 +68,16 @@ class MoE(nnx.Module):
     weights, experts, scores = route(self.m, logits, bias)
     layers = (self.gate, self.up, self.down)
     matrices = tuple(None if layer is None else layer.weight.get_value() for layer in layers)
-    feed = functools.partial(_feed_forward, ACTIVATIONS[self.activation])
+    feed = functools.partial(_feed_forward, self.activation)
     dropped = jnp.zeros((), jnp.float32)
     if drop and self.m.capacity_factor is not None:
       y, dropped = with_capacity(feed, x, weights, experts, real, matrices, self.m.capacity_factor)
+    elif self.m.bias:
+      biases = tuple(None if layer is None else dense(layer.bias.get_value(), jnp.float32) for layer in layers)
+      y = dropless(feed, x, weights, experts, (*matrices, *biases[:2]), self.compute)
+      # Of the sum once, wherever the parts of an expert's last product are.
+      share = (jax.nn.one_hot(experts, self.m.num_experts) * weights[..., None]).sum(-2)
+      y = y + (share @ biases[2]).astype(y.dtype)
     else:
       y = dropless(feed, x, weights, experts, matrices, self.compute)
     if self.shared is not None:
@@ -118,13 +129,14 @@ def router_losses(
 
 def _feed_forward(activation, multiply, x, matrices: Matrices):
   """The experts' gated or plain blocks; `multiply` takes rows to their experts' matrices, whose dimension 1 or 2 is
-  `embed`."""
-  gate, up, down = matrices
-  hidden = checkpoint_name(multiply(x, up, embed=1), "mlp_up")
+  `embed`, and adds their biases."""
+  gate, up, down, *biases = matrices
+  gate_bias, up_bias = biases or (None, None)
+  hidden = checkpoint_name(multiply(x, up, up_bias, embed=1), "mlp_up")
   if gate is not None:
-    hidden = activation(checkpoint_name(multiply(x, gate, embed=1), "mlp_gate")) * hidden
+    hidden = gated(activation, checkpoint_name(multiply(x, gate, gate_bias, embed=1), "mlp_gate"), hidden)
   else:
-    hidden = activation(hidden)
+    hidden = ACTIVATIONS[activation](hidden)
   return multiply(hidden, down, embed=2)
 
 
@@ -149,8 +161,9 @@ def _dropless(feed, compute, x, weights, experts, matrices, first, split):
   order = jnp.argsort(own, stable=True)
   sizes = jnp.bincount(own, length=E + 1)[:E]
 
-  def product(rows, matrices, embed):
-    return grouped(rows, matrices, sizes, compute, (split, embed) if split else None)
+  def product(rows, matrices, bias=None, *, embed):
+    y = grouped(rows, matrices, sizes, compute, (split, embed) if split else None)
+    return y if bias is None else (y.astype(jnp.float32) + bias[jnp.minimum(own[order], E - 1)]).astype(y.dtype)
 
   y = feed(product, rows[order // k], matrices)
   weight = weights.reshape(-1)[order].astype(y.dtype)
@@ -188,7 +201,7 @@ def with_capacity(
   buffers = jax.vmap(dispatch)(x, slot).reshape(B, E, room, D)
   buffers = constrain(buffers, "expert_batch", "expert", None, None)
 
-  def product(a, w, embed):  # each expert's rows by its matrix
+  def product(a, w, bias=None, *, embed):  # each expert's rows by its matrix
     w = dense(w)
     w = w.astype(jnp.promote_types(w.dtype, a.dtype))  # the product rounds a wider one, and its gradient is as wide
     if a.dtype == w.dtype:

@@ -11,16 +11,20 @@ from jaxllm.models.weights import dense
 
 
 class Norm(nnx.Module):
-  """Normalises the last dimension, in float32; the result has the input's dtype."""
+  """Normalises the last dimension, in float32; the result has the input's dtype.
 
-  def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, rngs):
+  With `heads` the dimension before it is of heads, and each has its own scale.
+  """
+
+  def __init__(self, c: ModelConfig, compute: Compute, dim: int | None = None, *, heads: int | None = None, rngs):
     dim = dim or c.embed_dim
-    self.backend = compute.backend("elementwise")
+    shape, axes = ((dim,), (None,)) if heads is None else ((heads, dim), (None, None))
+    self.backend = compute.backend("elementwise") if heads is None else "xla"
     self.kind, self.eps, self.offset = c.norm, c.norm_eps, 1.0 if c.norm_unit_offset else 0.0
     init = nnx.initializers.zeros if c.norm_unit_offset else nnx.initializers.ones
-    self.scale = parameter(rngs, (dim,), (None,), init)
+    self.scale = parameter(rngs, shape, axes, init)
     biased = c.norm == "layernorm" and c.norm_bias
-    self.bias = parameter(rngs, (dim,), (None,), nnx.initializers.zeros) if biased else None
+    self.bias = parameter(rngs, shape, axes, nnx.initializers.zeros) if biased else None
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     scale = dense(self.scale.get_value(), jnp.float32) + self.offset

@@ -10,10 +10,15 @@ from jaxllm.kernels.elementwise import rope
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 
-def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+def rope_frequencies(
+  dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int = 0
+) -> tuple[np.ndarray, float]:
   """Angular frequencies [dim / 2] in radians per position, and the factor on cos and sin.
 
   Su et al., arXiv 2104.09864; the scalings' sources stand at `RopeScaling`.
+
+  Args:
+    max_seq_len: of the model.
   """
   exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
   if scaling is None:
@@ -22,7 +27,15 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tup
     return theta**-exponent / scaling.factor, 1.0
   if scaling.kind == "ntk":
     return (theta * scaling.factor ** (dim / (dim - 2))) ** -exponent, 1.0
-  base = theta**-exponent
+  base, original = theta**-exponent, scaling.original_max_seq_len
+  if scaling.kind == "dynamic":
+    grown = scaling.factor * max(max_seq_len, original) / original - (scaling.factor - 1)
+    return (theta * grown ** (dim / (dim - 2))) ** -exponent, 1.0
+  if scaling.kind == "longrope":
+    factor = scaling.attention_factor
+    if factor is None:
+      factor = math.sqrt(1 + math.log(scaling.factor) / math.log(original)) if scaling.factor > 1 else 1.0
+    return base / np.asarray(scaling.long_factors if max_seq_len > original else scaling.short_factors), factor
   if scaling.kind == "llama3":
     wavelength = 2 * math.pi / base
     low = scaling.original_max_seq_len / scaling.low_freq_factor
@@ -36,8 +49,10 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> tup
   def dimension(rotations):  # that turns so many times within the original context (eq. 17 of YaRN)
     return dim * math.log(scaling.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(dimension(scaling.beta_fast)), 0)
-  high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+  low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
   ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
   factor = scaling.attention_factor
   if factor is None:
@@ -50,7 +65,7 @@ def rope_table(c: ModelConfig, positions: Int[Array, "B T"], local: bool) -> tup
   theta = c.rope_local_theta if local and c.rope_local_theta else c.rope_theta
   # Gemma 3 stretches its global layers only; a model with one theta stretches all.
   scaling = None if local and c.rope_local_theta else c.rope_scaling
-  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling)
+  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling, c.max_seq_len)
   angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
@@ -66,9 +81,9 @@ def apply_rope(
   return jnp.concatenate([rope(x[..., :rotary_dim], cos, sin, backend=backend), x[..., rotary_dim:]], axis=-1)
 
 
-def sinusoidal(positions: Int[Array, "B T"], dim: int) -> Float[Array, "B T D"]:
+def sinusoidal(positions: Int[Array, "B T"], dim: int, theta: float = 10000.0) -> Float[Array, "B T D"]:
   """sin in the first half, cos in the second (Vaswani et al., arXiv 1706.03762, section 3.5)."""
-  frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+  frequencies = theta ** (-np.arange(dim // 2) / (dim // 2))
   angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -79,6 +94,20 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
   extra = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
   return np.concatenate([slopes, extra]).astype(np.float32)
+
+
+def signed_buckets(c: ModelConfig, length: int) -> Int[Array, "T T"]:
+  """Which of 2 R vectors stands for the distance from each token to each other; before the middle for those after it.
+
+  Distances up to R / 2 have one each, those farther away share them logarithmically (DeBERTa v2's code).
+  """
+  span, middle = c.relative_buckets, c.relative_buckets // 2
+  away = np.arange(length)
+  steps = np.log(np.maximum(away, middle).astype(np.float32) / np.float32(middle))
+  steps = np.ceil(steps / np.log(np.float32((c.relative_max_distance - 1) / middle)) * (middle - 1)) + middle
+  bucket_of = np.where(away <= middle, away, steps).astype(np.int32)
+  distance = away[:, None] - away
+  return jnp.asarray(np.clip(np.sign(distance) * bucket_of[abs(distance)] + span, 0, 2 * span - 1))
 
 
 def relative_bias(

@@ -38,6 +38,7 @@ class Block(nnx.Module):
 
   def __init__(self, c: ModelConfig, compute: Compute, feed_forward: str | None, *, rngs):
     self.placement, self.parallel, self.feed_forward = c.norm_placement, c.parallel_residual, feed_forward
+    self.shared_norm, self.scale = c.shared_norm, c.residual_scale
     norm = functools.partial(Norm, c, compute, rngs=rngs)
     self.attention = (LatentAttention if c.mla else Attention)(c, compute, rngs=rngs)
     if feed_forward is not None:
@@ -48,7 +49,7 @@ class Block(nnx.Module):
     self.adapted = c.adapter is not None and c.adapter.bottleneck_dim > 0
     parts = ("attention", "mlp") if self.cross_attention is None else ("attention", "cross_attention", "mlp")
     for part in parts:
-      if c.norm_placement in ("pre", "sandwich"):
+      if c.norm_placement in ("pre", "sandwich") and not (part == "mlp" and c.shared_norm):
         setattr(self, f"{part}_norm", norm())
       if c.norm_placement != "pre":
         setattr(self, f"{part}_post_norm", norm())
@@ -61,11 +62,14 @@ class Block(nnx.Module):
     def normed(x, part):
       return getattr(self, f"{part}_norm")(x) if self.placement in ("pre", "sandwich") else x
 
+    def scaled(h):
+      return h if self.scale is None else h * jnp.asarray(self.scale, h.dtype)
+
     def add(x, h, part):
       if self.placement == "pre":
-        return x + h
+        return x + scaled(h)
       norm = getattr(self, f"{part}_post_norm")
-      return norm(x + h) if self.placement == "post" else x + norm(h)
+      return norm(x + scaled(h)) if self.placement == "post" else x + scaled(norm(h))
 
     def feed(x):
       if self.feed_forward == "mlp":
@@ -75,12 +79,13 @@ class Block(nnx.Module):
     def adapt(h, part):
       return getattr(self, f"{part}_adapter")(h) if self.adapted else h
 
-    h, cache = self.attention(x if first else normed(x, "attention"), place, kind, layer, cache)
+    y = x if first else normed(x, "attention")
+    h, cache = self.attention(y, place, kind, layer, cache)
     h = adapt(h, "attention")
     if self.parallel:
-      y, losses = feed(normed(x, "mlp"))
+      y, losses = feed(y if self.shared_norm else normed(x, "mlp"))
       y = adapt(y, "mlp")
-      return constrain(x + h + y, "batch", "seq", None), cache, losses
+      return constrain(x + scaled(h) + scaled(y), "batch", "seq", None), cache, losses
     x = add(x, h, "attention")
     if self.cross_attention is not None:
       h, cache = self.cross_attention(normed(x, "cross_attention"), layer, cache)

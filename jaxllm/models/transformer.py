@@ -13,8 +13,8 @@ from jaxllm.models.attention import Placement
 from jaxllm.models.caches import Cache, KVCache, NoCache
 from jaxllm.models.config import Compute, ModelConfig, check_batch_invariant
 from jaxllm.models.head import Head
-from jaxllm.models.initializers import embedding_init
-from jaxllm.models.linear import parameter
+from jaxllm.models.initializers import embedding_init, matrix_init
+from jaxllm.models.linear import Linear, parameter
 from jaxllm.models.moe import RouterLosses
 from jaxllm.models.norms import Norm
 from jaxllm.models.stack import run_blocks, stack_blocks
@@ -30,12 +30,15 @@ class Embedding(nnx.Module):
     self.elementwise = compute.backend("elementwise")
 
     def table(count, axis=None):
-      return parameter(rngs, (count, c.embed_dim), (axis, "embed"), embedding_init(c))
+      return parameter(rngs, (count, c.token_dim), (axis, "embed"), embedding_init(c))
 
     self.tokens = table(c.vocab_size, "vocab") if own_tokens else None
     self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
     self.token_types = table(c.num_token_types) if c.num_token_types else None
-    self.norm = Norm(c, compute, rngs=rngs) if c.embedding_norm else None
+    self.norm = Norm(c, compute, c.token_dim, rngs=rngs) if c.embedding_norm else None
+    sizes, init = (c.token_dim, c.embed_dim), matrix_init(c, c.token_dim)
+    linear = lambda: Linear(*sizes, (None, "embed"), init=init, bias=True, compute=compute, rngs=rngs)  # noqa: E731
+    self.projection = None if c.token_dim == c.embed_dim else linear()
 
   def __call__(
     self,
@@ -55,8 +58,10 @@ class Embedding(nnx.Module):
     if self.c.position == "learned":
       x = x + rows(self.positions.get_value(), positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
-      x = x + pos.sinusoidal(positions, self.c.embed_dim).astype(x.dtype)
-    return x if self.norm is None else self.norm(x)
+      places = positions + self.c.position_offset
+      x = x + pos.sinusoidal(places, self.c.token_dim, self.c.sinusoidal_theta).astype(x.dtype)
+    x = x if self.norm is None else self.norm(x)
+    return x if self.projection is None else self.projection(x)
 
 
 class Transformer(nnx.Module):
@@ -70,7 +75,10 @@ class Transformer(nnx.Module):
       check_batch_invariant(c)
     self.config, self.compute = c, compute
     self.embedding = Embedding(c, compute, own_tokens=own_tokens, rngs=rngs)
-    if c.position == "relative":
+    if c.relative_bias == "disentangled":
+      self.relative_vectors = parameter(rngs, (2 * c.relative_buckets, c.embed_dim), (None, "embed"), embedding_init(c))
+      self.relative_norm = Norm(c, compute, rngs=rngs)
+    elif c.has_relative_bias:
       shape = (c.relative_buckets, c.num_heads)
       self.relative_bias = parameter(rngs, shape, (None, "heads"), embedding_init(c))
     self.blocks = stack_blocks(c, compute, rngs)
@@ -145,11 +153,15 @@ class Transformer(nnx.Module):
     rope, bias = {}, None
     if c.position == "rope":
       rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
-    elif c.position == "relative":
+    distances = None
+    if c.relative_bias == "disentangled":
+      vectors_of = self.relative_norm(dense(self.relative_vectors.get_value()).astype(self.compute.dtype))
+      distances = vectors_of, pos.signed_buckets(c, tokens.shape[1])
+    elif c.has_relative_bias:
       table = dense(self.relative_bias.get_value(), jnp.float32)
       bias = pos.relative_bias(c, table, slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)
-    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias), held)
+    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias, distances), held)
     return x if self.final_norm is None else self.final_norm(x), held.advance(tokens.shape[1]), losses
 
   def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -182,21 +194,26 @@ class Transformer(nnx.Module):
     return self.head_input(x).astype(jnp.float32) @ mean + bias
 
   def pooled(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
-    """What stands for each row's text: its first state, or the mean of those that are not padding, after the
-    head's dense layer and norm."""
+    """What stands for each row's text: its first state, or the mean or the last of those that are not padding, after
+    the head's dense layer and norm."""
     if self.config.pooling == "first":
       return self.head.transform(x[:, 0])
+    if self.config.pooling == "last":
+      places = jnp.arange(x.shape[1])
+      last = jnp.where(True if segment_ids is None else segment_ids != 0, places, 0).max(-1)
+      return self.head.transform(x[jnp.arange(len(x)), jnp.broadcast_to(last, len(x))])
     return self.head.transform(mean_pool(x, segment_ids))
 
   def classify(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
   ) -> Float[Array, "B *T num_labels"]:
-    """float32 logits of the labels: of each row's text, or of every token.
+    """float32 logits of the labels: of each row's text, or of every token; of a span that an answer starts and ends
+    there.
 
     Raises:
       ConfigError: the model has no classification head.
     """
-    if self.config.head not in ("sequence", "token"):
+    if self.config.head not in ("sequence", "token", "span"):
       raise ConfigError(f"a model with the head {self.config.head!r} (model.head) has no labels to choose from")
     x = self.pooled(x, segment_ids) if self.config.head == "sequence" else self.head.transform(x)
     return self._multiplied(x)

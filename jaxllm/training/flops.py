@@ -41,7 +41,9 @@ def matmul_parameters(config: ModelConfig) -> int:
     experts = moe.num_experts * D + matrices * D * (moe.top_k * moe.mlp_dim + moe.shared_mlp_dim)
     layers += len(config.moe_layers) * experts
   outputs = {"lm": config.vocab_size, "none": 0}.get(config.head, config.num_labels)
-  return layers + D * (outputs + (D if config.head_dense else 0))
+  W = config.token_dim if config.head == "lm" else D  # what the head's matrix multiplies
+  layers += D * config.token_dim if config.token_dim != D else 0
+  return layers + W * (outputs + (D if config.head_dense else 0))
 
 
 def visible_keys(seq_len: int, window: int | None = None, sinks: int = 0, causal: bool = True) -> float:

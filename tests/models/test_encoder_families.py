@@ -4,6 +4,7 @@ import functools
 import json
 import tempfile
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -28,6 +29,17 @@ BERT = IDS | dict(
   num_attention_heads=4,
   max_position_embeddings=24,
 )
+DEBERTA = BERT | dict(
+  relative_attention=True,
+  position_buckets=6,
+  norm_rel_ebd="layer_norm",
+  share_att_key=True,
+  pos_att_type="p2c|c2p",
+  position_biased_input=False,
+  type_vocab_size=0,
+)
+MPNET = BERT | dict(pad_token_id=1)
+DISTILBERT = IDS | dict(vocab_size=V, dim=32, hidden_dim=56, n_layers=3, n_heads=4, max_position_embeddings=24)
 MODERNBERT = BERT | dict(num_hidden_layers=5, local_attention=6, cls_token_id=1, sep_token_id=2)
 T5 = dict(vocab_size=V, d_model=32, d_kv=12, d_ff=56, num_heads=4, pad_token_id=0, eos_token_id=1)
 BART = IDS | dict(
@@ -47,9 +59,38 @@ ENCODERS = {
   "bert-relu": ("BertForMaskedLM", BERT | dict(hidden_act="relu", type_vocab_size=3, layer_norm_eps=1e-3)),
   "bert-sequence": ("BertForSequenceClassification", BERT | dict(num_labels=3)),
   "bert-token": ("BertForTokenClassification", BERT | dict(num_labels=5)),
+  "bert-span": ("BertForQuestionAnswering", BERT),
   "bert-bare": ("BertModel", BERT),
   "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
   "roberta-sequence": ("RobertaForSequenceClassification", BERT | dict(pad_token_id=2, num_labels=4)),
+  "roberta-span": ("RobertaForQuestionAnswering", BERT | dict(pad_token_id=1)),
+  "xlm-roberta-mlm": ("XLMRobertaForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "xlm-roberta-sequence": ("XLMRobertaForSequenceClassification", BERT | dict(pad_token_id=1, num_labels=2)),
+  "xlm-roberta-token": ("XLMRobertaForTokenClassification", BERT | dict(pad_token_id=1, num_labels=3)),
+  "distilbert-mlm": ("DistilBertForMaskedLM", DISTILBERT),
+  "distilbert-sequence": ("DistilBertForSequenceClassification", DISTILBERT | dict(num_labels=3)),
+  "distilbert-token": ("DistilBertForTokenClassification", DISTILBERT | dict(num_labels=3, activation="relu")),
+  "distilbert-span": ("DistilBertForQuestionAnswering", DISTILBERT),
+  "distilbert-bare": ("DistilBertModel", DISTILBERT),
+  "electra-generator": ("ElectraForMaskedLM", BERT | dict(embedding_size=20)),
+  "electra-discriminator": ("ElectraForPreTraining", BERT | dict(embedding_size=20)),
+  "electra-sequence": ("ElectraForSequenceClassification", BERT | dict(embedding_size=32, num_labels=3)),
+  "electra-token": ("ElectraForTokenClassification", BERT | dict(embedding_size=20, num_labels=3)),
+  "electra-span": ("ElectraForQuestionAnswering", BERT | dict(embedding_size=32)),
+  "electra-bare": ("ElectraModel", BERT | dict(embedding_size=20)),
+  "deberta-mlm": ("DebertaV2ForMaskedLM", DEBERTA),
+  "deberta-sequence": ("DebertaV2ForSequenceClassification", DEBERTA | dict(num_labels=3)),
+  "deberta-token": (
+    "DebertaV2ForTokenClassification",
+    DEBERTA | dict(num_labels=3, position_biased_input=True, type_vocab_size=2, max_relative_positions=9),
+  ),
+  "deberta-span": ("DebertaV2ForQuestionAnswering", DEBERTA),
+  "deberta-bare": ("DebertaV2Model", DEBERTA),
+  "mpnet-mlm": ("MPNetForMaskedLM", MPNET),
+  "mpnet-sequence": ("MPNetForSequenceClassification", MPNET | dict(num_labels=3)),
+  "mpnet-token": ("MPNetForTokenClassification", MPNET | dict(num_labels=3)),
+  "mpnet-span": ("MPNetForQuestionAnswering", MPNET),
+  "mpnet-bare": ("MPNetModel", MPNET),
   "modernbert-mlm": ("ModernBertForMaskedLM", MODERNBERT),
   "modernbert-sequence": (
     "ModernBertForSequenceClassification",
@@ -68,6 +109,14 @@ ENCODER_DECODERS = {
     | dict(num_layers=3, num_decoder_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     | dict(relative_attention_num_buckets=8, relative_attention_max_distance=12),
   ),
+  "mt5": ("MT5ForConditionalGeneration", T5 | dict(num_layers=2)),
+  "mbart": ("MBartForConditionalGeneration", BART | dict(pad_token_id=1, scale_embedding=True)),
+  "m2m_100": ("M2M100ForConditionalGeneration", BART | dict(pad_token_id=1)),
+  "m2m_100-unscaled": (
+    "M2M100ForConditionalGeneration",
+    BART | dict(pad_token_id=1, scale_embedding=False, activation_function="gelu", encoder_layers=1),
+  ),
+  "bart-sequence": ("BartForSequenceClassification", BART | dict(num_labels=3)),
   "bart": ("BartForConditionalGeneration", BART),
   "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
 }
@@ -84,7 +133,7 @@ def case(name):
   with torch.no_grad():
     if "T5" in stem and "tie_word_embeddings" in settings:  # this class ties a fresh model's in any case
       model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
-    if "Bart" in stem:
+    if hasattr(model, "final_logits_bias"):
       model.final_logits_bias.normal_()
   hf = hf_config.to_dict() | {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
   config, params = params_from_huggingface(hf, tensors_of(model))
@@ -114,6 +163,10 @@ def inputs(name):
   if name in ENCODERS:
     types = np.random.default_rng(2).integers(0, case(name)[2].num_token_types or 1, (B, T))
     return {"tokens": tokens, "segment_ids": mask} | ({"token_types": types} if "bert-" in name[:5] else {})
+  if name == "bart-sequence":  # the decoder reads the same text, one place later, up to its end
+    source = np.where(np.arange(T) == mask.sum(-1, keepdims=True) - 1, IDS["eos_token_id"], tokens)
+    shifted = np.concatenate([np.full((B, 1), BART["decoder_start_token_id"]), source[:, :-1]], axis=1)
+    return {"tokens": shifted, "segment_ids": mask, "source": source, "source_segment_ids": mask}
   source, source_mask = rows(LENGTHS["S"], S, 3)
   return {"tokens": tokens, "segment_ids": mask, "source": source, "source_segment_ids": source_mask}
 
@@ -134,11 +187,15 @@ def torch_outputs(name):
       return out.decoder_hidden_states[-1].numpy(), out.logits.numpy()
     types = {"token_type_ids": batch["token_types"]} if "token_types" in batch else {}
     out = model(batch["tokens"], attention_mask=batch["segment_ids"], output_hidden_states=True, **types)
-  if name == "bert-bare":
-    return out.last_hidden_state.numpy(), out.pooler_output.numpy()
+  if name.endswith("-bare"):
+    x = out.last_hidden_state.numpy()
+    return x, out.pooler_output.numpy() if "pooler_output" in out else x[:, 0]
+  if name.endswith("-span"):
+    return out.hidden_states[-1].numpy(), torch.stack([out.start_logits, out.end_logits], -1).numpy()
   hidden = model.model(batch["tokens"], attention_mask=batch["segment_ids"]) if "modern" in name else None
   hidden = out.hidden_states[-1] if hidden is None else hidden.last_hidden_state
-  return hidden.detach().numpy(), out.logits.numpy()
+  logits = out.logits.numpy()
+  return hidden.detach().numpy(), logits[..., None] if name == "electra-discriminator" else logits
 
 
 @functools.cache
@@ -214,3 +271,20 @@ def test_packed_documents(name):
   got, want = forward(config)(params, packed)[0], forward(config)(params, alone)[0]
   np.testing.assert_allclose(got[0, :first], want[0, :first], rtol=0, atol=TOLERANCE)
   np.testing.assert_allclose(got[0, first:], want[1, :second], rtol=0, atol=TOLERANCE)
+
+
+def test_the_names_of_debertas_third_version():
+  """As its files and transformers without `legacy` have the head for masked tokens."""
+  model, hf, config, params = case("deberta-mlm")
+  names = {
+    "cls.predictions.transform.": "lm_predictions.lm_head.",
+    "cls.predictions.bias": "lm_predictions.lm_head.bias",
+  }
+  renamed = {}
+  for key, tensor in tensors_of(model).items():
+    old = next((old for old in names if key.startswith(old)), "")
+    renamed[names.get(old, "") + key.removeprefix(old)] = tensor
+  assert renamed.keys() != tensors_of(model).keys()
+  got_config, got = params_from_huggingface(hf, renamed)
+  assert got_config == config
+  jax.tree.map(np.testing.assert_array_equal, got, params)

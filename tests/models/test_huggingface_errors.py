@@ -1,6 +1,7 @@
 """A checkpoint that does not fit says which tensor or setting is wrong."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from checkpoint_arrays import params_from_huggingface, params_to_huggingface
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.families import DECODERS, FAMILIES
 from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface
+from jaxllm.interop.stored import param_shapes
 from jaxllm.models.config import ModelConfig, MoEConfig, RopeScaling
 
 SMALL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=24, max_seq_len=32)
@@ -98,8 +100,7 @@ def test_a_parameter_of_another_shape():
   [
     ({"model_type": "mamba"}, "model_type 'mamba'"),
     ({"hidden_act": "tanh"}, "activation 'tanh'"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+    ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
   ],
 )
 def test_config_that_cannot_be_read(checkpoint, change, message):
@@ -107,10 +108,10 @@ def test_config_that_cannot_be_read(checkpoint, change, message):
     config_from_huggingface(checkpoint[0] | change)
 
 
-def test_missing_key(checkpoint):
-  hf = {key: value for key, value in checkpoint[0].items() if key != "hidden_size"}
-  with pytest.raises(ConfigError, match="lacks 'hidden_size'"):
-    config_from_huggingface(hf)
+def test_missing_key():
+  """Its class in transformers has no default either."""
+  with pytest.raises(ConfigError, match="lacks 'num_experts_per_tok'"):
+    config_from_huggingface({"model_type": "deepseek_v2"})
 
 
 def test_setting_that_the_family_here_does_not_have():
@@ -149,14 +150,15 @@ def test_ntk_scaling_is_exported_as_its_theta():
 
 
 # Without RoPE, with one setting for each kind of layer (see the families' tests), or without scaling.
-OTHER_ROPE = {"gpt2", "bloom", "gemma3", "gemma3_text", "phi3"}
+OTHER_ROPE = {"gpt2", "gptj", "bloom", "gemma3", "gemma3_text", "olmo3", "opt", "phi3"}
 
 
 @pytest.mark.parametrize("family", sorted({family.name for family in DECODERS} - OTHER_ROPE))
 def test_two_spellings_of_rope(family):
   """Files from before 2026 and from after say the same."""
   hf = dict(
-    model_type=family, vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+    model_type=family, vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    head_dim=8,
     intermediate_size=24, max_position_embeddings=32, sliding_window=4, rms_norm_eps=1e-6,
     num_local_experts=4, num_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
     moe_intermediate_size=8, first_k_dense_replace=1, routed_scaling_factor=1.0, n_group=1, topk_group=1,
@@ -175,12 +177,33 @@ def test_experts_of_some_layers_that_are_not_the_first():
     config_from_huggingface(hf | {"mlp_only_layers": [1]})
 
 
-def test_long_rope_is_refused():
+def test_a_model_whose_code_is_another_familys():
+  """Kimi-K2's config.json: DeepSeek-V3's in all but its name and sizes."""
+  hf = dict(
+    model_type="kimi_k2", architectures=["DeepseekV3ForCausalLM"], vocab_size=163840, hidden_size=7168,
+    num_hidden_layers=61, num_attention_heads=64, num_key_value_heads=64, intermediate_size=18432,
+    moe_intermediate_size=2048, n_routed_experts=384, num_experts_per_tok=8, n_shared_experts=1, n_group=1,
+    topk_group=1, first_k_dense_replace=1, routed_scaling_factor=2.827, norm_topk_prob=True, q_lora_rank=1536,
+    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rms_norm_eps=1e-6,
+    rope_theta=50000.0, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1, hidden_act="silu",
+    max_position_embeddings=131072, tie_word_embeddings=False, attention_bias=False,
+    rope_scaling=dict(
+      beta_fast=1.0, beta_slow=1.0, factor=32.0, mscale=1.0, mscale_all_dim=1.0, type="yarn",
+      original_max_position_embeddings=4096,
+    ),
+  )  # fmt: skip
+  c = config_from_huggingface(hf)
+  assert c == config_from_huggingface(hf | {"model_type": "deepseek_v3"})
+  assert 1.02e12 < sum(map(math.prod, param_shapes(c).values())) < 1.03e12  # "1T"
+  assert config_to_huggingface(c, "deepseek_v3")["model_type"] == "deepseek_v3"
+
+
+def test_scaling_that_a_phi3_does_not_have():
   hf = config_to_huggingface(dataclasses.replace(SMALL, tie_embeddings=False), "phi3")
-  with pytest.raises(ConfigError, match="RoPE scaling of type 'longrope'"):
-    config_from_huggingface(hf | {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}})
-  with pytest.raises(ConfigError, match="of Phi-3 only models without it"):
+  with pytest.raises(ConfigError, match="a phi3 has 'longrope' only"):
     config_from_huggingface(hf | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+  with pytest.raises(ConfigError, match=r"2 rotated pairs of a head, but 1 short_factors"):
+    config_from_huggingface(hf | {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0, 3.0]}})
 
 
 def test_several_models_in_one_checkpoint_are_read_only():

@@ -27,6 +27,9 @@ C = ModelConfig(vocab_size=40, embed_dim=16, num_layers=3, num_heads=4, mlp_dim=
 CONFIGS = {
   "dropless": C,
   "capacity": dataclasses.replace(C, moe=dataclasses.replace(MOE, capacity_factor=1.0)),
+  "biases": dataclasses.replace(
+    C, mlp="swiglu_clamped", attention_sinks=True, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=8, bias=True)
+  ),
   "latent": ModelConfig(
     vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=16, max_seq_len=16,
     mla=MLAConfig(kv_lora_rank=8, nope_head_dim=4, rope_head_dim=4, value_head_dim=6),
@@ -76,6 +79,7 @@ def single_device(name):
     ("capacity", dict(data=1, expert=8)),
     ("capacity", dict(fsdp=2, expert=2, tensor=2)),
     ("latent", dict(data=2, expert=2, tensor=2)),
+    ("biases", dict(fsdp=2, expert=2, tensor=2)),
   ],
 )
 def test_one_devices_numbers(name, sizes):

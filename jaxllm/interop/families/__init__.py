@@ -1,22 +1,57 @@
 """The Hugging Face architectures that can be read and written, by `model_type`."""
 
 from jaxllm.interop.families.bart import BART
-from jaxllm.interop.families.bert import BERT, ROBERTA
+from jaxllm.interop.families.bert import BERT, ROBERTA, XLM_ROBERTA
 from jaxllm.interop.families.bloom import BLOOM
+from jaxllm.interop.families.cohere import COHERE, COHERE2
+from jaxllm.interop.families.deberta import DEBERTA_V2
 from jaxllm.interop.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from jaxllm.interop.families.distilbert import DISTILBERT
+from jaxllm.interop.families.electra import ELECTRA
+from jaxllm.interop.families.falcon import FALCON
 from jaxllm.interop.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
+from jaxllm.interop.families.glm import GLM, GLM4
 from jaxllm.interop.families.gpt2 import GPT2
 from jaxllm.interop.families.gpt_neox import GPT_NEOX
+from jaxllm.interop.families.gpt_oss import GPT_OSS
+from jaxllm.interop.families.gptj import GPTJ
+from jaxllm.interop.families.granite import GRANITE
 from jaxllm.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from jaxllm.interop.families.mbart import M2M_100, MBART
 from jaxllm.interop.families.modernbert import MODERNBERT
 from jaxllm.interop.families.moe import MIXTRAL, QWEN3_MOE
+from jaxllm.interop.families.mpnet import MPNET
 from jaxllm.interop.families.olmo2 import OLMO2
+from jaxllm.interop.families.olmo3 import OLMO3
+from jaxllm.interop.families.opt import OPT
 from jaxllm.interop.families.phi3 import PHI3
 from jaxllm.interop.families.smollm3 import SMOLLM3
-from jaxllm.interop.families.t5 import T5
+from jaxllm.interop.families.starcoder2 import STARCODER2
+from jaxllm.interop.families.t5 import MT5, T5
 
-DENSE = (BLOOM, GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT, GPT2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3)
-DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, MIXTRAL, QWEN3_MOE)
-ENCODERS = (BERT, MODERNBERT, ROBERTA)
-ENCODER_DECODERS = (BART, T5)
+DENSE = (
+  *(
+    BLOOM,
+    COHERE,
+    COHERE2,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3_TEXT,
+    GLM,
+    GLM4,
+    GPT2,
+    GPTJ,
+    GPT_NEOX,
+    GRANITE,
+    LLAMA,
+  ),
+  *(MISTRAL, OLMO2, OLMO3, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2),
+)
+DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE)
+ENCODERS = (BERT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
+ENCODER_DECODERS = (BART, M2M_100, MBART, MT5, T5)
 FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}
+# Of models whose own code is that of another family; they are written as that.
+READ_AS = {"kimi_k2": "deepseek_v3"}

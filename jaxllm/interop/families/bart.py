@@ -4,6 +4,7 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.bert import POST_NORM
 
+CLASSIFIER = "BartForSequenceClassification"
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
 
 
@@ -11,26 +12,49 @@ def _attention(ours, theirs):
   return t.linears(ours, theirs, query="q_proj", key="k_proj", value="v_proj", output="out_proj")
 
 
-def _stack(prefix, side):
+def _stack(prefix, side, norm):
   layer = f"model.{side}.layers.{{layer}}"
   return (
     t.embedding(f"{prefix}embedding/positions", f"model.{side}.embed_positions"),
     *t.norm(f"{prefix}embedding/norm", f"model.{side}.layernorm_embedding"),
     *_attention(f"{prefix}blocks/attention", f"{layer}.self_attn"),
-    *t.norm(f"{prefix}blocks/attention_post_norm", f"{layer}.self_attn_layer_norm"),
+    *t.norm(f"{prefix}blocks/attention_{norm}", f"{layer}.self_attn_layer_norm"),
     *_attention(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn"),
-    *t.norm(f"{prefix}blocks/cross_attention_post_norm", f"{layer}.encoder_attn_layer_norm"),
+    *t.norm(f"{prefix}blocks/cross_attention_{norm}", f"{layer}.encoder_attn_layer_norm"),
     *t.linears(f"{prefix}blocks/mlp", layer, up="fc1", down="fc2"),
-    *t.norm(f"{prefix}blocks/mlp_post_norm", f"{layer}.final_layer_norm"),
+    *t.norm(f"{prefix}blocks/mlp_{norm}", f"{layer}.final_layer_norm"),
+    *t.norm(f"{prefix}final_norm", f"model.{side}.layer_norm"),
   )
 
 
+def weights(norm):
+  """`norm`: what the norms of the layers' parts are called here."""
+  return (
+    t.embedding("embedding/tokens", "model.shared"),
+    *_stack("", "decoder", norm),
+    *_stack("encoder/", "encoder", norm),
+  )
+
+
+def heads(c):
+  """The logits' matrix and bias, or a classifier's of the state at the text's end."""
+  if c.head == "sequence":
+    return t.linear("head/dense", "classification_head.dense") + t.linear("head", "classification_head.out_proj")
+  matrix = t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED)
+  return matrix, t.Weight(("head/bias",), "final_logits_bias", ROW)
+
+
 def _read(hf):
+  fields = read(hf) | t.read_head(hf, {"sequence": CLASSIFIER})
+  return fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
+
+
+def read(hf):
   for size in ("attention_heads", "ffn_dim"):
     if hf[f"encoder_{size}"] != hf[f"decoder_{size}"]:
       raise ConfigError(
         f"config.json has encoder_{size} {hf[f'encoder_{size}']} and decoder_{size} {hf[f'decoder_{size}']}; "
-        "a bart here has one size for both"
+        "a model here has one size of both"
       )
   return {
     "mlp": t.mlp_name(hf["activation_function"], gated=False),
@@ -63,23 +87,18 @@ BART = t.Family(
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "init_std",
   },
-  (
-    t.embedding("embedding/tokens", "model.shared"),
-    *_stack("", "decoder"),
-    *_stack("encoder/", "encoder"),
-    t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED),
-    t.Weight(("head/bias",), "final_logits_bias", ROW),
-  ),
+  weights("post_norm"),
   fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
-  defaults={
-    "decoder_start_token_id": 2,
+  # Untied, transformers has an embedding for each side.
+  requires={
+    "is_encoder_decoder": True,
     "tie_word_embeddings": True,
-    "init_std": 0.02,
-    "activation_function": "gelu",
-    "scale_embedding": False,
+    "normalize_before": False,
+    "add_final_layer_norm": False,
   },
-  requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
   read=_read,
-  write=_write,
+  write=lambda c: _write(c) | t.write_labels(c),
+  architectures={"sequence": CLASSIFIER},
+  more_weights=heads,
   ignored=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
 )

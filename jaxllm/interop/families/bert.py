@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), with the heads of their classes."""
+"""BERT (arXiv 1810.04805), RoBERTa (1907.11692) and XLM-RoBERTa (1911.02116), with the heads of their classes."""
 
 import dataclasses
 
@@ -14,15 +14,16 @@ POST_NORM = t.BIASED | {
 }
 
 
-def _architectures(name):
+def architectures(name):
   return {
     "sequence": f"{name}ForSequenceClassification",
     "token": f"{name}ForTokenClassification",
+    "span": f"{name}ForQuestionAnswering",
     "none": f"{name}Model",
   }
 
 
-def _weights(root):
+def weights(root):
   layer = root + ".encoder.layer.{layer}"
   return (
     t.embedding("embedding/tokens", f"{root}.embeddings.word_embeddings"),
@@ -46,6 +47,7 @@ BERT_HEADS = {
   ),
   "sequence": t.linear("head/dense", "bert.pooler.dense") + t.linear("head", "classifier"),
   "token": t.linear("head", "classifier"),
+  "span": t.linear("head", "qa_outputs"),
   "none": t.linear("head/dense", "bert.pooler.dense"),
 }
 ROBERTA_HEADS = {
@@ -56,25 +58,27 @@ ROBERTA_HEADS = {
   ),
   "sequence": t.linear("head/dense", "classifier.dense") + t.linear("head", "classifier.out_proj"),
   "token": t.linear("head", "classifier"),
+  "span": t.linear("head", "qa_outputs"),
   "none": t.linear("head/dense", "roberta.pooler.dense"),
 }
 
 
-def _read(hf, architectures):
-  fields = {"mlp": t.mlp_name(hf["hidden_act"], gated=False)} | t.read_head(hf, architectures)
-  dense = {"lm": fields["mlp"], "sequence": "tanh", "token": None, "none": "tanh"}[fields["head"]]
-  return fields | {
-    "head_dense": dense,
-    "head_norm": fields["head"] == "lm",
-    "head_bias": fields["head"] != "none",
-  }
+def read_heads(hf, name, **dense):
+  """The fields of a class's head: a norm before a language model's, a bias but for the bare model's."""
+  fields = t.read_head(hf, architectures(name))
+  head = fields["head"]
+  return fields | {"head_dense": dense.get(head), "head_norm": head == "lm", "head_bias": head != "none"}
 
 
-def _read_roberta(hf):
-  fields = _read(hf, _architectures("Roberta"))
+def _read(hf):
+  mlp = t.mlp_name(hf["hidden_act"], gated=False)
+  return {"mlp": mlp} | read_heads(hf, "Bert", lm=mlp, sequence="tanh", none="tanh")
+
+
+def _read_roberta(hf, name):
   offset = hf["pad_token_id"] + 1
-  return fields | {
-    "head_dense": "gelu" if fields["head"] == "lm" else fields["head_dense"],
+  return read_heads(hf, name, lm="gelu", sequence="tanh", none="tanh") | {
+    "mlp": t.mlp_name(hf["hidden_act"], gated=False),
     "position_offset": offset,
     "max_seq_len": hf["max_position_embeddings"] - offset,
   }
@@ -95,20 +99,19 @@ BERT: t.Family = t.Family(
   "bert",
   "BertForMaskedLM",
   t.KEYS | {"num_token_types": "type_vocab_size", "norm_eps": "layer_norm_eps"},
-  _weights("bert"),
+  weights("bert"),
   fields=POST_NORM | {"architecture": "encoder"},
-  defaults={"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
   requires={
     "is_decoder": False,
     "add_cross_attention": False,
     "position_embedding_type": "absolute",
     "tie_word_embeddings": True,
   },
-  read=lambda hf: _read(hf, _architectures("Bert")),
+  read=_read,
   write=_write,
   prefix="bert.",
   head="cls.predictions.decoder.weight",
-  architectures=_architectures("Bert"),
+  architectures=architectures("Bert"),
   more_weights=lambda c: BERT_HEADS[c.head],
   # BertForPreTraining's second objective, and the copy of a bias
   ignored=("*position_ids", "*pooler.*", "cls.seq_relationship.*", "cls.predictions.decoder.bias"),
@@ -117,13 +120,19 @@ ROBERTA = dataclasses.replace(
   BERT,
   name="roberta",
   architecture="RobertaForMaskedLM",
-  weights=_weights("roberta"),
-  defaults=BERT.defaults | {"pad_token_id": 1},
-  read=_read_roberta,
+  weights=weights("roberta"),
+  read=lambda hf: _read_roberta(hf, "Roberta"),
   write=_write_roberta,
   prefix="roberta.",
   head="lm_head.decoder.weight",
-  architectures=_architectures("Roberta"),
+  architectures=architectures("Roberta"),
   more_weights=lambda c: ROBERTA_HEADS[c.head],
   ignored=("*position_ids", "*pooler.*", "lm_head.decoder.bias"),
+)
+XLM_ROBERTA = dataclasses.replace(
+  ROBERTA,
+  name="xlm-roberta",
+  architecture="XLMRobertaForMaskedLM",
+  read=lambda hf: _read_roberta(hf, "XLMRoberta"),
+  architectures=architectures("XLMRoberta"),
 )

@@ -29,7 +29,7 @@ BLOOM = t.Family(
     *t.linear("head", "lm_head"),
   ),
   fields=t.BIASED | {"position": "alibi", "embedding_norm": True, "mlp": "gelu_tanh"},
-  defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "seq_length": 2048},
+  defaults={"seq_length": 2048},
   requires={"apply_residual_connection_post_layernorm": False},
   prefix="transformer.",
 )

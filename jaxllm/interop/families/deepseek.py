@@ -117,8 +117,7 @@ DEEPSEEK_V2 = t.Family(
   "DeepseekV2ForCausalLM",
   {ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours not in ("num_kv_heads", "head_dim")},
   WEIGHTS + llama.PRE_NORMS,
-  defaults=llama.DEFAULTS
-  | {"topk_method": "greedy", "n_group": None, "topk_group": None, "norm_topk_prob": False, "q_lora_rank": None},
+  defaults=llama.DEFAULTS | {"topk_method": "greedy", "norm_topk_prob": False},
   # Their norms of latent vectors always have this epsilon, whatever the config says of the others.
   requires={"rms_norm_eps": 1e-6, "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False},
   parts=("moe", "mla"),
@@ -130,7 +129,7 @@ DEEPSEEK_V3 = dataclasses.replace(
   DEEPSEEK_V2,
   name="deepseek_v3",
   architecture="DeepseekV3ForCausalLM",
-  defaults=llama.DEFAULTS | {"q_lora_rank": None, "norm_topk_prob": True},
+  defaults=llama.DEFAULTS | {"norm_topk_prob": True},
   requires={"rms_norm_eps": 1e-6, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
   | {"rope_interleave": True},
   ignored=("model.layers.{num_layers}.*",),  # the layer that predicts one more token

@@ -47,7 +47,6 @@ GEMMA = dataclasses.replace(
   name="gemma",
   architecture="GemmaForCausalLM",
   fields={"norm_unit_offset": True},
-  defaults=llama.DEFAULTS | {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu"},
   requires={"use_bidirectional_attention": None},
   read=_read_gemma,
 )
@@ -63,17 +62,7 @@ GEMMA2 = t.Family(
     *t.norm("blocks/mlp_post_norm", f"{llama.LAYER}.post_feedforward_layernorm"),
   ),
   fields={"norm_placement": "sandwich", "norm_unit_offset": True},
-  defaults=llama.DEFAULTS
-  | {
-    "head_dim": 256,
-    "tie_word_embeddings": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 2,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-  },
+  defaults=llama.DEFAULTS | {"sliding_window_pattern": 2},
   requires={"use_bidirectional_attention": None},
   read=_read,
   write=_write,
@@ -83,11 +72,7 @@ GEMMA3_TEXT = dataclasses.replace(
   name="gemma3_text",
   architecture="Gemma3ForCausalLM",
   fields=dict(GEMMA2.fields) | {"qk_norm": "head"},
-  # The larger models' files leave out what has these values.
-  defaults=dict(GEMMA2.defaults)
-  | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
-  | {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "max_position_embeddings": 131072}
-  | {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
+  defaults=llama.DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
   requires={"use_bidirectional_attention": False},
   read=_read_gemma3,
   write=lambda c: _write(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta},

@@ -31,12 +31,6 @@ GPT2 = t.Family(
     *t.linear("head", "lm_head"),
   ),
   fields=t.BIASED | {"position": "learned"},
-  defaults={
-    "n_inner": None,
-    "layer_norm_epsilon": 1e-5,
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": True,
-  },
   requires={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
   read=lambda hf: {"mlp": t.mlp_name(hf["activation_function"], gated=False)},
   write=lambda c: {"activation_function": "gelu_new" if c.mlp == "gelu_tanh" else t.activation_name(c.mlp)},

@@ -45,15 +45,7 @@ GPT_NEOX = t.Family(
     *t.linear("head", "embed_out"),
   ),
   fields={"norm": "layernorm", "mlp_bias": True},
-  defaults={
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "gelu",
-    "tie_word_embeddings": False,
-    "use_parallel_residual": True,
-    "attention_bias": True,
-    "rotary_emb_base": 10000.0,
-    "rotary_pct": 0.25,
-  },
+  defaults={"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
   read=_read,
   write=_write,
   other_names=t.linear("head", "lm_head"),  # as transformers has it in memory

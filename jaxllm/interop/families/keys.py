@@ -27,6 +27,8 @@ class Rope(TypedDict, total=False):
   mscale: NotNegative
   mscale_all_dim: NotNegative
   truncate: bool
+  short_factor: list[Positive]
+  long_factor: list[Positive]
   full_attention: "Rope"
   sliding_attention: "Rope"
 
@@ -135,6 +137,48 @@ class Keys(TypedDict, total=False):
   qk_nope_head_dim: Size
   qk_rope_head_dim: Size
   v_head_dim: Size
+  # Of the families that came later
+  logit_scale: Positive | None
+  norm_epsilon: Real
+  use_bias: bool
+  bos_token_id: Whole | None
+  num_labels: Count
+  use_qk_norm: bool
+  ffn_dim: Size
+  word_embed_proj_dim: Size | None
+  do_layer_norm_before: bool
+  _remove_final_layer_norm: bool
+  new_decoder_architecture: bool
+  num_kv_heads: Size | None
+  alibi: bool
+  multi_query: bool
+  parallel_attn: bool
+  bias: bool
+  num_ln_in_parallel_attn: Count | None
+  ffn_hidden_size: Size | None
+  activation: str
+  rotary_dim: Size
+  embedding_multiplier: Real
+  residual_multiplier: Real
+  logits_scaling: Positive
+  attention_multiplier: Positive
+  dim: Size
+  hidden_dim: Size
+  n_layers: Layers
+  n_heads: Size
+  embedding_size: Size
+  relative_attention: bool
+  share_att_key: bool
+  norm_rel_ebd: str
+  conv_kernel_size: Count
+  pos_att_type: list[str] | str | None
+  position_buckets: Whole
+  max_relative_positions: Whole
+  position_biased_input: bool
+  pooler_hidden_act: str
+  swiglu_limit: Positive
+  swiglu_alpha: Positive
+  original_max_position_embeddings: Size
 
 
 class Declared(dict):
@@ -169,7 +213,6 @@ def read_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], own: Mappi
     ConfigError: a value is of another type than declared, or outside its range.
   """
   kind = TypedDict("kind", {**get_type_hints(Keys, include_extras=True), **own}, total=False)  # type: ignore[misc]
-  found = Declared({**defaults, **declared(kind, config, "config.json")}, kind.__annotations__.keys())
-  for key in defaults:
-    found.get(key)
-  return found
+  known = kind.__annotations__.keys()
+  given = {key: value for key, value in defaults.items() if key in known}  # classes of transformers have others too
+  return Declared({**given, **declared(kind, config, "config.json")}, known)

@@ -11,15 +11,8 @@ KEYS = t.KEYS | {
   "norm_eps": "rms_norm_eps",
   "tie_embeddings": "tie_word_embeddings",
 }
-DEFAULTS = {
-  "num_key_value_heads": None,
-  "head_dim": None,
-  "rms_norm_eps": 1e-6,
-  "tie_word_embeddings": False,
-  "attention_bias": False,
-  "mlp_bias": False,
-  "hidden_act": "silu",
-}
+# of keys that some of the classes made after LlamaConfig lack
+DEFAULTS = {"head_dim": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 LAYER = "model.layers.{layer}"
 WEIGHTS = (
@@ -96,7 +89,6 @@ QWEN3 = replace(
   name="qwen3",
   architecture="Qwen3ForCausalLM",
   fields={"qk_norm": "head"},
-  defaults=DEFAULTS | {"head_dim": 128},
   read=_read_qwen,
   write=_write_qwen,
 )

@@ -72,7 +72,6 @@ MIXTRAL = dataclasses.replace(
     ),
   ),
   other_names=(ROUTER, *STACKED),
-  defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.001},
   parts=("moe",),
   read=_read_mixtral,
   write=_write_mixtral,
@@ -83,8 +82,6 @@ QWEN3_MOE = dataclasses.replace(
   architecture="Qwen3MoeForCausalLM",
   weights=(*llama.QWEN3.weights, ROUTER, *SEPARATE),
   other_names=STACKED,
-  defaults=llama.DEFAULTS
-  | {"norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001},
   parts=("moe",),
   read=_read_qwen,
   write=_write_qwen,

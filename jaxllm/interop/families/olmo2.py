@@ -15,5 +15,4 @@ OLMO2 = dataclasses.replace(
     *t.norm("blocks/mlp_post_norm", f"{llama.LAYER}.post_feedforward_layernorm"),
   ),
   fields={"norm_placement": "output", "qk_norm": "full"},
-  defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5},
 )

@@ -8,10 +8,20 @@ from jaxllm.interop.families import table as t
 
 
 def _read(hf):
-  fields = llama.read_mistral(hf)
-  if "rope_scaling" in fields:
-    raise ConfigError("config.json has RoPE scaling; of Phi-3 only models without it can be read (4k, not 128k)")
-  return fields
+  settings = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+  kind = settings.get("rope_type", settings.get("type", "default"))
+  if kind not in ("default", "longrope", "su", "yarn"):  # the last two in its first files, for the same
+    raise ConfigError(f"config.json has RoPE scaling of type {kind!r}; a phi3 has 'longrope' only")
+  if kind != "default":
+    known = {"rope_type": "longrope", "original_max_position_embeddings": hf["original_max_position_embeddings"]}
+    settings = {"rope_theta": hf["rope_theta"]} | known | settings | {"rope_type": "longrope"}
+  return llama.read_mistral({**hf, "rope_parameters": settings})
+
+
+def _write(c):
+  original = c.rope_scaling.original_max_seq_len if c.rope_scaling else c.max_seq_len
+  # Its default padding token is of the published vocabulary, and may be outside ours.
+  return llama.write_mistral(c) | {"original_max_position_embeddings": original, "pad_token_id": None}
 
 
 PHI3 = dataclasses.replace(
@@ -30,8 +40,7 @@ PHI3 = dataclasses.replace(
     *t.norm("final_norm", "model.norm"),
     *t.linear("head", "lm_head"),
   ),
-  defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+  defaults=llama.DEFAULTS | {"partial_rotary_factor": 1.0},
   read=_read,
-  # Its default padding token is of the published vocabulary, and may be outside ours.
-  write=lambda c: llama.write_mistral(c) | {"original_max_position_embeddings": c.max_seq_len, "pad_token_id": None},
+  write=_write,
 )

@@ -5,12 +5,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxllm.base.errors import ConfigError, shown
+from jaxllm.interop.families.table import Transform, Weight, transposed
 from jaxllm.models.config import ModelConfig, RopeScaling
 
 # ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.
 _NUMBERS = {
   "linear": {},
+  "dynamic": {"original_max_seq_len": "original_max_position_embeddings"},
+  "longrope": {
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+    "attention_factor": "attention_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+  },
   "llama3": {
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -21,6 +31,7 @@ _NUMBERS = {
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
     "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
     "original_max_seq_len": "original_max_position_embeddings",
   },
 }
@@ -30,7 +41,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   """The RoPE fields of a ModelConfig.
 
   Raises:
-    ConfigError: a kind of scaling that is not fixed numbers (dynamic NTK, LongRoPE) or is unknown.
+    ConfigError: an unknown kind of scaling.
   """
   settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
   kind = settings.get("rope_type", settings.get("type", "default"))
@@ -48,10 +59,9 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
       f"config.json has RoPE scaling of type {shown(kind)}; those known are {', '.join(_NUMBERS)} "
       "(remove it to run at the trained length)"
     )
-  if settings.get("truncate") is False:
-    raise ConfigError("config.json has yarn RoPE scaling with truncate false, which is not supported")
   names = _NUMBERS[kind].items()
   numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
+  numbers = {name: tuple(map(float, x)) if isinstance(x, list) else x for name, x in numbers.items()}
   if "original_max_seq_len" in _NUMBERS[kind]:
     numbers.setdefault("original_max_seq_len", hf["max_position_embeddings"])
   factor = settings.get("factor")
@@ -75,9 +85,33 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
     hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | {
       theirs: getattr(c.rope_scaling, ours)
       for ours, theirs in _NUMBERS[kind].items()
-      if getattr(c.rope_scaling, ours) is not None
+      if getattr(c.rope_scaling, ours) is not None and getattr(c.rope_scaling, ours) is not True  # `truncate`: if False
     }
   return hf
+
+
+def _halves(c: ModelConfig, x: np.ndarray, inverse: bool = False) -> np.ndarray:
+  """The first `rotary_dim` of every head of the last axis: in pairs (0, 1), (2, 3), … as they rotate them, to the first
+  of all pairs before the second of all, as `apply_rope` does."""
+  heads = x.reshape(*x.shape[:-1], -1, c.head_dim)
+  rotated, plain = np.split(heads, [c.rotary_dim], axis=-1)
+  pairs = (2, -1) if inverse else (-1, 2)
+  rotated = np.swapaxes(rotated.reshape(*rotated.shape[:-1], *pairs), -1, -2).reshape(rotated.shape)
+  return np.concatenate([rotated, plain], axis=-1).reshape(x.shape)
+
+
+_MATRIX = Transform(
+  lambda c, x, shapes: [_halves(c, transposed(x))], lambda c, weights: transposed(_halves(c, weights[0], inverse=True))
+)
+_SCALE = Transform(lambda c, x, shapes: [_halves(c, x)], lambda c, weights: _halves(c, weights[0], inverse=True))
+
+
+def interleaved(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+  """A table whose query and key are rotated in neighbouring pairs (GPT-J, GLM, Cohere)."""
+  ways = {f"blocks/attention/{name}": _MATRIX for name in ("query", "key")}
+  ways |= {f"blocks/attention/{name}_norm": _SCALE for name in ("query", "key")}
+  way_of = lambda w: ways.get(w.ours[0].rpartition("/")[0], w.transform)  # noqa: E731
+  return tuple(dataclasses.replace(w, transform=way_of(w)) for w in weights)
 
 
 def canonical_rope(c: ModelConfig) -> ModelConfig:

@@ -23,7 +23,7 @@ SMOLLM3 = dataclasses.replace(
   llama.LLAMA,
   name="smollm3",
   architecture="SmolLM3ForCausalLM",
-  defaults=llama.DEFAULTS | {"no_rope_layer_interval": 4, "tie_word_embeddings": True},
+  defaults=llama.DEFAULTS | {"no_rope_layer_interval": 4},
   requires={"use_sliding_window": False},
   read=_read,
   write=_write,

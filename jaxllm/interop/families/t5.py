@@ -1,4 +1,6 @@
-"""T5 (arXiv 1910.10683), T5 1.1 and FLAN-T5 (arXiv 2210.11416)."""
+"""T5 (arXiv 1910.10683), T5 1.1, FLAN-T5 (2210.11416), and mT5 (2010.11934), whose logits are never scaled."""
+
+import dataclasses
 
 from jaxllm.interop.families import table as t
 from jaxllm.models.config import MLPS
@@ -72,16 +74,7 @@ T5 = t.Family(
     *t.linear("head", "lm_head"),
   ),
   fields={"architecture": "encoder_decoder", "position": "relative", "query_scale": 1.0, "init": "fan_in"},
-  defaults={
-    "num_decoder_layers": None,
-    "n_positions": 512,
-    "layer_norm_epsilon": 1e-6,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "feed_forward_proj": "relu",
-    "decoder_start_token_id": 0,
-    "tie_word_embeddings": True,
-  },
+  defaults={"n_positions": 512, "decoder_start_token_id": 0, "tie_word_embeddings": True},
   requires={"is_decoder": False, "is_encoder_decoder": True},
   read=lambda hf: _read(hf) | {"num_layers": hf["num_decoder_layers"] or hf["num_layers"]},
   write=_write,
@@ -89,4 +82,11 @@ T5 = t.Family(
   more_weights=_mlp,
   # copies of "shared", and a bias that the first checkpoints have and no code reads
   ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
+)
+MT5 = dataclasses.replace(
+  T5,
+  name="mt5",
+  architecture="MT5ForConditionalGeneration",
+  read=lambda hf: T5.read(hf) | {"logit_scale": None},
+  write=lambda c: {key: value for key, value in _write(c).items() if key != "scale_decoder_outputs"},
 )

@@ -26,7 +26,7 @@ KEYS = {
 }
 BIASES = {"attention_out_bias": "attention_bias", "attention_bias": "attention_bias"}  # one key says both
 # Of absent keys, where a family's own defaults do not say otherwise
-DEFAULTS = {"initializer_range": 0.02, "id2label": (0, 1)}
+DEFAULTS = {"initializer_range": 0.02, "id2label": None, "num_labels": 2}
 # LayerNorm, and biases everywhere
 BIASED = {"norm": "layernorm", "attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 QKV = ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value")
@@ -128,7 +128,7 @@ class Family:
   keys: Mapping[str, str]  # ModelConfig field -> the key that means the same
   weights: tuple[Weight, ...]
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
-  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of absent keys
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that `CLASS_DEFAULTS` has not
   types: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that families.keys does not declare
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
   parts: tuple[str, ...] = ()  # ModelConfig fields that may be None but not in this family
@@ -161,7 +161,8 @@ def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[s
   """`head` and `num_labels` by the class that config.json names; "lm" where it is none of `architectures`."""
   named = (hf.get("architectures") or [None])[0]
   head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
-  return {"head": head} | ({"num_labels": len(hf["id2label"])} if head in ("sequence", "token") else {})
+  labels = len(hf["id2label"]) if hf["id2label"] else hf["num_labels"]
+  return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token", "span") else {})
 
 
 def write_labels(c: ModelConfig) -> dict[str, Any]:
@@ -197,7 +198,10 @@ def activation_name(mlp: str) -> str:
   """The Hugging Face activation name of a `ModelConfig.mlp`. Raises ConfigError where there is none."""
   if mlp not in MLPS:
     raise ConfigError(f"no config.json can say the activation {mlp!r} here")
-  return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == MLPS[mlp][0])
+  for theirs, ours in _ACTIVATIONS.items():
+    if ours == MLPS[mlp][0]:
+      return theirs
+  raise ConfigError(f"no config.json of this family can say model.mlp = {mlp!r}")
 
 
 def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:

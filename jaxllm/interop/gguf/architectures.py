@@ -143,7 +143,7 @@ _GEMMA_KEYS = {"attention.sliding_window": "sliding_window", "final_logit_softca
 _UNBIASED = {"attention_bias": False}
 _ARCHITECTURES = (
   Architecture("llama", "llama", interleaved=True),
-  Architecture("llama", "mistral", interleaved=True),
+  Architecture("llama", "mistral", interleaved=True, only={"sliding_window": None}),
   Architecture("smollm3", "smollm3", interleaved=True),
   Architecture("qwen2", "qwen2"),
   Architecture("qwen3", "qwen3", only=_UNBIASED),
@@ -236,7 +236,7 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
     numbers["rope.freq_base_swa"] = float(full["rope_local_base_freq"])
   entries: dict[str, Any] = {"general.architecture": architecture.name, "general.type": "model"}
   entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
-  back = _explicit(read_config(entries, _blanks(full) | extra) | {"model_type": family}, family)
+  back = _explicit({**architecture.only, **read_config(entries, _blanks(full) | extra), "model_type": family}, family)
   for key in full.keys() | back.keys():
     if key != "initializer_range" and not _alike(full.get(key), back.get(key)):
       raise ConfigError(

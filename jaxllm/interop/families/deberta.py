@@ -1,0 +1,72 @@
+"""DeBERTa v2 and v3 (arXiv 2006.03654, 2111.09543): attention to content and, apart from it, to distances."""
+
+import dataclasses
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.interop.families import table as t
+from jaxllm.interop.families.bert import BERT, BERT_HEADS, POST_NORM, architectures, read_heads
+
+LAYER = "deberta.encoder.layer.{layer}"
+HEADS = BERT_HEADS | {"sequence": t.linear("head/dense", "pooler.dense") + t.linear("head", "classifier"), "none": ()}
+# What all published models of both versions say.
+ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 0}
+
+
+def _read(hf):
+  for key, value in ALWAYS.items():
+    if hf[key] != value:
+      raise ConfigError(f"config.json has {key} = {hf[key]!r}; a deberta-v2 here can only have {value!r}")
+  kinds = hf["pos_att_type"] or []
+  if sorted(kinds.split("|") if isinstance(kinds, str) else kinds) != ["c2p", "p2c"]:
+    raise ConfigError(f"config.json has pos_att_type = {kinds}; a deberta-v2 here has both c2p and p2c")
+  mlp, longest = t.mlp_name(hf["hidden_act"], gated=False), hf["max_relative_positions"]
+  pooler = t.mlp_name(hf["pooler_hidden_act"], gated=False)
+  return read_heads(hf, "DebertaV2", lm=mlp, sequence=pooler) | {
+    "mlp": mlp,
+    "position": "learned" if hf["position_biased_input"] else "none",
+    "relative_buckets": hf["position_buckets"],
+    "relative_max_distance": hf["max_position_embeddings"] if longest < 1 else longest,
+    "query_scale": (3 * (hf["hidden_size"] // hf["num_attention_heads"])) ** -0.5,  # of a sum of three products
+  }
+
+
+def _write(c):
+  hf = {"pos_att_type": ["p2c", "c2p"], "position_buckets": c.relative_buckets}
+  hf |= ALWAYS | {"max_relative_positions": c.relative_max_distance, "position_biased_input": c.position == "learned"}
+  hf |= {"hidden_act": t.activation_name(c.mlp), "pooler_hidden_act": t.activation_name(c.head_dense or "gelu")}
+  return hf | t.write_labels(c)
+
+
+DEBERTA_V2 = dataclasses.replace(
+  BERT,
+  name="deberta-v2",
+  architecture="DebertaV2ForMaskedLM",
+  weights=(
+    t.embedding("embedding/tokens", "deberta.embeddings.word_embeddings"),
+    t.embedding("embedding/positions", "deberta.embeddings.position_embeddings"),
+    t.embedding("embedding/token_types", "deberta.embeddings.token_type_embeddings"),
+    *t.norm("embedding/norm", "deberta.embeddings.LayerNorm"),
+    t.embedding("relative_vectors", "deberta.encoder.rel_embeddings"),
+    *t.norm("relative_norm", "deberta.encoder.LayerNorm"),
+    *t.linears("blocks/attention", f"{LAYER}.attention.self", query="query_proj", key="key_proj", value="value_proj"),
+    *t.linear("blocks/attention/output", f"{LAYER}.attention.output.dense"),
+    *t.norm("blocks/attention_post_norm", f"{LAYER}.attention.output.LayerNorm"),
+    *t.linear("blocks/mlp/up", f"{LAYER}.intermediate.dense"),
+    *t.linear("blocks/mlp/down", f"{LAYER}.output.dense"),
+    *t.norm("blocks/mlp_post_norm", f"{LAYER}.output.LayerNorm"),
+  ),
+  fields=POST_NORM | {"architecture": "encoder", "relative_bias": "disentangled"},
+  defaults={"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none", "conv_kernel_size": 0},
+  requires={"tie_word_embeddings": True},
+  read=_read,
+  write=_write,
+  other_names=(  # without `legacy`, and in the files of v3
+    *t.linear("head/dense", "lm_predictions.lm_head.dense"),
+    *t.norm("head/norm", "lm_predictions.lm_head.LayerNorm"),
+    t.Weight(("head/bias",), "lm_predictions.lm_head.bias"),
+  ),
+  prefix="deberta.",
+  architectures=architectures("DebertaV2"),
+  more_weights=lambda c: HEADS[c.head],
+  ignored=("*position_ids", "mask_predictions.*", "cls.predictions.decoder.bias"),
+)

@@ -1,0 +1,54 @@
+"""DistilBERT (arXiv 1910.01108): BERT without kinds of segments and without a pooler."""
+
+from jaxllm.interop.families import table as t
+from jaxllm.interop.families.bert import POST_NORM, architectures, read_heads
+
+LAYER = "distilbert.transformer.layer.{layer}"
+HEADS = {
+  "lm": (
+    *t.linear("head/dense", "vocab_transform"),
+    *t.norm("head/norm", "vocab_layer_norm"),
+    t.Weight(("head/bias",), "vocab_projector.bias"),
+  ),
+  "sequence": t.linear("head/dense", "pre_classifier") + t.linear("head", "classifier"),
+  "token": t.linear("head", "classifier"),
+  "span": t.linear("head", "qa_outputs"),
+  "none": (),
+}
+
+
+def _read(hf):
+  mlp = t.mlp_name(hf["activation"], gated=False)
+  return {"mlp": mlp} | read_heads(hf, "DistilBert", lm=mlp, sequence="relu")
+
+
+DISTILBERT = t.Family(
+  "distilbert",
+  "DistilBertForMaskedLM",
+  {
+    "vocab_size": "vocab_size",
+    "embed_dim": "dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "mlp_dim": "hidden_dim",
+    "max_seq_len": "max_position_embeddings",
+    "init_std": "initializer_range",
+  },
+  (
+    t.embedding("embedding/tokens", "distilbert.embeddings.word_embeddings"),
+    t.embedding("embedding/positions", "distilbert.embeddings.position_embeddings"),
+    *t.norm("embedding/norm", "distilbert.embeddings.LayerNorm"),
+    *t.linears("blocks/attention", f"{LAYER}.attention", query="q_lin", key="k_lin", value="v_lin", output="out_lin"),
+    *t.norm("blocks/attention_post_norm", f"{LAYER}.sa_layer_norm"),
+    *t.linears("blocks/mlp", f"{LAYER}.ffn", up="lin1", down="lin2"),
+    *t.norm("blocks/mlp_post_norm", f"{LAYER}.output_layer_norm"),
+  ),
+  fields=POST_NORM | {"architecture": "encoder", "norm_eps": 1e-12},
+  requires={"tie_word_embeddings": True},  # its sinusoidal positions are in the file like learned ones
+  read=_read,
+  write=lambda c: t.write_labels(c) | {"activation": t.activation_name(c.mlp)},
+  prefix="distilbert.",
+  head="vocab_projector.weight",
+  architectures=architectures("DistilBert"),
+  more_weights=lambda c: HEADS[c.head],
+)

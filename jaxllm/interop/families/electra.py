@@ -1,0 +1,57 @@
+"""ELECTRA (arXiv 2003.10555): BERT whose embedding may be narrower; a generator, and a discriminator that says of each
+token whether it was replaced: one label, read as classes of tokens are."""
+
+import dataclasses
+
+from jaxllm.interop.families import table as t
+from jaxllm.interop.families.bert import BERT, POST_NORM, architectures, read_heads, weights
+
+DISCRIMINATOR = "ElectraForPreTraining"
+
+
+def _heads(c):
+  if c.head == "token" and c.head_dense:
+    names = "discriminator_predictions.dense", "discriminator_predictions.dense_prediction"
+    return t.linear("head/dense", names[0]) + t.linear("head", names[1])
+  return {
+    "lm": (
+      *t.linear("head/dense", "generator_predictions.dense"),
+      *t.norm("head/norm", "generator_predictions.LayerNorm"),
+      t.Weight(("head/bias",), "generator_lm_head.bias"),
+    ),
+    "sequence": t.linear("head/dense", "classifier.dense") + t.linear("head", "classifier.out_proj"),
+    "token": t.linear("head", "classifier"),
+    "span": t.linear("head", "qa_outputs"),
+    "none": (),
+  }[c.head]
+
+
+def _read(hf):
+  mlp, width = t.mlp_name(hf["hidden_act"], gated=False), hf["embedding_size"]
+  fields = read_heads(hf, "Electra", lm="gelu", sequence="gelu")
+  if (hf.get("architectures") or [None])[0] == DISCRIMINATOR:
+    fields |= {"head": "token", "num_labels": 1, "head_dense": mlp, "head_norm": False, "head_bias": True}
+  return fields | {"mlp": mlp, "embedding_dim": 0 if width == hf["hidden_size"] else width}
+
+
+def _write(c):
+  hf = {"hidden_act": t.activation_name(c.mlp), "embedding_size": c.token_dim}
+  if c.head == "token" and c.head_dense:
+    return hf | {"architectures": [DISCRIMINATOR]}
+  return hf | t.write_labels(c)
+
+
+ELECTRA = dataclasses.replace(
+  BERT,
+  name="electra",
+  architecture="ElectraForMaskedLM",
+  weights=(*weights("electra"), *t.linear("embedding/projection", "electra.embeddings_project")),
+  fields=POST_NORM | {"architecture": "encoder"},
+  read=_read,
+  write=_write,
+  prefix="electra.",
+  head="generator_lm_head.weight",
+  architectures=architectures("Electra"),
+  more_weights=_heads,
+  ignored=("*position_ids",),
+)

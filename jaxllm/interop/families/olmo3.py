@@ -1,0 +1,41 @@
+"""OLMo 3 (Allen AI, 2025): OLMo 2 with windows in three of four layers, whose RoPE is never stretched."""
+
+import dataclasses
+
+from jaxllm.interop.families import llama, olmo2
+from jaxllm.interop.families import table as t
+from jaxllm.interop.families.rope import write_rope
+
+
+def _read(hf):
+  kinds = hf.get("rope_parameters") or {}
+  stretched = {**kinds.get("full_attention", {}), **(hf.get("rope_scaling") or {})}
+  fields = llama.read({**hf, "rope_parameters": stretched})
+  local = kinds.get("sliding_attention", {}).get("rope_theta", hf["rope_theta"])
+  layers = range(hf["num_hidden_layers"])
+  types = hf.get("layer_types") or ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in layers]
+  return fields | {"rope_local_theta": float(local)} | t.read_windows(types, hf["sliding_window"])
+
+
+def _write(c):
+  rope = write_rope(c)
+  theta = c.rope_theta if c.rope_local_theta is None else c.rope_local_theta
+  return llama.write(c) | {
+    "rope_parameters": {
+      "full_attention": {"rope_theta": c.rope_theta, "rope_type": "default"} | rope.get("rope_scaling", {}),
+      "sliding_attention": {"rope_theta": theta, "rope_type": "default"},
+    },
+    "sliding_window": c.sliding_window or c.max_seq_len,
+    "layer_types": t.types_from_pattern(c),
+    "pad_token_id": None,  # the default is of the published vocabulary, and may be outside ours
+  }
+
+
+OLMO3 = dataclasses.replace(
+  olmo2.OLMO2,
+  name="olmo3",
+  architecture="Olmo3ForCausalLM",
+  keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours != "head_dim"},
+  read=_read,
+  write=_write,
+)

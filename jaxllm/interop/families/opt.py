@@ -1,0 +1,59 @@
+"""OPT (arXiv 2205.01068): learned positions, LayerNorm, biases everywhere; norms after the sums in one of its sizes."""
+
+from jaxllm.base.errors import ConfigError
+from jaxllm.interop.families import table as t
+
+LAYER = "model.decoder.layers.{layer}"
+
+
+def _norms(c):
+  kind = "norm" if c.norm_placement == "pre" else "post_norm"
+  return (
+    *t.norm(f"blocks/attention_{kind}", f"{LAYER}.self_attn_layer_norm"),
+    *t.norm(f"blocks/mlp_{kind}", f"{LAYER}.final_layer_norm"),
+  )
+
+
+def _read(hf):
+  width = hf["word_embed_proj_dim"] or hf["hidden_size"]
+  if width != hf["hidden_size"]:
+    raise ConfigError(
+      f"config.json has word_embed_proj_dim {width} and hidden_size {hf['hidden_size']}; they must be equal here"
+    )
+  before = hf["do_layer_norm_before"]
+  return {
+    "mlp": t.mlp_name(hf["activation_function"], gated=False),
+    "norm_placement": "pre" if before else "post",
+    "final_norm": before and not hf["_remove_final_layer_norm"],
+  }
+
+
+def _write(c):
+  return {
+    "activation_function": t.activation_name(c.mlp),
+    "do_layer_norm_before": c.norm_placement == "pre",
+    "_remove_final_layer_norm": not c.final_norm,
+    "word_embed_proj_dim": c.embed_dim,
+  }
+
+
+OPT = t.Family(
+  "opt",
+  "OPTForCausalLM",
+  t.KEYS | {"mlp_dim": "ffn_dim", "init_std": "init_std", "tie_embeddings": "tie_word_embeddings"},
+  (
+    t.embedding("embedding/tokens", "model.decoder.embed_tokens"),
+    t.embedding("embedding/positions", "model.decoder.embed_positions"),
+    *t.linears(
+      "blocks/attention", f"{LAYER}.self_attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj"
+    ),
+    *t.linears("blocks/mlp", LAYER, up="fc1", down="fc2"),
+    *t.norm("final_norm", "model.decoder.final_layer_norm"),
+    *t.linear("head", "lm_head"),
+  ),
+  fields=t.BIASED | {"position": "learned", "position_offset": 2, "norm_eps": 1e-5, "init": "normal"},
+  requires={"enable_bias": True, "layer_norm_elementwise_affine": True},
+  read=_read,
+  write=_write,
+  more_weights=_norms,
+)
