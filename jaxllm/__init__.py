@@ -7,6 +7,11 @@ model.generate("def ", temperature=0.8, max_tokens=64)[0].text
 
 import importlib
 
+from jaxllm.base import stopping
+
+if stopping.runs_a_door():  # before anything that takes long is imported
+  stopping.install()
+
 # name -> the module it comes from, imported at first use: `import jaxllm` alone loads not even jax.
 _EXPORTS = {
   "LLM": "jaxllm.inference.llm",

@@ -62,9 +62,8 @@ def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
 
 if stopping.runs_a_door():  # before anything that takes long is imported
   sys.excepthook = _say
-  if (
-    "--debug" not in sys.argv
-  ):  # what a library's callback or a destructor raises is nobody's to mend, or said elsewhere
+  if "--debug" not in sys.argv:
+    # What a library's callback or a destructor raises is nobody's to mend, or said elsewhere.
     sys.unraisablehook = lambda raised: logging.getLogger("jaxllm").debug("%s", raised)
   open_standard_streams()
   stopping.install()
@@ -122,7 +121,7 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
       print(f"error: {line}", file=sys.stderr, flush=True)
     _to_nowhere(sys.stdout)
   if is_program:
-    stopping.over()
+    stopping.finish(code)
   return code
 
 

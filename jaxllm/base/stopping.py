@@ -11,6 +11,7 @@ A signal that the parent has ignored stays ignored if it is SIGINT (a shell's ba
 SIGTERM works in any case. SIGUSR1 is noted: a training run that it reaches while it starts saves later.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -111,10 +112,15 @@ def interrupts_apart() -> Iterator[None]:
       signal.signal(signal.SIGINT, handler)
 
 
-def over() -> None:
-  """The work is done: from here on a signal ends the program without a word, and nothing is cleaned up."""
+def finish(code: int) -> None:
+  """Ends the program, whose work is done: threads and what was registered for the end are waited for, but the
+  interpreter is not taken down, which takes one to two seconds where XLA's programs are freed one by one, and in which
+  a signal would find no handler. From here on a signal ends the program without a word."""
   global _over
   _over = True
+  threading._shutdown()  # type: ignore[attr-defined]
+  atexit._run_exitfuncs()
+  leave(code)
 
 
 def leave(code: int, line: bytes = b"") -> None:

@@ -35,6 +35,8 @@ def began(line):
 def test_before_there_is_anything_to_save(job, tmp_path, after, number):
   """In the middle of imports for the most part. (The first 0.05 s are Python's own.)"""
   found = interrupt(training(job, tmp_path / "run"), after, [number])
+  if found.code == -number and all("<frozen" in line for line in found.lines if line.startswith("  File ")):
+    return  # a busy machine is still starting Python, where nothing of ours runs
   assert (found.code, found.lines[-1]) in ((128 + number, "stopped"), (0, found.lines[-1])), found
   assert not any("Traceback" in line for line in found.lines), found.lines
 
