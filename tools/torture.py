@@ -1,7 +1,7 @@
 """Kills, corrupts and starves jaxllm, and writes down what happened: docs/reliability.md has its table.
 
-  python tools/torture.py            # the recorded run, about an hour
-  python tools/torture.py --quick    # some of each, a few minutes
+  python tools/torture.py --record       # the recorded run, about an hour
+  python tools/torture.py --scale=0.1    # a tenth of it
   python tools/torture.py --only=faults --seed=7
 
 Everything happens to a tiny model in a new folder, which goes afterwards. Full and read-only disks need a user who may
@@ -88,7 +88,7 @@ def torture(root: Path, scale: float, only: str, seed: int, say: Callable[[str],
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--quick", action="store_true", help="a tenth of the trials")
+  parser.add_argument("--scale", type=float, default=1.0, help="how many trials, 1 for the recorded run")
   parser.add_argument("--only", default="", metavar="NAME", help="the torments whose name begins so")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--record", action="store_true", help=f"write {TABLE.name} and {RECORD.name}")
@@ -99,7 +99,7 @@ def main() -> int:
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
   root.chmod(0o755)
   try:
-    for row in torture(root / "world", 0.1 if args.quick else 1.0, args.only, args.seed, say=_say):
+    for row in torture(root / "world", args.scale, args.only, args.seed, say=_say):
       rows.append(row)
   finally:
     shutil.rmtree(root, ignore_errors=True)
