@@ -30,7 +30,7 @@ COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "done": 1, "loaded": 1, "said"
 
 def torments(scale: float) -> dict[str, Callable]:
   """Name -> what yields its rows from (world, seed); `scale` says how many, 1 for the recorded run."""
-  from torments import corruptions, faults, kills
+  from torments import corruptions, faults, fuzzes, interrupts, kills
 
   def times(count: int) -> int:
     return max(1, round(count * scale))
@@ -42,10 +42,12 @@ def torments(scale: float) -> dict[str, Callable]:
     "killed: prepare": lambda world, seed: kills.prepares(world, times(12), seed),
     "killed: train": lambda world, seed: kills.trains(world, times(8), seed),
     "killed: replacing": lambda world, seed: kills.replaces(world, times(40), seed),
+    "interrupted": lambda world, seed: interrupts.interrupted(world, times(30), seed),
     "faults: disk full": lambda world, seed: faults.full_disks(world, times(12), seed),
     "faults: closed": lambda world, _: faults.locked_folders(world),
     "faults: files": lambda world, _: faults.closed_files(world),
     "faults: resources": lambda world, seed: faults.few_resources(world, times(6), seed),
+    "fuzz": lambda _, seed: fuzzes.fuzzed(times(2000), seed),
   }
 
 

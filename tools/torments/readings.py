@@ -86,7 +86,8 @@ def _data(path: str) -> Digest:
     found.add({name: np.asarray(value) for name, value in next(batches).items()})
   batches.close()
   found.add(np.asarray(prepared.heldout_lengths()))
-  found.add(Path(prepared.heldout_path).read_bytes())
+  for text in prepared.heldout_texts():
+    found.add(text)
   for source in prepared.sources:
     found.add(np.asarray(prepared.token_counts(source, "heldout")))
   tokenizer = prepared.tokenizer()
