@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "experiments" / "benchmarks" / "torture.json"
 HEAD = "| what | trials | refused in a line | as if nothing were | other state, said | ended, mended after | faults |"
-COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "done": 1, "loaded": 1, "said": 2, "recovered": 3}
+COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "finished": 1, "loaded": 1, "said": 2, "recovered": 3}
 
 
 def torments(scale: float) -> dict[str, Callable]:

@@ -15,6 +15,7 @@ from torments import readings
 from torments.trials import Outcome, trial
 from torments.world import World, write_job
 
+FINE = ("refused", "same", "said", "stopped", "recovered", "loaded", "finished", "not possible here")
 SAID = ("using checkpoint step", "damaged", "is missing", "has changed", "manifest")
 
 
@@ -28,7 +29,7 @@ class Row(NamedTuple):
 
   @property
   def fault(self) -> bool:
-    return self.result not in ("refused", "same", "said", "stopped", "recovered", "loaded", "not possible here")
+    return self.result not in FINE
 
 
 def changed(path: Path, draw: random.Random) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from interrupting import Outcome, interrupt
+
 from torments.corruptions import Row, leftovers
 from torments.world import World, write_job
 
@@ -36,7 +37,7 @@ def interrupted(world: World, rounds: int, seed: int) -> Iterator[Row]:
       after = draw.uniform(0.05, took)
       found = interrupt(command, after, SIGNALS[kind], between_s=draw.choice([0, 0.05]))
       result = _judged(name, found)
-      if result != "done" and name != "train" and (left := leftovers(place)):
+      if result != "finished" and name != "train" and (left := leftovers(place)):
         result = f"left behind: {left[0]}"
       last = found.lines[-1] if found.lines else ""
       yield Row("interrupted", name, result, f"{kind} after {after:.2f} of {took:.1f} s: exit {found.code}: {last}")
@@ -52,10 +53,10 @@ def _doors(world: World, place) -> dict[str, list[str]]:
   return {
     "prepare": [f"--config={place / 'job.py'}"],
     "train": [f"--config={world.config}", f"--workdir={place / 'run'}", "--config.training.steps=60"],
-    "generate": [f"--model={world.run}", "--prompt=abc", "--max-tokens=40", "--n=4"],
+    "generate": [f"--model={world.run}", "--prompt=abc", "--max-tokens=200"],
     "evaluate": [f"--model={world.run}", "--baselines"],
     "convert": [f"--from={world.run}", f"--to={place / 'hf'}", "--format=hf"],
-    "bench": ["generate", f"--model={world.run}"],
+    "bench": ["generate", f"--model={world.run}", "--batch=1", "--prompt-tokens=16", "--max-tokens=16"],
   }
 
 
@@ -68,7 +69,7 @@ def _judged(name: str, found: Outcome) -> str:
     # Before Python has started there is nobody who could say a word.
     return "stopped" if -found.code in (signal.SIGINT, signal.SIGTERM) and not found.lines else f"crash {-found.code}"
   if found.code == 0:
-    return "done"
+    return "finished"
   if found.code in (130, 143) and found.lines[-1:] == ("stopped",):
     return "stopped"
   return f"exit code {found.code}"

@@ -67,7 +67,6 @@ class Outcome(NamedTuple):
 def trial(function: Callable, *args: Any, limits: Limits = Limits(), timeout_s: float = HANG_S) -> Outcome:
   """Calls a module's function in a child; its result, where it is a number, is the exit code."""
   with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-    os.chmod(folder, 0o777)  # a child may run as another user
     out, err = Path(folder, "out"), Path(folder, "err")
     started = time.monotonic()
     child = _CONTEXT.Process(target=_enter, args=(function, args, limits, str(out), str(err), os.getcwd()))
