@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torments import readings
 from torments.corruptions import Row, leftovers, words
-from torments.trials import Limits, Outcome, door, trial
+from torments.trials import HANG_S, Limits, Outcome, door, trial
 from torments.world import World, write_job
 
 MEMORY = "no memory"
@@ -61,9 +61,10 @@ def _then_again(
   """The result of a trial: that of the fault itself, unless the door had no trouble or the next try is not whole.
 
   Args:
-    may_crash: libraries end the process where they get no memory; then all that counts is the next try.
+    may_crash: libraries end the process, or wait for a thread that could not start, where they get no memory; then all
+      that counts is the next try.
   """
-  crashed = first.verdict.startswith("crash") and may_crash
+  crashed = may_crash and (first.verdict == "hang" or first.verdict.startswith("crash"))
   if first.verdict not in ("refused", "done") and not crashed:
     return first.verdict
   if first.verdict == "refused" and name != "train" and (left := leftovers(place)):
@@ -181,7 +182,7 @@ def few_resources(world: World, rounds: int, seed: int) -> Iterator[Row]:
           MEMORY: Limits(memory_bytes=draw.randint(200, 800) << 20),
           "output to a full disk": Limits(stdout="/dev/full"),
         }[kind]
-        first = door(name, *argv, limits=limits)
+        first = door(name, *argv, limits=limits, timeout_s=30.0 if kind == MEMORY else HANG_S)
         whole = wholes[Path(what).name if name != "prepare" else name]
         result = _then_again(name, argv, reading, what, whole, first, place, may_crash=kind == MEMORY)
         yield Row("faults", kind, result, f"{number}: {name}: {words(first)}")
