@@ -24,7 +24,10 @@ import sides
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "experiments" / "benchmarks" / "torture.json"
-HEAD = "| what | trials | refused in a line | as if nothing were | other state, said | crash or hang of a library without memory, mended after | faults |"
+HEAD = (
+  "| what | trials | refused in a line | as if nothing were | other state, said "
+  "| crash or hang of a library without memory, mended after | faults |"
+)
 COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "finished": 1, "loaded": 1, "said": 2, "recovered": 3}
 
 
