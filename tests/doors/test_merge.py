@@ -112,6 +112,7 @@ def test_text_is_evaluated_with_models_of_other_forms(door, base, tmp_path):
   adapter = shutil.copytree(base / "one", tmp_path / "adapter")
   settings = json.loads(config.read_text()) | {"base_model_name_or_path": str(base / "run")}
   (adapter / "adapter_config.json").write_text(json.dumps(settings))
+  (adapter / "jaxllm_manifest.json").unlink()  # it is meant
   model = load_model(adapter)
   for form, name in (("hf", "hf"), ("gguf", "x.gguf")):
     model.save(tmp_path / name, form)

@@ -148,7 +148,7 @@ def test_split_files(tmp_path):
   with pytest.raises(CheckpointError, match="part 2 of 2; give the first"):
     read_headers(tmp_path / "m-00002-of-00002.gguf")
   (tmp_path / "m-00002-of-00002.gguf").unlink()
-  with pytest.raises(CheckpointError, match="00002-of-00002.gguf: No such file"):
+  with pytest.raises(CheckpointError, match="00002-of-00002.gguf: there is no such file"):
     read_headers(tmp_path / "m-00001-of-00002.gguf")
   (tmp_path / "m-00001-of-00002.gguf").rename(tmp_path / "renamed.gguf")
   with pytest.raises(CheckpointError, match="keep their names"):

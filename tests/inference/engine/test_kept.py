@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxllm.inference.engine import kept
+from jaxllm.kernels import cpu_library
 
 PROGRAM = """
 import sys
@@ -52,9 +53,11 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path, caplog, monkeypatch):
   monkeypatch.setenv("JAXLLM_CACHE_DIR", str(tmp_path / "file"))
   before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", None)
+  cpu_library.cache_dir.cache_clear()  # an earlier test may have asked
   try:
     kept.keep_programs()
     place = jax.config.jax_compilation_cache_dir
     assert "/jaxllm-" in place and "is no folder" in caplog.text, "a folder of this user's takes its place"
   finally:
+    cpu_library.cache_dir.cache_clear()
     jax.config.update("jax_compilation_cache_dir", before)
