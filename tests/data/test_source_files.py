@@ -5,6 +5,7 @@ import codecs
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 
