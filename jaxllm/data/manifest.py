@@ -284,6 +284,8 @@ def open_any(directory: str | os.PathLike) -> Prepared:
   Raises DataError when nothing is prepared there, or when a file is missing, cut short or changed.
   """
   prepared = read_manifest(directory)
+  if prepared is None and (local_path(directory) / MANIFEST).exists():
+    raise DataError(f"{directory} was prepared by another version of jaxllm: {_AGAIN}")
   if prepared is None:
     raise DataError(f"no prepared data in {directory}: run python -m jaxllm.prepare with this config first")
   broken = damaged_files(prepared)

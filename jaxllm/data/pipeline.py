@@ -147,7 +147,8 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     if state["key"] != self._key:
       raise DataError(
         "the checkpoint's place in the data belongs to other data settings (data, training.seq_len or "
-        "training.seed): restore them, or start a new run directory"
+        "training.seed), or to data that another version of jaxllm has prepared: restore them, or start a new run "
+        "directory"
       )
     self._release()
     self._consumed = int(state["rows"])
