@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import resource
 import sys
@@ -208,9 +209,14 @@ def weighted_adapter(text: str) -> Path | tuple[Path, float]:
   """An adapter's directory, with its weight where the text ends in a colon and a number."""
   directory, _, weight = text.rpartition(":")
   try:
-    return (local_path(directory), float(weight)) if directory else local_path(text)
+    share = float(weight) if directory else None
   except ValueError:
+    share = None
+  if share is None:
     return local_path(text)
+  if not math.isfinite(share):
+    raise argparse.ArgumentTypeError(f"the weight of {text} must be a finite number")
+  return local_path(directory), share
 
 
 def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:

@@ -15,11 +15,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from jaxllm.base.errors import CheckpointError
-from jaxllm.base.files import write_atomically
+from jaxllm.base.files import regular, write_atomically
 from jaxllm.base.os_errors import MISSING, file_errors, number_of
 
 NAME = "jaxllm_manifest.json"
@@ -94,7 +94,7 @@ def read_signed(path: Path) -> dict[str, Any]:
   """
   try:
     with file_errors(path):
-      text = path.read_bytes()
+      text = regular(path).read_bytes()
     body = json.loads(text)
     signed = body.pop("sha256")
     # The digest is of what the text means; a text that means the same and reads otherwise was changed too.
@@ -107,6 +107,29 @@ def read_signed(path: Path) -> dict[str, Any]:
     raise
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise DamagedError(f"{path} has changed since it was written") from error
+
+
+def files_of(body: Mapping[str, Any], place: Path) -> dict[str, dict[str, Any]]:
+  """The files that a manifest names. Its signature says that it is whole, not that it is sane: anyone can sign.
+
+  Raises:
+    DamagedError: it is no table of files under its directory with their digests.
+  """
+  files = body.get("files")
+  if isinstance(files, dict) and all(_is_file(name) and _is_digest(each) for name, each in files.items()):
+    return files
+  raise DamagedError(f"{place} was not written by jaxllm")
+
+
+def _is_file(name: str) -> bool:
+  path = PurePosixPath(name)
+  return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _is_digest(value: Any) -> bool:
+  if not isinstance(value, dict) or type(value.get("bytes")) is not int or type(value.get("sha256")) is not str:
+    return False
+  return value.get("was") is None or _is_digest(value["was"])
 
 
 def seal(directory: Path) -> None:
@@ -128,7 +151,7 @@ def record(directory: Path, contents: Mapping[str, bytes], beside: Iterable[str]
   """
   with file_errors(directory, "cannot write"):
     place = directory / NAME
-    before = read_signed(place)["files"] if place.exists() else {}
+    before = files_of(read_signed(place), place) if place.exists() else {}
     after = before | digests(directory, sorted(beside)) | {name: digest_of(data) for name, data in contents.items()}
     between = {
       name: digest | {"was": before.get(name)} if name in contents else digest for name, digest in after.items()
@@ -161,7 +184,7 @@ def check(directory: Path, read_if_there: Sequence[str] = (), quiet: bool = Fals
       log.warning("%s has no %s, so nobody knows whether its files are those that were written", directory, NAME)
     return False
   try:
-    files = read_signed(place)["files"]
+    files = files_of(read_signed(place), place)
     settled = {name: each for name, each in files.items() if "was" not in each}
     verify(directory, settled)
     for name in files.keys() - settled.keys():  # a program was killed while it replaced this one

@@ -41,6 +41,18 @@ def local_path(path: str | os.PathLike) -> Path:
     raise ConfigError(f"{text} begins with the home of a user whom this machine does not know; write it out") from error
 
 
+def regular(path: Path) -> Path:
+  """The path of a file that ends: reading a pipe or a device, which a stranger may have put there, need not.
+
+  Raises:
+    OSError: it is none, or there is none.
+  """
+  mode = path.stat().st_mode
+  if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system says it itself
+    raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE), str(path))
+  return path
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
   """A file to fill, which takes the place of `path` on leaving the context without an error, else goes.

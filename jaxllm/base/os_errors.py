@@ -44,6 +44,7 @@ KNOWN = {
   errno.EAGAIN: ("the system has no room for more threads or locks", "raise the limit (ulimit -u), or try again"),
   errno.EBADF: ("it is closed", "redirect it to a file, or to /dev/null"),
   errno.EPIPE: ("nobody reads it any more", "redirect it to a file"),
+  errno.ESPIPE: ("it is a pipe, socket or device", "name a file"),
   errno.EXDEV: ("it lies on another file system", "choose a place on the same one"),
   errno.ENOEXEC: ("it is no program for this machine", "install the right one"),
 }

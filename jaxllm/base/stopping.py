@@ -14,6 +14,7 @@ SIGTERM works in any case. SIGUSR1 is noted: a training run that it reaches whil
 import atexit
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -65,7 +66,7 @@ def is_ignored(number: int) -> bool:
 def runs_a_door() -> bool:
   """Whether this process is one of our programs, `python -m jaxllm.…` or `jaxllm …`, and not somebody else's."""
   words = sys.orig_argv
-  module = any(flag == "-m" and name.partition(".")[0] == "jaxllm" for flag, name in zip(words, words[1:]))
+  module = any(flag == "-m" and re.fullmatch(r"jaxllm(\.\w+)?", name) for flag, name in zip(words, words[1:]))
   return module or os.path.basename(sys.argv[0]) == "jaxllm"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxllm.base.errors import CheckpointError, ConfigError, UserError, shown
+from jaxllm.base.files import regular
 from jaxllm.base.os_errors import file_errors
 from jaxllm.base.ranges import Range
 from jaxllm.base.settings import from_declared
@@ -41,7 +42,7 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, error: type[UserError] = C
   if not os.path.lexists(path):
     raise error(f"{path.parent} has no {path.name}")
   with file_errors(path, kind=error):
-    if path.stat().st_size > max_bytes:
+    if regular(path).stat().st_size > max_bytes:
       raise error(f"cannot read {path}: it has {path.stat().st_size} bytes, and at most {max_bytes} make sense")
     data = path.read_bytes()
   value = parse_json(data, str(path), error)

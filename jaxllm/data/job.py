@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm.base import settings
+from jaxllm.base import digests, settings
 from jaxllm.base.files import write_atomically
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import content_of, example_sources
@@ -153,6 +153,7 @@ def _fill(place: Path, do: Callable[[Path], None]) -> None:
   partial.mkdir()
   try:
     do(partial)
+    digests.seal(partial)
     for path in partial.iterdir():
       with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -164,6 +165,24 @@ def _fill(place: Path, do: Callable[[Path], None]) -> None:
     del error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def drop_damaged(job: Job, log: Callable[[str], None]) -> None:
+  """Removes the results of units that are not what was written, which are then made again.
+
+  Shards have sums of their own; of them the size is looked at.
+  """
+  for place in sorted(job.root.glob("*/*/done")):
+    try:
+      manifest = place / digests.NAME
+      files = digests.files_of(digests.read_signed(manifest), manifest)
+      digests.verify(place, files, [name for name in files if not name.endswith(".array_record")])
+      for name in files:
+        if not (place / name).is_file() or (place / name).stat().st_size != files[name]["bytes"]:
+          raise digests.DamagedError(f"{place / name} is cut short")
+    except digests.DamagedError as error:
+      log(f"warning: {error}; what it was made of is read again")
+      shutil.rmtree(place)
 
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:

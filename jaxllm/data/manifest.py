@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
-from jaxllm.base.files import local_path, write_atomically
+from jaxllm.base.files import local_path, regular, write_atomically
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.arrays import mapped
 from jaxllm.data.config import DataConfig
@@ -232,7 +232,7 @@ def read_manifest(directory: str | os.PathLike, *, missing_ok: bool = False) -> 
   path = local_path(directory) / MANIFEST
   try:
     with file_errors(path, kind=DataError):
-      text = path.read_bytes() if os.path.lexists(path) else None
+      text = regular(path).read_bytes() if os.path.lexists(path) else None
     if text is None:
       if not missing_ok and any(path.parent.glob("build-*")):
         raise DataError(f"{path} is missing, without which its build is worth nothing: {_AGAIN}")
@@ -284,6 +284,8 @@ def open_any(directory: str | os.PathLike) -> Prepared:
   Raises DataError when nothing is prepared there, or when a file is missing, cut short or changed.
   """
   prepared = read_manifest(directory)
+  if prepared is None and (local_path(directory) / MANIFEST).exists():
+    raise DataError(f"{directory} was prepared by another version of jaxllm: {_AGAIN}")
   if prepared is None:
     raise DataError(f"no prepared data in {directory}: run python -m jaxllm.prepare with this config first")
   broken = damaged_files(prepared)

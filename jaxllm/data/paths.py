@@ -55,6 +55,8 @@ def match_files(config: SourceConfig) -> list[File]:
       raise DataError(f"data source path {pattern} is a directory: write a glob such as {pattern}/**/*.txt")
     matches = [os.path.abspath(m) for m in glob.glob(_escaped(pattern), recursive=True) if os.path.isfile(m)]
     if not matches:
+      if os.path.exists(pattern):
+        raise DataError(f"data source {pattern} is a pipe, socket or device; it is read twice, so it must be a file")
       what = "glob matches no file" if glob.has_magic(pattern) else "file does not exist"
       raise DataError(f"data source {what}: {pattern} (in {os.getcwd()}); mend the source's `path`")
     for path in matches:

@@ -5,6 +5,7 @@ the position in the data is one number, which a run can continue with other host
 batch b of a run with any hosts and mesh holds the very rows that one host would read.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from jaxllm.base import children
 from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT
@@ -116,8 +118,11 @@ class TrainBatches(grain.DatasetIterator[Batch]):
   def __next__(self) -> Batch:
     self._assert_not_closed()
     if self._iterator is None:
-      self._iterator = self._open()
-    batch = next(self._iterator)
+      with children.deaf_children() if self._config.workers else contextlib.nullcontext():
+        self._iterator = self._open()
+        batch = next(self._iterator)  # which starts the workers
+    else:
+      batch = next(self._iterator)
     self._consumed += self._batch_size
     return batch
 
@@ -129,7 +134,7 @@ class TrainBatches(grain.DatasetIterator[Batch]):
       dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
       ahead = max(1, config.prefetch // config.workers)
       options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=ahead)
-      return iter(dataset.mp_prefetch(options))
+      return iter(dataset.mp_prefetch(options, worker_init_fn=_begin_worker))
     # One thread: more would only fight over the interpreter lock and the document cache.
     threads = 1 if config.prefetch else 0
     return iter(batches.to_iter_dataset(grain.ReadOptions(threads, config.prefetch)))
@@ -142,7 +147,8 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     if state["key"] != self._key:
       raise DataError(
         "the checkpoint's place in the data belongs to other data settings (data, training.seq_len or "
-        "training.seed): restore them, or start a new run directory"
+        "training.seed), or to data that another version of jaxllm has prepared: restore them, or start a new run "
+        "directory"
       )
     self._release()
     self._consumed = int(state["rows"])
@@ -155,6 +161,10 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = None
+
+
+def _begin_worker(number: int, count: int) -> None:
+  children.end_with_parent()
 
 
 def _mark_flags_parsed() -> None:

@@ -27,7 +27,7 @@ from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
 from jaxllm.data.crew import do_stage
 from jaxllm.data.examples import CHAT, content_of, example_sources, texts_of
-from jaxllm.data.job import Job, open_job
+from jaxllm.data.job import Job, drop_damaged, open_job
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.publish import publish
 from jaxllm.data.sources import open_source
@@ -37,6 +37,8 @@ from jaxllm.data.train_tokenizer import train_sentencepiece
 
 _SAMPLED = 64  # times the bytes that a tokenizer is trained on: what is read to choose them from
 _WAIT_S = 1.0  # between looks at what another host does
+# Of our own names: somebody's build-release may lie beside them.
+_PARTIAL, _BUILD = re.compile(r"partial-[0-9a-f]{16}"), re.compile(r"build-[0-9a-f]{8}-[0-9a-f]+")
 STAGES = ("lines", "survey", "tokenize")
 
 
@@ -179,22 +181,22 @@ def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None])
     before = None
   prepared = before if before is not None and before.key == key and not manifests.damaged_files(before) else None
   already = prepared is not None
-  _remove(directory, "partial-*", keep=None if already else job.root.name)
+  _remove(directory, _PARTIAL, keep=None if already else job.root.name)
   kept = before
   try:
     if prepared is None:
       kept = prepared = _build(job, key, processes, log)
-      _remove(directory, "partial-*", keep=None)
+      _remove(directory, _PARTIAL, keep=None)
   finally:
-    _remove(directory, "build-*", keep=kept.build if kept else None)
+    _remove(directory, _BUILD, keep=kept.build if kept else None)
   return prepared, already
 
 
-def _remove(directory: Path, pattern: str, keep: str | None) -> None:
-  for path in directory.glob(pattern):
-    if path.name != keep:
+def _remove(directory: Path, pattern: re.Pattern[str], keep: str | None) -> None:
+  for path in directory.iterdir():
+    if pattern.fullmatch(path.name) and path.name != keep:
       # Another host that has just helped may still put things there; they go the next time.
-      shutil.rmtree(path, ignore_errors=pattern.startswith("partial"))
+      shutil.rmtree(path, ignore_errors=pattern is _PARTIAL)
 
 
 def _help(job: Job, processes: int | None, log: Callable[[str], None]) -> None:
@@ -216,6 +218,7 @@ def _build(job: Job, key: str, processes: int | None, log: Callable[[str], None]
   """All stages in order; what a run before has done is taken over."""
   job.root.mkdir(exist_ok=True)
   job.write()
+  drop_damaged(job, log)
   if uncounted(job):
     job.announce("lines")
     do_stage(job, "lines", processes, log)

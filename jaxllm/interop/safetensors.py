@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, shown
+from jaxllm.base.files import regular
 from jaxllm.base.os_errors import file_errors
 from jaxllm.base.strangers import declared, parse_json, read_json
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors
@@ -58,7 +59,7 @@ def read_safetensors(path: Path) -> Tensors:
   Raises:
     CheckpointError: the file is missing, cut short, or its header is not one; reading a tensor raises it too.
   """
-  with file_errors(path), path.open("rb") as file:
+  with file_errors(path), regular(path).open("rb") as file:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:

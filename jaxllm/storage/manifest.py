@@ -58,7 +58,8 @@ def read(directory: Path) -> Manifest:
     CheckpointError: it cannot be read.
   """
   try:
-    manifest = Manifest(**base.read_signed(directory / NAME))
+    body = base.read_signed(directory / NAME)
+    manifest = Manifest(**body | {"files": base.files_of(body, directory / NAME)})
   except TypeError as error:
     raise DamagedError(f"{directory / NAME} is of another version of jaxllm") from error
   if str(manifest.step) != directory.name:

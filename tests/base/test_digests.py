@@ -1,5 +1,6 @@
 """Directories that are checked against their manifest."""
 
+import os
 import random
 import shutil
 
@@ -103,3 +104,19 @@ def test_a_kill_while_files_are_replaced_leaves_a_good_directory(tmp_path, monke
 def test_a_copied_directory_is_as_good(sealed, tmp_path):
   shutil.copytree(sealed, tmp_path / "copy")
   assert digests.check(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+  "files", [None, [], {"a": 5}, *({name: digests.digest_of(b"")} for name in ("../a", "/a", "\0"))]
+)
+def test_a_manifest_that_a_stranger_has_signed_names_files_of_its_directory(tmp_path, files):
+  """Whoever packs a directory can sign anything."""
+  digests.write_signed(tmp_path / digests.NAME, {"files": files})
+  with pytest.raises(CheckpointError, match="was not written by jaxllm"):
+    digests.check(tmp_path)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / digests.NAME)
+  with pytest.raises(CheckpointError, match="is a pipe, socket or device"):
+    digests.check(tmp_path)

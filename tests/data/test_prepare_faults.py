@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,35 @@ sys.exit(run_door(lambda argv: prepare.prepare(config)))
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (130, "stopped\n")
+
+
+@pytest.mark.parametrize("name", ["facts.json", "*.npy", "jaxllm_manifest.json"])
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+def test_what_is_taken_over_is_what_was_written(config, name, damage):
+  """A unit's results that were damaged between two runs are made again."""
+  small = dataclasses.replace(config.tokenizer, path="", vocab_size=100_000)
+  with pytest.raises(DataError, match="the corpus is too small"):
+    prepare(dataclasses.replace(config, tokenizer=small), log=str)
+  (unit,) = Path(config.dir).glob("partial-*/survey/*/done")
+  damage(next(unit.glob(name)))
+  lines = []
+  with pytest.raises(DataError, match="the corpus is too small"):
+    prepare(dataclasses.replace(config, tokenizer=small), log=lines.append)
+  assert [line for line in lines if "is read again" in line]
+
+
+def test_what_others_have_called_a_build_stays(config):
+  """`data.dir` may be a folder of more than data."""
+  for name in ("build-release", "partial-results", "build-1"):
+    (Path(config.dir) / name).mkdir(parents=True)
+  prepare(config, log=str)
+  prepare(dataclasses.replace(config, heldout_fraction=0.3), log=str)
+  assert {"build-release", "partial-results", "build-1"} < {path.name for path in Path(config.dir).iterdir()}
+  assert len(list(Path(config.dir).glob("build-*-*"))) == 1
+
+
+def test_data_of_another_version_is_called_so(config):
+  manifest = prepare(config, log=str).prepared.dir / "manifest.json"
+  manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+  with pytest.raises(DataError, match="was prepared by another version"):
+    open_prepared(config)

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 
@@ -212,3 +213,10 @@ def test_a_streamed_data_set(tmp_path):
   assert texts(**settings, streaming=True, max_documents=2) == [f"0 {t}" for t in TEXTS[:2]]
   with pytest.raises(DataError, match="has streaming, which is for kind 'huggingface'"):
     open_source(SourceConfig(path="x", streaming=True))
+
+
+def test_a_pipe_is_no_source(tmp_path):
+  """It can be read once; and it is there, so nobody should be told that it is not."""
+  os.mkfifo(tmp_path / "pipe.jsonl")
+  with pytest.raises(DataError, match="is a pipe, socket or device"):
+    open_source(SourceConfig(kind="jsonl", path=f"{tmp_path}/pipe.jsonl", field="text"))

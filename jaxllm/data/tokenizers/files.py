@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.base.errors import DataError
+from jaxllm.base.files import regular
 from jaxllm.base.os_errors import file_errors
 from jaxllm.base.strangers import declared, read_json
 from jaxllm.data import chat
@@ -41,7 +42,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     path = found
   with file_errors(path, "cannot read the tokenizer", DataError):
     try:
-      if path.stat().st_size > MAX_BYTES:
+      if regular(path).stat().st_size > MAX_BYTES:
         raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
       data = path.read_bytes()
       settings = _settings_beside(path)
