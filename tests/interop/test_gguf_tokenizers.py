@@ -9,9 +9,10 @@ import tokenizers
 from gguf_models import TEXT
 
 from jaxllm.base.errors import CheckpointError, DataError
-from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, as_huggingface, load_tokenizer
 from jaxllm.interop.gguf import GgufCheckpoint, read_gguf, write_gguf
-from jaxllm.interop.gguf.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, special_ids, tokenizer_metadata
+from jaxllm.interop.gguf.tokenizer import CONTROL, PRE_TOKENIZERS, USER_DEFINED, special_ids
+from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 
 TEXTS = [
   *(
@@ -26,6 +27,7 @@ TEXTS = [
   *("🙂👩\u200d👧🇫🇷", "def f(x):\n    return x**2  # ok", "naïve Größe e\u0301 ½ ٣٤", "<|end|> <s> </s>", "", " "),
 ]
 SPECIAL = ["<|start|>", "<|end|>"]
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 
 
 def byte_level(pre):
@@ -127,20 +129,133 @@ def test_sentencepiece_with_a_dummy_prefix_and_symbols_of_spaces():
 
 
 def test_generation_settings(tmp_path, sentencepiece_bpe):
-  given = {"eos_token_id": [2, 7], "bos_token_id": 1, "add_bos_token": False}
-  settings = sentencepiece_bpe.settings | {"chat_template": "{{ bos_token }}"}
+  given = {"eos_token_id": [2, 7], "bos_token_id": 1}
+  settings = sentencepiece_bpe.settings | {"chat_template": "{{ bos_token }}", "add_bos_token": False}
   back = through_file(tmp_path, SentencePieceTokenizer(sentencepiece_bpe.model, settings), given)
-  assert {key: back.generation[key] for key in given} == given
+  assert {key: back.generation[key] for key in given} == given and not back.generation["add_bos_token"]
   assert back.tokenizer().chat_templates["default"] == "{{ bos_token }}"
   np.testing.assert_array_equal(back.tokenizer().encode_prompt("add"), sentencepiece_bpe.encode("add"))
 
 
-def test_bos_and_eos_stand_around_a_prompt(tmp_path):
-  tokenizer = byte_level("llama-bpe")
-  back = through_file(tmp_path, tokenizer, {"add_bos_token": True, "add_eos_token": True}).tokenizer()
-  ids = tokenizer.encode("hello").tolist()
-  assert back.encode_prompt("hello").tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
-  assert back.encode("hello").tolist() == ids
+def framed(single):
+  """A byte-level tokenizer with a template for what it puts around a text."""
+  definition = json.loads(byte_level("llama-bpe")._definition)
+  rust = tokenizers.Tokenizer.from_str(json.dumps(definition))
+  if single is not None:
+    known = [(token, rust.token_to_id(token)) for token in SPECIAL]
+    rust.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=known)
+  return rust
+
+
+@pytest.mark.parametrize(
+  ("single", "settings", "flags"),
+  [
+    (None, {"bos_token": "<|start|>"}, (False, False)),  # as SmolLM2, whose file has no template
+    (None, {"bos_token": "<|start|>", "add_bos_token": True}, None),
+    (None, {"add_bos_token": False}, (False, False)),
+    ("<|start|> $A", {"bos_token": "<|start|>"}, (True, False)),
+    ("<|start|> $A <|end|>", {"bos_token": "<|start|>"}, (True, True)),
+    ("$A <|end|>", {}, (False, True)),
+  ],
+)
+def test_prompts_begin_and_end_as_transformers_has_them(tmp_path, single, settings, flags):
+  transformers = pytest.importorskip("transformers")
+  tokenizer = HuggingFaceTokenizer(framed(single).to_str(), {"eos_token": "<|end|>", **settings})
+  tokenizer.save(tmp_path / "files")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "files")
+  back = through_file(tmp_path, load_tokenizer(tmp_path / "files"))
+  says = tuple(back.metadata[f"tokenizer.ggml.add_{role}_token"] for role in ("bos", "eos"))
+  assert flags is None or says == flags
+  for text in ("hello", " two  spaces", "<|start|>hi"):
+    assert back.tokenizer().encode_prompt(text).tolist() == theirs(text).input_ids
+
+
+def test_a_frame_of_other_tokens_is_refused():
+  tokenizer = HuggingFaceTokenizer(framed("<|start|> <|end|> $A").to_str(), {"eos_token": "<|end|>"})
+  with pytest.raises(DataError, match="puts <.start.> <.end.> before a text and nothing behind it"):
+    tokenizer_metadata(tokenizer, 320, {})
+
+
+def test_ends_are_those_of_the_generation_config_and_the_template():
+  template = "{% for m in messages %}{{ m['content'] }}<|start|>{% endfor %}"
+  tokenizer = byte_level("gpt-2").with_settings({"eos_token": "<|end|>", "chat_template": template})
+  metadata = tokenizer_metadata(tokenizer, 320, {"eos_token_id": [1, 300]})
+  says = {role: metadata[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")}
+  assert says == {"eos": 1, "eot": 0, "eom": 300}
+  assert special_ids(metadata)["eos_token_id"] == [1, 0, 300]
+
+
+def test_named_templates_come_back():
+  templates = [{"name": name, "template": f"{{# {name} #}}"} for name in ("default", "tool_use", "rag")]
+  tokenizer = byte_level("gpt-2").with_settings({"eos_token": "<|end|>", "chat_template": templates})
+  metadata = tokenizer_metadata(tokenizer, 320, {})
+  assert metadata["tokenizer.chat_template.tool_use"] == "{# tool_use #}"
+  assert GgufCheckpoint({}, {}, metadata).tokenizer().chat_templates == tokenizer.chat_templates
+
+
+def test_what_only_some_texts_show_is_said(caplog, sentencepiece_bpe):
+  definition = json.loads(byte_level("gpt-2")._definition)
+  definition["normalizer"] = {"type": "NFC"}
+  definition["added_tokens"][0]["rstrip"] = True
+  tokenizer_metadata(HuggingFaceTokenizer(json.dumps(definition), {"eos_token": "<|end|>"}), 320, {})
+  said = [record.getMessage() for record in caplog.records]
+  assert len(said) == 2 and "(NFC)" in said[0] and "rstrip of added tokens ('<|start|>')" in said[1]
+
+
+def characters_with_bytes(tokenizer, prefix):
+  """A SentencePiece model as the tokenizer.json of Llama 2 (`prefix`) and of Gemma spell one."""
+  definition = json.loads(as_huggingface(tokenizer)._definition)
+  model, space = definition["model"], "\u2581"
+  model["vocab"] = {token.replace(" ", space): i for token, i in model["vocab"].items()}
+  model["merges"] = [[part.replace(" ", space) for part in pair] for pair in model["merges"]]
+  steps = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space}, REPLACE]}
+  cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+  definition |= {"normalizer": steps if prefix else REPLACE, "pre_tokenizer": None if prefix else cut}
+  definition["decoder"] = {"type": "Sequence", "decoders": [replace_back := dict(REPLACE), {"type": "ByteFallback"}]}
+  definition["decoder"]["decoders"] += [{"type": "Fuse"}]
+  replace_back.update(pattern={"String": space}, content=" ")
+  return definition
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_bpe_with_byte_fallback(tmp_path, sentencepiece_bpe, prefix):
+  definition = characters_with_bytes(sentencepiece_bpe, prefix)
+  tokenizer = HuggingFaceTokenizer(json.dumps(definition), {"bos_token": "<s>", "eos_token": "</s>"})
+  back = through_file(tmp_path, tokenizer)
+  assert back.metadata["tokenizer.ggml.model"] == "llama"
+  assert back.metadata["tokenizer.ggml.add_space_prefix"] is prefix
+  for text in [*TEXTS, "".join(TEXTS), TEXT]:
+    if text:  # SentencePiece makes nothing of nothing, with a prefix too
+      np.testing.assert_array_equal(back.tokenizer().encode(text), tokenizer.encode(text), err_msg=repr(text))
+
+
+@pytest.mark.parametrize(
+  ("merges", "normalizer", "words"),
+  [
+    (("a b", "ab c", "b c", "a bc"), REPLACE, "make 'abc' at different ranks"),
+    (("a b", "b c", "ab c"), REPLACE, "no merge for some parts of 'abc'"),
+    (
+      ("a b", "b c", "ab c", "a bc"),
+      {"type": "Sequence", "normalizers": [REPLACE, {"type": "NFC"}]},
+      "what llama.cpp cannot",
+    ),
+    (("a b", "b c", "ab c", "a bc"), None, "does not write spaces as"),
+    (("a b", "b c", "ab c", "a bc"), REPLACE, None),
+  ],
+)
+def test_bpe_that_is_not_by_pieces(merges, normalizer, words):
+  vocab = {piece: i for i, piece in enumerate(("<unk>", "</s>", "a", "b", "c", "ab", "bc", "abc"))}
+  rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+  rust.add_special_tokens(["<unk>", "</s>"])
+  definition = json.loads(rust.to_str()) | {"normalizer": normalizer}
+  definition["model"]["merges"] = [merge.split() for merge in merges]
+  tokenizer = HuggingFaceTokenizer(json.dumps(definition), {"eos_token": "</s>"})
+  if words is None:
+    scores = tokenizer_metadata(tokenizer, 10, {})["tokenizer.ggml.scores"]
+    assert scores[5:8].tolist() == [0, -1, -2]
+  else:
+    with pytest.raises(DataError, match=words):
+      tokenizer_metadata(tokenizer, 10, {})
 
 
 def test_tokens_that_end_a_turn_are_ends():

@@ -210,7 +210,7 @@ class Tokenizer(abc.ABC):
       text = self.render_chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}])
     except DataError:  # a template that wants other messages; the settings name the end then
       return None
-    rest = self.encode_chat(text.rpartition(marker)[2])
+    rest = self.encode_chat(text.rpartition(marker)[2]) if marker in text else ()
     return next((int(i) for i in rest if i in self.special_ids), None)
 
   @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF metadata as the files that `load_tokenizer` reads, and back.
+"""A tokenizer in GGUF metadata as the files that `load_tokenizer` reads.
 
 llama.cpp knows three kinds that matter here (src/llama-vocab.cpp):
 - "gpt2": byte-level BPE by merges. How text is cut before merging is not in the file but a name,
@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, DataError
-from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.base.errors import CheckpointError
 from jaxllm.data.tokenizers.base import settings_file
 from jaxllm.interop.gguf.header import entry
 
@@ -27,7 +26,7 @@ ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 # Tokens that end a turn; llama.cpp stops at them whatever the metadata say.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -39,13 +38,13 @@ _CASED = (
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # What cuts the text, one pattern after the other, as the models' own tokenizer.json files spell it.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-  "gpt-2": (_GPT2,),
-  "smollm": (r"\p{N}", _GPT2),
+  "gpt-2": (GPT2,),
+  "smollm": (r"\p{N}", GPT2),
   "llama-bpe": (_WORDS % "{1,3}",),
   "qwen2": (_WORDS % "",),
   "tekken": (_CASED % ("", "", ""),),
   "gpt-4o": (_CASED % (_SUFFIX, _SUFFIX, "{1,3}"),),
-  "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+  "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 _SAME = {
   "gpt-2": ("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "mellum", "modern-bert"),
@@ -112,8 +111,11 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   special = {f"{role}_token": (ids | first).get(f"{role}_token_id") for role in ROLES}
   settings = {role: None if i is None else tokens[i] for role, i in special.items()}
   settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
-  if template := entry(entries, "tokenizer.chat_template", str):
-    settings["chat_template"] = template
+  templates = {"default": entry(entries, "tokenizer.chat_template", str)}
+  for name in entry(entries, "tokenizer.chat_templates", list, []):
+    templates[str(name)] = entry(entries, f"tokenizer.chat_template.{name}", str)
+  if found := [{"name": name, "template": text} for name, text in templates.items() if text]:
+    settings["chat_template"] = found[0]["template"] if found == found[:1] and templates["default"] else found
   files = settings_file(settings)
   if kind == "gpt2":
     return files | {"tokenizer.json": _bpe_file(entries, tokens, types, ids)}
@@ -202,112 +204,3 @@ def _sentencepiece_file(entries, tokens: list[str], types: np.ndarray, ids: Mapp
   if charsmap is not None:
     normalizer.precompiled_charsmap = charsmap.tobytes()
   return proto.SerializeToString()
-
-
-def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mapping[str, Any]) -> dict[str, Any]:
-  """The GGUF metadata of a tokenizer, filled up to the model's `vocab_size`.
-
-  Args:
-    generation: eos_token_id (one or a list), bos_token_id, … and add_bos_token, which overrule the tokenizer's.
-
-  Raises:
-    DataError: llama.cpp has no tokenizer like this one.
-  """
-  files = tokenizer.files()
-  if "tokenizer.json" in files:
-    entries = _bpe_metadata(json.loads(files["tokenizer.json"]), vocab_size)
-  else:
-    added = tokenizer.settings.get("added_tokens_decoder", {})
-    entries = _sentencepiece_metadata(files["tokenizer.model"], added, vocab_size)
-  ids = {role: generation.get(f"{role}_token_id") for role in ROLES}
-  ids = {role: getattr(tokenizer, f"{role}_id") if i is None else i for role, i in ids.items()}
-  ends = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
-  ids |= {"eos": ends[0], "eot": ends[1] if len(ends) > 1 else None}
-  entries |= {f"tokenizer.ggml.{(ROLES | {'eot': 'eot'})[r]}_token_id": i for r, i in ids.items() if i is not None}
-  for key, usual in (("add_bos_token", ids["bos"] is not None), ("add_eos_token", False)):
-    entries[f"tokenizer.ggml.{key}"] = bool(generation.get(key, tokenizer.settings.get(key, usual)))
-  if "default" in tokenizer.chat_templates:
-    entries["tokenizer.chat_template"] = tokenizer.chat_templates["default"]
-  return entries
-
-
-def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> tuple[list[str], np.ndarray]:
-  """Lists of `vocab_size`; ids without a token get a name that no text has."""
-  if max(tokens, default=0) >= vocab_size:
-    raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
-  names = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-  return names, np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
-
-
-def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-  model = definition["model"]
-  if model.get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
-    raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
-  if definition.get("normalizer") not in (None, {"type": "NFC"}):  # llama.cpp leaves Qwen's NFC out
-    raise DataError("the tokenizer normalizes text, which llama.cpp cannot do for byte-level BPE")
-  patterns = _patterns(definition["pre_tokenizer"])
-  names = [n for n, p in PRE_TOKENIZERS.items() if p == patterns]
-  if not names:
-    raise DataError(f"the tokenizer cuts text in a way that llama.cpp has no name for: {patterns}")
-  tokens = {i: token for token, i in model["vocab"].items()}
-  types = dict.fromkeys(tokens, NORMAL)
-  for token in definition.get("added_tokens") or ():
-    tokens[token["id"]] = token["content"]
-    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-  text, kinds = _filled(tokens, types, vocab_size)
-  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-  return {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": names[0],
-    "tokenizer.ggml.tokens": text,
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.merges": merges,
-  }
-
-
-def _patterns(node: dict[str, Any]) -> tuple[str, ...]:
-  """The patterns by which a pre-tokenizer cuts, in the spelling of PRE_TOKENIZERS."""
-  kind = node["type"]
-  if kind == "Sequence":
-    return sum(map(_patterns, node["pretokenizers"]), ())
-  if kind == "ByteLevel" and not node.get("add_prefix_space", True):
-    return (_GPT2,) if node.get("use_regex", True) else ()
-  if kind == "Digits" and node.get("individual_digits"):
-    return (r"\p{N}",)
-  if kind == "Split" and node["behavior"] == "Isolated" and not node.get("invert"):
-    return (node["pattern"].get("Regex", ""),)
-  raise DataError(f"the tokenizer's pre-tokenizer {json.dumps(node)[:80]} has no equal in llama.cpp")
-
-
-def _sentencepiece_metadata(model: bytes, added: Mapping[str, dict], vocab_size: int) -> dict[str, Any]:
-  """`added`: tokens beyond the model's pieces, or in place of one, as in tokenizer_config.json."""
-  from sentencepiece import sentencepiece_model_pb2 as model_pb2
-
-  proto = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-  spec, normalizer = proto.trainer_spec, proto.normalizer_spec
-  if spec.model_type not in (UNIGRAM, BPE) or spec.treat_whitespace_as_suffix:
-    raise DataError("only SentencePiece models of the kinds bpe and unigram can be written as GGUF")
-  unigram = spec.model_type == UNIGRAM
-  if not unigram and (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces):
-    raise DataError("the SentencePiece model normalizes text, which llama.cpp cannot do for the kind bpe")
-  tokens, types = {}, {}
-  for i, piece in enumerate(proto.pieces):
-    text = piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece
-    tokens[i], types[i] = text, piece.type
-  for key, token in added.items():
-    tokens[int(key)], types[int(key)] = token["content"], CONTROL if token.get("special") else USER_DEFINED
-  names, kinds = _filled(tokens, types, vocab_size)
-  scores = np.full(vocab_size, -10000.0, np.float32)  # of the filling, as llama.cpp's converter has it
-  scores[: len(proto.pieces)] = [piece.score for piece in proto.pieces]
-  entries = {
-    "tokenizer.ggml.model": "t5" if unigram else "llama",
-    "tokenizer.ggml.pre": "default",
-    "tokenizer.ggml.tokens": names,
-    "tokenizer.ggml.scores": scores,
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
-    "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
-  }
-  if normalizer.precompiled_charsmap:
-    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(normalizer.precompiled_charsmap, np.uint8)
-  return entries

@@ -11,7 +11,7 @@ from jaxllm.base.files import new_file
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf.architectures import write_config, write_tensors
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
-from jaxllm.interop.gguf.tokenizer import tokenizer_metadata
+from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]

@@ -1,0 +1,246 @@
+"""A tokenizer as GGUF metadata; the inverse of `jaxllm.interop.gguf.tokenizer`, whose names stand for the same."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.base.errors import DataError
+from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.interop.gguf import tokenizer as names
+from jaxllm.interop.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+
+log = logging.getLogger(__name__)
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_NOTHING = {"String": " "}, "MergedWithPrevious"  # how Gemma's cuts text, in which there are no spaces any more
+_LAST = -1e9  # the score of what no merge makes
+
+
+def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mapping[str, Any]) -> dict[str, Any]:
+  """The GGUF metadata of a tokenizer, filled up to the model's `vocab_size`.
+
+  What llama.cpp will read in another way, though not in every text, is logged as warnings.
+
+  Args:
+    generation: eos_token_id (one or a list), bos_token_id, …, which overrule the tokenizer's.
+
+  Raises:
+    DataError: llama.cpp has no tokenizer like this one.
+  """
+  files = tokenizer.files()
+  if "tokenizer.json" in files:
+    definition = json.loads(files["tokenizer.json"])
+    added = list(definition.get("added_tokens") or ())
+    by_bytes = definition["model"].get("byte_fallback")
+    entries = (_fallback_metadata if by_bytes else _bpe_metadata)(definition, vocab_size)
+  else:
+    decoder = tokenizer.settings.get("added_tokens_decoder", {})
+    added = list(decoder.values())
+    entries = _sentencepiece_metadata(files["tokenizer.model"], decoder, vocab_size)
+    if entries["tokenizer.ggml.add_space_prefix"] and not tokenizer.settings.get("legacy", True):
+      _warn("the tokenizer puts no space behind special tokens (legacy: false), where llama.cpp puts one")
+  for flag in ("lstrip", "rstrip", "single_word"):
+    if stripped := [token["content"] for token in added if token.get(flag)]:
+      _warn(f"{flag} of added tokens ({', '.join(map(repr, stripped[:3]))}) means nothing to llama.cpp")
+  ids = {role: generation.get(f"{role}_token_id") for role in names.ROLES}
+  ids = {role: getattr(tokenizer, f"{role}_id") if i is None else i for role, i in ids.items()}
+  ids |= _ends(tokenizer, ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]])
+  keys = names.ROLES | {"eot": "eot", "eom": "eom"}
+  entries |= {f"tokenizer.ggml.{keys[role]}_token_id": i for role, i in ids.items() if i is not None}
+  return entries | _frame(tokenizer, ids) | _templates(tokenizer)
+
+
+def _warn(message: str) -> None:
+  log.warning("GGUF: %s; texts in which that matters become other tokens there", message)
+
+
+def _ends(tokenizer: Tokenizer, ends: list[int | None]) -> dict[str, int | None]:
+  """`eos`, `eot` and `eom`, at each of which llama.cpp stops: the ends that are given, and that of the template."""
+  turn = tokenizer.end_of_turn_id
+  ends = list(dict.fromkeys(i for i in (*ends, turn) if i is not None))
+  later = sorted(ends[1:], key=lambda i: i != turn)
+  unsaid = [tokenizer.token_text(i) for i in later[2:] if tokenizer.token_text(i) not in names.TURN_ENDS]
+  if unsaid:
+    log.warning("GGUF: only three tokens can end a text there, so that %s does not", ", ".join(map(repr, unsaid)))
+  return dict(zip(("eos", "eot", "eom"), [*ends[:1], *later]))
+
+
+def _frame(tokenizer: Tokenizer, ids: Mapping[str, Any]) -> dict[str, Any]:
+  """What stands around a prompt: as the tokenizer does it, whatever its settings say.
+
+  Raises:
+    DataError: other tokens than one and EOS.
+  """
+  inner, whole = (tokenizer.encode_prompt("a", add_special=special).tolist() for special in (False, True))
+  at = next(i for i in range(len(whole) + 1) if whole[i : i + len(inner)] == inner)
+  before, behind = whole[:at], whole[at + len(inner) :]
+  if len(before) > 1 or (behind and behind != [ids["eos"]]):
+    said = [" ".join(map(tokenizer.token_text, found)) or "nothing" for found in (before, behind)]
+    raise DataError(f"the tokenizer puts {said[0]} before a text and {said[1]} behind it, llama.cpp only BOS and EOS")
+  flags = {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(behind)}
+  return flags | ({"tokenizer.ggml.bos_token_id": before[0]} if before else {})
+
+
+def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
+  """The chat templates: the usual one, and others by name."""
+  entries: dict[str, Any] = {}
+  for name, text in tokenizer.chat_templates.items():
+    entries["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = text
+  if others := [name for name in tokenizer.chat_templates if name != "default"]:
+    entries["tokenizer.chat_templates"] = others
+  return entries
+
+
+def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> tuple[list[str], np.ndarray]:
+  """Lists of `vocab_size`; ids without a token get a name that no text has."""
+  if max(tokens, default=0) >= vocab_size:
+    raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
+  texts = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+  return texts, np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
+
+
+def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  model = definition["model"]
+  if model.get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
+    raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
+  if definition.get("normalizer") == {"type": "NFC"}:
+    _warn("the tokenizer composes characters (NFC), and llama.cpp takes them as they come")
+  elif definition.get("normalizer") is not None:
+    raise DataError("the tokenizer normalizes text, which llama.cpp cannot do for byte-level BPE")
+  patterns = _patterns(definition["pre_tokenizer"])
+  found = [name for name, cuts in names.PRE_TOKENIZERS.items() if cuts == patterns]
+  if not found:
+    raise DataError(f"the tokenizer cuts text in a way that llama.cpp has no name for: {patterns}")
+  tokens = {i: token for token, i in model["vocab"].items()}
+  types = dict.fromkeys(tokens, NORMAL)
+  for token in definition.get("added_tokens") or ():
+    tokens[token["id"]] = token["content"]
+    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+  text, kinds = _filled(tokens, types, vocab_size)
+  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+  return {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": found[0],
+    "tokenizer.ggml.tokens": text,
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.merges": merges,
+  }
+
+
+def _fallback_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  """BPE over characters with byte pieces, as SentencePiece has it (Llama 2, Gemma): merges become scores."""
+  model, normalizer, cutter = (definition.get(part) for part in ("model", "normalizer", "pre_tokenizer"))
+  if model.get("type", "BPE") != "BPE":
+    raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
+  prefix = _prefix(normalizer, cutter)
+  tokens = {i: token for token, i in model["vocab"].items()}
+  types = {i: BYTE if _BYTE_PIECE.fullmatch(token) else NORMAL for i, token in tokens.items()}
+  scores = {model["vocab"][piece]: -float(rank) for rank, piece in enumerate(_in_order(definition))}
+  for token in definition.get("added_tokens") or ():
+    tokens[token["id"]] = token["content"]
+    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+  if model.get("unk_token") is not None:
+    types[model["vocab"][model["unk_token"]]] = UNKNOWN
+  texts, kinds = _filled(tokens, types, vocab_size)
+  return {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": texts,
+    "tokenizer.ggml.scores": np.array([scores.get(i, _LAST) for i in range(vocab_size)], np.float32),
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.add_space_prefix": prefix,
+    "tokenizer.ggml.remove_extra_whitespaces": False,
+  }
+
+
+def _prefix(normalizer: Any, cutter: Any) -> bool:
+  """Whether a space is put before a text; spaces must become U+2581, and nothing else may happen to a text."""
+  steps = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer] * bool(normalizer)
+  prefix = {"type": "Prepend", "prepend": SPACE} in steps
+  rest = [step for step in steps if step not in ({"type": "Prepend", "prepend": SPACE}, _REPLACE)]
+  if cutter and cutter["type"] == "Metaspace" and cutter.get("replacement") == SPACE and not cutter.get("split"):
+    prefix = cutter.get("prepend_scheme", "always") != "never"
+    if prefix and cutter["prepend_scheme"] == "first":
+      _warn("the tokenizer puts a space before a text only, and llama.cpp behind special tokens too")
+  elif cutter is not None and (cutter.get("pattern"), cutter.get("behavior")) != _NOTHING:
+    rest.append(cutter)
+  elif _REPLACE not in steps:
+    raise DataError("the tokenizer does not write spaces as U+2581, as llama.cpp does without byte-level BPE")
+  if rest:
+    raise DataError(f"the tokenizer does to text what llama.cpp cannot: {json.dumps(rest[0], ensure_ascii=False)[:80]}")
+  return prefix
+
+
+def _in_order(definition: dict[str, Any]) -> list[str]:
+  """The pieces that merges make, first those of the first merges.
+
+  Raises:
+    DataError: the merges are not those of an order of pieces, by which llama.cpp goes.
+  """
+  vocab = definition["model"]["vocab"]
+  added = {token["content"] for token in definition.get("added_tokens") or ()}
+  made: dict[str, int] = {}  # piece -> how many merges make it
+  last = None
+  for merge in definition["model"]["merges"]:
+    piece = merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+    if piece not in added and piece in made and piece != last:
+      raise DataError(f"the tokenizer's merges make {piece!r} at different ranks, and llama.cpp has one score a piece")
+    made[piece], last = made.get(piece, 0) + 1, piece
+  for piece in vocab:
+    if len(piece) > 1 and piece not in added and not _BYTE_PIECE.fullmatch(piece):
+      ways = sum(piece[:cut] in vocab and piece[cut:] in vocab for cut in range(1, len(piece)))
+      if ways != made.get(piece, 0):
+        raise DataError(f"the tokenizer has no merge for some parts of {piece!r}, which llama.cpp would join")
+  return list(made)
+
+
+def _patterns(node: dict[str, Any]) -> tuple[str, ...]:
+  """The patterns by which a pre-tokenizer cuts, in the spelling of PRE_TOKENIZERS."""
+  kind = node["type"]
+  if kind == "Sequence":
+    return sum(map(_patterns, node["pretokenizers"]), ())
+  if kind == "ByteLevel" and not node.get("add_prefix_space", True):
+    return (names.GPT2,) if node.get("use_regex", True) else ()
+  if kind == "Digits" and node.get("individual_digits"):
+    return (r"\p{N}",)
+  if kind == "Split" and node["behavior"] == "Isolated" and not node.get("invert"):
+    return (node["pattern"].get("Regex", ""),)
+  raise DataError(f"the tokenizer's pre-tokenizer {json.dumps(node)[:80]} has no equal in llama.cpp")
+
+
+def _sentencepiece_metadata(model: bytes, added: Mapping[str, dict], vocab_size: int) -> dict[str, Any]:
+  """`added`: tokens beyond the model's pieces, or in place of one, as in tokenizer_config.json."""
+  from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+  proto = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+  spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+  if spec.model_type not in (names.UNIGRAM, names.BPE) or spec.treat_whitespace_as_suffix:
+    raise DataError("only SentencePiece models of the kinds bpe and unigram can be written as GGUF")
+  unigram = spec.model_type == names.UNIGRAM
+  if not unigram and (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces):
+    raise DataError("the SentencePiece model normalizes text, which llama.cpp cannot do for the kind bpe")
+  tokens, types = {}, {}
+  for i, piece in enumerate(proto.pieces):
+    text = piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece
+    tokens[i], types[i] = text, piece.type
+  for key, token in added.items():
+    tokens[int(key)], types[int(key)] = token["content"], CONTROL if token.get("special") else USER_DEFINED
+  texts, kinds = _filled(tokens, types, vocab_size)
+  scores = np.full(vocab_size, -10000.0, np.float32)  # of the filling, as llama.cpp's converter has it
+  scores[: len(proto.pieces)] = [piece.score for piece in proto.pieces]
+  entries = {
+    "tokenizer.ggml.model": "t5" if unigram else "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": texts,
+    "tokenizer.ggml.scores": scores,
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+    "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+  }
+  if normalizer.precompiled_charsmap:
+    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(normalizer.precompiled_charsmap, np.uint8)
+  return entries
