@@ -39,6 +39,23 @@ CONFIGS = {
   "gemma": SMALL | dict(model_type="gemma", head_dim=32),
   "gemma3": GEMMA | dict(model_type="gemma3_text", num_hidden_layers=7, final_logit_softcapping=20.0),
   "gemma2": GEMMA | dict(model_type="gemma2"),
+  "mixtral": SMALL | dict(model_type="mixtral", num_local_experts=4, sliding_window=None),
+  "qwen3-moe": SMALL
+  | dict(model_type="qwen3_moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+  | dict(norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1),
+  "phi3": SMALL | dict(model_type="phi3", partial_rotary_factor=0.5, pad_token_id=None, sliding_window=None),
+  "starcoder2": SMALL | dict(model_type="starcoder2", use_bias=True, sliding_window=None),
+  "gpt-neox": SMALL | dict(model_type="gpt_neox", rotary_pct=0.25, hidden_act="gelu_new"),
+  "gpt-neox-serial": SMALL | dict(model_type="gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
+  "bloom": dict(model_type="bloom", vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, seq_length=128),
+  "granite": SMALL
+  | dict(model_type="granite", embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0)
+  | dict(attention_multiplier=0.1),
+  "cohere": SMALL | dict(model_type="cohere", logit_scale=0.5, tie_word_embeddings=True),
+  "cohere2": SMALL
+  | dict(model_type="cohere2", logit_scale=0.5, tie_word_embeddings=True, num_hidden_layers=4, sliding_window=8),
+  "glm4": SMALL | dict(model_type="glm4", head_dim=32, partial_rotary_factor=0.5, pad_token_id=None),
+  "olmo3": SMALL | dict(model_type="olmo3", num_hidden_layers=4, sliding_window=8),
   "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128),
 }
 

@@ -1,33 +1,71 @@
-"""llama.cpp computes what we do from the files that we write (where llama-cpp-python is installed)."""
+"""llama.cpp computes what we do from the files that we write (where its wheel xllamacpp is installed)."""
+
+import json
 
 import gguf_models
 import jax
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
+from llama_cpp_child import ask
+from test_gguf_tokenizers import TEXTS, byte_level, characters_with_bytes
 
+from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from jaxllm.interop.gguf import write_gguf
+from jaxllm.interop.gguf.tokenizer import PRE_TOKENIZERS
 from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.models.build import declare
 from jaxllm.models.config import Compute
 
 pytestmark = pytest.mark.slow
-llama_cpp = pytest.importorskip("llama_cpp")
-TOKENS = np.random.default_rng(1).integers(5, 300, 40)
+pytest.importorskip("xllamacpp")
+PROMPT = np.random.default_rng(1).integers(5, 300, 40).tolist()
+STEPS = 12
 
 
 @pytest.mark.parametrize("name", gguf_models.CONFIGS)
-def test_logits(tmp_path, name, sentencepiece_bpe):
+def test_greedy_continuations(tmp_path, name):
   hf, tensors = gguf_models.checkpoint(name)
-  write_gguf(tmp_path / "x.gguf", hf, tensors, sentencepiece_bpe)
-  exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-  theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), n_ctx=128, logits_all=True, n_threads=2, verbose=False, **exact)
-  theirs.eval(TOKENS.tolist())
+  write_gguf(tmp_path / "x.gguf", hf, tensors, byte_level("gpt-2"))
+  body = {"prompt": PROMPT, "n_predict": STEPS, "temperature": 0, "n_probs": gguf_models.VOCAB, "ignore_eos": False}
+  (answer,) = ask(tmp_path / "x.gguf", ("/completion", body | {"return_tokens": True, "cache_prompt": False}))
+  probabilities = answer["completion_probabilities"]
+  tokens = [step["id"] for step in probabilities]
+  theirs = np.full((len(tokens), gguf_models.VOCAB), -np.inf)
+  for row, step in zip(theirs, probabilities):
+    for token in step["top_logprobs"]:
+      row[token["id"]] = token["logprob"]
+
   config, params = from_huggingface(hf, tensors)
   params = traverse_util.unflatten_dict({path: tensor.read() for path, tensor in params.items()}, sep="/")
   graph = declare(config, Compute(attention="xla", unroll_layers=1))[0]
-  ours = jax.jit(lambda p, t: nnx.merge(graph, p)(t)[0])(params, TOKENS[None])[0]
-  assert np.std(ours) > 0.05
+  ids = np.array([PROMPT + tokens], np.int32)
+  ours = jax.nn.log_softmax(jax.jit(lambda p, t: nnx.merge(graph, p)(t)[0])(params, ids)[0])
+  ours = np.asarray(ours)[len(PROMPT) - 1 : -1]
+  assert np.std(ours) > 0.05 and len(tokens) > 0
+  np.testing.assert_array_equal(ours.argmax(-1), tokens)
   # ggml looks gelu up in a table of float16.
-  tolerance = 5e-3 if "gelu" in config.mlp or "geglu" in config.mlp else 2e-4
-  np.testing.assert_allclose(theirs.scores[: len(TOKENS)], ours, rtol=0, atol=tolerance)
+  tolerance = 5e-3 if "gelu" in config.mlp or "geglu" in config.mlp else 5e-4
+  np.testing.assert_allclose(theirs, ours, rtol=0, atol=tolerance)
+
+
+def tokenized(tmp_path, tokenizer, texts):
+  hf, tensors = gguf_models.checkpoint("llama")
+  write_gguf(tmp_path / "x.gguf", hf, tensors, tokenizer)
+  posts = [("/tokenize", {"content": text, "add_special": True, "parse_special": True}) for text in texts]
+  return [answer["tokens"] for answer in ask(tmp_path / "x.gguf", *posts)]
+
+
+@pytest.mark.parametrize("kind", [*PRE_TOKENIZERS, "fallback", "fallback-prefix", "sentencepiece"])
+def test_prompts(tmp_path, kind, sentencepiece_bpe):
+  texts = [text for text in TEXTS if text]
+  if kind.startswith("fallback"):
+    definition = characters_with_bytes(sentencepiece_bpe, kind.endswith("prefix"))
+    tokenizer = HuggingFaceTokenizer(json.dumps(definition), {"bos_token": "<s>", "eos_token": "</s>"})
+  elif kind == "sentencepiece":
+    tokenizer = SentencePieceTokenizer(sentencepiece_bpe.model, sentencepiece_bpe.settings)
+  else:
+    tokenizer = byte_level(kind)
+  if kind == "fallback-prefix" or kind == "sentencepiece":
+    texts = [text for text in texts if "<s>" not in text]
+  assert tokenized(tmp_path, tokenizer, texts) == [tokenizer.encode_prompt(text).tolist() for text in texts]

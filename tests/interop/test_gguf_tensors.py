@@ -148,14 +148,21 @@ def test_rope_factors_are_llama_3s(tmp_path):
 
 
 UNSAYABLE = {
-  "window": (dict(model_type="mistral", sliding_window=16), "sliding_window"),
+  "unnormalized experts": (gguf_models.CONFIGS["qwen3-moe"] | dict(norm_topk_prob=False), "norm_topk_prob"),
+  "some plain layers": (gguf_models.CONFIGS["qwen3-moe"] | dict(mlp_only_layers=[0]), "mlp_only_layers"),
+  "long rope": (
+    dict(model_type="phi3", original_max_position_embeddings=32, pad_token_id=None)
+    | dict(rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)),
+    "rope_scaling",
+  ),
+  "query norm": (dict(model_type="cohere", use_qk_norm=True, tie_word_embeddings=True), "use_qk_norm"),
   "activation": (dict(model_type="llama", hidden_act="gelu"), "hidden_act"),
   "qwen llama3": (dict(model_type="qwen2", rope_scaling=gguf_models.LLAMA3), "rope_scaling"),
   "tied olmo2": (dict(model_type="olmo2", tie_word_embeddings=True), "tie_word_embeddings"),
   "biased qwen3": (dict(model_type="qwen3", attention_bias=True), "attention_bias"),
   "partial rope": (dict(model_type="llama", partial_rotary_factor=0.5), "rope_fraction"),
   "gemma2 scale": (gguf_models.GEMMA | dict(model_type="gemma2", query_pre_attn_scalar=99), "query_pre_attn_scalar"),
-  "family": (dict(model_type="bloom"), "cannot be written as GGUF"),
+  "family": (dict(model_type="opt"), "cannot be written as GGUF"),
 }
 
 
@@ -165,6 +172,29 @@ def test_models_that_llama_cpp_would_compute_differently(tmp_path, name):
   with pytest.raises(ConfigError, match=words):
     write_gguf(tmp_path / "x.gguf", gguf_models.SMALL | settings, {}, None)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3", "starcoder2", "mixtral"])
+def test_a_window_that_llama_cpp_has_not_is_the_context(tmp_path, caplog, name):
+  hf, tensors = gguf_models.checkpoint(name)
+  write_gguf(tmp_path / "x.gguf", hf | {"sliding_window": 16}, tensors, None)
+  back = config_from_huggingface(read_gguf(tmp_path / "x.gguf").config)
+  assert back.max_seq_len == 16 and back.sliding_window is None
+  assert [record.getMessage() for record in caplog.records][0].endswith("the file says 16 tokens of context, not 128")
+
+
+def test_exact_gelu_becomes_what_llama_cpp_has(tmp_path, caplog):
+  hf, tensors = gguf_models.checkpoint("gpt-neox")
+  write_gguf(tmp_path / "x.gguf", hf | {"hidden_act": "gelu"}, tensors, None)
+  assert config_from_huggingface(read_gguf(tmp_path / "x.gguf").config).mlp == "gelu_tanh"
+  assert "tanh approximation" in caplog.records[0].getMessage()
+
+
+def test_an_expert_that_is_missing(tmp_path):
+  hf, tensors = gguf_models.checkpoint("mixtral")
+  cut = {name: t for name, t in tensors.items() if ".1.block_sparse_moe.experts.2.w1" not in name}
+  with pytest.raises(CheckpointError, match="lacks an expert of blk.1.ffn_gate_exps.weight"):
+    write_gguf(tmp_path / "x.gguf", hf, cut, None)
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

@@ -11,8 +11,9 @@ from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.base.files import scratch_directory
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxllm.interop.gguf.architectures import BY_NAME, read_config, read_tensors
+from jaxllm.interop.gguf.architectures import read_config, read_tensors
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
+from jaxllm.interop.gguf.table import BY_MODEL_TYPE
 from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
@@ -66,7 +67,7 @@ def read_gguf(path: str | Path) -> GgufCheckpoint:
   header = read_headers(Path(path).expanduser())
   stored = {name: _lazy(name, info) for name, info in header.tensors.items()}
   config = read_config(header.metadata, stored)
-  tensors = read_tensors(config, BY_NAME[header.metadata["general.architecture"]], stored)
+  tensors = read_tensors(config, BY_MODEL_TYPE[config["model_type"]], stored)
   return GgufCheckpoint(config, tensors, header.metadata)
 
 

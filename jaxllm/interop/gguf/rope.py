@@ -63,7 +63,7 @@ def read_rope(number: Callable, kind: Any, head_dim: int, factors: LazyTensor | 
 
 def write_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   """The metadata of `rope_theta` and `rope_scaling`, keys behind the architecture."""
-  numbers = {"rope.freq_base": float(hf["rope_theta"]), "rope.dimension_count": hf["head_dim"]}
+  numbers = {"rope.freq_base": float(hf["rope_theta"]), "rope.dimension_count": hf["rotary_dim"]}
   scaling = hf.get("rope_scaling") or {}
   kind = scaling.get("rope_type")
   if kind in ("linear", "yarn"):
