@@ -29,6 +29,7 @@ def main():
   params.n_ctx, params.n_batch, params.n_parallel, params.warmup = 128, 128, 1, False
   params.cpuparams.n_threads = 1
   params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+  params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
   server = xllamacpp.Server(params)
   answers = []
   for path, body in request["posts"]:

@@ -1,11 +1,14 @@
 """llama.cpp computes what we do from the files that we write (where its wheel xllamacpp is installed)."""
 
+import itertools
 import json
+import string
 
 import gguf_models
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx, traverse_util
 from llama_cpp_child import ask
 from test_gguf_tokenizers import TEXTS, byte_level, characters_with_bytes
@@ -21,16 +24,21 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")
 PROMPT = np.random.default_rng(1).integers(5, 300, 40).tolist()
 STEPS = 12
+# Each token is a text of its own: its server says nothing of steps that end within a character.
+_WORDS = {a + b: i for i, (a, b) in enumerate(itertools.islice(itertools.product(string.ascii_letters, repeat=2), 384))}
+_BPE = tokenizers.Tokenizer(tokenizers.models.BPE(_WORDS, []))
+_BPE.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+LETTERS = HuggingFaceTokenizer(_BPE.to_str(), {"eos_token": "aa"})
 
 
 @pytest.mark.parametrize("name", gguf_models.CONFIGS)
 def test_greedy_continuations(tmp_path, name):
   hf, tensors = gguf_models.checkpoint(name)
-  write_gguf(tmp_path / "x.gguf", hf, tensors, byte_level("gpt-2"))
+  write_gguf(tmp_path / "x.gguf", hf, tensors, LETTERS)
   body = {"prompt": PROMPT, "n_predict": STEPS, "temperature": 0, "n_probs": gguf_models.VOCAB, "ignore_eos": False}
   (answer,) = ask(tmp_path / "x.gguf", ("/completion", body | {"return_tokens": True, "cache_prompt": False}))
-  probabilities = answer["completion_probabilities"]
-  tokens = [step["id"] for step in probabilities]
+  probabilities, tokens = answer["completion_probabilities"], answer["tokens"]
+  assert [step["id"] for step in probabilities] == tokens
   theirs = np.full((len(tokens), gguf_models.VOCAB), -np.inf)
   for row, step in zip(theirs, probabilities):
     for token in step["top_logprobs"]:
