@@ -92,7 +92,7 @@ def test_a_tied_embedding_gets_the_output_type(tmp_path):
   assert "output.weight" not in kinds
 
 
-def test_rows_without_whole_blocks_become_float16(tmp_path):
+def test_rows_without_whole_blocks_become_float16(tmp_path, caplog):
   hf, tensors = gguf_models.checkpoint("llama")
   hf = hf | {"intermediate_size": 80}
   cut = {n: t.read()[..., :80] if "down" in n else t.read() for n, t in tensors.items()}
@@ -100,6 +100,7 @@ def test_rows_without_whole_blocks_become_float16(tmp_path):
   write_gguf(tmp_path / "x.gguf", hf, in_memory(cut), None, dtype="q8_0")
   kinds = {name: kind for name, (kind, _) in stored(tmp_path / "x.gguf").items()}
   assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
+  assert caplog.records[0].getMessage().endswith("stay float16: blk.0.ffn_down.weight, blk.1.ffn_down.weight")
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q5_1"])

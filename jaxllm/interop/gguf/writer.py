@@ -1,5 +1,6 @@
 """Writes a Hugging Face checkpoint as a GGUF file for llama.cpp and Ollama."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
@@ -14,6 +15,7 @@ from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes
 from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
+log = logging.getLogger(__name__)
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 _QUANTIZED_BLOCK = 32  # elements, of every type here
@@ -31,7 +33,7 @@ def write_gguf(
 ) -> None:
   """Writes a checkpoint as one GGUF file, tensor by tensor; a file that is there already is replaced at the end.
 
-  Which tensor gets which type follows llama.cpp: vectors and norms stay float32; in a file of four or five bits
+  Which tensor gets which type follows llama.cpp: vectors, norms and routers stay float32; in a file of four or five bits
   the output matrix (the embedding, where they are tied) gets 8; rows that are no whole blocks get float16.
   Quantization rounds to nearest, as `gguf.quants.quantize` does.
 
@@ -59,6 +61,12 @@ def write_gguf(
     metadata |= tokenizer_metadata(tokenizer, vocab_size, generation or {})
   tied = "output.weight" not in tensors
   kinds = {name: _type_of(name, tensor.shape, dtype.upper(), tied) for name, tensor in tensors.items()}
+  others = [name for name, kind in kinds.items() if kind == "F16" and dtype.startswith("q")]
+  if others:
+    log.warning(
+      "GGUF: rows of %d matrices are no whole blocks of %d numbers, so these stay float16: %s%s",
+      *(len(others), _QUANTIZED_BLOCK, ", ".join(others[:3]), ", …" if len(others) > 3 else ""),
+    )
   infos, offset = [], 0
   for name, tensor in tensors.items():
     infos.append((name, kinds[name], tensor.shape, offset))
@@ -80,7 +88,7 @@ def _check_complete(tensors: Tensors, layers: int) -> None:
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: str, tied: bool) -> str:
   """The type of a tensor in a file of type `wanted`."""
-  if len(shape) < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
+  if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name == "position_embd.weight":
     return "F32"
   if not wanted.startswith("Q"):
     return wanted
