@@ -150,11 +150,11 @@ def test_rope_factors_are_llama_3s(tmp_path):
 
 UNSAYABLE = {
   "unnormalized experts": (gguf_models.CONFIGS["qwen3-moe"] | dict(norm_topk_prob=False), "norm_topk_prob"),
-  "some plain layers": (gguf_models.CONFIGS["qwen3-moe"] | dict(mlp_only_layers=[0]), "mlp_only_layers"),
+  "some plain layers": (gguf_models.CONFIGS["qwen3-moe"] | dict(mlp_only_layers=[0]), "intermediate_size"),
   "long rope": (
     dict(model_type="phi3", original_max_position_embeddings=32, pad_token_id=None)
     | dict(rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)),
-    "rope_scaling",
+    "original_max_position_embeddings",
   ),
   "query norm": (dict(model_type="cohere", use_qk_norm=True, tie_word_embeddings=True), "use_qk_norm"),
   "activation": (dict(model_type="llama", hidden_act="gelu"), "hidden_act"),

@@ -105,7 +105,7 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
   read = read_config(entries, _blanks(full) | extra, architecture)
   back = _explicit({**architecture.only, **read, "model_type": family}, family)
-  for key in full.keys() | back.keys():
+  for key in sorted(full.keys() | back.keys()):
     if key not in ("initializer_range", "router_aux_loss_coef") and not _alike(full.get(key), back.get(key)):
       raise ConfigError(
         f"GGUF cannot say {key} = {full.get(key)!r} of a {family} model: llama.cpp would take {back.get(key)!r}"

@@ -33,8 +33,8 @@ def write_gguf(
 ) -> None:
   """Writes a checkpoint as one GGUF file, tensor by tensor; a file that is there already is replaced at the end.
 
-  Which tensor gets which type follows llama.cpp: vectors, norms and routers stay float32; in a file of four or five bits
-  the output matrix (the embedding, where they are tied) gets 8; rows that are no whole blocks get float16.
+  Which tensor gets which type follows llama.cpp: vectors, norms and routers stay float32; in a file of four or five
+  bits the output matrix (the embedding, where they are tied) gets 8; rows that are no whole blocks get float16.
   Quantization rounds to nearest, as `gguf.quants.quantize` does.
 
   Args:
