@@ -287,9 +287,10 @@ class TokenDocuments:
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-  """Relative path to size in bytes, of each file under `directory`."""
-  return {
-    os.path.relpath(os.path.join(root, file), directory): os.path.getsize(os.path.join(root, file))
-    for root, _, files in sorted(os.walk(directory))
-    for file in sorted(files)
-  }
+  """Relative path to size in bytes, of each file under `directory`; a link to nothing is none."""
+  found = {}
+  for root, _, files in sorted(os.walk(directory)):
+    for file in sorted(files):
+      with contextlib.suppress(FileNotFoundError):
+        found[os.path.relpath(os.path.join(root, file), directory)] = os.path.getsize(os.path.join(root, file))
+  return found

@@ -75,6 +75,16 @@ def test_every_file_of_a_build_is_checked(copy):
   assert set(files) - seen <= unread
 
 
+@pytest.mark.parametrize("name", ["heldout_lengths.npy", "tokenizer/tokenizer.model", "heldout.bin"])
+def test_a_link_to_nothing_is_a_file_that_is_missing(copy, name):
+  _, prepared = names(copy)
+  name = next(each for each in prepared.files if each.startswith(name.rpartition(".")[0]))
+  (prepared.root / name).unlink()
+  (prepared.root / name).symlink_to("nothing")
+  with pytest.raises(DataError, match=f"{name} is damaged or missing"):
+    open_prepared(copy)
+
+
 def test_token_counts_by_one(copy):
   _, prepared = names(copy)
   path = manifests.counts_path(prepared.root, "first", "train")

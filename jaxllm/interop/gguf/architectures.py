@@ -22,7 +22,7 @@ from jaxllm.interop.gguf.table import BY_MODEL_TYPE, KNOWN, ROPE_FACTORS, Archit
 from jaxllm.interop.huggingface import BUFFERS, config_from_huggingface, config_to_huggingface
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts, in_memory
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jaxllm")
 
 
 def read_config(

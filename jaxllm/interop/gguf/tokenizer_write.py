@@ -13,7 +13,7 @@ from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf import tokenizer as names
 from jaxllm.interop.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jaxllm")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _NOTHING = {"String": " "}, "MergedWithPrevious"  # how Gemma's cuts text, in which there are no spaces any more

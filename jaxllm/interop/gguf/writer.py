@@ -15,7 +15,7 @@ from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes
 from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jaxllm")
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 _QUANTIZED_BLOCK = 32  # elements, of every type here
