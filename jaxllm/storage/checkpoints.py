@@ -218,6 +218,9 @@ class Checkpoints:
     """Leaves the committed steps only, and returns them."""
     for place in list(self.directory.iterdir()):
       if re.fullmatch(r"\d+", place.name) and not (place / manifests.NAME).exists():
+        log.warning(
+          "checkpoint step %s has no %s, so its saving did not end: it is removed", place.name, manifests.NAME
+        )
         shutil.rmtree(place)
     for old in list(self.directory.glob("*.replaced")):
       if old.with_suffix("").exists():

@@ -98,6 +98,13 @@ def good_step(directory: Path, step: int | None, part: str | None = None) -> tup
   if step is not None and step not in steps:
     raise CheckpointError(f"there is no checkpoint step {step} in {directory}; there are {steps}")
 
+  if step is None:
+    for place in directory.iterdir():
+      if place.name.isdigit() and int(place.name) > steps[-1]:
+        log.warning(
+          "checkpoint step %s has no %s: it is being saved, or was not to the end", place.name, manifests.NAME
+        )
+
   def wanted(name: str) -> bool:
     return part is None or name.startswith(f"state/{part}/") or name.count("/") == 1
 
