@@ -391,7 +391,7 @@ def test_missing_steps_are_named(tmp_path):
       checkpoints.restore(small_state(0), step=5)
 
 
-def test_unfinished_steps_are_ignored_and_removed(tmp_path):
+def test_unfinished_steps_are_ignored_and_removed(tmp_path, caplog):
   with Checkpoints(tmp_path, ALL) as checkpoints:
     checkpoints.save(1, small_state(1))
     checkpoints.save(2, small_state(2))
@@ -402,6 +402,11 @@ def test_unfinished_steps_are_ignored_and_removed(tmp_path):
   assert committed_steps(tmp_path) == []
   with Checkpoints(tmp_path, ALL) as checkpoints:
     assert_identical(checkpoints.restore(small_state(0)).state, small_state(1))
+    assert "checkpoint step 2 has no manifest.json, so its saving did not end: it is removed" in caplog.text
+    (tmp_path / "3").mkdir()
+    checkpoints.restore(small_state(0))
+    assert "checkpoint step 3 has no manifest.json: it is being saved, or was not to the end" in caplog.text
+    (tmp_path / "3").rmdir()
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "notes"]
 
 

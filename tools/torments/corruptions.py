@@ -16,7 +16,7 @@ from torments.trials import Outcome, trial
 from torments.world import World, write_job
 
 FINE = ("refused", "same", "said", "stopped", "recovered", "loaded", "finished", "not possible here")
-SAID = ("using checkpoint step", "damaged", "is missing", "has changed", "manifest")
+SAID = ("using checkpoint step", "damaged", "is missing", "has changed", "has no manifest")
 
 
 class Row(NamedTuple):
