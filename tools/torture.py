@@ -111,19 +111,23 @@ def main() -> int:
   lines, faults = table(rows), [row for row in rows if row.fault]
   print("\n".join(lines))
   if args.record:
-    _record(lines, rows, args.seed, time.monotonic() - started)
+    _record(lines, rows, args, time.monotonic() - started)
   print(f"{len(rows)} trials, {len(faults)} faults")
   return 1 if faults else 0
 
 
-def _record(lines: list[str], rows: list, seed: int, seconds: float) -> None:
+def _record(lines: list[str], rows: list, args: argparse.Namespace, seconds: float) -> None:
   machine = sides.machine()
-  facts = machine | {"seed": seed, "seconds": round(seconds), "trials": len(rows)}
+  facts = machine | {"seed": args.seed, "scale": args.scale, "seconds": round(seconds), "trials": len(rows)}
   faults = [f"- {row.category}: {row.what}: {row.result}: {row.detail}" for row in rows if row.fault]
-  where = f"`python tools/torture.py --record --seed={seed}`, {facts['trials']:,} trials in {seconds / 60:.0f} minutes"
+  command = f"`python tools/torture.py --record --scale={args.scale:g} --seed={args.seed}`"
+  where = f"{command}: {len(rows):,} trials in {seconds / 60:.0f} minutes"
   where += f" on {machine['machine']}, commit {machine['commit'][:9]}."
-  text = TABLE.read_text().partition(HEAD)[0] if TABLE.exists() else "# What it survives\n\n"
-  TABLE.write_text(text + "\n".join([*lines, "", where, *(["", "Faults:", *faults] if faults else [])]) + "\n")
+  title = "## What was tried"
+  text = TABLE.read_text().partition(title)[0] if TABLE.exists() else "# Reliability\n\n"
+  TABLE.write_text(
+    text + "\n".join([title, "", *lines, "", where, *(["", "Faults:", *faults] if faults else [])]) + "\n"
+  )
   RECORD.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows if row.fault]}, indent=1) + "\n")
 
 

@@ -75,7 +75,7 @@ def prepares(world: World, rounds: int, seed: int) -> Iterator[Row]:
     if same and (left := leftovers(place / "data")):
       result = f"left behind: {left[0]}"
     detail = f"{kills} kills in {time.monotonic() - started:.0f} s"
-    yield Row("killed with -9", f"prepare, {processes} processes", result, detail)
+    yield Row("killed with -9", f"prepare, processes: {processes}", result, detail)
   shutil.rmtree(world.root / "killed-data", ignore_errors=True)
 
 
