@@ -13,6 +13,7 @@ SIGTERM works in any case. SIGUSR1 is noted: a training run that it reaches whil
 
 import atexit
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -63,8 +64,10 @@ def is_ignored(number: int) -> bool:
   return number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) is signal.SIG_IGN
 
 
+@functools.cache
 def runs_a_door() -> bool:
-  """Whether this process is one of our programs, `python -m jaxllm.…` or `jaxllm …`, and not somebody else's."""
+  """Whether this process is one of our programs, `python -m jaxllm.…` or `jaxllm …`, and not somebody else's; as it was
+  when this package was imported, whatever has become of sys.argv since."""
   words = sys.orig_argv
   module = any(flag == "-m" and re.fullmatch(r"jaxllm(\.\w+)?", name) for flag, name in zip(words, words[1:]))
   return module or os.path.basename(sys.argv[0]) == "jaxllm"
