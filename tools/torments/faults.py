@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jaxllm.cli import LEAST_FILES
 from torments import readings
 from torments.corruptions import Row, leftovers, words
 from torments.trials import HANG_S, Limits, Outcome, door, trial
@@ -177,7 +178,7 @@ def few_resources(world: World, rounds: int, seed: int) -> Iterator[Row]:
         shutil.rmtree(place, ignore_errors=True)
         name, argv, reading, what = _jobs(world, place)[index]
         limits = {
-          "too many open files": Limits(open_files=draw.randint(24, 80)),
+          "too many open files": Limits(open_files=draw.randint(LEAST_FILES, LEAST_FILES + 40)),
           "file too large": Limits(file_bytes=int(2 ** draw.uniform(11, 17))),
           MEMORY: Limits(memory_bytes=draw.randint(200, 800) << 20),
           "output to a full disk": Limits(stdout="/dev/full"),
