@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_torture(tmp_path):
-  command = [sys.executable, ROOT / "tools" / "torture.py", "--scale=0.01"]
+  command = [sys.executable, ROOT / "tools" / "torture.py", "--scale=0.01", "--seed=3"]
   environment = os.environ | {"TMPDIR": str(tmp_path)}  # what it makes goes with the test, however it ends
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
   assert done.returncode == 0, done.stderr[-4000:]
   assert " trials, 0 faults" in done.stdout
   assert not list(tmp_path.iterdir())
