@@ -120,10 +120,10 @@ def test_the_first_process_is_stopped(tmp_path):
 @pytest.mark.parametrize(
   "what, own, code, others",
   [
-    ("error", ["error: the disk of process 1 is full and so on"], 2, "failed: the disk of process 1 is full"),
+    ("error", ["error: the disk of process 1 is full and so on"], 2, "failed: the disk of process 1 is full and so on"),
     ("bug", None, 1, "failed: KeyError: 'lost'"),
     ("exit", None, 1, "failed: SystemExit: 3"),
-    ("plain", None, 1, "failed: the disk of process 1 is full"),
+    ("plain", None, 1, "failed: the disk of process 1 is full and so on"),
   ],
 )
 def test_an_error_of_one_process_ends_the_others(what, own, code, others, tmp_path):
