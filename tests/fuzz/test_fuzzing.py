@@ -11,7 +11,8 @@ from jaxllm.base.errors import DataError
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import fuzzing
-from fuzz_readers import CONFIGS, READERS
+from fuzz_configs import CONFIGS
+from fuzz_readers import READERS
 
 from jaxllm.interop.families import FAMILIES
 
