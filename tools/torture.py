@@ -39,17 +39,17 @@ def torments(scale: float) -> dict[str, Callable]:
     return max(1, round(count * scale))
 
   return {
-    "changed files": lambda world, seed: corruptions.corrupt(world, times(300), seed),
+    "changed files": lambda world, seed: corruptions.corrupt(world, times(100), seed),
     "copied checkpoints": lambda world, _: corruptions.copied_steps(world),
     "torn metrics": lambda world, seed: corruptions.torn_metrics(world, times(40), seed),
-    "killed: prepare": lambda world, seed: kills.prepares(world, times(12), seed),
+    "killed: prepare": lambda world, seed: kills.prepares(world, times(6), seed),
     "killed: train": lambda world, seed: kills.trains(world, times(8), seed),
     "killed: replacing": lambda world, seed: kills.replaces(world, times(40), seed),
-    "interrupted": lambda world, seed: interrupts.interrupted(world, times(30), seed),
-    "faults: disk full": lambda world, seed: faults.full_disks(world, times(12), seed),
+    "interrupted": lambda world, seed: interrupts.interrupted(world, times(12), seed),
+    "faults: disk full": lambda world, seed: faults.full_disks(world, times(6), seed),
     "faults: closed": lambda world, _: faults.locked_folders(world),
     "faults: files": lambda world, _: faults.closed_files(world),
-    "faults: resources": lambda world, seed: faults.few_resources(world, times(6), seed),
+    "faults: resources": lambda world, seed: faults.few_resources(world, times(3), seed),
     "fuzz": lambda _, seed: fuzzes.fuzzed(times(2000), seed),
   }
 
