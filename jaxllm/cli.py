@@ -19,6 +19,9 @@ from jaxllm.base.files import local_path
 from jaxllm.base.os_errors import explain
 
 
+_HOW = ("encoding", "errors", "line_buffering", "write_through")  # a stream writes
+
+
 class _Stdout(io.TextIOWrapper):
   """Says of its errors that they are its own."""
 
@@ -62,10 +65,8 @@ def open_standard_streams() -> None:
   for name, kind in (("stdout", _Stdout), ("stderr", _Stderr)):
     out = getattr(sys, name)
     if type(out) is io.TextIOWrapper:
-      how: dict[str, Any] = {key: getattr(out, key) for key in ("encoding", "line_buffering", "write_through")}
-      # Names that are not in this encoding are written as they came.
-      errors = "surrogateescape" if out.errors == "strict" else out.errors
-      setattr(sys, name, kind(out.buffer, errors=errors, **how))
+      how: dict[str, Any] = {key: getattr(out, key) for key in _HOW}
+      setattr(sys, name, kind(out.buffer, **how))
       setattr(sys, f"__{name}__", out)  # which would take the buffer along
 
 

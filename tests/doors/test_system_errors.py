@@ -86,15 +86,6 @@ def test_a_reader_that_is_gone_is_no_success(job):
   assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_names_are_printed_as_they_came(job, tmp_path):
-  with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:
-    file.write(b'{"text": "abc"}\n' * 20 + b"bad\n")
-  flags = f"--config.data.dir={tmp_path}/data --config.data.on_bad_row=skip --config.data.tokenizer.vocab_size=264"
-  flags += f""" --config.data.sources="[{{'kind': 'jsonl', 'path': '{tmp_path}/*.jsonl'}}]" """
-  done = shell(f"jaxllm.prepare --config={job} {flags} | LC_ALL=C grep -ac $'skipped: {tmp_path}/caf\\xe9.jsonl:21'")
-  assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
-
-
 def test_a_file_that_grows_too_large_leaves_nothing(run, tmp_path):
   done = shell(f"ulimit -f 20; jaxllm.convert --from={run} --to={tmp_path / 'x'} --format=jaxllm")
   errors = done.stderr.splitlines()
