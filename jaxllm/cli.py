@@ -18,7 +18,6 @@ from jaxllm.base.errors import ConfigError, UserError, one_line
 from jaxllm.base.files import local_path
 from jaxllm.base.os_errors import explain
 
-
 _HOW = ("encoding", "errors", "line_buffering", "write_through")  # a stream writes
 
 
