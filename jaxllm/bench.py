@@ -6,12 +6,11 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.base.files import write_atomically
-from jaxllm.cli import add_model, door_parser, run_door
+from jaxllm.cli import add_model, door_parser, path_argument, run_door
 
 if TYPE_CHECKING:
   from jaxllm.inference.llm import LLM
@@ -50,7 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--prompt-tokens", type=int, default=64, metavar="N")
   add("--max-tokens", type=int, default=64, metavar="N", help="tokens that each row draws (default: 64)")
   add("--repeats", type=int, default=3, metavar="N")
-  add("--json", type=Path, metavar="FILE", help="where the figures go")
+  add("--json", type=path_argument, metavar="FILE", help="where the figures go")
   return parser.parse_args(argv)
 
 

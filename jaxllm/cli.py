@@ -7,15 +7,18 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from jaxllm.base import environment, settings, stopping
-from jaxllm.base.errors import UserError, one_line
+from jaxllm.base.errors import ConfigError, UserError, one_line
 from jaxllm.base.files import local_path
 from jaxllm.base.os_errors import explain
+
+_HOW = ("encoding", "errors", "line_buffering", "write_through")  # a stream writes
 
 
 class _Stdout(io.TextIOWrapper):
@@ -27,6 +30,19 @@ class _Stdout(io.TextIOWrapper):
 
   def flush(self) -> None:
     with _named("stdout"):
+      super().flush()
+
+
+class _Stderr(io.TextIOWrapper):
+  """What is said goes nowhere where nobody can hear it: the work goes on."""
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      return super().write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError):
       super().flush()
 
 
@@ -45,11 +61,12 @@ def open_standard_streams() -> None:
   for name, mode, way in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
     if getattr(sys, name) is None:  # the lowest number that is free is its
       setattr(sys, name, os.fdopen(os.open(os.devnull, way), mode))
-  if type(sys.stdout) is io.TextIOWrapper:
-    out = sys.stdout
-    how: dict[str, Any] = {key: getattr(out, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
-    sys.stdout = _Stdout(out.buffer, **how)
-    sys.__stdout__ = out  # which would take the buffer along
+  for name, kind in (("stdout", _Stdout), ("stderr", _Stderr)):
+    out = getattr(sys, name)
+    if type(out) is io.TextIOWrapper:
+      how: dict[str, Any] = {key: getattr(out, key) for key in _HOW}
+      setattr(sys, name, kind(out.buffer, **how))
+      setattr(sys, f"__{name}__", out)  # which would take the buffer along
 
 
 def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -107,7 +124,10 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
       stopping.leave(code, stopping.LINE)
     print("stopped", file=sys.stderr)
   except BrokenPipeError as error:
-    leave(error, 1, "error: nobody reads the output")
+    code = 128 + signal.SIGPIPE  # as a program ends whose reader is gone: it may not be done
+    leave(error, code, "error: nobody reads the output")
+    if error.filename != "stdout":
+      print(f"error: {explain_error(error)}", file=sys.stderr, flush=True)
     _to_nowhere(sys.stdout)
   except BaseException as error:
     if stopping.interrupted is not None:
@@ -130,6 +150,10 @@ def explain_error(error: BaseException) -> str | None:
   """One line for an error that the user can mend; None for a bug of ours."""
   if isinstance(error, UserError):
     return str(error)
+  if isinstance(error, UnicodeDecodeError):  # of stdin: files are read by those who know their names
+    return f"what is read is not in {error.encoding} (at byte {error.start}); convert it, with iconv say"
+  if isinstance(error, UnicodeEncodeError) and error.encoding.lower().startswith("utf"):
+    return f"a text or name has {error.object[error.start : error.start + 1]!a}, which is no character; remove it"
   if isinstance(error, UnicodeEncodeError):
     return (
       f"the output is in {error.encoding}, which has no {error.object[error.start : error.start + 1]!a}; set "
@@ -138,6 +162,8 @@ def explain_error(error: BaseException) -> str | None:
   if isinstance(error, RecursionError):
     return "something is nested too deeply: a config, a JSON file or a chat template"
   text = str(error)
+  if isinstance(error, ValueError) and text.startswith("embedded null"):
+    return "a path or name has a NUL in it; remove it"
   if text.startswith("Unable to initialize backend") or "for environment" in text:  # jax's, of its variables
     return f"{one_line(text.splitlines()[0], 300)}; mend the environment variable (JAX_PLATFORMS, JAX_…)"
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
@@ -179,9 +205,16 @@ def leave(error: BaseException, code: int, line: str | None = None) -> None:
     hosts.leave(error, code, line)
 
 
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong as everything else does: one line, without the usage, which is long."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f"{message} ({self.prog} --help says more)")
+
+
 def door_parser(door: str, doc: str, epilog: str = "") -> argparse.ArgumentParser:
-  """The parser of a door."""
-  parser = argparse.ArgumentParser(
+  """The parser of a door; it raises ConfigError for words that it does not take."""
+  parser = _Parser(
     prog=f"python -m jaxllm.{door}",
     description=doc,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,7 +227,7 @@ def door_parser(door: str, doc: str, epilog: str = "") -> argparse.ArgumentParse
 
 def add_model(parser: argparse.ArgumentParser, flag: str = "--model", **options: Any) -> None:
   """Lets a door read a model of any form."""
-  parser.add_argument(flag, required=True, metavar="PATH", help=MODEL_FORMS, **options)
+  parser.add_argument(flag, required=True, type=path_argument, metavar="PATH", help=MODEL_FORMS, **options)
   parser.add_argument(
     "--adapter",
     type=weighted_adapter,
@@ -205,6 +238,14 @@ def add_model(parser: argparse.ArgumentParser, flag: str = "--model", **options:
   parser.add_argument("--step", type=int, metavar="N", help="of a run: this checkpoint (default: the latest)")
 
 
+def path_argument(text: str) -> Path:
+  """`local_path` for a parser, which says of which argument an error is."""
+  try:
+    return local_path(text)
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def weighted_adapter(text: str) -> Path | tuple[Path, float]:
   """An adapter's directory, with its weight where the text ends in a colon and a number."""
   directory, _, weight = text.rpartition(":")
@@ -213,10 +254,10 @@ def weighted_adapter(text: str) -> Path | tuple[Path, float]:
   except ValueError:
     share = None
   if share is None:
-    return local_path(text)
+    return path_argument(text)
   if not math.isfinite(share):
     raise argparse.ArgumentTypeError(f"the weight of {text} must be a finite number")
-  return local_path(directory), share
+  return path_argument(directory), share
 
 
 def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.ArgumentParser:
@@ -226,7 +267,7 @@ def config_parser(door: str, doc: str, *, workdir: bool = True) -> argparse.Argu
   parser.add_argument("--config", required=True, metavar="FILE", help="a config file, like configs/quickstart.py")
   if workdir:
     parser.add_argument(
-      "--workdir", type=local_path, metavar="DIR", help="the run directory (default: runs/<config name>)"
+      "--workdir", type=path_argument, metavar="DIR", help="the run directory (default: runs/<config name>)"
     )
   return parser
 

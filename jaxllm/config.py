@@ -109,7 +109,10 @@ def sweep_points(path: str) -> list[dict[str, Any]]:
     point = {**(point or {}), **keys}
     points.append({key.removeprefix("config."): value for key, value in point.items()})
 
-  sweep(add)
+  try:
+    sweep(add)
+  except Exception as error:
+    raise ConfigError(f"{path}: sweep(add) fails: {type(error).__name__}: {error}") from error
   if not points:
     raise ConfigError(f"{path}: sweep(add) added no point")
   return points

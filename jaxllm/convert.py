@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxllm.base.errors import ConfigError
-from jaxllm.base.files import local_path
-from jaxllm.cli import MODEL_FORMS, add_model, door_parser, run_door
+from jaxllm.cli import MODEL_FORMS, add_model, door_parser, path_argument, run_door
 
 if TYPE_CHECKING:
   from jaxllm.interop.stored import StoredModel
@@ -31,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = door_parser("convert", f"Converts {MODEL_FORMS} into another form.", EXAMPLES)
   add_model(parser, "--from", dest="source")
   add = parser.add_argument
-  add("--to", required=True, type=local_path, metavar="PATH", help="a new or empty directory, or a new .gguf file")
+  add("--to", required=True, type=path_argument, metavar="PATH", help="a new or empty directory, or a new .gguf file")
   add("--format", choices=("jaxllm", "hf", "gguf"), help="the form to write (with --merge by default hf)")
   add("--merge", action="store_true", help="compare the logits with those of the adapters apart before writing")
   add(

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxllm.base.errors import ConfigError, DataError
-from jaxllm.base.files import local_path
-from jaxllm.cli import add_model, door_parser, run_door
+from jaxllm.cli import add_model, door_parser, path_argument, run_door
 
 if TYPE_CHECKING:
   from jaxllm.data.manifest import Prepared
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
   parser = door_parser("evaluate", __doc__)
   add_model(parser)
   parser.add_argument(
-    "--data", type=local_path, metavar="DIR", help="prepared data (default: what the run was trained on)"
+    "--data", type=path_argument, metavar="DIR", help="prepared data (default: what the run was trained on)"
   )
   parser.add_argument("--batch-size", type=int, default=8)
   parser.add_argument("--seq-len", type=int, help="tokens of context (default: the training's, or the model's)")

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--print-config", action="store_true", help="print every key with its value, and exit")
   parser.add_argument("--show-batch", action="store_true", help="print a row of the first batch, decoded, and exit")
   args, overrides = parse_config_args(parser, argv)
-  workdir = Path(args.workdir or Path("runs") / Path(args.config).stem)
+  workdir = args.workdir or Path("runs") / Path(args.config).stem
   if args.print_config:
     print_config(load_config(args.config, overrides))
     return 0

@@ -101,6 +101,7 @@ def test_overrides_are_read_as_their_keys_types(write, key, text, get, value):
     ("objective.beta", "0.1", ["config key objective.beta belongs to objective.name 'dpo', not to 'causal_lm'"]),
     ("data.sources.5.path", "x", ["data.sources.5.path", "0 entries", "'5'"]),
     ("data.sources.first", "x", ["data.sources.first", "0 entries", "'first'"]),
+    ("data.dir", "", ["data.dir is empty", "name the folder"]),
     ("optimizer.learning_rate", "1e999", ["optimizer.learning_rate", "a number"]),
     ("training.steps", "1e999", ["training.steps", "a whole number"]),
     ("data.sources", "[{'paths': 'a'}]", ["data.sources.0.paths", "did you mean data.sources.0.path"]),
@@ -152,6 +153,12 @@ def sweep(add):
   points = sweep_points(path)
   assert points == [{"training.steps": 1}, {"training.steps": 2}, {"optimizer.learning_rate": 0.5}]
   assert [load_config(path, p.items()).training.steps for p in points] == [1, 2, 7]
+
+
+@pytest.mark.parametrize("body", ["add(3)", "add(**{'training.steps': nothing})", "1 / 0"])
+def test_a_sweep_that_fails_is_said(write, body):
+  with pytest.raises(ConfigError, match=r"sweep\(add\) fails: (TypeError|NameError|ZeroDivisionError)"):
+    sweep_points(write(f"{JOB}\n\ndef sweep(add):\n  {body}\n"))
 
 
 def test_a_sweep_that_is_missing_is_said(write):

@@ -104,8 +104,14 @@ class _Child:
     line = self._process.stdout.readline()
     if not line:
       raise Exceeded(f"it takes more than {SECONDS:g} s") if self._process.wait() == -signal.SIGPROF else _Ended
+    # What is cut short is of a process that was ended while it wrote.
+    if not line.endswith(b"\n"):
+      raise _Ended
     kind, length = json.loads(line)
-    return kind, self._process.stdout.read(length).decode("utf-8", "surrogatepass")
+    data = self._process.stdout.read(length)
+    if len(data) < length:
+      raise _Ended
+    return kind, data.decode("utf-8", "surrogatepass")
 
   def end(self) -> None:
     self._process.kill()

@@ -24,10 +24,14 @@ _YOUNG_S = 60.0  # between the making of a scratch directory and its lock
 def local_path(path: str | os.PathLike) -> Path:
   """A path of this machine, "~" resolved.
 
-  Raises ConfigError for a URL such as gs://bucket/run, which would else become the folder "gs:" (and has, as a Path,
-  lost one of its slashes).
+  Raises ConfigError for nothing at all, which would else be the current folder, and for a URL such as
+  gs://bucket/run, which would become the folder "gs:" (and has, as a Path, lost one of its slashes).
   """
   text = os.fspath(path)
+  if not text.strip() or "\0" in text:
+    raise ConfigError(f"{text!r} is no path; name a file or folder")
+  if re.search("[\ud800-\udfff]", text):
+    raise ConfigError(f"{text} is not in UTF-8, which the libraries that write files ask of a name; rename it")
   if text.startswith("file:"):
     raise ConfigError(f"{text} is a URL; leave out the file:// before the path")
   if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
@@ -141,14 +145,29 @@ def recover(path: Path) -> None:
 def scratch_directory() -> Iterator[Path]:
   """A directory in the system's folder of temporary files that goes with the context, or, where this process is
   killed, when the next one wants such a directory."""
-  _remove_abandoned(Path(tempfile.gettempdir()))
-  with file_errors(tempfile.gettempdir(), "cannot write"), tempfile.TemporaryDirectory(prefix=_SCRATCH) as name:
+  folder = temporary_folder()
+  _remove_abandoned(folder)
+  with file_errors(folder, "cannot write"), tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as name:
     lock = os.open(name, os.O_RDONLY)
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
       yield Path(name)
     finally:
       os.close(lock)
+
+
+def temporary_folder() -> Path:
+  """The system's folder of temporary files.
+
+  Raises:
+    CheckpointError: there is none that can be written.
+  """
+  try:
+    return Path(tempfile.gettempdir())
+  except OSError as error:
+    raise CheckpointError(
+      "no folder of temporary files can be written; free some space in /tmp, or set TMPDIR to another folder"
+    ) from error
 
 
 def _remove_abandoned(folder: Path) -> None:

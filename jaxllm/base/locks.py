@@ -3,6 +3,8 @@
 The lock is the kernel's, on the file `<directory>/lock` (POSIX record locks: fcntl(2)). It ends with the process that
 took it, whatever ended it, kill -9 and a power cut included; children do not have it, so orphaned workers keep nobody
 out. The file's text is for people. It stays there, empty, because a file that is removed can be locked twice.
+
+Who only reads a directory for long may say so with `share`; who wants to remove it asks `is_shared`.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ _INTERVAL_S = 0.1
 log = logging.getLogger("jaxllm")
 # Paths that this process holds. The kernel would give it a lock twice, and take both when one of the files is closed.
 _held: dict[str, int] = {}
+_shared: dict[str, int] = {}  # files that this process uses, by their path
 _guard = threading.Lock()
 
 
@@ -108,3 +111,33 @@ def _write(file: int, text: str) -> None:
   with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
     os.ftruncate(file, 0)
     os.pwrite(file, (text + "\n" if text else "").encode(errors="replace"), 0)
+
+
+def share(path: Path) -> None:
+  """Says to other programs, until this one ends, that it uses what a file stands for, or lies in; nothing where there
+  is no such file, or its file system has no locks."""
+  key = os.path.realpath(path)
+  with _guard, contextlib.suppress(OSError):
+    if key not in _shared:
+      file = os.open(path, os.O_RDONLY)
+      try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      except OSError:
+        os.close(file)
+        raise
+      _shared[key] = file
+
+
+def is_shared(path: Path) -> bool:
+  """Whether another program has said so and still runs. This one, which asks, then says so no more."""
+  with _guard, contextlib.suppress(OSError):
+    if (own := _shared.pop(os.path.realpath(path), None)) is not None:
+      os.close(own)
+    file = os.open(path, os.O_RDWR)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+    finally:
+      os.close(file)
+  return False

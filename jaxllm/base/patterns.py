@@ -62,7 +62,10 @@ def _find(how: How, pattern: str, texts: list[str]) -> list[str | None]:
       raise _broken(pattern, str(error)) from None
     found = [getattr(compiled, how)(text) for text in texts]
     return [None if match is None else match[compiled.groups] or "" for match in found]
-  new = [text for text in texts if (how, pattern, text) not in _found]
+  global _found
+  kept = _found  # it only grows: who makes room, this call or a thread beside it, begins another one
+  known = {text: kept[key] for text in texts if (key := (how, pattern, text)) in kept}
+  new = [text for text in dict.fromkeys(texts) if text not in known]
   if new or not texts:
     try:
       answers = json.loads(bounded.run(_PROGRAM, json.dumps([how, pattern, new])))
@@ -70,12 +73,12 @@ def _find(how: How, pattern: str, texts: list[str]) -> list[str | None]:
       raise ConfigError(f"the pattern {shown(pattern)} takes too long to match: {error}") from None
     except bounded.Failed as error:
       raise _broken(pattern, str(error).partition(": ")[2]) from None
-    if len(_found) + len(new) > MAX_KEPT:
-      _found.clear()
     results = dict(zip(new, answers, strict=True))
-    _found.update({(how, pattern, text): answer for text, answer in results.items()})
-    return [results[text] if text in results else _found.get((how, pattern, text)) for text in texts]
-  return [_found[how, pattern, text] for text in texts]
+    if len(kept) + len(new) > MAX_KEPT:
+      kept = _found = {}
+    kept.update({(how, pattern, text): answer for text, answer in results.items()})
+    known |= results
+  return [known[text] for text in texts]
 
 
 def _is_quick(pattern: str) -> bool:

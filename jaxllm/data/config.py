@@ -134,6 +134,8 @@ class DataConfig:
   prefetch: int = 16  # batches read ahead
 
   def __post_init__(self):
+    if not self.dir.strip():
+      raise ConfigError("data.dir is empty; name the folder of the prepared data, data/mine say")
     if ("classification" in self.task or self.task == "preference") and self.packing != "none":
       raise ConfigError(f"data.task {self.task!r} has one example a row; set data.packing to 'none'")
     if self.task not in ("text", "masking") and self.packing == "split":

@@ -49,6 +49,11 @@ class Job:
   def total_bytes(self) -> int:
     return sum(unit.size for _, unit in self.units)
 
+  @property
+  def tokenizer(self) -> Path:
+    """Where the tokenizer is, once there is one."""
+    return self.root / "tokenizer"
+
   def place(self, stage: str, number: int) -> Path:
     """Where the results of a unit are, once they are whole."""
     return self.root / stage / f"{number:06d}" / "done"
@@ -62,7 +67,7 @@ class Job:
     units = [[[list(map(list, unit.files)), *unit[1:]] for unit in source.units] for source in self.sources]
     names = [source.name for source in self.sources]
     facts = {"config": settings.to_mapping(self.config), "names": names, "slugs": self.slugs, "units": units}
-    if (self.root / _FILE).exists() and (self.root / _FILE).read_text() != json.dumps(facts):
+    if (self.root / _FILE).exists() and (self.root / _FILE).read_bytes() != json.dumps(facts).encode():
       shutil.rmtree(self.root)
       self.root.mkdir()
     write_atomically(self.root / _FILE, json.dumps(facts))
@@ -74,7 +79,7 @@ class Job:
   def announced(self) -> str:
     """The stage that the last `announce` named; "" before the first."""
     with contextlib.suppress(FileNotFoundError):
-      return (self.root / _STAGE).read_text()
+      return (self.root / _STAGE).read_text(errors="replace")
     return ""
 
 
@@ -168,21 +173,31 @@ def _fill(place: Path, do: Callable[[Path], None]) -> None:
 
 
 def drop_damaged(job: Job, log: Callable[[str], None]) -> None:
-  """Removes the results of units that are not what was written, which are then made again.
+  """Removes what is not as it was written, and is then made again: results of units; the tokenizer, with all that was
+  made with it.
 
   Shards have sums of their own; of them the size is looked at.
   """
+  if job.tokenizer.is_dir() and _is_damaged(job.tokenizer, log):
+    for place in (job.root / "tokenize", job.tokenizer):  # a run that is killed here finds the tokenizer damaged again
+      shutil.rmtree(place, ignore_errors=not place.exists())
   for place in sorted(job.root.glob("*/*/done")):
-    try:
-      manifest = place / digests.NAME
-      files = digests.files_of(digests.read_signed(manifest), manifest)
-      digests.verify(place, files, [name for name in files if not name.endswith(".array_record")])
-      for name in files:
-        if not (place / name).is_file() or (place / name).stat().st_size != files[name]["bytes"]:
-          raise digests.DamagedError(f"{place / name} is cut short")
-    except digests.DamagedError as error:
-      log(f"warning: {error}; what it was made of is read again")
+    if _is_damaged(place, log):
       shutil.rmtree(place)
+
+
+def _is_damaged(place: Path, log: Callable[[str], None]) -> bool:
+  try:
+    manifest = place / digests.NAME
+    files = digests.files_of(digests.read_signed(manifest), manifest)
+    digests.verify(place, files, [name for name in files if not name.endswith(".array_record")])
+    for name in files:
+      if not (place / name).is_file() or (place / name).stat().st_size != files[name]["bytes"]:
+        raise digests.DamagedError(f"{place / name} is cut short")
+  except digests.DamagedError as error:
+    log(f"warning: {error}; it is made again")
+    return True
+  return False
 
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:

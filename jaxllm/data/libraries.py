@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxllm.base.errors import DataError
 from jaxllm.data.config import SourceConfig
+from jaxllm.data.paths import file_facts
 from jaxllm.data.units import Unit, row_ranges
 
 _ROW_BYTES = 2048  # of a row of which nobody knows
@@ -66,12 +67,6 @@ def first_line(error: BaseException) -> str:
 
 def stamp_of(facts: Any) -> str:
   return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def file_facts(path: str) -> tuple[int, int]:
-  """Size and time: what tells that a file is (probably) another."""
-  status = os.stat(path)
-  return status.st_size, status.st_mtime_ns
 
 
 def _open_tfds(config: SourceConfig) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.files import local_path, regular, write_atomically
+from jaxllm.base.locks import share
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.arrays import mapped
 from jaxllm.data.config import DataConfig
@@ -27,6 +28,7 @@ from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+READERS = "readers"  # an empty file of a build that programs lock as long as they read it
 _BIG = ("token_counts_", "long_documents_", "heldout")  # files that grow with the corpus
 _AGAIN = "run python -m jaxllm.prepare again"
 _checked: set[tuple] = set()  # files that this process has found to be right
@@ -279,7 +281,7 @@ def open_prepared(config: DataConfig) -> Prepared:
 
 
 def open_any(directory: str | os.PathLike) -> Prepared:
-  """The build in a directory, whatever its settings.
+  """The build in a directory, whatever its settings; no `prepare` removes it while this program runs.
 
   Raises DataError when nothing is prepared there, or when a file is missing, cut short or changed.
   """
@@ -288,6 +290,7 @@ def open_any(directory: str | os.PathLike) -> Prepared:
     raise DataError(f"{directory} was prepared by another version of jaxllm: {_AGAIN}")
   if prepared is None:
     raise DataError(f"no prepared data in {directory}: run python -m jaxllm.prepare with this config first")
+  share(prepared.root / READERS)
   broken = damaged_files(prepared)
   if broken:
     raise prepared.damaged(broken[0])

@@ -1,4 +1,5 @@
-"""Which files a source's path means: globs, exclusions, and names that look like globs and are none."""
+"""Which files a source's path means (globs, exclusions, names that look like globs and are none), and whether they are
+still what they were when they were listed."""
 
 import glob
 import os
@@ -6,12 +7,32 @@ import re
 from typing import NamedTuple
 
 from jaxllm.base.errors import DataError
+from jaxllm.base.os_errors import file_errors
 from jaxllm.data.config import SourceConfig
+
+_LONGEST = 4096  # bytes of a path, PATH_MAX of Linux
 
 
 class File(NamedTuple):
   relative: str  # to the source's root; part of the documents' ids
   path: str
+  size: int  # bytes, when it was listed
+  time: int  # of its last change then, in nanoseconds
+
+  def check(self) -> None:
+    """Every pass over a corpus must read the same, or what is written is of no corpus at all.
+
+    Raises:
+      DataError: the file is another one since it was listed. OSError: it is gone.
+    """
+    if file_facts(self.path) != (self.size, self.time):
+      raise DataError(f"{self.path} changed while it was being prepared: run python -m jaxllm.prepare again")
+
+
+def file_facts(path: str) -> tuple[int, int]:
+  """Size and time: what tells that a file is (probably) another."""
+  status = os.stat(path)
+  return status.st_size, status.st_mtime_ns
 
 
 def patterns_of(path: str) -> tuple[list[str], list[str]]:
@@ -22,8 +43,12 @@ def patterns_of(path: str) -> tuple[list[str], list[str]]:
   pieces = path.split(",")
   parts: list[str] = []
   while pieces:
-    joined = [",".join(pieces[:end]).strip() for end in range(len(pieces), 1, -1)]
-    real = next((end for end, name in zip(range(len(pieces), 1, -1), joined) if _is_file(name)), 1)
+    real, name = 1, pieces[0]
+    for end, piece in enumerate(pieces[1:], 2):
+      name = f"{name},{piece}"
+      if len(name) > _LONGEST:
+        break
+      real = end if _is_file(name.strip()) else real
     parts.append(",".join(pieces[:real]).strip())
     pieces = pieces[real:]
   parts = [part for part in parts if part]
@@ -64,7 +89,8 @@ def match_files(config: SourceConfig) -> list[File]:
         found[os.path.relpath(path, root)] = path
   if not found:
     raise DataError(f"data source path {config.path!r} excludes every file that it includes")
-  return [File(*item) for item in sorted(found.items())]
+  with file_errors("the corpus", kind=DataError):
+    return [File(relative, path, *file_facts(path)) for relative, path in sorted(found.items())]
 
 
 def root_of(patterns: list[str]) -> str:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import DataError, UserError
-from jaxllm.base.files import local_path, new_directory
-from jaxllm.base.locks import hold
+from jaxllm.base.files import local_path, new_directory, new_file
+from jaxllm.base.locks import hold, is_shared
 from jaxllm.base.os_errors import explain, file_errors
 from jaxllm.data import manifest as manifests
 from jaxllm.data.config import DataConfig
@@ -181,22 +182,26 @@ def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None])
     before = None
   prepared = before if before is not None and before.key == key and not manifests.damaged_files(before) else None
   already = prepared is not None
-  _remove(directory, _PARTIAL, keep=None if already else job.root.name)
+  _remove(directory, _PARTIAL, None if already else job.root.name, log)
   kept = before
   try:
     if prepared is None:
       kept = prepared = _build(job, key, processes, log)
-      _remove(directory, _PARTIAL, keep=None)
+      _remove(directory, _PARTIAL, None, log)
   finally:
-    _remove(directory, _BUILD, keep=kept.build if kept else None)
+    _remove(directory, _BUILD, kept.build if kept else None, log)
   return prepared, already
 
 
-def _remove(directory: Path, pattern: re.Pattern[str], keep: str | None) -> None:
+def _remove(directory: Path, pattern: re.Pattern[str], keep: str | None, log: Callable[[str], None]) -> None:
   for path in directory.iterdir():
-    if pattern.fullmatch(path.name) and path.name != keep:
-      # Another host that has just helped may still put things there; they go the next time.
-      shutil.rmtree(path, ignore_errors=pattern is _PARTIAL)
+    if not pattern.fullmatch(path.name) or path.name == keep:
+      continue
+    if is_shared(path / manifests.READERS):
+      log(f"{path} is what a program that still runs reads; the next prepare removes it")
+      continue
+    # Another host that has just helped may still put things there; they go the next time.
+    shutil.rmtree(path, ignore_errors=pattern is _PARTIAL)
 
 
 def _help(job: Job, processes: int | None, log: Callable[[str], None]) -> None:
@@ -237,17 +242,18 @@ def _build(job: Job, key: str, processes: int | None, log: Callable[[str], None]
       "warning: no document is held out, so there is nothing to evaluate on: split the corpus into more "
       "documents, or raise data.heldout_fraction or data.max_heldout_bytes"
     )
-  with (job.root / "heldout.npy").open("wb") as file:
+  with new_file(job.root / "heldout.npy") as file:  # another host may be reading the one of a run before
     np.save(file, heldout.hashes)
-  if not (job.root / "tokenizer").is_dir():
+  if not job.tokenizer.is_dir():
     tokenizer = _with_template(job.config, _make_tokenizer(job, found.facts, heldout))
     _ = tokenizer.start_id  # raises where documents cannot be told apart
-    with new_directory(job.root / "tokenizer") as place:
+    with new_directory(job.tokenizer) as place:
       tokenizer.save(place)
+      digests.seal(place)
   job.announce("tokenize")
   do_stage(job, "tokenize", processes, log)
   job.announce("publish")
-  masks = _mask_stamp(job.config, load_tokenizer(job.root / "tokenizer")) if job.config.task in CHAT else ""
+  masks = _mask_stamp(job.config, load_tokenizer(job.tokenizer)) if job.config.task in CHAT else ""
   return publish(job, key, masks, log)
 
 

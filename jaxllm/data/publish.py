@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import DataError
 from jaxllm.data import manifest as manifests
 from jaxllm.data.arrays import flush, join_arrays
@@ -30,9 +31,9 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   name = f"build-{key[:8]}-{time.time_ns():x}"
   root = job.root.parent / name
   root.mkdir()
-  tokenizer = load_tokenizer(job.root / "tokenizer")
+  tokenizer = load_tokenizer(job.tokenizer)
   assert tokenizer.eos_id is not None  # start_id has raised where documents cannot be told apart
-  shutil.copytree(job.root / "tokenizer", root / "tokenizer")
+  shutil.copytree(job.tokenizer, root / "tokenizer", ignore=shutil.ignore_patterns(digests.NAME))
   places = [job.place("tokenize", number) for number in range(len(job.units))]
   facts = [job.facts("tokenize", number) for number in range(len(job.units))]
   survey = surveyed(job).facts
@@ -73,6 +74,7 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   duplicates = count_duplicates([place / "texts.npy" for place in places])
   _report_duplicates(duplicates, log)
   sizes = file_sizes(root)
+  (root / manifests.READERS).touch()
   prepared = Prepared(
     dir=root.parent,
     build=name,

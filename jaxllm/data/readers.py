@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +27,7 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
     DataError: one is no readable Parquet file.
   """
   with file_errors("the corpus", kind=DataError):
-    sizes = [_text_bytes(file.path, config) for file in files]
+    sizes = [_text_bytes(file, config) for file in files]
     most = unit_bytes(sum(sizes))
     by_path = dict(zip(files, sizes))
 
@@ -42,22 +41,24 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
     return files_in_groups(files, sizes, split)
 
 
-def _text_bytes(path: str, config: SourceConfig) -> int:
+def _text_bytes(file: File, config: SourceConfig) -> int:
   """About how much text a file holds."""
-  packed = path.endswith(COMPRESSED) or config.kind == "parquet"
-  return os.stat(path).st_size * (4 if packed else 1)
+  packed = file.path.endswith(COMPRESSED) or config.kind == "parquet"
+  return file.size * (4 if packed else 1)
 
 
 def rows_of(unit: Unit, config: SourceConfig, marks: Marks) -> Iterator[tuple[str, Any, str]]:
   """What of the key stands behind the source's name, the fields and the place of each row of some files.
 
   Raises:
-    DataError: a file cannot be read or unpacked.
+    DataError: a file cannot be read or unpacked, or is another one since it was listed.
   """
-  for relative, path in unit.files:
-    with file_errors(path, kind=DataError):
-      for row, values, where in _READERS[config.kind](path, relative, config, unit, marks):
-        yield (f"/{relative}" if row is None else f"/{relative}:{row}"), values, where
+  for file in unit.files:
+    with file_errors(file.path, kind=DataError):
+      file.check()
+      for row, values, where in _READERS[config.kind](file.path, file.relative, config, unit, marks):
+        yield (f"/{file.relative}" if row is None else f"/{file.relative}:{row}"), values, where
+      file.check()
 
 
 def _text(path, relative, config, unit, marks) -> Iterator[Row]:

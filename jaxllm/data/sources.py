@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxllm.base.errors import DataError
 from jaxllm.data.config import SourceConfig
-from jaxllm.data.libraries import Library, file_facts, import_library, stamp_of
+from jaxllm.data.libraries import Library, import_library, stamp_of
 from jaxllm.data.paths import match_files, patterns_of, root_of
 from jaxllm.data.readers import Marks, missing_field, rows_of, units_of_files, without_none
 from jaxllm.data.streams import MOST_BYTES, without_suffix
@@ -161,7 +161,7 @@ def open_source(config: SourceConfig, content: Content | None = None, on_bad_row
   files = match_files(config)
   if config.kind == "parquet":
     import_library("pyarrow")
-  stamp = stamp_of([(relative, *file_facts(path)) for relative, path in files])
+  stamp = stamp_of([(file.relative, file.size, file.time) for file in files])
   return Source(config, source_name(config), units_of_files(files, config), content, on_bad_row, stamp)
 
 

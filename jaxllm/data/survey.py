@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt64
@@ -16,7 +16,7 @@ from jaxllm.data.examples import CHAT, question_of
 from jaxllm.data.job import Job, write_facts
 from jaxllm.data.sources import Document
 from jaxllm.data.text import is_utf8
-from jaxllm.data.units import count_lines, numbered
+from jaxllm.data.units import Unit, count_lines, numbered
 
 _AT_ONCE = 1 << 20  # hashes that are looked at together; what a merge holds in memory
 Hashes = UInt64[np.ndarray, " documents"]
@@ -74,7 +74,7 @@ def _survey(job: Job, number: int, limit: int | None) -> tuple[dict, UInt64[np.n
   seen = hashlib.sha256()
   empty, not_utf8, first = 0, 0, ""
   for document in source.read(unit, limit):
-    seen.update(b"%d\n" % len(document.data))
+    witness(seen, unit, document)
     if not document.data:
       empty += 1
       continue
@@ -95,9 +95,17 @@ def _survey(job: Job, number: int, limit: int | None) -> tuple[dict, UInt64[np.n
     "skipped": len(source.skipped),
     "first_skipped": source.skipped[0] if source.skipped else "",
     "marks": dict(source.marks),
-    "sizes": seen.hexdigest(),
+    "seen": seen.hexdigest(),
   }
   return facts, np.stack([hashes[order], np.frombuffer(sizes, np.uint64)[order]])
+
+
+def witness(seen: Any, unit: Unit, document: Document) -> None:
+  """Puts into a digest what every pass must see alike: of files, whose sizes and times are looked at, how long the
+  documents are; of what has no files all of it."""
+  seen.update(b"%d\n" % len(document.data))
+  if not unit.files:
+    seen.update(document.data)
 
 
 def key_of(document: Document, task: str) -> int:

@@ -15,7 +15,7 @@ from jaxllm.data.examples import CHAT, PARTS, make_encoder, unpacked
 from jaxllm.data.job import Job, write_facts
 from jaxllm.data.shards import Record, ShardWriter
 from jaxllm.data.sources import Document
-from jaxllm.data.survey import id_bytes, key_of, surveyed
+from jaxllm.data.survey import id_bytes, key_of, surveyed, witness
 from jaxllm.data.tokenizers import load_tokenizer
 
 _BATCH_BYTES = 4 << 20  # tokenized at once
@@ -28,7 +28,7 @@ class Tokenize:
 
   def __init__(self, job: Job):
     self._job = job
-    self._encode = make_encoder(job.config, load_tokenizer(job.root / "tokenizer"))
+    self._encode = make_encoder(job.config, load_tokenizer(job.tokenizer))
     self._heldout = np.load(job.root / "heldout.npy", mmap_mode="r")
     self._facts = surveyed(job).facts
 
@@ -43,13 +43,12 @@ class Tokenize:
       texts = {"train": None, "heldout": raw}
       splits = {name: _Split(name, directory, job.config, self._encode, text) for name, text in texts.items()}
       for document in source.read(unit, limit):
-        seen.update(b"%d\n" % len(document.data))
+        witness(seen, unit, document)
         content.update(f"{document.id!r} {len(document.data)}\n".encode())
         content.update(document.data)
         if document.data:
           splits[SPLITS[self._is_held_out(document)]].add(document)
-      # What the library does not say and the survey has seen otherwise.
-      if seen.hexdigest() != expected["sizes"]:
+      if seen.hexdigest() != expected["seen"]:
         raise DataError(f"{unit.where} changed while it was being read: run python -m jaxllm.prepare again")
       facts = {name: split.finish() for name, split in splits.items()}
     bad = [error for split in splits.values() for error in split.bad]

@@ -25,7 +25,8 @@ import jax
 import jaxlib
 
 from jaxllm.base import environment
-from jaxllm.base.errors import one_line
+from jaxllm.base.errors import CheckpointError, one_line
+from jaxllm.base.files import temporary_folder
 from jaxllm.base.os_errors import explain
 
 log = logging.getLogger("jaxllm")
@@ -85,16 +86,20 @@ def cache_dir() -> Path:
   places = [Path(asked).expanduser()] if asked else []
   if not asked and os.path.isabs(home) and home != "/":
     places = [Path(home) / ".cache" / "jaxllm"]
-  places.append(Path(tempfile.gettempdir()) / f"jaxllm-{os.getuid()}")
-  reasons: list[str] = []
+  reasons: list[str] = [] if places else ["there is no home folder"]
   for place in places:
-    reason = make_private(place)
-    if reason is None:
-      if reasons or not (asked or places[1:]):
-        log.warning("compiled kernels are kept in %s: %s", place, "; ".join(reasons) or "there is no home folder")
+    if (reason := make_private(place)) is None:
       return place
     reasons.append(reason)
-  raise BuildError("; ".join(reasons))
+  try:
+    place = temporary_folder() / f"jaxllm-{os.getuid()}"
+    reason = make_private(place)
+  except CheckpointError as error:
+    reason = str(error)
+  if reason is not None:
+    raise BuildError("; ".join([*reasons, reason]))
+  log.warning("compiled kernels are kept in %s: %s", place, "; ".join(reasons))
+  return place
 
 
 def make_private(folder: Path) -> str | None:
@@ -134,7 +139,7 @@ def build() -> Path:
     for library in sorted(folder.glob(f"{key}-*.so")):
       if reason := why_not_whole(library):
         log.warning("%s: %s; it is built again", library, reason)
-        library.unlink(missing_ok=True)
+        _remove(library)
       else:
         return library
     _remove_stale(folder)
@@ -151,13 +156,16 @@ def build() -> Path:
 
 def why_not_whole(library: Path) -> str | None:
   """Why a library in the cache must not be loaded; None: it may."""
-  facts = library.lstat()
-  if not stat.S_ISREG(facts.st_mode):
-    return "it is no file"
-  if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & 0o022:
-    return "others can change it"
-  if library.stem.rpartition("-")[2] != _sha256(library):
-    return "it is damaged"
+  try:
+    facts = library.lstat()
+    if not stat.S_ISREG(facts.st_mode):
+      return "it is no file"
+    if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & 0o022:
+      return "others can change it"
+    if library.stem.rpartition("-")[2] != _sha256(library):
+      return "it is damaged"
+  except FileNotFoundError:  # another process has just found that it must go
+    return "it is gone"
   return None
 
 
@@ -211,6 +219,14 @@ def _key() -> str:
 def _sha256(path: Path) -> str:
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(library: Path) -> None:
+  """Removes what stands in a library's place, a folder too."""
+  if library.is_dir() and not library.is_symlink():
+    shutil.rmtree(library)
+  else:
+    library.unlink(missing_ok=True)
 
 
 def _remove_stale(folder: Path) -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxllm.base.files import regular
+
 log = logging.getLogger("jaxllm")
 
 
@@ -19,7 +21,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     OSError: the file cannot be read.
   """
   lines, strange = [], []
-  for number, text in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+  for number, text in enumerate(regular(Path(path)).read_bytes().split(b"\n"), 1):
     if not text.strip():
       continue
     try:
@@ -40,8 +42,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 def _is_one(line: Any) -> bool:
   if not isinstance(line, dict) or type(line.get("step")) is not int:
     return False
-  return all(value is None or type(value) is int or _is_finite(value) for value in line.values())
+  return all(value is None or _is_finite(value) for value in line.values())
 
 
 def _is_finite(value: Any) -> bool:
-  return type(value) is float and math.isfinite(value)
+  try:
+    return type(value) in (int, float) and math.isfinite(value)
+  except OverflowError:  # an integer that is no floating-point number
+    return False

@@ -2,19 +2,23 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxllm.base.errors import one_line
 from jaxllm.base.files import write_atomically
-from jaxllm.base.os_errors import file_errors
+from jaxllm.base.os_errors import explain, file_errors
 from jaxllm.parallel import agreement
 from jaxllm.training.files import read_metrics
 from jaxllm.training.trackers import Tracker
+
+logger = logging.getLogger("jaxllm")
 
 
 class MetricsLogger:
@@ -29,7 +33,7 @@ class MetricsLogger:
     self, run_directory: str | os.PathLike, resumed_step: int | None = None, trackers: Sequence[Tracker] = ()
   ):
     self._directory = Path(run_directory)
-    self._trackers = trackers
+    self._trackers = list(trackers)
     self._file = None
     resumed: dict[str, float] = {}
     if jax.process_index() == 0:
@@ -57,8 +61,7 @@ class MetricsLogger:
     with file_errors(self._file.name, "cannot write"):
       self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
       self._file.flush()
-    for tracker in self._trackers:
-      tracker.log(step, values)
+    self._tell(lambda tracker: tracker.log(step, values))
 
   def has_text(self, step: int, name: str) -> bool:
     """Whether `log_text` has written this, now or before the run was resumed; on the first process only."""
@@ -75,16 +78,26 @@ class MetricsLogger:
     with file_errors(file, "cannot write"):
       file.parent.mkdir(exist_ok=True)
       write_atomically(file, text.encode(errors="replace"))
-    for tracker in self._trackers:
-      tracker.log_text(step, name, text)
+    self._tell(lambda tracker: tracker.log_text(step, name, text))
 
   def close(self) -> None:
     if self._file is not None:
       with contextlib.suppress(OSError):  # a full disk, where `log` has failed
         self._file.close()
       self._file = None
-      for tracker in self._trackers:
-        tracker.close()
+      self._tell(lambda tracker: tracker.close())
+
+  def _tell(self, say: Callable[[Tracker], None]) -> None:
+    """Passes something on. A tracker that fails (its service is gone, its disk full) is left out from there on: a run
+    of weeks must not end of it."""
+    for tracker in list(self._trackers):
+      try:
+        say(tracker)
+      except Exception as error:  # its library's own
+        reason = explain(error) or f"{type(error).__name__}: {one_line(error, 200)}"
+        self._trackers.remove(tracker)
+        name = type(tracker).__name__
+        logger.warning("%s fails (%s): the run goes on without it, and metrics.jsonl has the figures", name, reason)
 
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:

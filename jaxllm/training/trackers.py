@@ -3,6 +3,7 @@
 A resumed run goes on in the same W&B and MLflow run; their ids are kept in <run>/trackers.json.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import jax
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.base.files import write_atomically
+from jaxllm.base.os_errors import file_errors
 from jaxllm.training.config import LoggingConfig
 
 
@@ -44,29 +46,41 @@ def make_trackers(
 
 
 class TensorBoard:
-  """Event files in <run>/tensorboard."""
+  """Event files in <run>/tensorboard.
+
+  They are written by who logs: the thread of tensorboardX's own writer would end where the disk is full, with a
+  traceback, and whoever logs then wait for it for ever.
+  """
 
   def __init__(self, run_directory: Path, resumed_step: int | None = None):
-    from tensorboardX import SummaryWriter  # imports PyTorch if that is installed
+    from tensorboardX import event_file_writer, summary  # imports PyTorch if that is installed
+    from tensorboardX.proto import event_pb2
 
-    # purge_step hides the points that a killed run had logged beyond its last checkpoint.
-    purge = None if resumed_step is None else resumed_step + 1
-    # tensorboardX names files by the second: a quick restart would overwrite what the first run wrote.
-    self._writer = SummaryWriter(
-      logdir=str(run_directory / "tensorboard"), purge_step=purge, filename_suffix=f".{time.time_ns()}"
-    )
+    self._summary, self._protos = summary, event_pb2
+    self._place = run_directory / "tensorboard"
+    with file_errors(self._place, "cannot write"):
+      self._place.mkdir(parents=True, exist_ok=True)
+      # tensorboardX names files by the second: a quick restart would overwrite what the first run wrote.
+      self._writer = event_file_writer.EventsWriter(str(self._place / "events"), f".{time.time_ns()}")
+    if resumed_step is not None:  # hides the points that a killed run had logged beyond its last checkpoint
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._write(resumed_step + 1, [{"file_version": "brain.Event:2"}, {"session_log": start}])
 
   def log(self, step: int, metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-      self._writer.add_scalar(name, value, step)
-    self._writer.flush()
+    self._write(step, [{"summary": self._summary.scalar(name, value)} for name, value in metrics.items()])
 
   def log_text(self, step: int, name: str, text: str) -> None:
-    self._writer.add_text(name, text, step)
-    self._writer.flush()
+    self._write(step, [{"summary": self._summary.text(name, text)}])
+
+  def _write(self, step: int, events: list[dict[str, Any]]) -> None:
+    with file_errors(self._place, "cannot write"):
+      for event in events:
+        self._writer.write_event(self._protos.Event(step=step, wall_time=time.time(), **event))
+      self._writer.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    with contextlib.suppress(OSError):  # a full disk, where `log` has failed
+      self._writer.close()
 
 
 class WandB:

@@ -93,3 +93,18 @@ def test_a_forked_process_has_its_own(program):
   os.close(read)
   os.waitpid(child, 0)
   assert theirs.isdigit() and theirs != ours == bounded.run(program, "pid", "")
+
+
+@pytest.mark.parametrize("part", [b'["do', b'["done", 10]\nabc'])
+def test_an_answer_that_is_cut_short_is_none(program, monkeypatch, part):
+  """Of a process that is killed while it writes: what there is of its answer does not count."""
+  bounded.run(program, "", "")
+  child = bounded._idle[-1]
+  reader, writer = os.pipe()
+  os.write(writer, part)
+  os.close(writer)
+  child._answers.unregister(child._process.stdout)
+  child._process.stdout.close()
+  child._process.stdout = os.fdopen(reader, "rb")
+  child._answers.register(child._process.stdout)
+  assert bounded.run(program, "", "ab") == "ba"

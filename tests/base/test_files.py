@@ -1,6 +1,7 @@
 """Paths that are no files of this machine."""
 
 import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,30 @@ def test_no_directory_is_made_for_a_url(tmp_path, monkeypatch):
 def test_a_file_url_is_told_how_to_be_a_path(form):
   with pytest.raises(ConfigError, match="leave out the file:// before the path"):
     local_path(form)
+
+
+@pytest.mark.parametrize("form", ["", " ", "\n", "a\0b"])
+def test_nothing_is_no_path(form):
+  with pytest.raises(ConfigError, match="is no path; name a file or folder"):
+    local_path(form)
+
+
+def test_names_that_are_not_in_utf8(tmp_path):
+  """TensorStore, ArrayRecord and tokenizers cannot open them."""
+  with pytest.raises(ConfigError, match=r"run-\\udcff is not in UTF-8"):
+    local_path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
+
+
+def test_no_folder_of_temporary_files(monkeypatch):
+  import tempfile
+
+  def none():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+  monkeypatch.setattr(tempfile, "gettempdir", none)
+  said = "no folder of temporary files can be written; .* set TMPDIR"
+  with pytest.raises(CheckpointError, match=said), files.scratch_directory():
+    pass
 
 
 def fill(path, text, may_replace=lambda _: True):

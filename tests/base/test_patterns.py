@@ -73,3 +73,13 @@ def test_many_patterns_are_matched_once(monkeypatch):
   patterns.prepare("here", slow, MODULES)
   monkeypatch.setattr(patterns.bounded, "run", None)  # all is known
   assert not any(patterns.matches(pattern, module) for pattern in slow for module in MODULES)
+
+
+def test_what_was_found_does_not_depend_on_what_is_kept(monkeypatch):
+  """Where there is no room for more, what a call has found before is known to it all the same."""
+  monkeypatch.setattr(patterns, "MAX_KEPT", 4)
+  monkeypatch.setattr(patterns, "_found", {})
+  pattern, texts = "(?:(?:a|b)+c)+", ["abc", "x", "ac", "acbc", "", "cc"]
+  for some in (texts[:3], texts, texts[1:] * 2):
+    found = patterns._find("fullmatch", pattern, some)
+    assert [each is not None for each in found] == [re.fullmatch(pattern, text) is not None for text in some]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -43,6 +44,18 @@ def shell(line: str, **environment):
     ("jaxllm.convert --from={tmp}/loop --to={tmp}/x --format=hf", "its links go round in a circle"),
     ("jaxllm.convert --from=~nobody-here/x --to={tmp}/x --format=hf", "a user whom this machine does not know"),
     ("jaxllm.generate --model=x --prompt-file={tmp}", "cannot read the prompt file {tmp}: it is a folder"),
+    ("jaxllm.train --config={job} --workdir=", "argument --workdir: '' is no path; name a file or folder"),
+    ("jaxllm.convert --from={job} --to=' ' --format=hf", "argument --to: ' ' is no path; name a file or folder"),
+    ("jaxllm.evaluate --model={job} --data= ", "argument --data: '' is no path; name a file or folder"),
+    ("jaxllm.train --config={job} --config.data.dir=", "data.dir is empty; name the folder of the prepared data"),
+    (
+      "jaxllm.evaluate --modle={job}",
+      "the following arguments are required: --model (python -m jaxllm.evaluate --help",
+    ),
+    (
+      "printf 'a\\377' | PYTHONIOENCODING=utf-8:strict jaxllm.generate --model=x --prompt=-",
+      "is not in utf-8 (at byte 1)",
+    ),
     ("PYTHONIOENCODING=ascii jaxllm --help", "the output is in ascii, which has no '\\u2026'; set PYTHONIOENCODING"),
   ],
 )
@@ -60,6 +73,17 @@ def test_one_line(job, tmp_path, line, said):
 def test_a_closed_stderr_changes_nothing():
   done = shell("jaxllm --help 2>&-")
   assert done.returncode == 0 and "commands:" in done.stdout
+
+
+def test_a_stderr_that_nobody_can_write_to_changes_nothing(job):
+  for where in ("2>&-", "2> /dev/full"):
+    done = shell(f"jaxllm.prepare --config={job} {where}")
+    assert done.returncode == 0 and "already prepared" in done.stdout
+
+
+def test_a_reader_that_is_gone_is_no_success(job):
+  done = shell(f"set -o pipefail; jaxllm.train --config={job} --print-config | true")
+  assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_file_that_grows_too_large_leaves_nothing(run, tmp_path):

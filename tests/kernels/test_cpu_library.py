@@ -48,7 +48,7 @@ def test_a_library_is_built_once_and_its_name_says_what_is_in_it(cache):
 
 
 @needs_gcc
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "writable", "link", "folder mode"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "writable", "link", "folder", "swapped", "folder mode"])
 def test_what_may_have_been_changed_is_built_again(cache, caplog, damage):
   library = cpu_library.build()
   content = library.read_bytes()
@@ -60,6 +60,12 @@ def test_what_may_have_been_changed_is_built_again(cache, caplog, damage):
     library.write_bytes(b"")
   elif damage == "writable":
     library.chmod(0o777)
+  elif damage == "folder":
+    library.unlink()
+    (library / "in it").mkdir(parents=True)
+  elif damage == "swapped":  # another library that can be loaded
+    (cache.parent / "b.cc").write_text('extern "C" int answer() { return 1; }')
+    subprocess.run(["g++", "-shared", "-fPIC", cache.parent / "b.cc", "-o", library], check=True)
   elif damage == "link":
     library.rename(cache / "elsewhere.so")
     library.symlink_to(cache / "elsewhere.so")
@@ -96,6 +102,25 @@ def test_a_library_without_a_symbol(cache):
   assert cpu_library.load(("answer",)).answer() == 42
   with pytest.raises(BuildError, match="lacks question; delete it"):
     cpu_library.load(("answer", "question"))
+
+
+def test_a_library_that_another_process_removes(cache, monkeypatch):
+  assert cpu_library.why_not_whole(cache / "gone-0.so") == "it is gone"
+
+
+def test_without_a_folder_of_temporary_files(cache, monkeypatch):
+  """It is needed only where there is no other."""
+  import tempfile
+
+  def none():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+
+  monkeypatch.setattr(tempfile, "gettempdir", none)
+  assert cpu_library.cache_dir() == cache
+  cpu_library.cache_dir.cache_clear()
+  monkeypatch.setenv("JAXLLM_CACHE_DIR", "/dev/null/x")
+  with pytest.raises(BuildError, match="cannot write /dev/null.*; no folder of temporary files can be written"):
+    cpu_library.cache_dir()
 
 
 @pytest.mark.parametrize("value", ['"', "nothing-of-that-name", "/nowhere/g++ -x"])

@@ -74,6 +74,7 @@ STRANGE = {
   "no text": b'\xff\xfe{"step": 1}',
   "infinity": b'{"step": 1, "loss": Infinity}',
   "NUL": b"\0\0\0\0",
+  "an integer that is no float": b'{"step": 1, "eval/loss": 1' + b"0" * 400 + b"}",
 }
 
 
@@ -99,3 +100,26 @@ def test_a_full_disk_is_one_line(tmp_path):
   with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}/metrics.jsonl: the disk is full; free some"):
     logger.log(1, {"loss": 1.0})
   logger.close()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
+  class Tracker:
+    def __init__(self, fails):
+      self.seen, self.fails = [], fails
+
+    def log(self, step, metrics):
+      if self.fails and step == 2:
+        raise RuntimeError("503 from\nhttp://tracker")
+      self.seen.append(step)
+
+    def close(self):
+      self.seen.append("closed")
+
+  bad, good = Tracker(True), Tracker(False)
+  with caplog.at_level("WARNING", "jaxllm"), MetricsLogger(tmp_path, trackers=[bad, good]) as logger:
+    for step in (1, 2, 3):
+      logger.log(step, {"loss": 1.0})
+  assert (bad.seen, good.seen) == ([1], [1, 2, 3, "closed"])
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said.startswith("Tracker fails (RuntimeError: 503 from http://tracker): the run goes on without it")
+  assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3

@@ -1,12 +1,13 @@
 """Trackers, read back with their own readers."""
 
 import builtins
+import os
 import sys
 import time
 
 import pytest
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.training.config import LoggingConfig
 from jaxllm.training.trackers import make_trackers
 
@@ -39,6 +40,18 @@ def test_tensorboard_events(tmp_path):
       scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.tag == "loss"]
   assert [(s, round(v, 4)) for s, _, v in scalars] == [(1, 1), (2, 0.5), (3, 0.3333), (3, 0.3333), (4, 0.25)]
   assert purged == [3], "readers drop step 3 of the killed run"
+
+
+def test_tensorboard_on_a_full_disk(tmp_path):
+  """The error is that of who logs, at once, and not of a thread that nobody hears."""
+  (tracker,) = make_trackers(LoggingConfig(), tmp_path, CONFIG)
+  full = os.open("/dev/full", os.O_WRONLY)
+  os.dup2(full, tracker._writer._py_recordio_writer._writer.fileno())
+  os.close(full)
+  for step in range(30):  # more than any queue holds
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}/tensorboard: the disk is full"):
+      tracker.log(step, {"loss": 1.0})
+  tracker.close()
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
