@@ -6,9 +6,11 @@ import io
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -164,8 +166,10 @@ def explain_error(error: BaseException) -> str | None:
   text = str(error)
   if isinstance(error, ValueError) and text.startswith("embedded null"):
     return "a path or name has a NUL in it; remove it"
-  if text.startswith("Unable to initialize backend") or "for environment" in text:  # jax's, of its variables
+  if text.startswith("Unable to initialize backend") or re.search("for (environment|JAX flag) ", text):
     return f"{one_line(text.splitlines()[0], 300)}; mend the environment variable (JAX_PLATFORMS, JAX_…)"
+  if isinstance(error, AssertionError) and _raised_by(error, "jax/_src/xla_bridge.py"):
+    return f"JAX has no device of JAX_PLATFORMS={environment.text('JAX_PLATFORMS')}; unset it, or install what it needs"
   if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
     what = one_line(text.splitlines()[0] if text else "", 200)
     return f"out of memory{f' ({what})' if what else ''}; use a smaller batch, context or model, or a larger machine"
@@ -175,6 +179,12 @@ def explain_error(error: BaseException) -> str | None:
     more = "" if isinstance(error, OSError) else f" ({type(error).__name__}: {one_line(text, 160)})"
     return line + more
   return one_line(text, 300) if isinstance(error, OSError) else None
+
+
+def _raised_by(error: BaseException, file: str) -> bool:
+  """Whether it is a file whose code has raised an error."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return bool(frames) and frames[-1].filename.endswith(file)
 
 
 def _raise_limit_of_files() -> None:

@@ -69,7 +69,7 @@ def load_config_file(path: str) -> types.ModuleType:
   if not file.is_file():
     near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
     hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-    raise ConfigError(f"no config file {path}{hint}")
+    raise ConfigError(f"no config file {path or repr(path)}{hint}")
   spec = importlib.util.spec_from_file_location(f"jaxllm_config_{file.stem}", file)
   module = importlib.util.module_from_spec(spec)
   try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from jaxllm.inference.model import Message, Model, Prompt
   from jaxllm.inference.params import SamplingParams
 
+MAX_PROMPT = 1 << 26  # characters; a pipe need not end
 MAX_TOKENS, REPLY_TOKENS = 256, 1024  # of a text and of a reply, where neither the command nor the model says
 
 EXAMPLES = """
@@ -111,15 +112,34 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   prompts = []
   for prompt in args.prompt or ():
     if prompt == "-":
-      prompt = sys.stdin.read().removesuffix("\n")
+      with file_errors("stdin", kind=ConfigError):
+        prompt = _not_endless(sys.stdin.read(MAX_PROMPT + 1)).removesuffix("\n")
     prompts.append(prompt)
   for name in args.prompt_file or ():
     with file_errors(name, "cannot read the prompt file", ConfigError):
       try:
-        prompts.append(local_path(name).read_text(encoding="utf-8"))
+        with local_path(name).open(encoding="utf-8") as file:
+          prompts.append(_not_endless(file.read(MAX_PROMPT + 1)))
       except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read the prompt file {name}: it is not in UTF-8") from error
   return prompts
+
+
+def _not_endless(text: str) -> str:
+  if len(text) > MAX_PROMPT:
+    raise ConfigError(f"a prompt has over {MAX_PROMPT >> 20} Mi characters, which no model reads; shorten it")
+  return text
+
+
+def _next_line(terminal: bool) -> str:
+  """What is asked next. Raises EOFError where the input ends."""
+  if terminal:
+    return input("> ")
+  with file_errors("stdin", kind=ConfigError):
+    line = _not_endless(sys.stdin.readline(MAX_PROMPT + 1))
+  if not line:
+    raise EOFError
+  return line.removesuffix("\n")
 
 
 def write_stream(
@@ -174,7 +194,7 @@ def interact(model: "Model", sampling: "SamplingParams", echo: bool, opening: li
   failed = False
   while True:
     try:
-      line = input("> " if terminal else "")
+      line = _next_line(terminal)
     except EOFError:
       print(file=sys.stderr)
       return 2 if failed and not terminal else 0

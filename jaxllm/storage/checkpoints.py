@@ -215,13 +215,21 @@ class Checkpoints:
       return committed_steps(self.directory)
 
   def _remove_unfinished(self) -> list[int]:
-    """Leaves the committed steps only, and returns them."""
-    for place in list(self.directory.iterdir()):
-      if re.fullmatch(r"\d+", place.name) and not (place / manifests.NAME).exists():
-        log.warning(
-          "checkpoint step %s has no %s, so its saving did not end: it is removed", place.name, manifests.NAME
-        )
-        shutil.rmtree(place)
+    """Leaves the committed steps only, and returns them.
+
+    Raises:
+      CheckpointError: there would be none, of several: a run that is killed leaves one step without its manifest.
+    """
+    places = [place for place in self.directory.iterdir() if re.fullmatch(r"\d+", place.name)]
+    unfinished = sorted((p for p in places if not (p / manifests.NAME).exists()), key=lambda p: int(p.name))
+    if len(unfinished) == len(places) > 1 and not any(self.directory.glob("*.replaced")):
+      raise CheckpointError(
+        f"the checkpoints {', '.join(p.name for p in unfinished[:5])} in {self.directory} have lost their "
+        f"{manifests.NAME}: put them back, or move the checkpoints away to begin anew"
+      )
+    for place in unfinished:
+      log.warning("checkpoint step %s has no %s, so its saving did not end: it is removed", place.name, manifests.NAME)
+      shutil.rmtree(place)
     for old in list(self.directory.glob("*.replaced")):
       if old.with_suffix("").exists():
         shutil.rmtree(old)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 
@@ -56,6 +57,9 @@ def shell(line: str, **environment):
       "printf 'a\\377' | PYTHONIOENCODING=utf-8:strict jaxllm.generate --model=x --prompt=-",
       "is not in utf-8 (at byte 1)",
     ),
+    ("jaxllm.generate --model=x --prompt=- <&-", "cannot read stdin: it is closed; redirect it to a file"),
+    ("jaxllm.generate --model=x --prompt-file=/dev/zero", "a prompt has over 64 Mi characters, which no model reads"),
+    ("jaxllm.generate --model=x --prompt=- < /dev/zero", "a prompt has over 64 Mi characters, which no model reads"),
     ("PYTHONIOENCODING=ascii jaxllm --help", "the output is in ascii, which has no '\\u2026'; set PYTHONIOENCODING"),
   ],
 )
@@ -68,6 +72,23 @@ def test_one_line(job, tmp_path, line, said):
   assert error.startswith("error: ") and said.format(job=job, tmp=tmp_path) in error
   assert all(" on cpu: " in line for line in before), before
   assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "loop"]
+
+
+@pytest.mark.parametrize(
+  "name, value, said",
+  [
+    ("JAX_PLATFORMS", "nonsense", "Backend 'nonsense' is not in the list of known backends"),
+    ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS"),  # whether there is its plugin, and no chip, or not even that
+    ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'; mend the environment"),
+    ("JAX_DEFAULT_MATMUL_PRECISION", "wow", "for JAX flag jax_default_matmul_precision; mend the environment variable"),
+  ],
+)
+def test_variables_of_jax(run, name, value, said):
+  if value == "cuda" and any(device.platform == "gpu" for device in jax.devices()):
+    pytest.skip("there is a chip")
+  done = shell(f"jaxllm.evaluate --model={run}", **{name: value})
+  assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+  assert done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr.splitlines()[-1]
 
 
 def test_a_closed_stderr_changes_nothing():

@@ -410,6 +410,24 @@ def test_unfinished_steps_are_ignored_and_removed(tmp_path, caplog):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "notes"]
 
 
+def test_checkpoints_that_have_all_lost_their_manifests_stay(tmp_path):
+  """A run that is killed leaves one like that."""
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    for step in (1, 2, 10):
+      checkpoints.save(step, small_state(step))
+  kept = {step: (tmp_path / step / "manifest.json").read_bytes() for step in ("1", "2", "10")}
+  for step in kept:
+    (tmp_path / step / "manifest.json").unlink()
+  with pytest.raises(
+    CheckpointError, match=r"the checkpoints 1, 2, 10 in .* have lost their manifest.json: put them"
+  ):
+    Checkpoints(tmp_path, ALL)
+  for step, content in kept.items():
+    (tmp_path / step / "manifest.json").write_bytes(content)
+  with Checkpoints(tmp_path, ALL) as checkpoints:
+    assert checkpoints.restore(small_state(0)).step == 10
+
+
 def run_python(code, *args, devices=1):
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
