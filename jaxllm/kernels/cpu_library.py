@@ -25,8 +25,8 @@ import jax
 import jaxlib
 
 from jaxllm.base import environment
-from jaxllm.base.errors import CheckpointError, one_line
-from jaxllm.base.files import temporary_folder
+from jaxllm.base.errors import CheckpointError, ConfigError, one_line
+from jaxllm.base.files import local_path, temporary_folder
 from jaxllm.base.os_errors import explain
 
 log = logging.getLogger("jaxllm")
@@ -76,36 +76,52 @@ def compiler() -> list[str]:
 def cache_dir() -> Path:
   """Where what is compiled is kept, a folder of this user's alone: $JAXLLM_CACHE_DIR, else ~/.cache/jaxllm.
 
-  Where there is no home (HOME is empty or /), or such a folder cannot be written or is others' to change, it is
-  jaxllm-<user> in the system's folder of temporary files, which a warning says.
+  A folder that $JAXLLM_CACHE_DIR names and that others may write is left as it is: jaxllm-<user> in it. Where there is
+  no home (HOME is empty or /), or the folder cannot be written or is others' to change, it is jaxllm-<user> in the
+  system's folder of temporary files, which a warning says.
 
   Raises:
     BuildError: nor is that one this user's alone.
   """
-  asked, home = environment.text("JAXLLM_CACHE_DIR"), os.path.expanduser("~")
-  places = [Path(asked).expanduser()] if asked else []
-  if not asked and os.path.isabs(home) and home != "/":
-    places = [Path(home) / ".cache" / "jaxllm"]
-  reasons: list[str] = [] if places else ["there is no home folder"]
-  for place in places:
-    if (reason := make_private(place)) is None:
-      return place
-    reasons.append(reason)
+  asked, home, own = environment.text("JAXLLM_CACHE_DIR"), os.path.expanduser("~"), f"jaxllm-{os.getuid()}"
+  why = "there is no home folder"
   try:
-    place = temporary_folder() / f"jaxllm-{os.getuid()}"
-    reason = make_private(place)
+    place = None
+    if asked:
+      place = local_path(asked)
+      place = place / own if _is_open(place) else place
+    elif os.path.isabs(home) and home != "/":
+      place = Path(home) / ".cache" / "jaxllm"
+    if place is not None:
+      reason = make_private(place)
+      if reason is None:
+        return place
+      why = reason
+  except ConfigError as error:
+    why = f"JAXLLM_CACHE_DIR: {error}"
+  try:
+    temporary = temporary_folder() / own
+    reason = make_private(temporary)
   except CheckpointError as error:
     reason = str(error)
   if reason is not None:
-    raise BuildError("; ".join([*reasons, reason]))
-  log.warning("compiled kernels are kept in %s: %s", place, "; ".join(reasons))
-  return place
+    raise BuildError(f"{why}; {reason}")
+  log.warning("compiled kernels are kept in %s: %s", temporary, why)
+  return temporary
+
+
+def _is_open(folder: Path) -> bool:
+  """Whether it is a folder that others may write."""
+  try:
+    return folder.is_dir() and bool(folder.stat().st_mode & 0o022)
+  except OSError:
+    return False
 
 
 def make_private(folder: Path) -> str | None:
-  """Makes a folder that no other user can change, and says in one line why it is none; None: it is.
+  """Makes a folder of this package that no other user can change, and says in one line why it is none; None: it is.
 
-  One of this user's that others could write so far is closed to them, and what compiled libraries it has go.
+  One of this user's that others could write so far is closed to them, and what libraries lie in it go.
   """
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +136,7 @@ def make_private(folder: Path) -> str | None:
       if facts.st_uid != os.getuid():
         return f"{folder} can be changed by others"
       folder.chmod(facts.st_mode & 0o755)
-      for library in folder.rglob("*.so"):
+      for library in folder.glob("*.so"):
         library.unlink()
     if not os.access(folder, os.W_OK | os.X_OK):
       return f"{folder} cannot be written"

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxllm.base.files import regular
 
+METRICS = "metrics.jsonl"
 log = logging.getLogger("jaxllm")
 
 

@@ -15,7 +15,7 @@ from jaxllm.base.errors import one_line
 from jaxllm.base.files import write_atomically
 from jaxllm.base.os_errors import explain, file_errors
 from jaxllm.parallel import agreement
-from jaxllm.training.files import read_metrics
+from jaxllm.training.files import METRICS, read_metrics
 from jaxllm.training.trackers import Tracker
 
 logger = logging.getLogger("jaxllm")
@@ -37,7 +37,7 @@ class MetricsLogger:
     self._file = None
     resumed: dict[str, float] = {}
     if jax.process_index() == 0:
-      path = self._directory / "metrics.jsonl"
+      path = self._directory / METRICS
       with file_errors(path, "cannot read or write"):
         if path.exists():
           for line in drop_lines_after(path, -1 if resumed_step is None else resumed_step):

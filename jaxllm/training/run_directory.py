@@ -19,16 +19,17 @@ from typing import Any
 import jax
 
 from jaxllm.base import digests
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.base.files import local_path, new_directory
 from jaxllm.base.locks import hold
 from jaxllm.base.os_errors import file_errors
 from jaxllm.base.settings import from_mapping, to_mapping
-from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.interop.directory_files import CHECKPOINTS, CONFIG_FILE, START_FILE, TOKENIZER
 from jaxllm.parallel.agreement import first_does, gather
 from jaxllm.storage.reading import committed_steps
 from jaxllm.training.config import RunConfig, moved
+from jaxllm.training.files import METRICS
 from jaxllm.training.trackers import flatten
 
 # What a resumed run may change: how it is watched, where it runs and in how many micro-batches (equal within float
@@ -150,6 +151,10 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any], token
           raise ConfigError(f"{directory} holds another run: {error}; choose another --workdir") from None
       directory.mkdir(parents=True, exist_ok=True)
       beside: list[str] = []
+      if not begun and (directory / METRICS).exists():  # it is begun after config.json
+        raise ConfigError(
+          f"{directory} has a {METRICS} and no {CONFIG_FILE}: choose another --workdir, or move it away"
+        )
       if not begun:  # what a run that was killed before it began has left is of no use
         (directory / digests.NAME).unlink(missing_ok=True)
         (directory / START_FILE).unlink(missing_ok=True)
@@ -158,7 +163,7 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any], token
       if tokenizer is not None:
         place = directory / TOKENIZER
         if not begun or not place.is_dir():
-          with new_directory(place, lambda _: True) as new:
+          with new_directory(place, lambda old: _is_as(old, tokenizer)) as new:
             tokenizer.save(new)
         beside += [f"{TOKENIZER}/{name}" for name in digests.files_in(place)]
       content = json.dumps({**config, "environment": environment()}, indent=2) + "\n"
@@ -166,6 +171,15 @@ def open_run_directory(path: str | os.PathLike, config: Mapping[str, Any], token
 
   first_does(check_and_write)
   return directory
+
+
+def _is_as(directory: Path, tokenizer: Tokenizer) -> bool:
+  """Whether a directory holds that tokenizer, which a run has left that was killed before it began; and nothing of
+  somebody else's."""
+  try:
+    return load_tokenizer(directory).fingerprint == tokenizer.fingerprint
+  except DataError:
+    return False
 
 
 def _of_today(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from jaxllm.storage.config import CheckpointConfig, higher_is_better
 from jaxllm.training.compile import Program
 from jaxllm.training.config import EarlyStoppingConfig, TrainingConfig
 from jaxllm.training.evaluation import Evaluation
-from jaxllm.training.files import read_metrics
+from jaxllm.training.files import METRICS, read_metrics
 
 BEST = "best.json"
 _REPLAY = "replay/loss"
@@ -121,7 +121,7 @@ def evaluations_so_far(directory: Path) -> dict[int, Figures]:
 
   def read() -> list:
     seen: dict[int, Figures] = {}
-    for line in read_metrics(directory / "metrics.jsonl"):
+    for line in read_metrics(directory / METRICS):
       figures = {name: v for name, v in line.items() if name.startswith(("eval", "replay/"))}
       if figures:
         seen.setdefault(line["step"], {}).update(figures)

@@ -158,6 +158,25 @@ def test_what_belongs_to_another_user_is_not_used(cache, tmp_path, monkeypatch, 
     cpu_library.cache_dir()
 
 
+def test_a_folder_of_many_people_stays_what_it_is(cache):
+  """Of somebody's home or a shared disk only a folder of our own is closed to others, and nothing is removed."""
+  for place in (cache, cache / "venv"):
+    place.mkdir()
+    place.chmod(0o1777)
+    (place / "their.so").touch()
+  own = cache / f"jaxllm-{os.getuid()}"
+  assert cpu_library.cache_dir() == own and stat.S_IMODE(own.stat().st_mode) == 0o700
+  assert stat.S_IMODE(cache.stat().st_mode) == 0o1777
+  assert (cache / "their.so").exists() and (cache / "venv" / "their.so").exists()
+
+
+def test_a_cache_that_is_no_path(cache, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+  monkeypatch.setenv("JAXLLM_CACHE_DIR", "~nobody-here/x")
+  assert cpu_library.cache_dir() == tmp_path / f"jaxllm-{os.getuid()}"
+  assert "JAXLLM_CACHE_DIR: ~nobody-here/x begins with the home of a user whom this machine" in caplog.text
+
+
 def test_what_a_killed_build_left_goes(cache, tmp_path, monkeypatch):
   compiler(tmp_path, monkeypatch, "exit 0")
   cpu_library.make_private(cache)

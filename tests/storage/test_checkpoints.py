@@ -418,9 +418,7 @@ def test_checkpoints_that_have_all_lost_their_manifests_stay(tmp_path):
   kept = {step: (tmp_path / step / "manifest.json").read_bytes() for step in ("1", "2", "10")}
   for step in kept:
     (tmp_path / step / "manifest.json").unlink()
-  with pytest.raises(
-    CheckpointError, match=r"the checkpoints 1, 2, 10 in .* have lost their manifest.json: put them"
-  ):
+  with pytest.raises(CheckpointError, match=r"the checkpoints 1, 2, 10 in .* have lost their manifest.json: put them"):
     Checkpoints(tmp_path, ALL)
   for step, content in kept.items():
     (tmp_path / step / "manifest.json").write_bytes(content)

@@ -196,3 +196,36 @@ def test_a_run_directory_in_use_or_of_another_run_is_refused_on_all_hosts(two_pr
     assert "entered" not in output and "opened 4\n" in output and "opened 2" not in output
     assert f"{start}{tmp_path} is in use by pid {pid} on host " in output
     assert f"{start}{tmp_path} holds another run: training.steps was 4 and may only grow, not become 2; " in output
+
+
+def test_what_is_of_no_run_is_not_replaced(tmp_path):
+  """--workdir=. in somebody's project, say."""
+
+  class Saved:
+    fingerprint = "of the data"
+
+    def save(self, place):
+      (place / "tokenizer.model").write_bytes(b"")
+
+  (tmp_path / "tokenizer").mkdir()
+  (tmp_path / "tokenizer" / "mine.txt").write_text("mine")
+  with pytest.raises(
+    CheckpointError, match=f"^{tmp_path}/tokenizer has other things in it; choose an empty or new dir"
+  ):
+    open_run_directory(tmp_path, CONFIG, Saved())
+  assert (tmp_path / "tokenizer" / "mine.txt").read_text() == "mine"
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+  with pytest.raises(
+    ConfigError, match=f"^{tmp_path} has a metrics.jsonl and no config.json: choose another --workdir"
+  ):
+    open_run_directory(tmp_path, CONFIG)
+  assert not (tmp_path / "config.json").exists() and (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_tokenizer_that_a_killed_start_has_left_is_written_again(tmp_path):
+  from chat_tokenizer import chat_tokenizer
+
+  tokenizer = chat_tokenizer()
+  for _ in range(2):
+    open_run_directory(tmp_path, CONFIG, tokenizer)
+    (tmp_path / "config.json").unlink()
