@@ -76,12 +76,13 @@ T5 = t.Family(
   fields={"architecture": "encoder_decoder", "position": "relative", "query_scale": 1.0, "init": "fan_in"},
   defaults={"n_positions": 512, "decoder_start_token_id": 0, "tie_word_embeddings": True},
   requires={"is_decoder": False, "is_encoder_decoder": True},
-  read=lambda hf: _read(hf) | {"num_layers": hf["num_decoder_layers"] or hf["num_layers"]},
+  read=_read,
   write=_write,
   prefix="",
   more_weights=_mlp,
-  # copies of "shared", and a bias that the first checkpoints have and no code reads
-  ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
+  follows={"num_decoder_layers": "num_layers"},
+  copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+  ignored=("*.EncDecAttention.relative_attention_bias.weight",),  # the first checkpoints have it, and no code reads it
 )
 MT5 = dataclasses.replace(
   T5,
