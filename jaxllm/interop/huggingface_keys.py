@@ -1,6 +1,6 @@
 """What a config.json says that goes unread, and where it contradicts itself: one line each, for whoever opens it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxllm.base.errors import shown
@@ -51,6 +51,15 @@ HARMLESS = {
   "said by no more than the shape: positions of GPT-2": ("n_ctx",),
   "told by the tensors": ("legacy", "sinusoidal_pos_embds"),
 }
+# Keys that follow from others, in the class that writes them; another value is another model in transformers.
+_HEAD = {"head_dim": lambda hf: hf["qk_rope_head_dim"]}
+_HEAD |= {"qk_head_dim": lambda hf: hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]}
+DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]] = {
+  "cohere2": {"head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"]},
+  "deepseek_v2": _HEAD,
+  "deepseek_v3": _HEAD,
+  "gemma3_text": {"_sliding_window_pattern": lambda hf: hf["sliding_window_pattern"]},
+}
 _HARMLESS = {key for keys in HARMLESS.values() for key in keys}
 
 
@@ -69,6 +78,7 @@ def unread(config: Mapping[str, Any]) -> list[str]:
   known = hf.asked | CLASS_DEFAULTS[family.name].keys() | family.requires.keys() | _HARMLESS
   known |= SPELLINGS.get(family.name, {}).keys()
   known |= {"layer_types"} if "use_sliding_window" in known else set()
+  known |= {key for key, follows in DERIVED.get(family.name, {}).items() if group.get(key) == follows(hf)}
   return sorted(key for key, value in group.items() if key not in known and value not in (None, False, {}, []))
 
 

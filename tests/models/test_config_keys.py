@@ -18,10 +18,11 @@ from test_absent_keys import CASES, read  # noqa: E402
 from test_same_again import outputs  # noqa: E402
 from test_spellings import FIRST, completed  # noqa: E402
 
-from jaxllm.interop.huggingface_keys import HARMLESS, remarks  # noqa: E402
+from jaxllm.interop.huggingface_keys import remarks  # noqa: E402
 
-QUICK = {"llama", "mixtral", "qwen2", "bert-mlm", "bart", "gpt2", "modernbert-mlm", "falcon"}
-KEYS = {key for keys in HARMLESS.values() for key in keys}
+QUICK = {"qwen2", "gpt2"}
+# One more than its longest distance is in the same bucket for texts of this length.
+ALIKE = {("deberta-mlm", "max_position_embeddings")}
 # Fields that change nothing of what a model computes of a text.
 WITHOUT_EFFECT = (
   "max_seq_len",
@@ -30,8 +31,16 @@ WITHOUT_EFFECT = (
   "num_labels",
   "pooling",
 )  # the last: these are language models
-# What has tests of its own: RoPE's groups (test_contradictions.py), a head that is tied or not.
-ELSEWHERE = {"rope_parameters", "tie_word_embeddings", "model_type", "architectures", "transformers_version", "dtype"}
+# What has tests of its own: RoPE's groups (test_contradictions.py), a head that is tied or not, DeBERTa's names.
+ELSEWHERE = {
+  "legacy",
+  "rope_parameters",
+  "tie_word_embeddings",
+  "model_type",
+  "architectures",
+  "transformers_version",
+  "dtype",
+}
 NAMES = {"gelu": "relu", "relu": "gelu", "silu": "gelu", "gelu_new": "relu", "gelu_pytorch_tanh": "silu", "cls": "mean"}
 TYPES = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
 
@@ -41,7 +50,7 @@ def other_values(value):
   if isinstance(value, bool):
     return [not value]
   if isinstance(value, int):
-    return [value + 1, max(1, value // 2), 2 * value]
+    return [value + 1, max(1, value // 2)]
   if isinstance(value, float):
     return [1.5 * value + 0.01]
   if isinstance(value, str):
@@ -63,23 +72,35 @@ def base(name):
   hf["architectures"] = [head]
   model = oracle.torch_model(getattr(transformers, head), cls.from_dict(dict(hf)))
   tokens = torch.tensor(np.random.default_rng(1).integers(3, 97, (2, 20)))
+  tokens[:, -1] = 2  # the end, which BART's classifier reads
   return hf, model, outputs(model, tokens), tokens, read(hf)
 
 
 def changes(name, changed):
-  """Whether transformers' model is another one; None: it does not take it."""
+  """How far transformers' outputs go from those of the base; None: it does not take it."""
   hf, model, want, tokens, _ = base(name)
   try:
     config = type(model.config).from_dict(json.loads(json.dumps(changed)))
     again = oracle.torch_model(type(model), config)
     state = model.state_dict()
     if {key: x.shape for key, x in again.state_dict().items()} != {key: x.shape for key, x in state.items()}:
-      return True
+      return np.inf
     again.load_state_dict(state)
     got = outputs(again, tokens)
   except Exception:
     return None
-  return any(not np.allclose(got[key], want[key], rtol=0, atol=1e-4) for key in want.keys() & got.keys())
+  return max(np.abs(got[key] - want[key]).max() for key in want.keys() & got.keys())
+
+
+def without_idle(config, base):
+  """The config with fields that change no output as in the base."""
+  idle = [field for field in WITHOUT_EFFECT if field != "max_seq_len" or config.position != "learned"]
+  config = dataclasses.replace(config, **{field: getattr(base, field) for field in idle})
+  moe = config.moe and dataclasses.replace(config.moe, load_balance_weight=0.0)
+  scaling = config.rope_scaling
+  if scaling and scaling.kind == "dynamic":  # which texts of these lengths do not feel
+    scaling = dataclasses.replace(scaling, original_max_seq_len=1)
+  return dataclasses.replace(config, moe=moe, rope_scaling=scaling)
 
 
 @pytest.mark.parametrize(
@@ -98,14 +119,11 @@ def test_each_key_with_another_value(name):
       theirs = changes(name, changed)
       if theirs is None:
         continue
-      alike = dataclasses.replace(got, **{field: getattr(config, field) for field in WITHOUT_EFFECT})
-      alike = dataclasses.replace(alike, moe=alike.moe and dataclasses.replace(alike.moe, load_balance_weight=0.0))
-      same = alike == dataclasses.replace(
-        config, moe=config.moe and dataclasses.replace(config.moe, load_balance_weight=0.0)
-      )
-      if theirs == same:
-        wrong[f"{key} = {value!r}"] = f"transformers' {'changes' if theirs else 'stays'}, ours does not"
-      assert not (theirs and key in KEYS), f"{key} = {value!r} is not harmless"
+      same = without_idle(got, config) == without_idle(config, config)
+      if (name, key) not in ALIKE and (
+        theirs > 1e-4 if same else theirs < 1e-6
+      ):  # between them is rounding, in another order of sums
+        wrong[f"{key} = {value!r}"] = f"transformers' changes by {theirs}, ours {'stays' if same else 'changes'}"
   assert not wrong
 
 

@@ -119,7 +119,7 @@ DEEPSEEK_V2 = t.Family(
   {ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours not in ("num_kv_heads", "head_dim")},
   WEIGHTS + llama.PRE_NORMS,
   defaults=llama.DEFAULTS | {"topk_method": "greedy", "norm_topk_prob": False},
-  requires={"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False},
+  requires={"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},
   parts=("moe", "mla"),
   other_names=STACKED,
   read=_read_v2,

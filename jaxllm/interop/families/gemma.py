@@ -71,6 +71,9 @@ GEMMA3_TEXT = dataclasses.replace(
   GEMMA2,
   name="gemma3_text",
   architecture="Gemma3ForCausalLM",
+  keys={
+    ours: theirs for ours, theirs in GEMMA2.keys.items() if ours != "attention_softcap"
+  },  # which its code passes over
   architectures={"none": "Gemma3TextModel"},
   fields=dict(GEMMA2.fields) | {"qk_norm": "head"},
   defaults=llama.DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},

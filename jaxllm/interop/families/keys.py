@@ -77,6 +77,8 @@ class Keys(TypedDict, total=False):
   hidden_activation: str
   activation_function: str
   feed_forward_proj: str
+  dense_act_fn: str
+  is_gated_act: bool
   attention_bias: bool
   mlp_bias: bool
   tie_word_embeddings: bool

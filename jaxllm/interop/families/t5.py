@@ -22,11 +22,11 @@ def _mlp(c):
 
 def _read(hf):
   kind = hf["feed_forward_proj"]
-  gated = kind.startswith("gated-")
-  activation = kind.removeprefix("gated-")
+  gated = hf.get("is_gated_act", kind.startswith("gated-"))
+  activation = hf.get("dense_act_fn", "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
   scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
   return {
-    "mlp": "geglu_tanh" if kind == "gated-gelu" else t.mlp_name(activation, gated),
+    "mlp": t.mlp_name(activation, gated),
     "logit_scale": hf["d_model"] ** -0.5 if scaled else None,
   }
 
