@@ -41,6 +41,7 @@ class Model:
     config: what the model is. tokenizer: None if it has none; then prompts are token ids.
     compute: how it computes. graph: static; `nnx.merge(graph, params)` is the callable Transformer.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
+    source: what `StoredModel.source` is.
   """
 
   def __init__(
@@ -51,9 +52,11 @@ class Model:
     *,
     compute: Compute = Compute(),
     generation: dict[str, Any] | None = None,
+    source: dict[str, Any] | None = None,
   ):
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
     self.compute = compute
+    self.source = source or {}
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)
     for line in default_settings(self.generation, config.architecture)[1]:
@@ -255,7 +258,7 @@ class Model:
       ConfigError: an impossible setting, or the format cannot express the model.
     """
     generation = {"eos_token_id": list(self.eos_ids)} | self.generation
-    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation)
+    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation, source=dict(self.source))
     write_model(stored, path, format=format, **settings)
 
   def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:

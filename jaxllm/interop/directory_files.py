@@ -75,6 +75,25 @@ def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]
   return {**values, **known}
 
 
+class Source(TypedDict, total=False):
+  """What a Hugging Face config.json says of a model that no ModelConfig has a place for, and exports say again."""
+
+  model_type: str
+  id2label: dict[str, Any]
+  label2id: dict[str, Any]
+  problem_type: str | None
+
+
+def source_of(config: Mapping[str, Any], what: Path) -> dict[str, Any]:
+  """A config.json's `Source`: of Hugging Face, or of a model directory, which has it as a group.
+
+  Raises:
+    ConfigError: a value is of another type.
+  """
+  said = declared(Source, config.get("source", config), str(what))
+  return {key: value for key, value in said.items() if value is not None}
+
+
 class StartRecord(TypedDict, total=False):
   """start.json of a run: what its checkpoints leave out, and where that is."""
 

@@ -3,10 +3,12 @@
 Both directions are mappings of lazy tensors: one is made from the other when it is read, a layer at a time.
 """
 
+import collections
 import dataclasses
 import fnmatch
 import functools
 import hashlib
+import logging
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,13 +17,15 @@ import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError, shown
 from jaxllm.interop.families import FAMILIES, READ_AS
-from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
-from jaxllm.interop.families.keys import read_keys
+from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS, SPELLINGS
+from jaxllm.interop.families.keys import Declared, read_keys
 from jaxllm.interop.families.rope import canonical_rope
 from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig, MoEConfig
+
+log = logging.getLogger("jaxllm")
 
 # Buffers that old checkpoints hold and that follow from the config.
 BUFFERS = (
@@ -56,17 +60,39 @@ def config_from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ConfigError: an unknown family, a missing key, or a setting that no ModelConfig can express.
   """
+  return read_config(config)[0]
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[ModelConfig, Declared]:
+  """The ModelConfig that a config.json describes, and its keys, which know which of them were looked up.
+
+  Raises:
+    ConfigError: see `config_from_huggingface`.
+  """
   family = family_of(config)
   config = config.get(family.text_config, config)
   if not isinstance(config, Mapping):
     raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
-  hf = read_keys(config, DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name], family.types)
+  defaults = DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name]
+  config = _spelled(config, family, defaults)
+  hf = read_keys(config, defaults, family.types)
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")
   fields = {ours: hf[theirs] for ours, theirs in family.keys.items()}
   fields = {name: value for name, value in fields.items() if value is not None}
-  return ModelConfig(**(fields | dict(family.fields) | family.read(hf)))
+  c = ModelConfig(**(fields | dict(family.fields) | family.read(hf)))
+  if c.head == "lm" and not c.tie_embeddings and (hf.get("architectures") or [None])[0] == family.bare:
+    c = dataclasses.replace(c, head="none", head_bias=False)  # else the embedding is its head, as in transformers
+  return c, hf
+
+
+def _spelled(config: Mapping[str, Any], family: Family, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """A config.json with its other spellings as the keys that they mean, over which they go where both stand there."""
+  follows = {key: config.get(other, defaults.get(other)) for key, other in family.follows.items()}
+  config = dict(config) | {key: value for key, value in follows.items() if config.get(key) is None}
+  others = SPELLINGS.get(family.name, {}).items()
+  return config | {key: config[other] for other, key in others if config.get(other) is not None}
 
 
 def config_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
@@ -82,12 +108,14 @@ def config_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
     raise ConfigError(f"a {family} checkpoint holds more than a language model; write it as {family}_text")
   if lacking := [part for part in table.parts if getattr(c, part) is None]:
     raise ConfigError(f"a {family} checkpoint needs a model with model.{lacking[0]}")
-  hf = {"model_type": family, "architectures": [table.architectures.get(c.head, table.architecture)]}
+  usual = table.bare if c.head == "none" else table.architecture
+  hf = {"model_type": family, "architectures": [table.architectures.get(c.head, usual)]}
   hf |= {theirs: getattr(c, ours) for ours, theirs in table.keys.items()} | table.write(c)
   back = _canonical(config_from_huggingface(hf))
   for field in dataclasses.fields(ModelConfig):
     want, got = (getattr(_untrained(model), field.name) for model in (c, back))
-    if want != got and field.name not in ("init", "init_std"):
+    told_by_tensors = field.name == "head_dense" and c.head == "none" and want is None  # see `_told_by_tensors`
+    if want != got and field.name not in ("init", "init_std") and not told_by_tensors:
       raise ConfigError(f"a {family} checkpoint cannot say model.{field.name} = {want!r}; it would say {got!r}")
   return hf
 
@@ -111,16 +139,20 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
   """
   family, c = family_of(config), config_from_huggingface(config)
   check_count(c, len(tensors))
+  given = tensors
+  tensors = _named(family, c, given)
+  if c.head == "lm" and not config.get("architectures") and _lacks_head(family, c, tensors):
+    c = config_from_huggingface({**config, "architectures": [family.bare]})
+    tensors = _named(family, c, given)
+  c, tensors = _told_by_tensors(family, c, dict(tensors))
   shapes = param_shapes(c)
-  tensors = {_renamed(name, family): tensor for name, tensor in tensors.items()}
-  table = _table(family, c, {n for name in tensors for n in (name, family.prefix + name)})
-  known = {name for _, name, _, _ in _expected(family, table, c, shapes)}
-  full = lambda name: family.prefix + name if family.prefix + name in known else name  # noqa: E731
-  tensors = {full(name): tensor for name, tensor in tensors.items()}
+  table = _table(family, c, tensors)
   sources: dict[str, dict[Index, Callable[[], np.ndarray]]] = {}
   types: dict[str, list[np.dtype]] = {}
   expected = set()
   for weight, name, index, wanted in _expected(family, table, c, shapes):
+    if name in family.zeros and name not in tensors:
+      tensors[name] = LazyTensor(wanted, np.dtype(np.float32), functools.partial(np.zeros, wanted, np.float32))
     if name not in tensors:
       raise CheckpointError(f"the checkpoint lacks the tensor {name} (for {', '.join(weight.ours)})")
     tensor = tensors[name]
@@ -137,18 +169,12 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
       read = functools.partial(_read_piece, weight.transform, c, tensor, ours, i)
       sources.setdefault(path, {})[index] = read
       types.setdefault(path, []).append(tensor.dtype)
-  tied = c.tie_embeddings and family.head in tensors and family.head not in expected
-  if tied:
-    expected.add(family.head)
-    if _digest(tensors[family.head].read()) != _digest(sources["embedding/tokens"][()]()):
-      raise CheckpointError(
-        f"config.json ties the embeddings but the tensor {family.head} differs from them; "
-        "set its tie_word_embeddings to false"
-      )
   ignored = BUFFERS + tuple(pattern.format(num_layers=c.num_layers) for pattern in family.ignored)
   unexpected = [n for n in tensors if n not in expected and not any(fnmatch.fnmatch(n, i) for i in ignored)]
-  if unexpected:
-    more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+  more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+  if unexpected and c.head == "none" and any(family.prefix and name.startswith(family.prefix) for name in given):
+    log.warning("the %s of config.json has no head: %s%s of the file stand aside", family.bare, unexpected[0], more)
+  elif unexpected:
     raise CheckpointError(
       f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
     )
@@ -206,24 +232,82 @@ def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[di
     ConfigError: no such family, or it has no tensor for some parameter.
   """
   table = family_of({"model_type": family})
-  shapes = param_shapes(config)
-  renamed = {name: _renamed(name, table) for name in names}
-  entries = _table(table, config, {n for name in renamed.values() for n in (name, table.prefix + name)})
-  expected = _expected(table, entries, config, shapes)
-  found = {name: Place(weight, at, shape) for weight, name, at, shape in expected}
-  full = {name: table.prefix + own if table.prefix + own in found else own for name, own in renamed.items()}
-  return found, full
+  full = dict(zip(names, _full_names(table, config, names)))
+  expected = _expected(table, _table(table, config, full.values()), config, param_shapes(config))
+  return {name: Place(weight, at, shape) for weight, name, at, shape in expected}, full
+
+
+def _full_names(family: Family, c: ModelConfig, names: Collection[str]) -> list[str]:
+  """These names as the table has them: without old spellings, with the family's prefix or without it."""
+  renamed = [_renamed(name, family) for name in names]
+  table = _table(family, c, {n for name in renamed for n in (name, family.prefix + name)})
+  known = {name for _, name, _, _ in _expected(family, table, c, param_shapes(c))} | {*family.copies}
+  variants = lambda name: (name, family.prefix + name, name.removeprefix(family.prefix))  # noqa: E731
+  return [next((variant for variant in variants(name) if variant in known), name) for name in renamed]
+
+
+def _named(family: Family, c: ModelConfig, tensors: Tensors) -> dict[str, LazyTensor]:
+  names = _full_names(family, c, tensors)
+  if len(set(names)) < len(names):
+    twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+    raise CheckpointError(f"the checkpoint has the tensor {twice} twice, under two names")
+  return dict(zip(names, tensors.values()))
+
+
+def _lacks_head(family: Family, c: ModelConfig, tensors: Tensors) -> bool:
+  names = _expected(family, _table(family, c, tensors), c, param_shapes(c))
+  head = [name for weight, name, _, _ in names if weight.ours[0].startswith("head/") and name not in family.zeros]
+  return bool(head) and not any(name in tensors for name in head)
+
+
+def _told_by_tensors(
+  family: Family, c: ModelConfig, tensors: dict[str, LazyTensor]
+) -> tuple[ModelConfig, dict[str, LazyTensor]]:
+  """What the file says of a model against its config.json, as transformers takes it: a head unlike the embedding is a
+  head of its own, a bare model without a pooler has none. And the tensors, one of those that are copies of each other.
+
+  Raises:
+    CheckpointError: the copies differ, and the family has a place for one only.
+  """
+  if c.head == "none" and c.head_dense is not None:
+    names = _expected(family, _table(family, c, tensors), c, param_shapes(c))
+    if not any(name in tensors for weight, name, _, _ in names if weight.ours[0].startswith("head/dense")):
+      log.warning("the file has no pooler: the state of the first token stands for a text")
+      c = dataclasses.replace(c, head_dense=None)
+  copies = dict(family.copies)
+  if c.head == "lm" and c.tie_embeddings:
+    copies[family.head] = next(w.theirs for w in family.weights if w.ours == ("embedding/tokens",))
+  for copy, own in copies.items():
+    if copy not in tensors:
+      continue
+    both = own in tensors
+    tensor = tensors.pop(copy)
+    if not both or (copy.endswith(".bias") and _digest(tensor.read()) != _digest(tensors[own].read())):
+      tensors[own] = tensor  # of two biases that is added which the head has
+    elif _digest(tensor.read()) != _digest(tensors[own].read()):
+      if copy != family.head or "tie_embeddings" not in family.keys:
+        raise CheckpointError(f"the tensor {copy} differs from {own}, and a {family.name} here has one for both")
+      log.warning(
+        "config.json ties the embeddings, but %s differs from them: it is used as it stands in the file (set "
+        "tie_word_embeddings to false to say so)",
+        copy,
+      )
+      c, tensors[copy] = dataclasses.replace(c, tie_embeddings=False), tensor
+  return c, tensors
 
 
 def _renamed(name: str, family: Family) -> str:
   start = next((start for start in family.renamed if name.startswith(start)), "")
-  return family.renamed[start] + name.removeprefix(start) if start else name
+  name = family.renamed[start] + name.removeprefix(start) if start else name
+  # as the first BERTs, which came from TensorFlow
+  return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _table(family: Family, c: ModelConfig, names: Collection[str] = ()) -> tuple[Weight, ...]:
   """The family's table, with those of its other names that a checkpoint with these names goes by."""
   first = c.moe_layers[0] if c.moe else 0
-  others = tuple(w for w in family.other_names if w.theirs.format(layer=first) in names)
+  first_name = lambda w: w.theirs.format(layer=first)  # noqa: E731
+  others = tuple(w for w in family.other_names if {first_name(w), first_name(w).removeprefix(family.prefix)} & {*names})
   replaced = {path for weight in others for path in weight.ours}
   table = family.weights + family.more_weights(c)
   return tuple(w for w in table if replaced.isdisjoint(w.ours)) + others
@@ -293,4 +377,6 @@ def _canonical(c: ModelConfig) -> ModelConfig:
     query_scale=c.head_dim**-0.5 if c.query_scale is None else c.query_scale,
     norm_bias=c.norm_bias or c.norm != "layernorm",
     mlp_dim=c.mlp_dim if c.layers_with("mlp") else c.moe.mlp_dim,
+    mla=c.mla and dataclasses.replace(c.mla, norm_eps=c.mla.norm_eps or c.norm_eps),
+    tie_embeddings=c.tie_embeddings and c.head != "none",
   )

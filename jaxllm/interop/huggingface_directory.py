@@ -1,7 +1,9 @@
 """Hugging Face model directories: config.json, safetensors, generation_config.json, tokenizer files."""
 
 import collections
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,24 @@ from jaxllm.interop.directory_files import (
   read_generation_config,
   read_json,
   read_tokenizer,
+  source_of,
   write_json,
 )
-from jaxllm.interop.families import FAMILIES
-from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
+from jaxllm.interop.families import FAMILIES, READ_AS
+from jaxllm.interop.huggingface import (
+  config_from_huggingface,
+  config_to_huggingface,
+  family_of,
+  from_huggingface,
+  to_huggingface,
+)
+from jaxllm.interop.huggingface_keys import remarks
 from jaxllm.interop.safetensors import read_sharded, write_sharded
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
 from jaxllm.models.config import ModelConfig
+
+log = logging.getLogger("jaxllm")
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where several families can express a model, it is written as the first of these: what most programs read.
@@ -70,20 +82,24 @@ def open_huggingface(directory: Path) -> StoredModel:
   generation = generation_settings(generation, directory / CONFIG_FILE)
   if (directory / GENERATION_FILE).is_file():
     generation = read_generation_config(directory)
-  return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf")
+  for line in remarks(hf):
+    log.warning("%s: %s", directory, line)
+  source = source_of(hf, directory / CONFIG_FILE)
+  return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf", source=source)
 
 
 def write_huggingface(directory: Path, model: StoredModel, family: str | None, max_shard_bytes: int) -> None:
   """Writes a directory that `transformers` loads; it appears when it is complete.
 
   Args:
-    family: the `model_type` to write; None: the first that can express the model.
+    family: the `model_type` to write; None: that which the model was read as, or else the first that can express it.
 
   Raises:
     ConfigError: no family, or not this one, can express the model.
     CheckpointError: the path is not free, or cannot be written.
   """
-  hf, tensors = as_checkpoint(model.config, model.tensors, family)
+  hf, tensors = as_checkpoint(model.config, model.tensors, family, model.source.get("model_type"))
+  hf |= _labels(model.source, hf)
   tokenizer = None if model.tokenizer is None else as_huggingface(model.tokenizer)
   sizes: collections.Counter[str] = collections.Counter()
   for tensor in tensors.values():
@@ -111,8 +127,20 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
   return tuple(filter(can, dict.fromkeys((*FIRST, *FAMILIES))))
 
 
-def as_checkpoint(config: ModelConfig, params: Tensors, family: str | None = None) -> tuple[dict[str, Any], Tensors]:
+def _labels(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+  """The names that the source had for as many labels as there are."""
+  if len(source.get("id2label", {})) != len(hf.get("id2label", {})):
+    return {}
+  return {key: value for key, value in source.items() if key != "model_type"}
+
+
+def as_checkpoint(
+  config: ModelConfig, params: Tensors, family: str | None = None, source: str | None = None
+) -> tuple[dict[str, Any], Tensors]:
   """`to_huggingface` as a family, or as the first that can express the model.
+
+  Args:
+    source: the `model_type` that is tried before all others, which a model was read as.
 
   Raises:
     ConfigError: none can.
@@ -121,10 +149,16 @@ def as_checkpoint(config: ModelConfig, params: Tensors, family: str | None = Non
     raise ConfigError("no Hugging Face family has what model.adapter puts into blocks; keep it as a model directory")
   if family is not None:
     return to_huggingface(config, family, params)
+  own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
+  own = f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
   reasons = []
-  for name in dict.fromkeys((*FIRST, *FAMILIES)):
+  for name in dict.fromkeys((*((own,) if own else ()), *FIRST, *FAMILIES)):
     try:
-      return to_huggingface(config, name, params)
+      hf, tensors = to_huggingface(config, name, params)
     except ConfigError as error:
       reasons.append(str(error))
+      continue
+    if own and name != own:
+      log.warning("written as %s, because %s", name, reasons[0])
+    return hf, tensors
   raise ConfigError(f"no Hugging Face family can express this model: {reasons[0]}")

@@ -1,6 +1,7 @@
 """The model directory, the one form in which models are kept and passed around.
 
-- config.json: {"model": the fields of ModelConfig, "version": of this layout}
+- config.json: {"model": the fields of ModelConfig, "version": of this layout, "source": what a config.json of Hugging
+  Face that it was made from said besides, see `directory_files.Source`}
 - params/: the parameters by path, layers stacked, in safetensors files like those of Hugging Face: they can
   be written and read one layer at a time, by any program
 - tokenizer files: what `jaxllm.data.tokenizers.load_tokenizer` reads
@@ -23,6 +24,7 @@ from jaxllm.interop.directory_files import (
   read_generation_config,
   read_json,
   read_tokenizer,
+  source_of,
   write_json,
 )
 from jaxllm.interop.safetensors import read_sharded, write_sharded
@@ -61,7 +63,8 @@ def write_model_directory(directory: Path, model: StoredModel, max_shard_bytes: 
     write_json(new / GENERATION_FILE, model.generation)
     if model.tokenizer is not None:
       model.tokenizer.save(new)
-    write_json(new / CONFIG_FILE, {"model": dataclasses.asdict(model.config), "version": VERSION})
+    source = {"source": model.source} if model.source else {}
+    write_json(new / CONFIG_FILE, {"model": dataclasses.asdict(model.config), "version": VERSION} | source)
     digests.seal(new)
 
 
@@ -87,7 +90,8 @@ def open_model_directory(directory: Path) -> StoredModel:
   tensors = read_sharded(path)
   check_shapes(config, tensors, path)
   tokenizer, generation = read_tokenizer(directory), read_generation_config(directory)
-  return StoredModel(config, tensors, tokenizer, generation, directory, "jaxllm")
+  source = source_of(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
+  return StoredModel(config, tensors, tokenizer, generation, directory, "jaxllm", source=source)
 
 
 def _checksums(directory: Path) -> dict[str, str]:

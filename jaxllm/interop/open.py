@@ -28,6 +28,7 @@ from jaxllm.interop.directory_files import (
   read_json,
   read_start,
   read_tokenizer,
+  source_of,
 )
 from jaxllm.interop.fingerprint import check_unchanged
 from jaxllm.interop.gguf import read_gguf
@@ -205,7 +206,18 @@ def _open_run(directory: Path, step: int | None) -> StoredModel:
   if tokenizer is None and not sealed:
     raise CheckpointError(f"{directory} has no {TOKENIZER}/, which every run has; put back what was there")
   groups = {name: group for name, group in read_json(directory / CONFIG_FILE).items() if isinstance(group, dict)}
-  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own)
+  source = _source_at(groups.get("model_init", {}).get("path"))
+  return StoredModel(config, tensors, tokenizer, generation, directory, "run", groups, apart=own, source=source)
+
+
+def _source_at(path: Any) -> dict[str, Any]:
+  """`StoredModel.source` of what a run began with; {}: it began with nothing, or that is no directory any more."""
+  file = Path(path) / CONFIG_FILE if isinstance(path, str) and path else None
+  if file is None or not file.is_file():
+    return {}
+  config = read_json(file)
+  before = config.get("model_init")
+  return _source_at(before.get("path")) if isinstance(before, dict) else source_of(config, file)
 
 
 def _with_start(

@@ -35,6 +35,7 @@ class StoredModel:
     tensors: the weights by parameter path ("blocks/attention/query/weight"), layers stacked.
     tokenizer: its chat templates included; None: a model of bare token ids.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
+    source: what its config.json of Hugging Face said that `config` has no place for, see `directory_files.Source`.
     path: where it was opened, None: it comes from memory. form: as what.
     run: of a training run the groups of its config.json: run["data"]["dir"], run["objective"]["name"], …
     adapters: the adapter_config.json of each adapter on it, in their order.
@@ -50,6 +51,7 @@ class StoredModel:
   run: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   adapters: tuple[dict[str, Any], ...] = ()
   apart: tuple[StoredAdapter, ...] = ()
+  source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def chat_template(self) -> str | None:

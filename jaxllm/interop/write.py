@@ -32,7 +32,8 @@ def write_model(
   Args:
     dtype: of the weights, "float32", "bfloat16" or "float16"; None: as they are.
     quantize: "q8_0", "q4_0", "q4_1", …: a GGUF file's type of the matrices.
-    family: the Hugging Face `model_type` to write; None: the first that can express the model.
+    family: the Hugging Face `model_type` to write; None: that which the model was read as (not "gguf"), or else the
+      first that can express it.
 
   Raises:
     ConfigError: an impossible setting, a URL, or no family can express the model.

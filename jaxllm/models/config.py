@@ -116,6 +116,7 @@ class MLAConfig:
   nope_head_dim: Width = 128  # of a query or key head: the part without position
   rope_head_dim: Width = 64  # and the rotated part, which all key heads share
   value_head_dim: Width = 128
+  norm_eps: Share | None = None  # of the norms of short vectors; None: model.norm_eps
 
   def __post_init__(self):
     ranges.check(MLAConfig, vars(self), "model.mla")

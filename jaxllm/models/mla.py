@@ -1,5 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -37,14 +38,15 @@ class LatentAttention(nnx.Module):
       init = matrix_init(c, inputs, residual=residual)
       return Linear(inputs, outputs, axes, init=init, bias=bias, compute=compute, rngs=rngs)
 
+    short = c if c.mla.norm_eps is None else dataclasses.replace(c, norm_eps=c.mla.norm_eps)
     if rank is not None:
       self.query_down = linear(D, rank, ("embed", None), c.attention_bias)
-      self.query_norm = Norm(c, compute, rank, rngs=rngs)
+      self.query_norm = Norm(short, compute, rank, rngs=rngs)
       self.query_up = linear(rank, N * c.head_dim, (None, "heads"))
     else:
       self.query = linear(D, N * c.head_dim, ("embed", "heads"))
     self.latent = linear(D, R + c.mla.rope_head_dim, ("embed", None), c.attention_bias)
-    self.latent_norm = Norm(c, compute, R, rngs=rngs)
+    self.latent_norm = Norm(short, compute, R, rngs=rngs)
     self.key = linear(R, N * c.mla.nope_head_dim, (None, "heads"))
     self.value = linear(R, N * c.mla.value_head_dim, (None, "heads"))
     self.output = linear(N * c.mla.value_head_dim, D, ("heads", "embed"), c.attention_out_bias, residual=True)

@@ -161,7 +161,6 @@ UNSAYABLE = {
   "qwen llama3": (dict(model_type="qwen2", rope_scaling=gguf_models.LLAMA3), "rope_scaling"),
   "tied olmo2": (dict(model_type="olmo2", tie_word_embeddings=True), "tie_word_embeddings"),
   "biased qwen3": (dict(model_type="qwen3", attention_bias=True), "attention_bias"),
-  "partial rope": (dict(model_type="llama", partial_rotary_factor=0.5), "rope_fraction"),
   "gemma2 scale": (gguf_models.GEMMA | dict(model_type="gemma2", query_pre_attn_scalar=99), "query_pre_attn_scalar"),
   "family": (dict(model_type="opt"), "cannot be written as GGUF"),
 }

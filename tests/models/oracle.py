@@ -78,6 +78,14 @@ def torch_model(cls, config, seed=0):
   return model
 
 
+def assert_close(got, want, tolerance=1e-5):
+  """Equal but for float32's rounding: within `tolerance` of the spread of what is wanted, or of 1 where that is more.
+
+  Logits of random weights spread over 5 and more, and a sum of some dozen products of that size is rounded by as much.
+  """
+  np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, float(np.std(want))))
+
+
 def tensors_of(model):
   """The tensors of a checkpoint of the model: a tied head is not among them."""
   tied = model.config.tie_word_embeddings

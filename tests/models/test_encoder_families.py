@@ -18,7 +18,6 @@ from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # 
 from jaxllm.models.build import declare  # noqa: E402
 
 B, T, S, V = 2, 11, 17, 97
-TOLERANCE = 1e-4
 LENGTHS = {"T": (T, 6), "S": (9, S)}  # of the rows; the rest is padding
 IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 BERT = IDS | dict(
@@ -224,10 +223,10 @@ def test_padded_batch(name):
   want_hidden, want_logits = torch_outputs(name)
   assert 0.1 < want_logits.std() < 30  # else the tolerance says nothing
   real = inputs(name)["segment_ids"] == 1
-  np.testing.assert_allclose(np.asarray(hidden)[real], want_hidden[real], rtol=0, atol=TOLERANCE)
+  oracle.assert_close(np.asarray(hidden)[real], want_hidden[real])
   if want_logits.ndim == 3:
     logits, want_logits = np.asarray(logits)[real], want_logits[real]
-  np.testing.assert_allclose(logits, want_logits, rtol=0, atol=TOLERANCE)
+  oracle.assert_close(logits, want_logits)
 
 
 @pytest.mark.parametrize("name", ENCODERS | ENCODER_DECODERS)
@@ -269,8 +268,8 @@ def test_packed_documents(name):
     alone["source_segment_ids"] = (np.arange(S)[None] < np.array([[8], [S - 8]])).astype(np.int32)
   alone["segment_ids"] = alone["segment_ids"].astype(np.int32)
   got, want = forward(config)(params, packed)[0], forward(config)(params, alone)[0]
-  np.testing.assert_allclose(got[0, :first], want[0, :first], rtol=0, atol=TOLERANCE)
-  np.testing.assert_allclose(got[0, first:], want[1, :second], rtol=0, atol=TOLERANCE)
+  oracle.assert_close(got[0, :first], want[0, :first])
+  oracle.assert_close(got[0, first:], want[1, :second])
 
 
 def test_the_names_of_debertas_third_version():

@@ -45,7 +45,7 @@ def heads(c):
 
 
 def _read(hf):
-  fields = read(hf) | t.read_head(hf, {"sequence": CLASSIFIER})
+  fields = read(hf) | t.read_head(hf, {"sequence": CLASSIFIER}, labels=3)
   return fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
 
 
@@ -100,5 +100,6 @@ BART = t.Family(
   write=lambda c: _write(c) | t.write_labels(c),
   architectures={"sequence": CLASSIFIER},
   more_weights=heads,
-  ignored=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+  copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
+  zeros=("final_logits_bias",),
 )

@@ -113,8 +113,8 @@ BERT: t.Family = t.Family(
   head="cls.predictions.decoder.weight",
   architectures=architectures("Bert"),
   more_weights=lambda c: BERT_HEADS[c.head],
-  # BertForPreTraining's second objective, and the copy of a bias
-  ignored=("*position_ids", "*pooler.*", "cls.seq_relationship.*", "cls.predictions.decoder.bias"),
+  copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+  ignored=("*position_ids", "*pooler.*", "cls.seq_relationship.*"),  # the last: BertForPreTraining's second objective
 )
 ROBERTA = dataclasses.replace(
   BERT,
@@ -127,7 +127,8 @@ ROBERTA = dataclasses.replace(
   head="lm_head.decoder.weight",
   architectures=architectures("Roberta"),
   more_weights=lambda c: ROBERTA_HEADS[c.head],
-  ignored=("*position_ids", "*pooler.*", "lm_head.decoder.bias"),
+  copies={"lm_head.decoder.bias": "lm_head.bias"},
+  ignored=("*position_ids", "*pooler.*"),
 )
 XLM_ROBERTA = dataclasses.replace(
   ROBERTA,

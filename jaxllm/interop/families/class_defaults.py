@@ -1,4 +1,5 @@
-"""What the config class of each family in transformers gives to keys that config.json lacks.
+"""What the config class of each family in transformers gives to keys that config.json lacks, and how else it
+spells them.
 
 Written by tools/class_defaults.py. Only keys that the tables read; what a class computes of others stands there.
 """
@@ -294,5 +295,55 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "initializer_range": 0.02, "intermediate_size": 3072, "is_decoder": False, "is_encoder_decoder": False,
     "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12,
     "pad_token_id": 1, "tie_word_embeddings": True, "type_vocab_size": 2, "vocab_size": 30522,
+  },
+}
+# The keys that they stand for; where config.json has both, the spelling here goes before the key.
+SPELLINGS: dict[str, dict[str, str]] = {
+  "bart": {
+    "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers",
+  },
+  "bloom": {
+    "n_embed": "hidden_size", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+  },
+  "deepseek_v2": {
+    "num_experts": "n_routed_experts",
+  },
+  "deepseek_v3": {
+    "num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers",
+  },
+  "distilbert": {
+    "hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers",
+  },
+  "falcon": {
+    "n_embed": "hidden_size",
+  },
+  "gpt2": {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+  },
+  "gpt_oss": {
+    "num_experts": "num_local_experts",
+  },
+  "gptj": {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+  },
+  "m2m_100": {
+    "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers",
+  },
+  "mbart": {
+    "hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads", "num_hidden_layers": "encoder_layers",
+  },
+  "mixtral": {
+    "num_experts": "num_local_experts",
+  },
+  "mt5": {
+    "head_dim": "d_kv", "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+  },
+  "qwen3_moe": {
+    "num_local_experts": "num_experts",
+  },
+  "t5": {
+    "head_dim": "d_kv", "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
   },
 }

@@ -68,5 +68,5 @@ DEBERTA_V2 = dataclasses.replace(
   prefix="deberta.",
   architectures=architectures("DebertaV2"),
   more_weights=lambda c: HEADS[c.head],
-  ignored=("*position_ids", "mask_predictions.*", "cls.predictions.decoder.bias"),
+  ignored=("*position_ids", "mask_predictions.*"),
 )

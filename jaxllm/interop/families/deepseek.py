@@ -83,7 +83,8 @@ def _read(hf, **moe):
   shared = hf["n_shared_experts"] * hf["moe_intermediate_size"]
   return read_rope(hf) | {
     "mlp": t.mlp_name(hf["hidden_act"], gated=True),
-    "mla": t.read_part(MLAConfig, hf, MLA_KEYS),
+    # Their norms of short vectors always have this epsilon, whatever config.json says of the others.
+    "mla": t.read_part(MLAConfig, hf, MLA_KEYS, norm_eps=1e-6),
     "moe": t.read_part(MoEConfig, hf, MOE_KEYS, shared_mlp_dim=shared, **moe),
   }
 
@@ -118,8 +119,7 @@ DEEPSEEK_V2 = t.Family(
   {ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours not in ("num_kv_heads", "head_dim")},
   WEIGHTS + llama.PRE_NORMS,
   defaults=llama.DEFAULTS | {"topk_method": "greedy", "norm_topk_prob": False},
-  # Their norms of latent vectors always have this epsilon, whatever the config says of the others.
-  requires={"rms_norm_eps": 1e-6, "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False},
+  requires={"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},
   parts=("moe", "mla"),
   other_names=STACKED,
   read=_read_v2,
@@ -130,8 +130,7 @@ DEEPSEEK_V3 = dataclasses.replace(
   name="deepseek_v3",
   architecture="DeepseekV3ForCausalLM",
   defaults=llama.DEFAULTS | {"norm_topk_prob": True},
-  requires={"rms_norm_eps": 1e-6, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-  | {"rope_interleave": True},
+  requires={"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
   ignored=("model.layers.{num_layers}.*",),  # the layer that predicts one more token
   read=_read_v3,
   write=lambda c: _write(c) | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},

@@ -53,5 +53,6 @@ ELECTRA = dataclasses.replace(
   head="generator_lm_head.weight",
   architectures=architectures("Electra"),
   more_weights=_heads,
+  copies={},
   ignored=("*position_ids",),
 )

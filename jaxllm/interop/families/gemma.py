@@ -4,11 +4,11 @@ import dataclasses
 
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.rope import read_rope, write_rope
+from jaxllm.interop.families.rope import read_rope, rope_by_kind, write_rope
 
 
-def _read(hf):
-  every = hf["sliding_window_pattern"]  # every so many layers one is global
+def _read(hf, every):
+  """`every`: so many layers one is global."""
   types = hf.get("layer_types") or [
     "sliding_attention" if (i + 1) % every else "full_attention" for i in range(hf["num_hidden_layers"])
   ]
@@ -37,9 +37,9 @@ def _read_gemma(hf):
 
 def _read_gemma3(hf):
   """Local layers have a theta of their own, beside the global ones' or (from 2026) in an object of their own."""
-  kinds = hf.get("rope_parameters") or {}
-  local = kinds.get("sliding_attention", {}).get("rope_theta", hf["rope_local_base_freq"])
-  return _read(hf | {"rope_parameters": kinds.get("full_attention")}) | {"rope_local_theta": float(local)}
+  local = rope_by_kind(hf, "sliding_attention", scaled=False).get("rope_theta", hf["rope_local_base_freq"])
+  stretched = {"rope_parameters": rope_by_kind(hf, "full_attention", scaled=True), "rope_scaling": None}
+  return _read(hf | stretched, hf["sliding_window_pattern"]) | {"rope_local_theta": float(local)}
 
 
 GEMMA = dataclasses.replace(
@@ -62,15 +62,19 @@ GEMMA2 = t.Family(
     *t.norm("blocks/mlp_post_norm", f"{llama.LAYER}.post_feedforward_layernorm"),
   ),
   fields={"norm_placement": "sandwich", "norm_unit_offset": True},
-  defaults=llama.DEFAULTS | {"sliding_window_pattern": 2},
+  defaults=llama.DEFAULTS,
   requires={"use_bidirectional_attention": None},
-  read=_read,
+  read=lambda hf: _read(hf, 2),
   write=_write,
 )
 GEMMA3_TEXT = dataclasses.replace(
   GEMMA2,
   name="gemma3_text",
   architecture="Gemma3ForCausalLM",
+  keys={
+    ours: theirs for ours, theirs in GEMMA2.keys.items() if ours != "attention_softcap"
+  },  # which its code passes over
+  architectures={"none": "Gemma3TextModel"},
   fields=dict(GEMMA2.fields) | {"qk_norm": "head"},
   defaults=llama.DEFAULTS | {"sliding_window_pattern": 6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
   requires={"use_bidirectional_attention": False},

@@ -17,7 +17,7 @@ WEIGHTS = (
 
 
 def _read(hf):
-  return {"rope_fraction": 0.5} | read_rope(hf) | {"mlp": t.mlp_name(hf["hidden_act"], gated=True)}
+  return read_rope(hf, 0.5) | {"mlp": t.mlp_name(hf["hidden_act"], gated=True)}
 
 
 def _write(c):

@@ -7,11 +7,8 @@ LAYER = "gpt_neox.layers.{layer}"
 
 
 def _read(hf):
-  usual = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
-  rope = hf | {name: hf.get(name, hf[old]) for name, old in usual.items()}
-  return read_rope(rope) | {
-    "mlp": t.mlp_name(hf["hidden_act"], gated=False),
-  }
+  rope = hf | {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
+  return read_rope(rope, 1.0) | {"mlp": t.mlp_name(hf["hidden_act"], gated=False)}
 
 
 def _write(c):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.rope import read_rope, write_rope
+from jaxllm.interop.families.rope import read_rope, rope_settings, write_rope
 from jaxllm.models.config import MoEConfig
 from jaxllm.models.mlp import CLAMP, GAIN
 
@@ -33,11 +33,11 @@ def _experts(ours, theirs):
 def _read(hf):
   if (hf["swiglu_limit"], hf["swiglu_alpha"]) != (CLAMP, GAIN):
     raise ConfigError(f"config.json has swiglu_limit and swiglu_alpha other than {CLAMP} and {GAIN}")
-  rope = hf.get("rope_scaling") or hf.get("rope_parameters") or ROPE
+  rope = rope_settings(hf) or ROPE
   layers = range(hf["num_hidden_layers"])
   types = hf.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
   return (
-    read_rope({**hf, "rope_parameters": rope})
+    read_rope(hf | {"rope_parameters": rope, "rope_scaling": None})
     | t.read_windows(types, hf["sliding_window"])
     | {"moe": t.read_part(MoEConfig, hf, KEYS, bias=True)}
   )

@@ -77,6 +77,8 @@ class Keys(TypedDict, total=False):
   hidden_activation: str
   activation_function: str
   feed_forward_proj: str
+  dense_act_fn: str
+  is_gated_act: bool
   attention_bias: bool
   mlp_bias: bool
   tie_word_embeddings: bool
@@ -182,11 +184,19 @@ class Keys(TypedDict, total=False):
 
 
 class Declared(dict):
-  """What config.json says of declared keys, and a family's defaults of those that it does not say."""
+  """What config.json says of declared keys, and a family's defaults of those that it does not say.
 
-  def __init__(self, values: Mapping[str, Any], known: Collection[str]):
+  Attributes:
+    asked: the keys that were looked up.
+  """
+
+  def __init__(self, values: Mapping[str, Any], known: Collection[str], asked: set[str] | None = None):
     super().__init__(values)
-    self.known = known
+    self.known, self.asked = known, set() if asked is None else asked
+
+  def __getitem__(self, key):
+    self.asked.add(key)
+    return super().__getitem__(key)
 
   def __missing__(self, key):
     self._check(key)
@@ -197,9 +207,10 @@ class Declared(dict):
     return super().get(key, default)
 
   def __or__(self, other):
-    return Declared({**self, **other}, self.known)
+    return Declared({**self, **other}, self.known, self.asked)
 
   def _check(self, key: str) -> None:
+    self.asked.add(key)
     assert key in self.known, f"the key {key} is read but not declared"
 
 

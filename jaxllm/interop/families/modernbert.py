@@ -2,6 +2,7 @@
 
 from jaxllm.base.errors import ConfigError, shown
 from jaxllm.interop.families import table as t
+from jaxllm.interop.families.rope import rope_by_kind
 
 LAYER = "model.layers.{layer}"
 ARCHITECTURES = {
@@ -23,12 +24,10 @@ def _read(hf):
   every = hf["global_attn_every_n_layers"]
   types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
   windows = t.read_windows(hf.get("layer_types") or types, hf["local_attention"] // 2 + 1)
-  rope = hf.get("rope_parameters") or {}
-  theta = {
-    kind: rope.get(kind, {}).get("rope_theta", hf[f"{scope}_rope_theta"])
-    for kind, scope in (("full_attention", "global"), ("sliding_attention", "local"))
-  }
-  if any(rope.get(kind, {}).get("rope_type", "default") != "default" for kind in theta):
+  scopes = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+  rope = {kind: rope_by_kind(hf, kind, scaled=True) for kind in scopes}
+  theta = {kind: rope[kind].get("rope_theta", hf[key]) for kind, key in scopes.items()}
+  if any(one.get("rope_type", one.get("type", "default")) != "default" for one in rope.values()):
     raise ConfigError("config.json has RoPE scaling, which a modernbert here cannot have")
   if windows:
     fields |= windows | {"rope_local_theta": theta["sliding_attention"]}

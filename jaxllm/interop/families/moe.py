@@ -50,13 +50,15 @@ def _read_qwen(hf):
     raise ConfigError(
       f"config.json has mlp_only_layers = {shown(dense)}; only the first layers can be without experts here"
     )
-  keys = QWEN_KEYS | ({"num_experts": "num_local_experts"} if hf.get("num_local_experts") else {})
-  return llama.QWEN3.read(hf) | {"moe": t.read_part(MoEConfig, hf, keys, first_dense_layers=len(dense))}
+  moe = t.read_part(MoEConfig, hf, QWEN_KEYS, first_dense_layers=len(dense))
+  window = hf["sliding_window"] if hf["use_sliding_window"] else None  # of all layers
+  return llama.read(hf) | {"sliding_window": window, "moe": moe}
 
 
 def _write_qwen(c):
   first = {"mlp_only_layers": list(range(c.moe.first_dense_layers))}
-  return llama.QWEN3.write(c) | t.write_part(c.moe, QWEN_KEYS) | first
+  window = {"use_sliding_window": c.sliding_window is not None, "sliding_window": c.sliding_window}
+  return llama.write(c) | t.write_part(c.moe, QWEN_KEYS) | first | window
 
 
 MIXTRAL = dataclasses.replace(

@@ -4,14 +4,16 @@ import dataclasses
 
 from jaxllm.interop.families import llama, olmo2
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.rope import write_rope
+from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS
+from jaxllm.interop.families.rope import rope_by_kind, write_rope
 
 
 def _read(hf):
-  kinds = hf.get("rope_parameters") or {}
-  stretched = {**kinds.get("full_attention", {}), **(hf.get("rope_scaling") or {})}
-  fields = llama.read({**hf, "rope_parameters": stretched})
-  local = kinds.get("sliding_attention", {}).get("rope_theta", hf["rope_theta"])
+  stretched = rope_by_kind(hf, "full_attention", scaled=True)
+  fields = llama.read(hf | {"rope_parameters": stretched, "rope_scaling": None})
+  # A theta beside the groups is of the other layers only, in transformers.
+  usual = CLASS_DEFAULTS["olmo3"]["rope_theta"]
+  local = rope_by_kind(hf, "sliding_attention", scaled=False).get("rope_theta", usual)
   layers = range(hf["num_hidden_layers"])
   types = hf.get("layer_types") or ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in layers]
   return fields | {"rope_local_theta": float(local)} | t.read_windows(types, hf["sliding_window"])

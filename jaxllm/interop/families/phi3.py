@@ -5,31 +5,36 @@ import dataclasses
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
+from jaxllm.interop.families.rope import read_rope, rope_settings
 
 
 def _read(hf):
-  settings = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+  settings = dict(rope_settings(hf))
   kind = settings.get("rope_type", settings.get("type", "default"))
   if kind not in ("default", "longrope", "su", "yarn"):  # the last two in its first files, for the same
     raise ConfigError(f"config.json has RoPE scaling of type {kind!r}; a phi3 has 'longrope' only")
-  if kind != "default":
-    known = {"rope_type": "longrope", "original_max_position_embeddings": hf["original_max_position_embeddings"]}
-    settings = {"rope_theta": hf["rope_theta"]} | known | settings | {"rope_type": "longrope"}
-  return llama.read_mistral({**hf, "rope_parameters": settings})
+  if kind != "default":  # the key beside it goes before its own
+    original = hf["original_max_position_embeddings"]
+    settings |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+  hf = hf | {"rope_parameters": settings, "rope_scaling": None}
+  return llama.read_mistral(hf) | read_rope(hf, 1.0)
 
 
 def _write(c):
   original = c.rope_scaling.original_max_seq_len if c.rope_scaling else c.max_seq_len
   # Its default padding token is of the published vocabulary, and may be outside ours.
-  return llama.write_mistral(c) | {"original_max_position_embeddings": original, "pad_token_id": None}
+  return llama.write_mistral(c) | {
+    "partial_rotary_factor": c.rope_fraction,
+    "original_max_position_embeddings": original,
+    "pad_token_id": None,
+  }
 
 
 PHI3 = dataclasses.replace(
   llama.MISTRAL,
   name="phi3",
   architecture="Phi3ForCausalLM",
-  keys={ours: theirs for ours, theirs in llama.KEYS.items() if ours != "head_dim"}
-  | {"rope_fraction": "partial_rotary_factor"},
+  keys={ours: theirs for ours, theirs in llama.KEYS.items() if ours != "head_dim"},
   weights=(
     t.embedding("embedding/tokens", "model.embed_tokens"),
     *t.linear(t.QKV, f"{llama.LAYER}.self_attn.qkv_proj", t.ROWS),
@@ -40,7 +45,6 @@ PHI3 = dataclasses.replace(
     *t.norm("final_norm", "model.norm"),
     *t.linear("head", "lm_head"),
   ),
-  defaults=llama.DEFAULTS | {"partial_rotary_factor": 1.0},
   read=_read,
   write=_write,
 )

@@ -36,22 +36,42 @@ _NUMBERS = {
   },
 }
 
+# Families that have `rope_parameters` for each kind of layer.
+BY_KIND = {"gemma3", "gemma3_text", "modernbert", "olmo3"}
 
-def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """The RoPE fields of a ModelConfig.
+
+def rope_settings(hf: Mapping[str, Any]) -> dict[str, Any]:
+  """What config.json says of RoPE. Of both keys `rope_scaling` counts alone, as in transformers: it is what somebody
+  added by hand. A theta that stands only in `rope_parameters` then counts no more."""
+  return hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+
+
+def rope_by_kind(hf: Mapping[str, Any], kind: str, scaled: bool) -> dict[str, Any]:
+  """The same of one kind of layer ("full_attention", "sliding_attention"), where each has a group in
+  `rope_parameters`. `scaled`: `rope_scaling` changes it."""
+  own = (hf.get("rope_parameters") or {}).get(kind) or {"rope_type": "default"}  # goes before an added `type`
+  both = {**own, **((hf.get("rope_scaling") or {}) if scaled else {})}
+  return {key: value for key, value in both.items() if key != "truncate"}  # transformers looks for it elsewhere
+
+
+def read_rope(hf: Mapping[str, Any], fraction: float | None = None) -> dict[str, Any]:
+  """The RoPE fields of a ModelConfig, and the length that YaRN stretches it to.
+
+  Args:
+    fraction: of a head that is rotated where nothing says it; None: all of it whatever is said, as in families whose
+      code has no `partial_rotary_factor`.
 
   Raises:
     ConfigError: an unknown kind of scaling.
   """
-  settings = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  settings = rope_settings(hf)
   kind = settings.get("rope_type", settings.get("type", "default"))
   fields: dict[str, Any] = {}
   theta = settings.get("rope_theta", hf.get("rope_theta"))
   if theta is not None:
     fields["rope_theta"] = float(theta)
-  fraction = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
   if fraction is not None:
-    fields["rope_fraction"] = float(fraction)
+    fields["rope_fraction"] = float(settings.get("partial_rotary_factor", hf.get("partial_rotary_factor", fraction)))
   if kind == "default":
     return fields
   if kind not in _NUMBERS:
@@ -62,7 +82,9 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   names = _NUMBERS[kind].items()
   numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
   numbers = {name: tuple(map(float, x)) if isinstance(x, list) else x for name, x in numbers.items()}
-  if "original_max_seq_len" in _NUMBERS[kind]:
+  if kind == "dynamic":  # transformers grows the base from here on, whatever else is said
+    numbers["original_max_seq_len"] = hf["max_position_embeddings"]
+  elif "original_max_seq_len" in _NUMBERS[kind]:
     numbers.setdefault("original_max_seq_len", hf["max_position_embeddings"])
   factor = settings.get("factor")
   if factor is None and "original_max_seq_len" not in numbers:
@@ -74,6 +96,8 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     grow = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
     numbers.setdefault("attention_factor", grow(settings["mscale"]) / grow(settings["mscale_all_dim"]))
   fields["rope_scaling"] = RopeScaling(kind=kind, factor=float(factor), **numbers)
+  if kind == "yarn":  # files name the length before or after it
+    fields["max_seq_len"] = max(hf["max_position_embeddings"], round(factor * numbers["original_max_seq_len"]))
   return fields
 
 
@@ -130,4 +154,6 @@ def canonical_rope(c: ModelConfig) -> ModelConfig:
     theta = c.rope_theta * scaling.factor ** (c.rotary_dim / (c.rotary_dim - 2))
     return dataclasses.replace(c, rope_theta=theta, rope_scaling=None)
   used = {name: getattr(scaling, name) for name in _NUMBERS[scaling.kind]}
-  return dataclasses.replace(c, rope_scaling=RopeScaling(scaling.kind, scaling.factor, **used))
+  stretched = round(scaling.factor * scaling.original_max_seq_len) if scaling.kind == "yarn" else 0
+  scaling = RopeScaling(scaling.kind, scaling.factor, **used)
+  return dataclasses.replace(c, rope_scaling=scaling, max_seq_len=max(c.max_seq_len, stretched))

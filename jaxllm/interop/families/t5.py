@@ -22,11 +22,11 @@ def _mlp(c):
 
 def _read(hf):
   kind = hf["feed_forward_proj"]
-  gated = kind.startswith("gated-")
-  activation = kind.removeprefix("gated-")
+  gated = hf.get("is_gated_act", kind.startswith("gated-"))
+  activation = hf.get("dense_act_fn", "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
   scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
   return {
-    "mlp": "geglu_tanh" if kind == "gated-gelu" else t.mlp_name(activation, gated),
+    "mlp": t.mlp_name(activation, gated),
     "logit_scale": hf["d_model"] ** -0.5 if scaled else None,
   }
 
@@ -76,12 +76,13 @@ T5 = t.Family(
   fields={"architecture": "encoder_decoder", "position": "relative", "query_scale": 1.0, "init": "fan_in"},
   defaults={"n_positions": 512, "decoder_start_token_id": 0, "tie_word_embeddings": True},
   requires={"is_decoder": False, "is_encoder_decoder": True},
-  read=lambda hf: _read(hf) | {"num_layers": hf["num_decoder_layers"] or hf["num_layers"]},
+  read=_read,
   write=_write,
   prefix="",
   more_weights=_mlp,
-  # copies of "shared", and a bias that the first checkpoints have and no code reads
-  ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
+  follows={"num_decoder_layers": "num_layers"},
+  copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+  ignored=("*.EncDecAttention.relative_attention_bias.weight",),  # the first checkpoints have it, and no code reads it
 )
 MT5 = dataclasses.replace(
   T5,

@@ -5,6 +5,7 @@ serves both directions. A new family is one file with such a value, listed in `f
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ KEYS = {
 }
 BIASES = {"attention_out_bias": "attention_bias", "attention_bias": "attention_bias"}  # one key says both
 # Of absent keys, where a family's own defaults do not say otherwise
-DEFAULTS = {"initializer_range": 0.02, "id2label": None, "num_labels": 2}
+DEFAULTS = {"initializer_range": 0.02}
 # LayerNorm, and biases everywhere
 BIASED = {"norm": "layernorm", "attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
 QKV = ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value")
@@ -131,6 +132,8 @@ class Family:
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that `CLASS_DEFAULTS` has not
   types: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that families.keys does not declare
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
+  # Keys that where absent are as others are before these are said again in another spelling, see `CLASS_DEFAULTS`
+  follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
   parts: tuple[str, ...] = ()  # ModelConfig fields that may be None but not in this family
   read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing  # config.json -> further fields
   write: Callable[[ModelConfig], dict[str, Any]] = _nothing  # and back
@@ -143,8 +146,17 @@ class Family:
     default_factory=dict
   )  # of other heads: `ModelConfig.head` -> class
   more_weights: Callable[[ModelConfig], tuple[Weight, ...]] = lambda c: ()  # that hang on the config
+  # Their tensors that are another one in transformers, the other: a file may have either, or both.
+  copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  zeros: tuple[str, ...] = ()  # tensors that are zeros where a checkpoint lacks them
   # Patterns of tensors that a checkpoint may hold and the model has no use for; "{num_layers}" is known.
   ignored: tuple[str, ...] = ()
+
+  @property
+  def bare(self) -> str:
+    """The class without a head, whose files have no head and no prefix."""
+    usual = re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM)$", "Model", self.architecture)
+    return self.architectures.get("none", usual)
 
 
 def read_part(cls: type, hf: Mapping[str, Any], keys: Mapping[str, str], **more: Any) -> Any:
@@ -157,11 +169,15 @@ def write_part(part: Any, keys: Mapping[str, str]) -> dict[str, Any]:
   return {theirs: getattr(part, ours) for ours, theirs in keys.items()}
 
 
-def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str]) -> dict[str, Any]:
-  """`head` and `num_labels` by the class that config.json names; "lm" where it is none of `architectures`."""
+def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str], labels: int = 2) -> dict[str, Any]:
+  """`head` and `num_labels` by the class that config.json names; "lm" where it is none of `architectures`.
+
+  Args:
+    labels: how many there are where nothing says it.
+  """
   named = (hf.get("architectures") or [None])[0]
   head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
-  labels = len(hf["id2label"]) if hf["id2label"] else hf["num_labels"]
+  labels = hf.get("num_labels", len(hf.get("id2label") or range(labels)))
   return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token", "span") else {})
 
 
