@@ -22,6 +22,7 @@ from jaxllm.interop.directory_files import (
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface, from_huggingface, to_huggingface
 from jaxllm.interop.safetensors import read_sharded, write_sharded
+from jaxllm.interop.sentence_transformers import read_text_vectors
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
 from jaxllm.models.config import ModelConfig
@@ -70,7 +71,8 @@ def open_huggingface(directory: Path) -> StoredModel:
   generation = generation_settings(generation, directory / CONFIG_FILE)
   if (directory / GENERATION_FILE).is_file():
     generation = read_generation_config(directory)
-  return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf")
+  tokenizer, vectors = read_tokenizer(directory), read_text_vectors(directory)
+  return StoredModel(config, params, tokenizer, generation, directory, "hf", vectors=vectors)
 
 
 def write_huggingface(directory: Path, model: StoredModel, family: str | None, max_shard_bytes: int) -> None:
@@ -94,6 +96,8 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
       tokenizer.save(new)
+    if model.vectors is not None:
+      model.vectors.save(new)
     write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 
