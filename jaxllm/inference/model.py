@@ -173,8 +173,9 @@ class Model:
     if self.vectors is None:
       return self.prompt_ids(text)
     text = (before + check_text(text, "the text")).strip()
-    limit = min(ours.max_tokens or self.config.max_seq_len, self.config.max_seq_len)
-    return self._text_tokenizer().encode_prompt(text.lower() if ours.lower else text, max_tokens=limit).tolist()
+    tokenizer, longest = self._text_tokenizer(), self.config.max_seq_len
+    limit = min(ours.max_tokens or tokenizer.max_tokens or longest, longest)
+    return tokenizer.encode_prompt(text.lower() if ours.lower else text, max_tokens=limit).tolist()
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""

@@ -25,7 +25,10 @@ TEXTS = [
   "\u2581x \u2581 y",
   "",
 ]
-CORPUS = ["the river runs past the old mill and the baker sells bread, don't stop 12 345\n", "na\u00efve caf\u00e9 x y z"] * 20
+CORPUS = [
+  "the river runs past the old mill and the baker sells bread, don't stop 12 345\n",
+  "na\u00efve caf\u00e9 x y z",
+] * 20
 ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -155,7 +158,32 @@ WORDPIECE = [
 
 @pytest.mark.parametrize("name, model_type, special, settings", WORDPIECE)
 def test_wordpieces(tmp_path, name, model_type, special, settings):
-  words = "the river ##s The cafe na ##ive caf\u00e9 \u4f60 \u597d , ' x y z a b c d 12 ##34 don t stop".split()
+  words = [
+    "the",
+    "river",
+    "##s",
+    "The",
+    "cafe",
+    "na",
+    "##ive",
+    "café",
+    "你",
+    "好",
+    ",",
+    "'",
+    "x",
+    "y",
+    "z",
+    "a",
+    "b",
+    "c",
+    "d",
+    "12",
+    "##34",
+    "don",
+    "t",
+    "stop",
+  ]
   files = {"vocab.txt": "\n".join([*special, *words]) + "\n"}
   declared = {"tokenizer_class": name} | settings
   theirs = same(write(tmp_path / "d", files, declared, model_type))
@@ -166,7 +194,14 @@ def test_wordpieces(tmp_path, name, model_type, special, settings):
 
 
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-TURN = {"content": "<|turn|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+TURN = {
+  "content": "<|turn|>",
+  "lstrip": False,
+  "rstrip": False,
+  "normalized": False,
+  "single_word": False,
+  "special": True,
+}
 
 
 @pytest.mark.parametrize("name, model_type", [("LlamaTokenizer", "llama"), ("LlamaTokenizer", "mistral"), ("GemmaTokenizer", "gemma")])  # fmt: skip
@@ -175,7 +210,14 @@ def test_sentencepiece_models(tmp_path, name, model_type, legacy):
   model = sentencepiece_model("bpe", remove_extra_whitespaces=False)
   size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
   old = {"0": TURN | {"content": "<unk>"}, "1": TURN | {"content": "<s>"}, "2": TURN | {"content": "</s>"}}
-  for flags in ({}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}, {"single_word": True}, {"special": False}):
+  for flags in (
+    {},
+    {"lstrip": True},
+    {"rstrip": True},
+    {"normalized": True},
+    {"single_word": True},
+    {"special": False},
+  ):
     settings = {"tokenizer_class": name, "added_tokens_decoder": old | {str(size): TURN | flags}} | LLAMA
     settings |= {} if legacy is None else {"legacy": legacy}
     settings |= {"add_bos_token": not flags.get("lstrip"), "add_eos_token": bool(flags.get("rstrip"))}
@@ -207,17 +249,23 @@ def test_unigram_models(tmp_path, name, file, model_type, settings):
   declared = {"tokenizer_class": name} | settings
   theirs = same(write(tmp_path / "d", {file: model}, declared, model_type))
   theirs.save_pretrained(tmp_path / "saved")
-  same(write(tmp_path / "d", {"tokenizer.json": (tmp_path / "saved" / "tokenizer.json").read_text()}, declared, model_type))
+  same(
+    write(tmp_path / "d", {"tokenizer.json": (tmp_path / "saved" / "tokenizer.json").read_text()}, declared, model_type)
+  )
 
 
-@pytest.mark.parametrize("name, model_type, language", [("MBartTokenizer", "mbart", "de_DE"), ("NllbTokenizer", "m2m_100", "fra_Latn")])
+@pytest.mark.parametrize(
+  "name, model_type, language", [("MBartTokenizer", "mbart", "de_DE"), ("NllbTokenizer", "m2m_100", "fra_Latn")]
+)
 def test_languages_stand_beside_the_text(tmp_path, name, model_type, language):
   kind = getattr(transformers, name)
   kind().save_pretrained(tmp_path / "saved")
   whole = (tmp_path / "saved" / "tokenizer.json").read_text()
   settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
   for more in ({}, {"src_lang": language}, {"src_lang": language, "legacy_behaviour": True}):
-    directory = write(tmp_path / "d", {"tokenizer.json": whole}, settings | {"tokenizer_class": name} | more, model_type)
+    directory = write(
+      tmp_path / "d", {"tokenizer.json": whole}, settings | {"tokenizer_class": name} | more, model_type
+    )
     theirs = same(directory)
     assert language in theirs.convert_ids_to_tokens(theirs("a")["input_ids"]) or not more
 
@@ -229,14 +277,43 @@ def test_flags_of_added_tokens_beside_a_tokenizer_json(tmp_path):
   size = rust.get_vocab_size()
   for flags in ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"special": False, "normalized": True}):
     token = {str(size - 1): TURN | flags, "0": TURN | {"content": "<|endoftext|>"}}
-    for name, content in [("GPT2Tokenizer", rust.to_str()), ("GPT2Tokenizer", whole), ("PreTrainedTokenizerFast", rust.to_str())]:
+    for name, content in [
+      ("GPT2Tokenizer", rust.to_str()),
+      ("GPT2Tokenizer", whole),
+      ("PreTrainedTokenizerFast", rust.to_str()),
+    ]:
       settings = {"tokenizer_class": name, "eos_token": "<|endoftext|>", "added_tokens_decoder": token}
       same(write(tmp_path / "d", {"tokenizer.json": content}, settings, "gpt2"))
 
 
+def test_ids_are_decoded_as_the_reference_does(tmp_path):
+  """Each id, ids in a hole of the vocabulary and behind it, and pieces that are no bytes of a byte-level vocabulary."""
+  _, whole = byte_level(("<|endoftext|>",))
+  definition = json.loads(whole)
+  vocabulary = definition["model"]["vocab"]
+  last = max(vocabulary, key=vocabulary.get)
+  definition["model"]["vocab"] |= {last: len(vocabulary) + 20, "\u2122": len(vocabulary) + 30}
+  model = sentencepiece_model("bpe")
+  for files in ({"tokenizer.json": json.dumps(definition)}, {"tokenizer.model": model}):
+    name = "GPT2Tokenizer" if "tokenizer.json" in files else "LlamaTokenizer"
+    directory = write(tmp_path / "d", files, {"tokenizer_class": name}, "gpt2" if name[0] == "G" else "llama")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
+    for i in range(ours.vocab_size + 50):
+      if i != ours.unk_id:  # which is a sign in SentencePiece
+        assert ours.decode([i]) == theirs.decode([i], skip_special_tokens=True), i
+        assert ours.token_text(i) == (theirs.convert_ids_to_tokens(i) or "").replace(
+          "\u2581", " " if name[0] == "L" else "\u2581"
+        )
+
+
 def test_settings_that_are_not_known_are_said(tmp_path, caplog):
   files, _ = byte_level(("<|endoftext|>",))
-  known = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 5, "image_token": "<|endoftext|>", "errors": "replace"}
+  known = {
+    "tokenizer_class": "GPT2Tokenizer",
+    "model_max_length": 5,
+    "image_token": "<|endoftext|>",
+    "errors": "replace",
+  }
   load_tokenizer(write(tmp_path / "d", files, known | {"split_special_tokens": False}))
   assert not caplog.records
   load_tokenizer(write(tmp_path / "d", files, known | {"word_tokenizer_type": "mecab", "split_special_tokens": True}))

@@ -166,6 +166,12 @@ class Tokenizer(abc.ABC):
     return self.settings.get("padding_side", "right")
 
   @property
+  def max_tokens(self) -> int | None:
+    """How many tokens a model may be given, as the settings say; None: they do not say, or a number beyond measure."""
+    length = self.settings.get("model_max_length")
+    return length if isinstance(length, int) and 0 < length < 1 << 31 else None
+
+  @property
   def start_id(self) -> int:
     """What stands before a document's first token: BOS, or EOS where there is no BOS (as GPT-2 does)."""
     start = self.eos_id if self.bos_id is None else self.bos_id

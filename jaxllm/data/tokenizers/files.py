@@ -121,7 +121,9 @@ def _settings_beside(path: Path) -> dict[str, Any]:
     settings["added_tokens_decoder"] = {str(i): {"content": token, **flags[token]} for token, i in ids.items()}
   settings = checked(settings, SETTINGS_FILE)
   if keys := unread(settings):
-    log.warning("%s: %s: not known, and without effect here", path.with_name(SETTINGS_FILE), ", ".join(map(shown, keys)))
+    log.warning(
+      "%s: %s: not known, and without effect here", path.with_name(SETTINGS_FILE), ", ".join(map(shown, keys))
+    )
   named = sorted(path.parent.glob("additional_chat_templates/*.jinja"))
   files = {file.stem: file for file in named} | {"default": path.with_name(TEMPLATE_FILE)}
   files = {name: file for name, file in files.items() if file.is_file()}

@@ -72,7 +72,9 @@ class HuggingFaceTokenizer(Tokenizer):
     self._piece_bytes: dict[int, bytes] | None = None
     if mentions(parsed.get("decoder"), "ByteLevel"):
       self._byte_ids = {b: vocabulary[c] for c, b in alphabet.items() if c in vocabulary}
-      self._piece_bytes = {i: bytes(alphabet[c] for c in t) for t, i in vocabulary.items() if alphabet.keys() >= set(t)}
+      # A piece with another character stands for itself, as in the library.
+      spelled = lambda t: bytes(alphabet[c] for c in t) if alphabet.keys() >= set(t) else t.encode()  # noqa: E731
+      self._piece_bytes = {i: spelled(token) for token, i in vocabulary.items()}
       self._piece_bytes |= {i: content.encode() for i, content in text.items()} | dict.fromkeys(self.special_ids, b"")
     elif parsed["model"].get("byte_fallback"):
       pieces = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
