@@ -1,4 +1,4 @@
-"""The declared class decides how files are read: equal to `transformers.AutoTokenizer` for generated variants of files."""
+"""The declared class decides how files are read: equal to `AutoTokenizer` for generated variants of files."""
 
 import functools
 import io
@@ -93,12 +93,13 @@ def same(directory, pairs=True):
   return theirs
 
 
+COHERE = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"]
 GPT2_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 BYTE_LEVEL = [
   ("GPT2Tokenizer", "gpt2", ["<|endoftext|>"], {}),
   ("GPT2Tokenizer", "gpt2", ROBERTA, GPT2_ROLES),
   ("GPT2Tokenizer", "gptj", ROBERTA, GPT2_ROLES | {"add_bos_token": True, "add_eos_token": True}),
-  ("GPT2Tokenizer", "opt", ROBERTA, {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "add_bos_token": True}),
+  ("GPT2Tokenizer", "opt", ROBERTA, dict.fromkeys(("bos_token", "eos_token"), "</s>") | {"add_bos_token": True}),
   ("GPT2Tokenizer", "starcoder2", ["<|endoftext|>"], {"add_prefix_space": True}),
   ("RobertaTokenizer", "roberta", ROBERTA, {}),
   ("RobertaTokenizer", "roberta", ROBERTA, {"add_prefix_space": True, "mask_token": "<mask>"}),
@@ -107,7 +108,7 @@ BYTE_LEVEL = [
   ("GPTNeoXTokenizer", "gpt_neox", ["<|endoftext|>", "<|padding|>"], {"add_bos_token": True}),
   ("Qwen2Tokenizer", "qwen2", ["<|endoftext|>"], {}),
   ("Qwen2Tokenizer", "qwen3", ["<|endoftext|>"], {"add_bos_token": True, "bos_token": "<|endoftext|>"}),
-  ("CohereTokenizer", "cohere", ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"], {}),
+  ("CohereTokenizer", "cohere", COHERE, {}),
 ]  # fmt: skip
 
 
@@ -147,6 +148,7 @@ def test_the_kind_of_model_decides_where_no_class_is_declared_or_a_wrong_one(tmp
     same(write(tmp_path / "d", {"tokenizer.json": whole}, {"tokenizer_class": name} | roles, model_type))
 
 
+WORDS = "the river ##s The cafe na ##ive caf\u00e9 \u4f60 \u597d , ' x y z a b c d 12 ##34 don t stop"
 WORDPIECE = [
   ("BertTokenizer", "bert", BERT, {}),
   ("BertTokenizer", "bert", BERT, {"do_lower_case": False}),
@@ -158,32 +160,7 @@ WORDPIECE = [
 
 @pytest.mark.parametrize("name, model_type, special, settings", WORDPIECE)
 def test_wordpieces(tmp_path, name, model_type, special, settings):
-  words = [
-    "the",
-    "river",
-    "##s",
-    "The",
-    "cafe",
-    "na",
-    "##ive",
-    "café",
-    "你",
-    "好",
-    ",",
-    "'",
-    "x",
-    "y",
-    "z",
-    "a",
-    "b",
-    "c",
-    "d",
-    "12",
-    "##34",
-    "don",
-    "t",
-    "stop",
-  ]
+  words = WORDS.split()
   files = {"vocab.txt": "\n".join([*special, *words]) + "\n"}
   declared = {"tokenizer_class": name} | settings
   theirs = same(write(tmp_path / "d", files, declared, model_type))
@@ -204,7 +181,10 @@ TURN = {
 }
 
 
-@pytest.mark.parametrize("name, model_type", [("LlamaTokenizer", "llama"), ("LlamaTokenizer", "mistral"), ("GemmaTokenizer", "gemma")])  # fmt: skip
+PROTOS = [("LlamaTokenizer", "llama"), ("LlamaTokenizer", "mistral"), ("GemmaTokenizer", "gemma")]
+
+
+@pytest.mark.parametrize("name, model_type", PROTOS)
 @pytest.mark.parametrize("legacy", [None, True, False])
 def test_sentencepiece_models(tmp_path, name, model_type, legacy):
   model = sentencepiece_model("bpe", remove_extra_whitespaces=False)

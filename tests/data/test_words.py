@@ -64,7 +64,8 @@ def test_chinese_characters_are_words_and_others_stand_between_spaces(kind):
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 @pytest.mark.parametrize("text, want", [
   # What Unicode's default rules (UAX #29) make of them, marks with the letters that they are on.
-  ("\u3072\u3089\u304c\u306a\u30c6\u30b9\u30c8\u3068\u6f22\u5b57", ["\u3072", "\u3089", "\u304c", "\u306a", "\u30c6\u30b9\u30c8", "\u3068", "\u6f22", "\u5b57"]),
+  ("\u3072\u3089\u304c\u306a\u30c6\u30b9\u30c8\u3068\u6f22\u5b57",
+   [*"\u3072\u3089\u304c\u306a", "\u30c6\u30b9\u30c8", *"\u3068\u6f22\u5b57"]),
   ("\u304b\u3099\u3068", ["\u304b\u3099", "\u3068"]),
   ("\u0e17\u0e35\u0e48\u0e19\u0e35\u0e48", ["\u0e17\u0e35\u0e48", "\u0e19\u0e35\u0e48"]),
   ("\u0e9e\u0eb2\u0eaa\u0eb2", ["\u0e9e", "\u0eb2", "\u0eaa", "\u0eb2"]),

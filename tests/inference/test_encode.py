@@ -85,31 +85,15 @@ def test_minilm_embeddings_equal_torch():
   assert got[0] @ got[1] > got[0] @ got[2] + 0.3  # and they mean something
 
 
+WORDS = "the a river man eats food runs ##s query : passage cat dog very old mill past and"
+
+
 def tiny_bert(directory):
   """A random BERT and its tokenizer in transformers' files."""
   import torch
   import transformers
 
-  words = [
-    "the",
-    "a",
-    "river",
-    "man",
-    "eats",
-    "food",
-    "runs",
-    "##s",
-    "query",
-    ":",
-    "passage",
-    "cat",
-    "dog",
-    "very",
-    "old",
-    "mill",
-    "past",
-    "and",
-  ]
+  words = WORDS.split()
   pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
   (directory / "vocab.txt").write_text("\n".join(pieces) + "\n")
   torch.manual_seed(0)
@@ -168,6 +152,7 @@ def pooled(mode, states, mask):
 
 PROMPTS = {"prompts": {"query": "query : ", "passage": "passage : "}, "default_prompt_name": "passage"}
 TANH, NONE = "torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity"
+LINEAR = {"bias": False, "activation_function": NONE}
 TEXT_VECTORS = [
   (["cls_token"], {}),
   (["mean_tokens"], {"normalize": False}),
@@ -175,7 +160,7 @@ TEXT_VECTORS = [
   (["lasttoken"], {"prompts": PROMPTS}),
   (["weightedmean_tokens"], {"prompts": PROMPTS, "include_prompt": False}),
   (["cls_token", "mean_sqrt_len_tokens"], {"dense": {"bias": True, "activation_function": TANH}}),
-  (["mean_tokens"], {"dense": {"bias": False, "activation_function": NONE}, "prompts": PROMPTS, "include_prompt": False}),
+  (["mean_tokens"], {"dense": LINEAR, "include_prompt": False, "prompts": PROMPTS}),
 ]  # fmt: skip
 
 

@@ -63,84 +63,25 @@ class Settings(TypedDict, total=False):
   strip_accents: bool | None
 
 
-# Of the other keys, those that say nothing of how a text is read: of places, of padding and cutting, of what programs do
-# with the model, and what `transformers` 5 does not read either.
-_HARMLESS = frozenset(
-  [
-    "model_max_length",
-    "max_length",
-    "max_len",
-    "stride",
-    "truncation_side",
-    "truncation_strategy",
-    "truncation",
-    "padding",
-    "pad_token_type_id",
-    "pad_to_multiple_of",
-    "tokenizer_file",
-    "vocab_file",
-    "merges_file",
-    "spm_file",
-    "name_or_path",
-    "special_tokens_map_file",
-    "init_inputs",
-    "full_tokenizer_file",
-    "fast_tokenizer_files",
-    "model_input_names",
-    "processor_class",
-    "trust_remote_code",
-    "use_fast",
-    "from_slow",
-    "backend",
-    "is_local",
-    "local_files_only",
-    "errors",
-    "do_basic_tokenize",
-    "never_split",
-    "verbose",
-    "use_default_system_prompt",
-    "sp_model_kwargs",
-    "unk_id",
-    "spaces_between_special_tokens",
-    "clean_up_tokenization_spaces",
-    "tgt_lang",
-    "language_codes",
-    "num_madeup_words",
-    "add_dummy_prefix",
-    "response_schema",
-    "response_template",
-    "chat_control_tokens",
-    "tool_use_template",
-    "grounded_generation_template",
-    "device_map",
-    "default_chat_template",
-    "model_type",
-    "transformers_version",
-    "files_loaded",
-    "remove_space",
-    "keep_accents",
-    "wordpieces_prefix",
-    "special_tokens",
-    "clean_text",
-    "use_regex",
-    "vocab_size",
-    "model_specific_special_tokens",
-    "add_special_tokens",
-    "is_fast",
-    "revision",
-    "image_seq_length",
-    "image_seq_len",
-    "video_token_id",
-    "num_image_tokens",
-    "force_bos_token_to_be_generated",
-  ]
-)
+# Of the other keys, those that say nothing of how a text is read: of places, of padding and cutting, of what programs
+# do with the model, and what `transformers` 5 does not read either.
+_HARMLESS = """
+  model_max_length max_length max_len stride truncation_side truncation_strategy truncation padding pad_token_type_id
+  pad_to_multiple_of tokenizer_file vocab_file merges_file spm_file name_or_path special_tokens_map_file init_inputs
+  full_tokenizer_file fast_tokenizer_files model_input_names processor_class trust_remote_code use_fast from_slow
+  is_local local_files_only errors do_basic_tokenize never_split verbose use_default_system_prompt sp_model_kwargs
+  unk_id spaces_between_special_tokens clean_up_tokenization_spaces tgt_lang language_codes num_madeup_words backend
+  response_schema response_template chat_control_tokens tool_use_template grounded_generation_template device_map
+  default_chat_template model_type transformers_version files_loaded remove_space keep_accents wordpieces_prefix
+  special_tokens clean_text use_regex vocab_size model_specific_special_tokens add_special_tokens is_fast revision
+  image_seq_length image_seq_len num_image_tokens add_dummy_prefix
+"""
 _IF_TRUE = ("split_special_tokens", "fix_mistral_regex", "do_word_tokenize")  # and which, if they are false
 
 
 def unread(settings: Mapping[str, Any]) -> list[str]:
   """The keys of tokenizer_config.json that may change how texts are read, and are not read here."""
-  known = _HARMLESS | Settings.__annotations__.keys()
+  known = {*_HARMLESS.split(), *Settings.__annotations__}
   own = (
     key for key in settings if not key.startswith("_") and not key.endswith(("_token", "_token_id", "_tokens_map"))
   )
