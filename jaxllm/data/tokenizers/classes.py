@@ -86,7 +86,7 @@ def _cohere(settings: Json, own: Json) -> Json:
 
   space = bool(settings.get("add_prefix_space"))
   digits = cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=space, trim_offsets=True)])
-  return _parts(normalizers.NFC(), digits, decoders.ByteLevel(add_prefix_space=space, trim_offsets=True))
+  return _parts(normalizers.NFC(), digits, decoders.ByteLevel())
 
 
 def _qwen(settings: Json, own: Json) -> Json:

@@ -103,7 +103,7 @@ def _as_declared(name: str | None, text: str, settings: dict[str, Any]) -> tuple
 
 def _built(name: str, model: dict[str, Any], settings: dict[str, Any]) -> HuggingFaceTokenizer:
   """A tokenizer of a class and a vocabulary."""
-  empty = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "model": model}
+  empty: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "model": model}
   definition, settings = as_class(name, empty, settings, whole=False)
   return HuggingFaceTokenizer(json.dumps(definition, ensure_ascii=False), settings)
 

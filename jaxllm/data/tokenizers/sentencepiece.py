@@ -79,7 +79,11 @@ class SentencePieceTokenizer(Tokenizer):
       | {i for i, type in enumerate(types) if type == Type.CONTROL}
       | {i for i, token in self.added_tokens.items() if token["special"]}
     )
-    facts = [[(i, t["content"]) for i, t in self.added_tokens.items() if not t["special"]], self.bos_id, self.eos_id]
+    facts: list[Any] = [
+      [(i, t["content"]) for i, t in self.added_tokens.items() if not t["special"]],
+      self.bos_id,
+      self.eos_id,
+    ]
     if self._class is not None:
       flags = [[i, *(bool(t.get(flag)) for flag in FLAGS)] for i, t in self.added_tokens.items()]
       facts += [self._class, *map(self.settings.get, ("legacy", "add_prefix_space", "do_lower_case")), flags]
