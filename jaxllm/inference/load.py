@@ -70,6 +70,5 @@ def read_weights(stored: StoredModel, *, dtype: str | None = None, mesh: Mesh | 
   device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
   compute = Compute(target=chip_of(device.platform, device.device_kind).name, dtype=dtype)
   params = stored.params(dtype, mesh, per_layer=True)
-  return Model(
-    stored.config, params, stored.tokenizer, compute=compute, generation=stored.generation, source=stored.source
-  )
+  settings = {"compute": compute, "generation": stored.generation, "source": stored.source, "vectors": stored.vectors}
+  return Model(stored.config, params, stored.tokenizer, **settings)

@@ -5,21 +5,22 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.inference.completions import Completion, Delta
-from jaxllm.inference.encode import embeddings, hidden_states
+from jaxllm.inference.encode import Pooling, embeddings, hidden_states
 from jaxllm.inference.generate import Generator
 from jaxllm.inference.generation_config import default_sampling, default_settings
 from jaxllm.inference.params import SamplingParams
 from jaxllm.inference.prompts import check_text
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
 from jaxllm.models.build import Params, declare, stack_layers, unstack_layers
@@ -42,6 +43,7 @@ class Model:
     compute: how it computes. graph: static; `nnx.merge(graph, params)` is the callable Transformer.
     generation: eos_token_id and default sampling settings, by Hugging Face's names.
     source: what `StoredModel.source` is.
+    vectors: how `embed` makes one vector of a text, unless it is told.
   """
 
   def __init__(
@@ -53,9 +55,10 @@ class Model:
     compute: Compute = Compute(),
     generation: dict[str, Any] | None = None,
     source: dict[str, Any] | None = None,
+    vectors: TextVectors | None = None,
   ):
     self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
-    self.compute = compute
+    self.compute, self.vectors = compute, vectors
     self.source = source or {}
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)
@@ -139,11 +142,43 @@ class Model:
     return hidden_states(self.graph, self._weights, self.config, self._ids(texts))
 
   def embed(
-    self, texts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "first"] = "mean", normalize: bool = True
-  ) -> Float[np.ndarray, "B D"]:
-    """A vector for each text, so that similar texts have similar ones; see `jaxllm.inference.encode.embeddings`."""
-    ids = self._ids(texts)
-    return embeddings(self.graph, self._weights, self.config, ids, pooling=pooling, normalize=normalize)
+    self,
+    texts: Prompt | Sequence[Prompt],
+    *,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
+    prompt: str | None = None,
+  ) -> Float32[np.ndarray, "B D"]:
+    """A vector for each text, so that similar texts have similar ones; Sentence-BERT (arXiv 1908.10084).
+
+    A model with sentence-transformers' files gives what sentence-transformers gives; another the mean of a text's
+    states, scaled to length 1.
+
+    Args:
+      pooling: how many states become one; None: as the files say.
+      normalize: the vectors are scaled to length 1; None: as the files say.
+      prompt: the name of what the files put before each text ("query", "document", …); None: their default.
+
+    Raises:
+      ConfigError: an empty or too long text, or no prompt of this name.
+    """
+    ours = self.vectors or TextVectors(steps=(None,))
+    before = ours.prompt(prompt)
+    single = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int | np.integer))
+    each: Sequence[Any] = [texts] if single else texts
+    ids = [self._embedded_ids(ours, before, text) if isinstance(text, str) else text for text in each]
+    skip = len(self.prompt_ids(before)) - 1 if before and not ours.count_prompt else 0
+    modes = ours.pooling if pooling is None else (pooling,)
+    out = embeddings(self.graph, self._weights, self.config, ids, pooling=modes, skip=skip)
+    return ours.finish(out, normalize)
+
+  def _embedded_ids(self, ours: TextVectors, before: str, text: str) -> list[int]:
+    if self.vectors is None:
+      return self.prompt_ids(text)
+    text = (before + check_text(text, "the text")).strip()
+    tokenizer, longest = self._text_tokenizer(), self.config.max_seq_len
+    limit = min(ours.max_tokens or tokenizer.max_tokens or longest, longest)
+    return tokenizer.encode_prompt(text.lower() if ours.lower else text, max_tokens=limit).tolist()
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""
@@ -258,7 +293,8 @@ class Model:
       ConfigError: an impossible setting, or the format cannot express the model.
     """
     generation = {"eos_token_id": list(self.eos_ids)} | self.generation
-    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation, source=dict(self.source))
+    about = {"source": dict(self.source), "vectors": self.vectors}
+    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation, **about)
     write_model(stored, path, format=format, **settings)
 
   def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:

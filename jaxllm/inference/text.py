@@ -46,7 +46,7 @@ class TextStream:
     # spans tokens), so tokens are decoded behind a few earlier ones whose text is known.
     self._ids = [token for token in prompt[-CONTEXT:] if token < tokenizer.vocab_size]
     self._read = len(self._ids)  # tokens whose text has been read
-    self._known = tokenizer.decode(self._ids).rstrip(UNFINISHED)
+    self._known = tokenizer.decode(self._ids)
     self._held = ""  # read, but perhaps the start of a stop string
     self.stopped: str | None = None  # the stop string that ended the text
 
@@ -58,7 +58,7 @@ class TextStream:
     text = self._tokenizer.decode(self._ids)
     if text.endswith(UNFINISHED):
       return ""
-    new = text[len(self._known) :]
+    new = self._behind(text)
     last = self._tokenizer.decode(self._ids[self._read :])
     if last:  # special tokens alone are no context
       self._ids, text = self._ids[self._read :], last
@@ -72,9 +72,17 @@ class TextStream:
     """The rest of the text, when no more tokens come."""
     if self.stopped is not None:
       return ""
-    text = self._release(self._tokenizer.decode(self._ids)[len(self._known) :])
+    text = self._release(self._behind(self._tokenizer.decode(self._ids)))
     rest, self._held = ("" if self.stopped is not None else self._held), ""
     return text + rest
+
+  def _behind(self, text: str) -> str:
+    """What of the text of all tokens is new; one of them may complete a character of which the prompt has a part."""
+    whole = self._known.rstrip(UNFINISHED)
+    begin = len(whole)
+    while begin < len(self._known) and text.startswith(UNFINISHED, begin):
+      begin += 1
+    return text[begin:]
 
   def _release(self, new: str) -> str:
     text = self._held + new

@@ -32,6 +32,7 @@ from jaxllm.interop.huggingface import (
 )
 from jaxllm.interop.huggingface_keys import remarks
 from jaxllm.interop.safetensors import read_sharded, write_sharded
+from jaxllm.interop.sentence_transformers import read_text_vectors
 from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import Tensors
 from jaxllm.models.config import ModelConfig
@@ -85,7 +86,8 @@ def open_huggingface(directory: Path) -> StoredModel:
   for line in remarks(hf):
     log.warning("%s: %s", directory, line)
   source = source_of(hf, directory / CONFIG_FILE)
-  return StoredModel(config, params, read_tokenizer(directory), generation, directory, "hf", source=source)
+  tokenizer, vectors = read_tokenizer(directory), read_text_vectors(directory)
+  return StoredModel(config, params, tokenizer, generation, directory, "hf", source=source, vectors=vectors)
 
 
 def write_huggingface(directory: Path, model: StoredModel, family: str | None, max_shard_bytes: int) -> None:
@@ -110,6 +112,8 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
       tokenizer.save(new)
+    if model.vectors is not None:
+      model.vectors.save(new)
     write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 

@@ -6,6 +6,7 @@
   be written and read one layer at a time, by any program
 - tokenizer files: what `jaxllm.data.tokenizers.load_tokenizer` reads
 - generation_config.json: eos_token_id and default sampling settings, by Hugging Face's names
+- modules.json and what it names: how a text's states become one vector, as sentence-transformers has it
 - jaxllm_manifest.json: size and SHA-256 of each of these files, which are checked before they are used, see
   `jaxllm.base.digests`; written last. Directories that are older have params.sha256.json, of the parameters alone.
 """
@@ -28,6 +29,8 @@ from jaxllm.interop.directory_files import (
   write_json,
 )
 from jaxllm.interop.safetensors import read_sharded, write_sharded
+from jaxllm.interop.sentence_transformers import READ_IF_THERE as OF_VECTORS
+from jaxllm.interop.sentence_transformers import read_text_vectors
 from jaxllm.interop.stored import StoredModel, check_shapes
 from jaxllm.models.config import ModelConfig
 
@@ -63,6 +66,8 @@ def write_model_directory(directory: Path, model: StoredModel, max_shard_bytes: 
     write_json(new / GENERATION_FILE, model.generation)
     if model.tokenizer is not None:
       model.tokenizer.save(new)
+    if model.vectors is not None:
+      model.vectors.save(new)
     source = {"source": model.source} if model.source else {}
     write_json(new / CONFIG_FILE, {"model": dataclasses.asdict(model.config), "version": VERSION} | source)
     digests.seal(new)
@@ -75,7 +80,7 @@ def open_model_directory(directory: Path) -> StoredModel:
     CheckpointError: the config or parameters are missing, damaged, or another model's. DataError: the tokenizer is
       damaged.
   """
-  sealed = digests.check(directory, (*READ_IF_THERE, f"{PARAMS}/*"))
+  sealed = digests.check(directory, (*READ_IF_THERE, *OF_VECTORS, f"{PARAMS}/*"))
   config = read_model_config(directory)
   path = directory / PARAMS
   version = read_json(directory / CONFIG_FILE).get("version")
@@ -90,8 +95,9 @@ def open_model_directory(directory: Path) -> StoredModel:
   tensors = read_sharded(path)
   check_shapes(config, tensors, path)
   tokenizer, generation = read_tokenizer(directory), read_generation_config(directory)
+  vectors = read_text_vectors(directory)
   source = source_of(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
-  return StoredModel(config, tensors, tokenizer, generation, directory, "jaxllm", source=source)
+  return StoredModel(config, tensors, tokenizer, generation, directory, "jaxllm", source=source, vectors=vectors)
 
 
 def _checksums(directory: Path) -> dict[str, str]:

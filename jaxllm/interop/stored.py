@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.adapter import StoredAdapter, place
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import LazyTensor, Tensors, cast, from_parts
 from jaxllm.models.build import Params, declare
 from jaxllm.models.config import ModelConfig
@@ -40,6 +41,7 @@ class StoredModel:
     run: of a training run the groups of its config.json: run["data"]["dir"], run["objective"]["name"], …
     adapters: the adapter_config.json of each adapter on it, in their order.
     apart: those of them that are not merged into `tensors`.
+    vectors: how a text's states become one vector, where the files say so.
   """
 
   config: ModelConfig
@@ -52,6 +54,7 @@ class StoredModel:
   adapters: tuple[dict[str, Any], ...] = ()
   apart: tuple[StoredAdapter, ...] = ()
   source: dict[str, Any] = dataclasses.field(default_factory=dict)
+  vectors: TextVectors | None = None
 
   @property
   def chat_template(self) -> str | None:

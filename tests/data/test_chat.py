@@ -179,6 +179,38 @@ def test_templates_are_found_wherever_they_stand(tokenizer, tmp_path):
     tokenizer.render_chat([USER])
 
 
+ANSWERS = [
+  {"role": "assistant", "content": content} | calls
+  for content in (None, "", " I add. ", [{"type": "text", "text": "I add."}])
+  for calls in ({}, {"tool_calls": [CALL | {"id": "123456789"}]})
+]
+
+
+def test_real_templates_of_answers_without_text(tokenizer):
+  """TRL's, which are those of well-known models: with calls of tools and without, content or none."""
+  package = importlib.util.find_spec("trl")
+  if package is None:
+    pytest.skip("the package trl is not installed")
+  files = sorted((pathlib.Path(package.origin).parent / "chat_templates").glob("*.jinja"))
+  rendered = 0
+  for number, file in enumerate(files):
+    template = file.read_text()
+    theirs = reference(tokenizer, chat_template=template)
+    for answer in ANSWERS[number % 2 :: 2] + ANSWERS[:2]:
+      result = [{"role": "tool", "name": "add", "content": "3", "tool_call_id": "123456789"}] * ("tool_calls" in answer)
+      options = {"tools": TOOLS if result else None, "add_generation_prompt": number % 3 > 0}
+      try:
+        want = theirs.apply_chat_template([USER, answer, *result], tokenize=False, **options)
+      except Exception:  # it refuses this chat, and so must we
+        with pytest.raises(DataError):
+          render_chat(template, [USER, answer, *result], **tokenizer.special_tokens, **options)
+        continue
+      got = render_chat(template, [USER, answer, *result], **tokenizer.special_tokens, **options)
+      assert got == want, (file.name, answer)
+      rendered += 1
+  assert rendered > len(files)
+
+
 def test_a_real_models_template(tokenizer):
   """SmolLM2's, as its GGUF file carries it."""
   gguf = pytest.importorskip("gguf")

@@ -47,6 +47,21 @@ def test_a_character_that_the_prompt_began():
   assert "".join(run(TextStream(BYTES, [*b"x", whole[0]]), [whole[1], *b"y"])) == "éy"
 
 
+def test_what_a_prompt_ends_in_is_not_echoed():
+  literal, half = "\ufffd".encode(), "🎉".encode()[:2]
+  for prompt in (b"look: " + literal, b"look: " + half, b"x" + literal + half, literal + literal):
+    assert "".join(run(TextStream(BYTES, list(prompt)), b" next")) == " next"
+  assert "".join(run(TextStream(BYTES, list(b"x" + literal)), literal + b"y")) == "\ufffdy"
+  assert "".join(run(TextStream(BYTES, list(b"x" + literal + half)), "🎉".encode()[2:] + b"y")) == "🎉y"
+
+
+def test_ids_that_no_token_has_are_nothing():
+  tokenizer = huggingface_bytes()
+  ids = [*tokenizer.encode("é"), tokenizer.vocab_size + 5, *tokenizer.encode("🎉 a"), 10**6]
+  ids[1:1] = [tokenizer.vocab_size]
+  assert tokenizer.decode(ids) == "é🎉 a" == "".join(run(TextStream(tokenizer, ids[-2:]), ids))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_stop_string_across_tokens(size):
   text = "one two STOP three"

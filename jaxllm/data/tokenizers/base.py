@@ -102,9 +102,15 @@ class Tokenizer(abc.ABC):
     where the template tells them apart.
     """
 
-  def encode_prompt(self, text: str, *, add_special: bool = True) -> Ids:
-    """What a model reads of a text: the ids of `encode_pair`."""
-    return self.encode_pair(text, add_special=add_special)[0]
+  def encode_prompt(self, text: str, *, add_special: bool = True, max_tokens: int | None = None) -> Ids:
+    """What a model reads of a text: the ids of `encode_pair`, cut to `max_tokens` within what stands around them."""
+    ids = self.encode_pair(text, add_special=add_special)[0]
+    if max_tokens is None or len(ids) <= max_tokens:
+      return ids
+    inner = self.encode_pair(text, add_special=False)[0]
+    at = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(inner)], inner))
+    behind = ids[at + len(inner) :]
+    return np.concatenate([ids[:at], inner[: max(max_tokens - at - len(behind), 0)], behind])
 
   def encode_chat(self, text: str) -> Ids:
     """Ids of a rendered chat, whose special tokens the template has written already."""
@@ -116,11 +122,11 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def token_text(self, id: int) -> str:
-    """A token as the vocabulary spells it; of a special one that is what stands for it in a chat."""
+    """A token as the vocabulary spells it; of a special one that is what stands for it in a chat; "" if none has it."""
 
   @abc.abstractmethod
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """The bytes that `ids` stand for; special tokens stand for none."""
+    """The bytes that `ids` stand for; special tokens stand for none, nor do ids that no token has."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`; bytes that are not UTF-8 (a character cut in two, say) show as U+FFFD."""
@@ -158,6 +164,12 @@ class Tokenizer(abc.ABC):
   def padding_side(self) -> str:
     """ "left" or "right", as the tokenizer's settings say."""
     return self.settings.get("padding_side", "right")
+
+  @property
+  def max_tokens(self) -> int | None:
+    """How many tokens a model may be given, as the settings say; None: they do not say, or a number beyond measure."""
+    length = self.settings.get("model_max_length")
+    return length if isinstance(length, int) and 0 < length < 1 << 31 else None
 
   @property
   def start_id(self) -> int:
@@ -247,6 +259,15 @@ class Tokenizer(abc.ABC):
 def token_text(token: str | dict[str, Any] | None) -> str | None:
   """A token of tokenizer_config.json, which spells it as a string or as an object with its `content`."""
   return token["content"] if isinstance(token, dict) else token
+
+
+def special_of(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
+  """The special tokens that tokenizer_config.json names: of the roles, of roles of its own ("image_token"), others."""
+  tokens = [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
+  for name in ("additional_special_tokens", "extra_special_tokens"):
+    named = settings.get(name) or ()
+    tokens += [t for t in (named.values() if isinstance(named, dict) else named) if isinstance(t, str | dict)]
+  return [token for token in tokens if isinstance(token, str) or isinstance(token.get("content"), str)]
 
 
 def settings_file(settings: dict[str, Any]) -> dict[str, bytes]:

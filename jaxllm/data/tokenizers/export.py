@@ -21,6 +21,8 @@ def as_huggingface(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
   if isinstance(tokenizer, HuggingFaceTokenizer):
     return tokenizer
   assert isinstance(tokenizer, SentencePieceTokenizer)
+  if tokenizer.as_class is not None:
+    return tokenizer.as_class
   from sentencepiece import sentencepiece_model_pb2 as model_pb2
   from tokenizers import AddedToken, decoders, processors
   from tokenizers import Tokenizer as Rust

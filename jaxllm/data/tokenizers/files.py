@@ -1,24 +1,37 @@
 """Finds and reads the tokenizer files of a model."""
 
+import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from jaxllm.base.errors import DataError
+from jaxllm.base.errors import DataError, shown
 from jaxllm.base.files import regular
 from jaxllm.base.os_errors import file_errors
-from jaxllm.base.strangers import declared, read_json
+from jaxllm.base.strangers import declared, parse_json, read_json
 from jaxllm.data import chat
-from jaxllm.data.tokenizers.base import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer, damaged, named_templates
+from jaxllm.data.tokenizers.base import (
+  SETTINGS_FILE,
+  TEMPLATE_FILE,
+  Tokenizer,
+  damaged,
+  named_templates,
+  special_of,
+  token_text,
+)
+from jaxllm.data.tokenizers.classes import CLASSES, as_class, class_of
+from jaxllm.data.tokenizers.from_sentencepiece import from_sentencepiece
 from jaxllm.data.tokenizers.huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer
 from jaxllm.data.tokenizers.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
-from jaxllm.data.tokenizers.settings import AddedTokens, checked
+from jaxllm.data.tokenizers.settings import AddedTokens, checked, unread
 
+log = logging.getLogger("jaxllm")
 _WORDPIECE_FILE, _BPE_FILE, _MERGES_FILE = "vocab.txt", "vocab.json", "merges.txt"
 _FILES = (HUGGINGFACE_FILE, SENTENCEPIECE_FILE, "spiece.model", _BPE_FILE, _WORDPIECE_FILE)  # the first counts
-# Its ids are shifted against its model by code of its class (XLM-R, CamemBERT, …).
 MAX_BYTES = 1 << 28  # of a tokenizer's file
-_SHIFTED_FILE = "sentencepiece.bpe.model"
+_SHIFTED_FILE = "sentencepiece.bpe.model"  # its ids are shifted against its model by its class (XLM-R, CamemBERT, …)
+_DEBERTA_FILE = "spm.model"
 
 
 def find_tokenizer(directory: Path) -> Path | None:
@@ -30,6 +43,8 @@ def find_tokenizer(directory: Path) -> Path | None:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """Reads a tokenizer.json, a SentencePiece model, GPT-2's vocab.json with merges.txt or BERT's vocab.txt, or
   a directory that holds one; with it the tokenizer_config.json and the chat templates beside it.
+
+  The class that they name decides how they are read, or the kind of model in a config.json beside them; see `classes`.
 
   Raises:
     DataError: there is none, or it is damaged.
@@ -44,29 +59,71 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     try:
       if regular(path).stat().st_size > MAX_BYTES:
         raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
-      data = path.read_bytes()
-      settings = _settings_beside(path)
-      if path.name == _SHIFTED_FILE:
-        raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
-      if path.name == _BPE_FILE:
-        return HuggingFaceTokenizer(*_byte_level_bpe(path, settings))
-      if path.name == _WORDPIECE_FILE:
-        return HuggingFaceTokenizer(_wordpiece(data.decode(), settings), settings)
-      if path.suffix == ".json":
-        return HuggingFaceTokenizer(data.decode(), settings)
-      return SentencePieceTokenizer(data, settings)
+      return _read(path, path.read_bytes())
     except (DataError, UnicodeDecodeError) as error:
       raise DataError(f"cannot load the tokenizer {path}: {error}") from error
 
 
+def _read(path: Path, data: bytes) -> Tokenizer:
+  settings, config = _settings_beside(path), _object(path.with_name("config.json"))
+  text = data.decode() if path.name == HUGGINGFACE_FILE else None
+  name = class_of(settings, config, text)
+  if path.name == _BPE_FILE:
+    name = name or "GPT2Tokenizer"
+    return _built(name, _byte_level_bpe(path, name), settings)
+  if path.name == _WORDPIECE_FILE:
+    name = name if CLASSES.get(name or "", CLASSES["GPT2Tokenizer"]).model["type"] == "WordPiece" else "BertTokenizer"
+    return _built(name, _wordpiece(data.decode(), name, settings), settings)
+  if path.suffix == ".json":
+    return HuggingFaceTokenizer(*_as_declared(name, data.decode(), settings))
+  if name is not None and path.name in (_SHIFTED_FILE, _DEBERTA_FILE):
+    with damaged("not a SentencePiece model, or a damaged one"):
+      definition, settings = from_sentencepiece(data, name, settings)
+    return HuggingFaceTokenizer(json.dumps(definition), settings)
+  if path.name == _SHIFTED_FILE:
+    raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
+  return SentencePieceTokenizer(data, settings if name is None else _with_class(name, settings))
+
+
+def _with_class(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+  """The settings with the class, and what else it says, but for tokens."""
+  defaults = CLASSES[name].defaults if name in CLASSES else {}
+  return {key: v for key, v in defaults.items() if not key.endswith("_token")} | settings | {"tokenizer_class": name}
+
+
+def _as_declared(name: str | None, text: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+  """A tokenizer.json and settings as a class reads them; the same text where nothing changes."""
+  parsed = parse_json(text, "it", DataError) if name is not None else None
+  if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict) or not parsed["model"].get("vocab"):
+    return text, settings
+  with damaged("not a tokenizer.json, or a damaged one"):
+    definition, settings = as_class(name or "", parsed, settings)
+  return text if definition == parsed else json.dumps(definition, ensure_ascii=False), settings
+
+
+def _built(name: str, model: dict[str, Any], settings: dict[str, Any]) -> HuggingFaceTokenizer:
+  """A tokenizer of a class and a vocabulary."""
+  empty: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "model": model}
+  definition, settings = as_class(name, empty, settings, whole=False)
+  return HuggingFaceTokenizer(json.dumps(definition, ensure_ascii=False), settings)
+
+
 def _settings_beside(path: Path) -> dict[str, Any]:
   """tokenizer_config.json next to a tokenizer, and what older and newer layouts keep in files of their own."""
-  settings = _object(path.with_name("special_tokens_map.json")) | _object(path.with_name(SETTINGS_FILE))
+  settings, tokens = _object(path.with_name(SETTINGS_FILE)), _object(path.with_name("special_tokens_map.json"))
+  # The map says more, in older layouts; in newer ones nothing.
+  settings = tokens | settings if "added_tokens_decoder" in settings else settings | tokens
   later = {"ids": _object(path.with_name("added_tokens.json"))}
   if later["ids"] and "added_tokens_decoder" not in settings:
     ids = declared(AddedTokens, later, "added_tokens.json", DataError)["ids"]
-    settings["added_tokens_decoder"] = {str(i): {"content": token} for token, i in ids.items()}
+    special = {token_text(token) for token in special_of(settings)}
+    flags = {token: {"special": token in special, "normalized": token not in special} for token in ids}
+    settings["added_tokens_decoder"] = {str(i): {"content": token, **flags[token]} for token, i in ids.items()}
   settings = checked(settings, SETTINGS_FILE)
+  if keys := unread(settings):
+    log.warning(
+      "%s: %s: not known, and without effect here", path.with_name(SETTINGS_FILE), ", ".join(map(shown, keys))
+    )
   named = sorted(path.parent.glob("additional_chat_templates/*.jinja"))
   files = {file.stem: file for file in named} | {"default": path.with_name(TEMPLATE_FILE)}
   files = {name: file for name, file in files.items() if file.is_file()}
@@ -85,47 +142,28 @@ def _object(path: Path) -> dict[str, Any]:
   return read_json(path, error=DataError) if path.is_file() else {}
 
 
-def _byte_level_bpe(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-  """The tokenizer.json of GPT-2's or RoBERTa's vocab.json and merges.txt, and the settings of its class."""
+def _byte_level_bpe(path: Path, name: str) -> dict[str, Any]:
+  """The model of GPT-2's or RoBERTa's vocab.json and merges.txt."""
   import tokenizers
-  from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-  kind = settings.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
-  if kind not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
-    raise DataError(f"it is a {kind}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
+  kind = CLASSES.get(name)
+  if kind is None or kind.model["type"] != "BPE" or kind.model.get("byte_fallback"):
+    raise DataError(f"it is a {name}, which {_BPE_FILE} does not tell in full; save it as a {HUGGINGFACE_FILE}")
   if not path.with_name(_MERGES_FILE).is_file():
     raise DataError(f"there is no {_MERGES_FILE} beside it")
   # The library makes a list as long as the largest id.
   declared(AddedTokens, {"ids": read_json(path, MAX_BYTES, DataError)}, _BPE_FILE, DataError)
   with damaged(f"{_BPE_FILE} or {_MERGES_FILE} is damaged"):
-    model = models.BPE.from_file(str(path), str(path.with_name(_MERGES_FILE)))
-  tokenizer = tokenizers.Tokenizer(model)
-  space = bool(settings.get("add_prefix_space"))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
-  tokenizer.decoder = decoders.ByteLevel()
-  known = lambda *tokens: all(tokenizer.token_to_id(token) is not None for token in tokens)  # noqa: E731
-  if known("<s>", "</s>", "<mask>"):  # RoBERTa and BART
-    end, start = ((token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>"))
-    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=True, add_prefix_space=space)
-    tokenizer.add_special_tokens(["<s>", "</s>", AddedToken("<mask>", lstrip=True)])
-    return tokenizer.to_str(), {"cls_token": "<s>", "sep_token": "</s>"} | settings
-  roles = dict.fromkeys(("bos_token", "unk_token"), "<|endoftext|>") if known("<|endoftext|>") else {}
-  return tokenizer.to_str(), roles | settings
+    model = tokenizers.models.BPE.from_file(str(path), str(path.with_name(_MERGES_FILE)))
+    return json.loads(tokenizers.Tokenizer(model).to_str())["model"] | kind.model
 
 
-def _wordpiece(vocabulary: str, settings: dict[str, Any]) -> str:
-  """The tokenizer.json of BERT's vocab.txt, a token a line."""
-  from tokenizers import BertWordPieceTokenizer
-
+def _wordpiece(vocabulary: str, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+  """The model of BERT's vocab.txt, a token a line."""
   tokens = vocabulary.split("\n")
   ids = {token.rstrip("\r"): i for i, token in enumerate(tokens) if token or i < len(tokens) - 1}
-  for token in ("[UNK]", "[CLS]", "[SEP]"):
-    if token not in ids:
-      raise DataError(f"it has no {token}, so it is not BERT's vocabulary")
-  lowercase = settings.get("do_lower_case", True)
-  return BertWordPieceTokenizer(
-    ids,
-    lowercase=lowercase,
-    handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    strip_accents=settings.get("strip_accents"),
-  ).to_str()
+  unknown = token_text(settings.get("unk_token")) or CLASSES[name].defaults["unk_token"]
+  if unknown not in ids:
+    raise DataError(f"it has no {unknown}, so it is not BERT's vocabulary")
+  words = {"unk_token": unknown, "continuing_subword_prefix": "##", "max_input_chars_per_word": 100, "vocab": ids}
+  return CLASSES[name].model | words

@@ -12,11 +12,21 @@ import numpy as np
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.strangers import parse_json
-from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, NOTHING, ROLES, Tokenizer, damaged, settings_file, token_text
+from jaxllm.data.tokenizers.base import (
+  CANNOT,
+  NOT_UTF8,
+  NOTHING,
+  ROLES,
+  Tokenizer,
+  damaged,
+  settings_file,
+  special_of,
+  token_text,
+)
 from jaxllm.data.tokenizers.settings import MAX_TOKENS
 
 HUGGINGFACE_FILE = "tokenizer.json"
-# Read only where tokenizer_config.json does not say.
+# Looked for only where tokenizer_config.json names none of them, and no class.
 _USUAL = {
   "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "[BOS]"),
   "eos_token": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "[SEP]", "[EOS]"),
@@ -51,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
     added = self._tokenizer.get_added_tokens_decoder()
     self.special_ids = frozenset(i for i, token in added.items() if token.special)
     text = {i: token.content for i, token in added.items() if not token.special}
-    documents = [definition, {role: roles[role] for role in ("bos_token", "eos_token", "pad_token", "unk_token")}]
+    documents = [definition, {role: roles.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}]
     own = {token["id"] for token in parsed.get("added_tokens") or ()}
     if later := sorted((i, content) for i, content in text.items() if i not in own):
       documents.append(later)
@@ -60,9 +70,11 @@ class HuggingFaceTokenizer(Tokenizer):
     alphabet = byte_alphabet()
     self._byte_ids = {}
     self._piece_bytes: dict[int, bytes] | None = None
-    if _mentions(parsed.get("decoder"), "ByteLevel"):
+    if mentions(parsed.get("decoder"), "ByteLevel"):
       self._byte_ids = {b: vocabulary[c] for c, b in alphabet.items() if c in vocabulary}
-      self._piece_bytes = {i: bytes(alphabet[c] for c in t) for t, i in vocabulary.items() if alphabet.keys() >= set(t)}
+      # A piece with another character stands for itself, as in the library.
+      spelled = lambda t: bytes(alphabet[c] for c in t) if alphabet.keys() >= set(t) else t.encode()  # noqa: E731
+      self._piece_bytes = {i: spelled(token) for token, i in vocabulary.items()}
       self._piece_bytes |= {i: content.encode() for i, content in text.items()} | dict.fromkeys(self.special_ids, b"")
     elif parsed["model"].get("byte_fallback"):
       pieces = {byte: vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)}
@@ -76,19 +88,21 @@ class HuggingFaceTokenizer(Tokenizer):
     tokenizer = tokenizers.Tokenizer.from_str(self._definition)
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    own = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for i, token in sorted(self.settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-      if tokenizer.id_to_token(int(i)) != token["content"]:
+      if token["content"] not in own or tokenizer.id_to_token(int(i)) != token["content"]:
         tokenizer.add_tokens([tokenizers.AddedToken(**token)])
         if tokenizer.token_to_id(token["content"]) != int(i):
           raise DataError(f"added token {token['content']!r} cannot have id {i}: the vocabulary has another there")
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    special = [*self._roles(vocabulary).values()]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-      named = self.settings.get(name) or ()
-      named = named.values() if isinstance(named, dict) else named
-      special += [token_text(token) for token in named if not isinstance(token, int)]
+    special = {token: {} for token in self._roles(vocabulary).values() if token is not None}
+    for token in special_of(self.settings):
+      special.setdefault(token_text(token) or "", {}).update(token if isinstance(token, dict) else {})
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    tokenizer.add_special_tokens([token for token in special if token in vocabulary and token not in known])
+    new = [(token, flags) for token, flags in special.items() if token in vocabulary and token not in known]
+    plain = {"normalized": False, "special": True}
+    made = [tokenizers.AddedToken(**{**plain, **flags, "content": token, "special": True}) for token, flags in new]
+    tokenizer.add_special_tokens(made)
     return tokenizer
 
   @functools.cached_property
@@ -120,6 +134,8 @@ class HuggingFaceTokenizer(Tokenizer):
     for role, token in given.items():
       if token is not None and token not in vocabulary:
         raise DataError(f"{role} {token!r} is not in the tokenizer's vocabulary")
+    if "tokenizer_class" in self.settings or any(token is not None for token in given.values()):
+      return given
     return {role: next((t for t in usual if t in vocabulary), None) for role, usual in _USUAL.items()} | given
 
   def __reduce__(self):
@@ -155,13 +171,14 @@ class HuggingFaceTokenizer(Tokenizer):
     return [(np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2)) for one in encoded]
 
   def token_text(self, id):
-    return self._tokenizer.id_to_token(int(id)) or ""
+    return self._tokenizer.id_to_token(int(id)) or "" if 0 <= id < self.vocab_size else ""
 
   def decode_bytes(self, ids):
     if self._piece_bytes is None:
       with damaged("the tokenizer cannot decode these tokens"):
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).encode()
-    return b"".join([self._piece_bytes[int(i)] for i in ids])
+        known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=True).encode()
+    return b"".join([self._piece_bytes.get(int(i), b"") for i in ids])
 
   def pieces(self):
     if self._piece_bytes is not None:
@@ -187,11 +204,11 @@ class HuggingFaceTokenizer(Tokenizer):
     return {HUGGINGFACE_FILE: self._definition.encode()} | settings_file(settings)
 
 
-def _mentions(node: Any, type_name: str) -> bool:
+def mentions(node: Any, type_name: str) -> bool:
   """Whether a component of a tokenizer.json is, or contains, one of this type."""
   if isinstance(node, dict):
-    return node.get("type") == type_name or any(_mentions(child, type_name) for child in node.values())
-  return isinstance(node, list) and any(_mentions(child, type_name) for child in node)
+    return node.get("type") == type_name or any(mentions(child, type_name) for child in node.values())
+  return isinstance(node, list) and any(mentions(child, type_name) for child in node)
 
 
 @functools.cache

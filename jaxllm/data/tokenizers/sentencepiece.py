@@ -12,8 +12,12 @@ import numpy as np
 
 from jaxllm.base.errors import DataError, shown
 from jaxllm.data.tokenizers.base import CANNOT, NOT_UTF8, ROLES, Tokenizer, damaged, settings_file, token_text
+from jaxllm.data.tokenizers.classes import CLASSES
+from jaxllm.data.tokenizers.from_sentencepiece import from_sentencepiece
+from jaxllm.data.tokenizers.huggingface import HuggingFaceTokenizer, mentions
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+FLAGS = "single_word", "lstrip", "rstrip", "normalized"
 THREADS = os.cpu_count() or 1  # that encode a batch; a process beside others takes one
 _SPACE = "\u2581"  # SentencePiece writes spaces so inside its pieces
 _NOT_UTF8_OR_SPACE = re.compile(f"([\udc80-\udcff{_SPACE}]+)")
@@ -34,6 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
       raise DataError("a SentencePiece model without pieces")
     self.model, self.settings = model, dict(settings or {})
     self._dummy_prefix = spec.normalizer_spec.add_dummy_prefix
+    self._class = self.settings.get("tokenizer_class")
     Type = model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]  # made at run time
     self._piece_bytes = []
     for piece in spec.pieces:
@@ -74,12 +79,27 @@ class SentencePieceTokenizer(Tokenizer):
       | {i for i, type in enumerate(types) if type == Type.CONTROL}
       | {i for i, token in self.added_tokens.items() if token["special"]}
     )
-    facts = [[(i, t["content"]) for i, t in self.added_tokens.items() if not t["special"]], self.bos_id, self.eos_id]
+    facts: list[Any] = [
+      [(i, t["content"]) for i, t in self.added_tokens.items() if not t["special"]],
+      self.bos_id,
+      self.eos_id,
+    ]
+    if self._class is not None:
+      flags = [[i, *(bool(t.get(flag)) for flag in FLAGS)] for i, t in self.added_tokens.items()]
+      facts += [self._class, *map(self.settings.get, ("legacy", "add_prefix_space", "do_lower_case")), flags]
     default: list[Any] = [[], *(None if own[role] < 0 else own[role] for role in ("bos_token", "eos_token"))]
     self.fingerprint = hashlib.sha256(model + (b"" if facts == default else json.dumps(facts).encode())).hexdigest()
     # In a prompt, special and added tokens are themselves.
     control = {spec.pieces[i].piece for i, type in enumerate(types) if type == Type.CONTROL} | set(tokens.values())
     self._ids = {text: ids[text] for text in control | {t["content"] for t in self.added_tokens.values()}}
+
+  @functools.cached_property
+  def _drops_space(self) -> bool:
+    """Whether the space that a text begins with is not the text's own."""
+    if self._class not in CLASSES:
+      return self._dummy_prefix
+    decoder = CLASSES[self._class].parts(self.settings, {})["decoder"]
+    return mentions(decoder, "Strip") or decoder.get("prepend_scheme", "never") != "never"
 
   @functools.cached_property
   def _spelled(self) -> dict[int, str]:
@@ -98,15 +118,32 @@ class SentencePieceTokenizer(Tokenizer):
     spec.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
 
+  @functools.cached_property
+  def as_class(self) -> HuggingFaceTokenizer | None:
+    """What the class of the settings makes of the model, which then encodes; None where none is named."""
+    if self._class is None:
+      return None
+    added = {str(i): dict(token) for i, token in self.added_tokens.items()}
+    settings = self.settings | {"added_tokens_decoder": added}
+    with damaged("a SentencePiece model that its class cannot take"):
+      definition, settings = from_sentencepiece(self.model, self._class, settings)
+      return HuggingFaceTokenizer(json.dumps(definition), settings)
+
   def _encode_plain(self, texts):
+    if self.as_class is not None:
+      return self.as_class._encode_plain(texts)
     if not self._added_text:
       return self._processor.encode(texts, num_threads=THREADS)
     return [self._encode_parsing(text, self._added_text) for text in texts]
 
   def _encode_run(self, text, follows):
+    if self.as_class is not None:
+      return self.as_class._encode_run(text, follows)
     return (self._continuation if follows else self._processor).encode(text)
 
   def encode_pair(self, first, second=None, *, add_special=True):
+    if self.as_class is not None:
+      return self.as_class.encode_pair(first, second, add_special=add_special)
     # T5's rule where there is no BOS; else Llama's.
     bos = [self.bos_id] if self.settings.get("add_bos_token", self.bos_id is not None) else []
     eos = [self.eos_id] if self.settings.get("add_eos_token", self.bos_id is None) else []
@@ -141,6 +178,8 @@ class SentencePieceTokenizer(Tokenizer):
     return _any_of(added) if added else None
 
   def encode_chats(self, texts):
+    if self.as_class is not None:
+      return self.as_class.encode_chats(texts)
     with damaged(CANNOT):
       return [self._encode_with_positions(text) for text in texts]
 
@@ -162,11 +201,13 @@ class SentencePieceTokenizer(Tokenizer):
     return np.array(ids, np.int32), np.stack([begins, np.maximum(begins, ends)], axis=1).astype(np.int32)
 
   def token_text(self, id):
-    return self._spelled.get(int(id)) or self._processor.id_to_piece(int(id)).replace(_SPACE, " ")
+    if (known := self._spelled.get(int(id))) or not 0 <= id < self._processor.vocab_size():
+      return known or ""
+    return self._processor.id_to_piece(int(id)).replace(_SPACE, " ")
 
   def decode_bytes(self, ids):
-    data = b"".join([self._piece_bytes[i] for i in ids])
-    return data.removeprefix(b" ") if self._dummy_prefix else data
+    data = b"".join([self._piece_bytes[i] for i in ids if 0 <= i < self.vocab_size])
+    return data.removeprefix(b" ") if self._drops_space else data
 
   def pieces(self):
     return self._piece_bytes
@@ -186,6 +227,6 @@ def _added_tokens(settings: dict[str, Any], pieces: int) -> dict[int, dict[str, 
   """Id to {"content", "special"} of the tokens that tokenizer_config.json adds to a model's pieces."""
   added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
   if not added:  # T5 counts its sentinels from the end of the vocabulary
-    count = settings.get("extra_ids", 100 if settings.get("tokenizer_class", "").startswith("T5Tokenizer") else 0)
+    count = settings.get("extra_ids", 100 if settings.get("tokenizer_class") == "T5Tokenizer" else 0)
     added = {pieces + count - 1 - n: {"content": f"<extra_id_{n}>", "special": True} for n in range(count)}
   return {i: {"special": False} | added[i] for i in sorted(added)}
