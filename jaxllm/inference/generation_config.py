@@ -94,8 +94,9 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
   if generation.get("cache_implementation") == "quantized":
     said.append("cache_implementation = 'quantized' is not honoured: keys and values are kept whole")
   for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
-    if (generation.get(least) or 0) > (generation.get(most) or generation.get(least) or 0):
-      said.append(f"{least} = {generation[least]} is over {most} = {generation[most]}, where texts end")
+    low, high = generation.get(least), generation.get(most)
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+      said.append(f"{least} = {low} is over {most} = {high}, where texts end")
   if generation.get("do_sample") and settings.get("num_beams", 1) > 1:
     said.append("do_sample = True is not honoured: beam search draws nothing")
   for name in ("forced_bos_token_id", "forced_eos_token_id"):
