@@ -12,6 +12,7 @@ from jaxllm.base.errors import ConfigError, DataError
 from jaxllm.inference import beam
 from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.engine import Engine
+from jaxllm.inference.logits import biased_runs
 from jaxllm.inference.params import SamplingParams, with_word_ids
 from jaxllm.inference.prompts import bucket, check_prompt, room_for, token_ids
 from jaxllm.inference.requests import Requests
@@ -133,13 +134,13 @@ class Generator:
     firsts = [prompt if decoder else [0] for prompt in prompts]
     longest = max(len(first) + room_for(one, first, self._config.max_seq_len) for first, one in zip(firsts, each))
     each = [with_word_ids(one, self._tokenizer) if self._tokenizer is not None else one for one in each]
-    biases = [ids for one in each for ids in _biases(one)]
+    runs = [biased_runs(one, prompt) for one, prompt in zip(each, prompts)]
     return {
       "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
       "max_model_len": bucket(longest, self._config),
       "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), self._config.vocab_size),
-      "biases": _power(max(len(_biases(one)) for one in each)),
-      "bias_tokens": _power(max(map(len, biases), default=1)),
+      "biases": _power(max(map(len, runs))),
+      "bias_tokens": _power(max((len(ids) for row in runs for ids, _ in row), default=1)),
     }
 
   def _engine(self, *, biases: int, bias_tokens: int, **settings) -> Engine:
@@ -207,11 +208,6 @@ def _one_after_the_other(parts: Sequence[Iterator[Delta]]) -> Iterator[Delta]:
 
 def _renumbered(done: Completion, index: int) -> Completion:
   return Completion(**{**vars(done), "prompt_index": index})
-
-
-def _biases(settings: SamplingParams) -> list[Sequence[int]]:
-  alone = [(token,) for token in settings.logit_bias or ()]
-  return [*alone, *(settings.sequence_bias or ()), *(ids for ids in settings.bad_words_ids if len(ids) > 1)]
 
 
 def _power(value: int) -> int:

@@ -15,9 +15,10 @@ from jaxllm.inference.params import SamplingParams
 SETTINGS = {
   name: name
   for name in (
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("sequence_bias", "suppress_tokens", "begin_suppress_tokens", "max_length", "min_length"),
-    *("num_beams", "length_penalty", "early_stopping", "bad_words_ids"),
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("sequence_bias", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "max_length", "min_length"),
+    *("num_beams", "length_penalty", "early_stopping", "renormalize_logits", "exponential_decay_length_penalty"),
   )
 } | {
   "max_new_tokens": "max_tokens",
@@ -26,15 +27,15 @@ SETTINGS = {
   "stop_strings": "stop",
 }
 # Settings that mean something else in another architecture, or together with others: see `default_settings`.
-READ_HERE = frozenset({"do_sample", "forced_bos_token_id", "forced_eos_token_id"})
+READ_HERE = frozenset({"do_sample", "forced_bos_token_id", "forced_eos_token_id", "cache_implementation"})
 # What other parts of the program read.
 READ_ELSEWHERE = frozenset({"eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"})
 # How a text is computed, or what transformers' `generate` returns beside it; the text is the same.
 CHANGES_NO_TEXT = frozenset(
-  ("use_cache", "cache_implementation", "cache_config", "max_cache_len", "use_mtp", "low_memory", "prefill_chunk_size")
+  ("use_cache", "cache_config", "max_cache_len", "use_mtp", "low_memory", "prefill_chunk_size")
   + ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
   + ("compile_config", "disable_compile", "continuous_batching_config", "transformers_version", "_from_model_config")
-  + ("_commit_hash", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type")
+  + ("_commit_hash", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type")
   + ("assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit")
   + ("assistant_lookbehind", "target_lookbehind", "add_bos_token", "add_eos_token")
 )
@@ -44,30 +45,28 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
   "constraints": (),
   "diversity_penalty": (0,),
   "dola_layers": (),
-  "encoder_no_repeat_ngram_size": (0,),
-  "encoder_repetition_penalty": (1,),
-  "epsilon_cutoff": (0,),
-  "eta_cutoff": (0,),
-  "exponential_decay_length_penalty": (),
   "force_words_ids": (),
   "guidance_scale": (1,),
+  "is_assistant": (),
   "max_time": (),
   "num_beam_groups": (1,),
   "penalty_alpha": (0,),
   "remove_invalid_values": (),
-  "renormalize_logits": (),
   "token_healing": (),
-  "top_h": (1,),
   "watermarking_config": (),
 }
+LEAST = 1e-30  # of a share of probability
 NOTHING: tuple[Any, ...] = (None, False, [], {})
+# Who asks for one of these wants tokens to be drawn, whatever the file says.
+DRAWS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "best_of")
 
 
 def default_settings(generation: Mapping[str, Any], architecture: str = "decoder") -> tuple[dict[str, Any], list[str]]:
   """Fields of SamplingParams that a generation_config.json sets, and a line on each setting that is not honoured.
 
-  `do_sample` false means temperature 0. Where it is absent, tokens are drawn (transformers would not, vLLM does).
-  Names of SamplingParams that transformers does not have stand for themselves.
+  `do_sample` false means temperature 0. Where it is absent, tokens are drawn (vLLM does, transformers would not: of its
+  directories it is set when they are opened). Names of SamplingParams that transformers does not have stand for
+  themselves.
 
   Args:
     architecture: of the model, see `ModelConfig`.
@@ -88,10 +87,17 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
     else:
       said.append(f"{shown(name)[1:-1]} = {shown(value)} is not known")
 
-  beams = settings.get("num_beams", 1)
-  if generation.get("do_sample") is False and beams == 1:
+  if generation.get("do_sample") is False:
     settings["temperature"] = 0.0
-  if generation.get("do_sample") and beams > 1:
+  if settings.get("top_p") == 0:  # there the likeliest token alone
+    settings["top_p"] = LEAST
+  if generation.get("cache_implementation") == "quantized":
+    said.append("cache_implementation = 'quantized' is not honoured: keys and values are kept whole")
+  for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+    low, high = generation.get(least), generation.get(most)
+    if isinstance(low, int) and isinstance(high, int) and low > high:
+      said.append(f"{least} = {low} is over {most} = {high}, where texts end")
+  if generation.get("do_sample") and settings.get("num_beams", 1) > 1:
     said.append("do_sample = True is not honoured: beam search draws nothing")
   for name in ("forced_bos_token_id", "forced_eos_token_id"):
     forced = generation.get(name)
@@ -119,19 +125,31 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
 def default_sampling(generation: Mapping[str, Any], architecture: str = "decoder", **settings: Any) -> SamplingParams:
   """A model's own SamplingParams, with these settings in place of its.
 
+  Where the file says that nothing is drawn, it is nevertheless with settings that only a draw can heed. The file's
+  least length gives way to the greatest one.
+
   Raises:
     ConfigError: there is no such setting, or its value is impossible; of one from the file it says so.
   """
   known = [field.name for field in dataclasses.fields(SamplingParams)]
   if unknown := sorted(settings.keys() - set(known)):
     raise ConfigError(f"no sampling setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+  asks = any(settings.get(name) is not None for name in DRAWS) or settings.get("n", 1) > 1
+  if asks and generation.get("do_sample") is False:
+    generation = {name: value for name, value in generation.items() if name != "do_sample"}
   own = default_settings(generation, architecture)[0]
   for name, other in (("max_tokens", "max_length"), ("min_tokens", "min_length")):
     if name in settings:
       own.pop(other, None)
+  if settings.get("max_length") is not None:
+    own.setdefault("max_tokens", None)
   if settings.get("structured_outputs") is not None:  # a grammar says how a text begins and ends
     own.pop("forced_bos_token_id", None)
     own.pop("forced_eos_token_id", None)
+  for least, most in (("min_tokens", "max_tokens"), ("min_length", "max_length")):
+    limit = (own | settings).get(most, getattr(SamplingParams, most))
+    if isinstance(own.get(least), int) and isinstance(limit, int):
+      own[least] = min(own[least], limit)
   try:
     SamplingParams(**own)
   except ConfigError as error:

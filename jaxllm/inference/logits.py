@@ -35,12 +35,17 @@ class LogitRules:
   repetition: Float32[Array, " B"]
   presence: Float32[Array, " B"]
   frequency: Float32[Array, " B"]
+  source_penalty: Float32[Array, " B"]  # multiplies the positive logits of `source`, divides the negative ones
+  decay: Float32[Array, " B"]  # the logits of `ends` grow by it with each position
+  decay_from: Int32[Array, " B"]  # behind this one
+  normalize: Bool[Array, " B"]  # the results are log-probabilities
   ngram: Int32[Array, " B"]  # 0: any may come again
   forced_first: Int32[Array, " B"]  # -1: none is forced
   forced_last: Int32[Array, " B"]
   allowed: UInt32[Array, "B W"]
-  allowed_first: UInt32[Array, "B W"]  # at position `begins`
+  allowed_first: UInt32[Array, "B W"]  # at the first position at which no token is forced
   ends: UInt32[Array, "B W"]
+  source: UInt32[Array, "B W"]  # the tokens of what the completion was asked by
   # A bias for the last token of a sequence, where the tokens before it have just been seen; -1 fills from the left.
   sequences: Int32[Array, "B S L"]
   bias: Float32[Array, "B S"]
@@ -54,35 +59,44 @@ class LogitRules:
   ) -> Float32[Array, "B V"]:
     """The logits from which the tokens at `positions` are drawn, -inf where none may be.
 
-    In transformers' order where the order matters: biases; the repetition penalty (Keskar et al., arXiv
-    1909.05858), then vLLM's presence and frequency penalties; what may not come; what must.
+    In transformers' order where the order matters: biases; the penalties of what is not in the source and of what has
+    come (Keskar et al., arXiv 1909.05858), then vLLM's presence and frequency penalties; what may not come; what
+    must.
 
     Args:
       history: each row's tokens, read before `positions` only.
       allowed: further tokens that may come, from a grammar for example.
     """
-    first = positions == self.begins
-    words = self.allowed & jnp.where(first[:, None], self.allowed_first, EVERYTHING)
+    first, forces_first = positions == self.begins, self.forced_first >= 0
+    words = self.allowed & jnp.where((positions == self.begins + forces_first)[:, None], self.allowed_first, EVERYTHING)
     words &= jnp.where((positions < self.ends_from)[:, None], ~self.ends, EVERYTHING)
     words = words if allowed is None else words & allowed
     forced = jnp.where(positions == self.last, self.forced_last, -1)
-    forced = jnp.where(first & (self.forced_first >= 0), self.forced_first, forced)
+    forced = jnp.where(first & forces_first, self.forced_first, forced)
 
     biased, repeats = jnp.any(self.bias != 0), jnp.any(self.ngram > 0)
     penalized = jnp.any((self.repetition != 1) | (self.presence != 0) | (self.frequency != 0))
-    masked, forces = jnp.any(words != EVERYTHING), jnp.any(forced >= 0)
+    of_source = jnp.any(self.source_penalty != 1)
+    grown = jnp.where(self.decay == 1, 0, jnp.maximum(positions - self.decay_from, 0))
+    masked, forces, grows = jnp.any(words != EVERYTHING), jnp.any(forced >= 0), jnp.any(grown > 0)
+    normal = jnp.any(self.normalize)
 
     def change(logits):
       vocab = logits.shape[1]
       logits = _where(biased, lambda x: x + self._biases(vocab, positions, history), logits)
+      logits = _where(of_source, self._of_source, logits)
       logits = _where(penalized, lambda x: self._penalize(x, positions, history), logits)
       logits = _where(repeats, lambda x: jnp.where(self._repeated(vocab, positions, history), -jnp.inf, x), logits)
+      logits = _where(grows, lambda x: self._grow_ends(x, grown), logits)
       logits = _where(masked, lambda x: jnp.where(unpack(words, vocab), x, -jnp.inf), logits)
       only = jnp.where(jnp.arange(vocab) == forced[:, None], 0.0, -jnp.inf)
-      return jnp.where((forced >= 0)[:, None], only, logits)
+      logits = jnp.where((forced >= 0)[:, None], only, logits)
+      own = lambda x: jnp.where(self.normalize[:, None], jax.nn.log_softmax(x), x)  # noqa: E731
+      return _where(normal, own, logits)
 
     # One question for all: each one that is asked costs a copy of the logits.
-    return _where(biased | penalized | repeats | masked | forces, change, logits.astype(jnp.float32))
+    asked = biased | of_source | penalized | repeats | grows | masked | forces | normal
+    return _where(asked, change, logits.astype(jnp.float32))
 
   def _biases(self, vocab, positions, history) -> Float32[Array, "B V"]:
     before = jnp.arange(1 - self.sequences.shape[2], 0)  # L - 1 places
@@ -92,6 +106,15 @@ class LogitRules:
     wanted = self.sequences[:, :, :-1]
     holds = jnp.all((wanted == seen) | (wanted == -1), axis=2)
     return _scatter(vocab, self.sequences[:, :, -1], jnp.where(holds, self.bias, 0.0))
+
+  def _of_source(self, logits) -> Float32[Array, "B V"]:
+    factor = 1 / self.source_penalty[:, None]
+    changed = jnp.where(logits < 0, logits * factor, logits / factor)
+    return jnp.where(unpack(self.source, logits.shape[1]), changed, logits)
+
+  def _grow_ends(self, logits, steps) -> Float32[Array, "B V"]:
+    more = jnp.abs(logits) * (self.decay ** steps.astype(jnp.float32) - 1)[:, None]
+    return jnp.where(unpack(self.ends, logits.shape[1]) & jnp.isfinite(logits), logits + more, logits)
 
   def _penalize(self, logits, positions, history) -> Float32[Array, "B V"]:
     places = jnp.arange(history.shape[1])
@@ -155,6 +178,7 @@ def logit_rules(
   ends: Sequence[Collection[int]],
   vocab_size: int,
   sequences: tuple[int, int] | None = None,
+  sources: Sequence[Sequence[int]] | None = None,
 ) -> LogitRules:
   """The rules of rows, as NumPy arrays.
 
@@ -165,19 +189,23 @@ def logit_rules(
     ends: tokens that end a row's completion.
     sequences: how many biased sequences a row may have, single tokens included, and of what length: shapes of
       the arrays, and so of what is compiled. None: as many as there are, rounded up to powers of two.
+    sources: each row's prompt; of an encoder_decoder what the encoder reads. None: no setting asks for them.
 
   Raises:
     ConfigError: a token that the model does not have, or more or longer sequences than `sequences` has room for.
   """
   for one in settings:
     check_vocabulary(one, vocab_size)
-  biased = [_biased(one) for one in settings]
+  sources = [()] * len(settings) if sources is None else sources
+  biased = [biased_runs(one, source) for one, source in zip(settings, sources, strict=True)]
   if sequences is None:
     sequences = _power(max(map(len, biased))), _power(max((len(ids) for row in biased for ids, _ in row), default=1))
   column = lambda name, dtype: np.asarray([getattr(one, name) for one in settings], dtype)  # noqa: E731
   token = lambda name: np.asarray([-1 if (i := getattr(s, name)) is None else i for s in settings], np.int32)  # noqa: E731
   starts = np.asarray(begins, np.int32)
   tables = [_table(row, *sequences) for row in biased]
+  decays = [one.exponential_decay_length_penalty or (0, 1.0) for one in settings]
+  read = [set(source) if one.encoder_repetition_penalty != 1 else () for one, source in zip(settings, sources)]
   return LogitRules(
     begins=starts,
     last=np.asarray(limits, np.int32) - 1,
@@ -185,30 +213,41 @@ def logit_rules(
     repetition=column("repetition_penalty", np.float32),
     presence=column("presence_penalty", np.float32),
     frequency=column("frequency_penalty", np.float32),
+    source_penalty=column("encoder_repetition_penalty", np.float32),
+    decay=np.asarray([factor for _, factor in decays], np.float32),
+    decay_from=starts + np.asarray([start for start, _ in decays], np.int32),
+    normalize=column("renormalize_logits", bool),
     ngram=np.minimum(column("no_repeat_ngram_size", np.int64), 2**31 - 1).astype(np.int32),
     forced_first=token("forced_bos_token_id"),
     forced_last=token("forced_eos_token_id"),
-    allowed=np.stack([_allowed(one, vocab_size) for one in settings]),
+    allowed=np.stack([_allowed(one, source, vocab_size) for one, source in zip(settings, sources)]),
     allowed_first=np.stack([~pack(one.begin_suppress_tokens, vocab_size) for one in settings]),
     ends=np.stack([pack(one, vocab_size) for one in ends]),
+    source=np.stack([pack(one, vocab_size) for one in read]),
     sequences=np.stack([tokens for tokens, _ in tables]),
     bias=np.stack([bias for _, bias in tables]),
   )
 
 
-def _allowed(settings: SamplingParams, vocab_size: int) -> UInt32[np.ndarray, " W"]:
+def _allowed(settings: SamplingParams, source: Sequence[int], vocab_size: int) -> UInt32[np.ndarray, " W"]:
   never = {*settings.suppress_tokens, *(ids[0] for ids in settings.bad_words_ids if len(ids) == 1)}
+  never |= set(source) if settings.encoder_no_repeat_ngram_size == 1 else set()
   only = settings.allowed_token_ids
   return ~pack(never, vocab_size) & (EVERYTHING if only is None else pack(only, vocab_size))
 
 
-def _biased(settings: SamplingParams) -> list[Biased]:
-  """Sequences and the bias of their last token; those of one token that never come are masked instead."""
-  biased: list[tuple[tuple[int, ...], float]] = [
-    ((int(token),), bias) for token, bias in (settings.logit_bias or {}).items()
-  ]
-  biased += [(ids, bias) for ids, bias in (settings.sequence_bias or {}).items()]
-  return biased + [(ids, -np.inf) for ids in settings.bad_words_ids if len(ids) > 1]
+def biased_runs(settings: SamplingParams, source: Sequence[int]) -> list[Biased]:
+  """Sequences and the bias of their last token; those of one token that never come are masked instead.
+
+  Args:
+    source: of whose runs of `encoder_no_repeat_ngram_size` tokens none may come.
+  """
+  biased: list[Biased] = [((int(token),), bias) for token, bias in (settings.logit_bias or {}).items()]
+  biased += [(tuple(ids), bias) for ids, bias in (settings.sequence_bias or {}).items()]
+  size = settings.encoder_no_repeat_ngram_size
+  runs = {tuple(source[i : i + size]) for i in range(len(source) - size + 1)} if size > 1 else set()
+  runs |= {ids for ids in settings.bad_words_ids if len(ids) > 1}
+  return biased + [(ids, -np.inf) for ids in sorted(runs)]
 
 
 def _table(biased: Sequence[Biased], count: int, length: int):

@@ -57,8 +57,11 @@ class Model:
     source: dict[str, Any] | None = None,
     vectors: TextVectors | None = None,
   ):
-    self.config, self.tokenizer, self.generation = config, tokenizer, dict(generation or {})
-    self.compute, self.vectors = compute, vectors
+    self.tokenizer, self.generation = tokenizer, dict(generation or {})
+    start = self.generation.get("decoder_start_token_id")
+    if config.architecture == "encoder_decoder" and start is not None:  # a text may begin as none did in training
+      config = dataclasses.replace(config, decoder_start_id=start)
+    self.config, self.compute, self.vectors = config, compute, vectors
     self.source = source or {}
     self.graph = declare(config, compute)[0]
     self._weights = cast(unstack_layers(params), compute.dtype)

@@ -65,10 +65,16 @@ class SamplingParams:
   top_p: float = 1.0  # only the most likely tokens that together have this probability
   min_p: float = 0.0  # only tokens at least this likely relative to the most likely one
   typical_p: float = 1.0  # only tokens whose surprise is nearest to the expected one, together this probable
+  top_h: float | None = None  # only the most likely tokens that together have this share of the entropy; None: all
+  epsilon_cutoff: float = 0.0  # only tokens at least this likely
+  eta_cutoff: float = 0.0  # the same, but less where the entropy is high
   repetition_penalty: float = 1.0  # divides the positive logits of tokens seen so far, multiplies the negative ones
   presence_penalty: float = 0.0  # is subtracted from the logit of every token drawn so far
   frequency_penalty: float = 0.0  # is subtracted once for each time that it was drawn
   no_repeat_ngram_size: int = 0  # no run of so many tokens comes twice, the prompt's included
+  # Of the prompt, which an encoder_decoder's encoder reads:
+  encoder_repetition_penalty: float = 1.0  # multiplies its tokens' positive logits, divides their negative ones
+  encoder_no_repeat_ngram_size: int = 0  # no run of so many of its tokens comes
   logit_bias: Mapping[int, float] | None = None  # is added to a token's logit
   sequence_bias: Mapping[Sequence[int], float] | None = None  # to that of a sequence's last token, behind the others
   bad_words: Sequence[str] = ()  # texts whose tokens are not drawn in a row
@@ -78,6 +84,8 @@ class SamplingParams:
   begin_suppress_tokens: Sequence[int] = ()  # not these as the first token
   forced_bos_token_id: int | None = None  # the completion's first token
   forced_eos_token_id: int | None = None  # its last one, if it reaches max_tokens
+  # (start, factor): behind the completion's first `start` tokens the logits of what ends it grow by factor ** tokens.
+  exponential_decay_length_penalty: tuple[int, float] | None = None
   min_tokens: int = 0  # nothing ends a completion before it has so many
   max_tokens: int | None = 16  # None: up to the model's max_seq_len
   min_length: int = 0  # like min_tokens and max_tokens, but the prompt's tokens count too
@@ -96,6 +104,7 @@ class SamplingParams:
   length_penalty: float = 1.0  # a completion's log-probability is divided by its length to this power
   # True: stop at num_beams completions; False: when no better one is likely; "never": when none can come.
   early_stopping: bool | Literal["never"] = False
+  renormalize_logits: bool = False  # beam search: what is left of the probabilities after the other settings sums to 1
 
   def __post_init__(self):
     for name, normal in _FORMS.items():
@@ -219,6 +228,14 @@ def _sequence_biases(value: Any) -> dict | None:
   return None if value is None else {tuple(ids): bias for ids, bias in pairs}
 
 
+def _decay(value: Any) -> tuple[int, float] | None:
+  """JSON may have the number of tokens as 5.0."""
+  if value is None:
+    return None
+  start, factor = value
+  return int(start) if start == int(start) else start, factor
+
+
 # One form for what may be spelled in several.
 _FORMS: dict[str, Callable[[Any], Any]] = {
   "stop": _listed,
@@ -232,12 +249,15 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
   "sequence_bias": _sequence_biases,
   "structured_outputs": lambda value: StructuredOutputsParams(**value) if isinstance(value, Mapping) else value,
   "top_k": lambda value: 0 if value == -1 else value,
+  "exponential_decay_length_penalty": _decay,
 }
 _IDS = (_ids, "token ids of at least 0")
 _ONE_ID = (_optional(lambda x: _whole(x, 0)), "a token id of at least 0")
 _COUNT = (_optional(lambda x: _whole(x, 0)), "a whole number of at least 0")
 _AT_LEAST_ONE = (_optional(lambda x: _whole(x, 1)), "a whole number of at least 1")
 _SHARE = (lambda x: _number(x, 0, 1) and x > 0, "over 0 and at most 1")
+_BELOW_ONE = (lambda x: _number(x, 0, 1) and x < 1, "at least 0 and below 1")
+_FACTOR = (lambda x: _number(x, 0, INFINITY) and x > 0, "a finite number over 0")
 _PENALTY = (lambda x: _number(x, -2, 2), "between -2 and 2")
 _SWITCH = (lambda x: isinstance(x, bool), "True or False")
 _TEXTS = (lambda x: all(isinstance(s, str) and s for s in x), "strings that are not empty")
@@ -250,7 +270,17 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
   "top_p": _SHARE,
   "min_p": (lambda x: _number(x, 0, 1), "between 0 and 1"),
   "typical_p": _SHARE,
-  "repetition_penalty": (lambda x: _number(x, 0, INFINITY) and x > 0, "a finite number over 0"),
+  "top_h": (_optional(_SHARE[0]), _SHARE[1]),
+  "epsilon_cutoff": _BELOW_ONE,
+  "eta_cutoff": _BELOW_ONE,
+  "repetition_penalty": _FACTOR,
+  "encoder_repetition_penalty": _FACTOR,
+  "encoder_no_repeat_ngram_size": (lambda x: _whole(x, 0), "a whole number of at least 0"),
+  "exponential_decay_length_penalty": (
+    _optional(lambda x: len(x) == 2 and _whole(x[0], 0) and x[0] < 2**31 and _FACTOR[0](x[1])),
+    "a number of tokens and a finite factor over 0",
+  ),
+  "renormalize_logits": _SWITCH,
   "presence_penalty": _PENALTY,
   "frequency_penalty": _PENALTY,
   "no_repeat_ngram_size": (lambda x: _whole(x, 0), "a whole number of at least 0"),

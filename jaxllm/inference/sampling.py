@@ -2,7 +2,8 @@
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,56 +13,89 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from jaxllm.inference.logits import LogitRules, logit_rules
 from jaxllm.inference.params import SamplingParams
 
+MOST_BY_ENTROPY = 100  # tokens that top-h looks at, as transformers does
 
-def filter_logits(
-  logits: Float[Array, "B V"],
-  temperature: Float[Array, " B"],
-  top_k: Int[Array, " B"],
-  top_p: Float[Array, " B"],
-  min_p: Float[Array, " B"],
-  typical_p: Float[Array, " B"],
-) -> Float[Array, "B V"]:
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+  """Which tokens may be drawn, one entry a row; see `filter_logits`."""
+
+  temperature: Float[Array, " B"]
+  top_k: Int[Array, " B"]  # 0 keeps all
+  top_p: Float[Array, " B"]  # 1 keeps all
+  min_p: Float[Array, " B"]  # 0 keeps all
+  typical_p: Float[Array, " B"]  # 1 keeps all
+  top_h: Float[Array, " B"]  # over 1 keeps all
+  epsilon: Float[Array, " B"]  # 0 keeps all
+  eta: Float[Array, " B"]  # 0 keeps all
+
+
+def filter_logits(logits: Float[Array, "B V"], cuts: Cuts) -> Float[Array, "B V"]:
   """Log-weights of the tokens that may be drawn, -inf for the others; softmax gives the probabilities.
 
-  The order is transformers': the temperature divides the logits; top-k keeps the k highest; top-p keeps the
-  fewest of those, renormalised, that reach its probability (Holtzman et al., arXiv 1904.09751); min-p keeps
-  what has at least its share of the highest probability (Nguyen et al., arXiv 2407.01082), which does not
-  depend on the other two; typical-p keeps, of what is left, the fewest tokens of that probability whose
-  surprise is nearest to the expected one (Meister et al., arXiv 2202.00666). Tokens as likely as the last one kept
-  are kept too. vLLM differs in applying min-p before top-p. A row of temperature 0 is treated as 1; `sample` takes
-  its argmax.
-
-  Args:
-    top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all. typical_p: 1 keeps all.
+  The order is transformers': the temperature divides the logits; top-h keeps the likeliest tokens that together have
+  this share of the entropy of the `MOST_BY_ENTROPY` likeliest (Potraghloo et al., arXiv 2509.02510); top-k keeps the k
+  highest; top-p keeps the fewest of those, renormalised, that reach its probability (Holtzman et al., arXiv
+  1904.09751); min-p keeps what has at least its share of the highest probability (Nguyen et al., arXiv 2407.01082),
+  which does not depend on the other two; typical-p keeps, of what is left, the fewest tokens of that probability whose
+  surprise is nearest to the expected one (Meister et al., arXiv 2202.00666); epsilon and eta drop what is less likely
+  than they say (Hewitt et al., arXiv 2210.15191). Tokens as likely as the last one kept are kept too. vLLM differs in
+  applying min-p before top-p. A row of temperature 0 is treated as 1; `sample` takes its argmax.
   """
   vocab = logits.shape[1]
   scaled = logits.astype(jnp.float32)
   scaled = scaled - scaled.max(-1, keepdims=True)  # before the division, which could overflow
-  scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+  scaled = scaled / jnp.where(cuts.temperature > 0, cuts.temperature, 1.0)[:, None]
+  scaled = jax.lax.cond(jnp.any(cuts.top_h <= 1), lambda x: _by_entropy(x, cuts.top_h), lambda x: x, scaled)
 
   def cut(_):
     order = _ordered_bits(scaled)
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    count = jnp.where(cuts.top_k > 0, jnp.minimum(cuts.top_k, vocab), vocab)
     kth = _highest(lambda low: (order >= low).sum(-1) >= count, order)
     weights = jnp.where(order >= kth, jnp.exp(scaled), 0.0)
-    enough = top_p * _total(weights)
+    enough = cuts.top_p * _total(weights)
     nucleus = _highest(lambda low: _total(jnp.where(order >= low, weights, 0.0)) >= enough, order)
-    lowest = jnp.where(top_p[:, None] < 1, jnp.maximum(kth, nucleus), kth)
+    lowest = jnp.where(cuts.top_p[:, None] < 1, jnp.maximum(kth, nucleus), kth)
     return jnp.where(order >= lowest, scaled, -jnp.inf)
 
-  kept = jax.lax.cond(jnp.any(top_k > 0) | jnp.any(top_p < 1), cut, lambda _: scaled, None)
-  kept = jnp.where(scaled >= jnp.log(min_p)[:, None], kept, -jnp.inf)  # the highest of `scaled` is 0
-  return jax.lax.cond(jnp.any(typical_p < 1), lambda x: _typical(x, typical_p), lambda x: x, kept)
+  kept = jax.lax.cond(jnp.any(cuts.top_k > 0) | jnp.any(cuts.top_p < 1), cut, lambda _: scaled, None)
+  kept = jnp.where(scaled >= jnp.log(cuts.min_p)[:, None], kept, -jnp.inf)  # the highest of `scaled` is 0
+  kept = jax.lax.cond(jnp.any(cuts.typical_p < 1), lambda x: _typical(x, cuts.typical_p), lambda x: x, kept)
+  unlikely = jnp.any((cuts.epsilon > 0) | (cuts.eta > 0))
+  return jax.lax.cond(unlikely, lambda x: _likely(x, cuts.epsilon, cuts.eta), lambda x: x, kept)
 
 
-def _typical(logits: Float[Array, "B V"], mass: Float[Array, " B"]) -> Float[Array, "B V"]:
+def _logprobs(logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], Float[Array, "B V"], Float[Array, " B"]]:
+  """Log-probabilities, probabilities and their entropy in nats."""
   highest = logits.max(-1, keepdims=True)
   logprobs = logits - highest - jnp.log(_total(jnp.exp(logits - highest)))[:, None]
   weights = jnp.exp(logprobs)
-  entropy = -_total(jnp.where(weights > 0, weights * logprobs, 0.0))[:, None]
-  order = _ordered_bits(-jnp.abs(logprobs + entropy))
+  return logprobs, weights, -_total(jnp.where(weights > 0, weights * logprobs, 0.0))
+
+
+def _by_entropy(logits: Float[Array, "B V"], share: Float[Array, " B"]) -> Float[Array, "B V"]:
+  top = jax.lax.top_k(logits, min(MOST_BY_ENTROPY, logits.shape[1]))[0]
+  logprobs, weights, entropy = _logprobs(top)
+  reached = jnp.cumsum(jnp.where(weights > 0, -weights * logprobs, 0.0), axis=-1)
+  count = jnp.maximum((reached <= (entropy * share)[:, None]).sum(-1), 1)
+  lowest = jnp.take_along_axis(top, count[:, None] - 1, axis=-1)
+  return jnp.where((logits >= lowest) | (share > 1)[:, None], logits, -jnp.inf)
+
+
+def _typical(logits: Float[Array, "B V"], mass: Float[Array, " B"]) -> Float[Array, "B V"]:
+  logprobs, weights, entropy = _logprobs(logits)
+  order = _ordered_bits(-jnp.abs(logprobs + entropy[:, None]))
   lowest = _highest(lambda low: _total(jnp.where(order >= low, weights, 0.0)) >= mass, order)
   return jnp.where((order >= lowest) | (mass >= 1)[:, None], logits, -jnp.inf)
+
+
+def _likely(logits: Float[Array, "B V"], epsilon: Float[Array, " B"], eta: Float[Array, " B"]) -> Float[Array, "B V"]:
+  best = logits >= logits.max(-1, keepdims=True)
+  logits = jnp.where((_logprobs(logits)[1] >= epsilon[:, None]) | best, logits, -jnp.inf)
+  _, weights, entropy = _logprobs(logits)
+  least = jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-entropy))
+  return jnp.where((weights >= least[:, None]) | best, logits, -jnp.inf)
 
 
 def _total(x: Float[Array, "B V"]) -> Float[Array, " B"]:
@@ -93,15 +127,7 @@ def _highest(
   return jax.lax.fori_loop(0, 32, settle, jnp.zeros((order.shape[0], 1), jnp.uint32))
 
 
-def sample(
-  logits: Float[Array, "B V"],
-  keys: Key[Array, " B"],
-  temperature: Float[Array, " B"],
-  top_k: Int[Array, " B"],
-  top_p: Float[Array, " B"],
-  min_p: Float[Array, " B"],
-  typical_p: Float[Array, " B"],
-) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B V"], keys: Key[Array, " B"], cuts: Cuts) -> Int[Array, " B"]:
   """A token for each row from its filtered distribution (see `filter_logits`); temperature 0: the argmax.
 
   A row's token depends on its own logits, key and settings only, not on the batch that it is in. It is -1 where there
@@ -110,13 +136,13 @@ def sample(
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def draw(_):
-    weights = filter_logits(logits, temperature, top_k, top_p, min_p, typical_p)
+    weights = filter_logits(logits, cuts)
     # XLA:CPU would compute the noise inside the search, number by number.
     noisy = jax.lax.optimization_barrier(weights + _gumbel(keys, logits.shape[1]))
     drawn = jnp.argmax(noisy == noisy.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
-    return jnp.where(temperature > 0, drawn, greedy)
+    return jnp.where(cuts.temperature > 0, drawn, greedy)
 
-  token = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, None)
+  token = jax.lax.cond(jnp.any(cuts.temperature > 0), draw, lambda _: greedy, None)
   highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)[:, 0]  # NaN if one is: argmax finds it
   return jnp.where(jnp.isfinite(highest), token, -1)
 
@@ -149,11 +175,7 @@ class SamplingRows:
   """The settings of a batch as arrays, one entry a row."""
 
   seeds: UInt32[Array, "B 2"]
-  temperature: Float[Array, " B"]
-  top_k: Int[Array, " B"]
-  top_p: Float[Array, " B"]
-  min_p: Float[Array, " B"]
-  typical_p: Float[Array, " B"]
+  cuts: Cuts
   rules: LogitRules
 
   def draw(
@@ -176,24 +198,15 @@ class SamplingRows:
     logits = self.rules.apply(logits, positions, history, allowed)
     keys = jax.random.wrap_key_data(self.seeds, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    return sample(logits, keys, self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
+    return sample(logits, keys, self.cuts)
 
   def take(self, rows: Int[Array, " N"]) -> "SamplingRows":
     """The settings of these rows."""
     return jax.tree.map(lambda x: x[rows], self)
 
 
-def sampling_rows(
-  settings: Sequence[SamplingParams],
-  samples: Sequence[int],
-  *,
-  begins: Sequence[int],
-  limits: Sequence[int],
-  ends: Sequence[Collection[int]],
-  vocab_size: int,
-  sequences: tuple[int, int] | None = None,
-) -> SamplingRows:
-  """Row i draws by settings[i], as completion number samples[i] of its prompt; see `logit_rules` for the others."""
+def sampling_rows(settings: Sequence[SamplingParams], samples: Sequence[int], **facts: Any) -> SamplingRows:
+  """Row i draws by settings[i], as completion number samples[i] of its prompt; `facts`: see `logit_rules`."""
   entropy = [
     (secrets.randbits(64) if row.seed is None else int(row.seed), sample)
     for row, sample in zip(settings, samples, strict=True)
@@ -202,10 +215,15 @@ def sampling_rows(
   least, most = np.finfo(np.float32).tiny, np.finfo(np.float32).max  # a share of 0 would keep nothing
   return SamplingRows(
     seeds=np.stack([np.random.SeedSequence(words).generate_state(2) for words in entropy]),
-    temperature=np.minimum(column("temperature", np.float64), most).astype(np.float32),
-    top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
-    top_p=np.maximum(column("top_p", np.float32), least),
-    min_p=column("min_p", np.float32),
-    typical_p=np.maximum(column("typical_p", np.float32), least),
-    rules=logit_rules(settings, begins=begins, limits=limits, ends=ends, vocab_size=vocab_size, sequences=sequences),
+    cuts=Cuts(
+      temperature=np.minimum(column("temperature", np.float64), most).astype(np.float32),
+      top_k=np.minimum(column("top_k", np.int64), 2**31 - 1).astype(np.int32),
+      top_p=np.maximum(column("top_p", np.float32), least),
+      min_p=column("min_p", np.float32),
+      typical_p=np.maximum(column("typical_p", np.float32), least),
+      top_h=np.asarray([2 if row.top_h is None else row.top_h for row in settings], np.float32),
+      epsilon=column("epsilon_cutoff", np.float32),
+      eta=column("eta_cutoff", np.float32),
+    ),
+    rules=logit_rules(settings, **facts),
   )

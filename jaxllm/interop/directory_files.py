@@ -40,8 +40,15 @@ class Generation(TypedDict, total=False):
   top_p: Real | None
   min_p: Real | None
   typical_p: Real | None
+  top_h: Real | None
+  epsilon_cutoff: Real | None
+  eta_cutoff: Real | None
   repetition_penalty: Real | None
   no_repeat_ngram_size: Whole | None
+  encoder_repetition_penalty: Real | None
+  encoder_no_repeat_ngram_size: Whole | None
+  exponential_decay_length_penalty: list[Real] | None
+  renormalize_logits: bool | None
   max_length: Whole | None
   min_length: Whole | None
   max_new_tokens: Whole | None
@@ -57,6 +64,36 @@ class Generation(TypedDict, total=False):
   stop_strings: str | list[str] | None
 
 
+# Further ones of transformers' that an old config.json may have, as it has those above.
+MORE_SETTINGS = (
+  *("early_stopping", "sequence_bias", "cache_implementation", "assistant_ensemble_weight", "constraints"),
+  *("diversity_penalty", "dola_layers", "force_words_ids", "guidance_scale", "is_assistant", "max_time"),
+  *("num_beam_groups", "penalty_alpha", "remove_invalid_values", "token_healing", "watermarking_config"),
+)
+
+
+def settings_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What a Hugging Face config.json says of generation, where there is no generation_config.json: files from before
+  there was one say it there, or in what they say of the decoder. `task_specific_params` are not read, as in
+  transformers 5.
+  """
+  names = (*Generation.__annotations__, *MORE_SETTINGS)
+  inner = next(
+    (one for name in ("decoder", "generator", "text_config") if isinstance(one := config.get(name), dict)), {}
+  )
+  found = {name: part[name] for name in names for part in (inner, config) if part.get(name) is not None}
+  if config.get("force_bos_token_to_be_generated") and "bos_token_id" in found:
+    found["forced_bos_token_id"] = found["bos_token_id"]
+  return found
+
+
+def as_transformers(generation: Mapping[str, Any], encoder_decoder: bool) -> dict[str, Any]:
+  """Settings of a Hugging Face directory with what transformers takes where they are silent: nothing is drawn, and a
+  decoder begins with the token that begins texts."""
+  usual = {"do_sample": False} | ({"decoder_start_token_id": generation.get("bos_token_id")} if encoder_decoder else {})
+  return {**generation} | {name: value for name, value in usual.items() if generation.get(name) is None}
+
+
 def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]:
   """The content of a generation_config.json, its known keys by their types.
 
@@ -66,7 +103,7 @@ def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]
     ConfigError: a value of another type.
   """
   known = declared(Generation, values, str(what))
-  for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+  for name in ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"):
     ids = known.get(name)
     if isinstance(ids, list):
       known[name] = [i for i in ids if i >= 0]

@@ -15,10 +15,12 @@ from jaxllm.interop.block_scaled import dequantized, is_block_scaled
 from jaxllm.interop.directory_files import (
   CONFIG_FILE,
   GENERATION_FILE,
+  as_transformers,
   generation_settings,
   read_generation_config,
   read_json,
   read_tokenizer,
+  settings_in_config,
   source_of,
   write_json,
 )
@@ -79,10 +81,11 @@ def open_huggingface(directory: Path) -> StoredModel:
     params = kept(params, packed, config, family)
   else:
     config, params = from_huggingface(hf, tensors)
-  generation = {name: hf[name] for name in SPECIAL_IDS if hf.get(name) is not None}
-  generation = generation_settings(generation, directory / CONFIG_FILE)
   if (directory / GENERATION_FILE).is_file():
     generation = read_generation_config(directory)
+  else:
+    generation = generation_settings(settings_in_config(hf), directory / CONFIG_FILE)
+  generation = as_transformers(generation, config.architecture == "encoder_decoder")
   for line in remarks(hf):
     log.warning("%s: %s", directory, line)
   source = source_of(hf, directory / CONFIG_FILE)
@@ -114,7 +117,10 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
       tokenizer.save(new)
     if model.vectors is not None:
       model.vectors.save(new)
-    write_json(new / GENERATION_FILE, {name: i for name, i in special.items() if i is not None} | model.generation)
+    start = {"decoder_start_token_id": model.config.decoder_start_id}
+    known = {name: i for name, i in special.items() if i is not None}
+    known |= start if model.config.architecture == "encoder_decoder" else {}
+    write_json(new / GENERATION_FILE, known | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 
 

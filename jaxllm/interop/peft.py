@@ -1,7 +1,9 @@
 """PEFT's LoRA and DoRA adapters, read: their modules as our parameters."""
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ PREFIX = "base_model.model."
 # The endings of a module's factors A [r, inputs] and B [outputs, r], and of DoRA's magnitude [outputs]
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"  # of a table, which are trained without the others
 
 
 def read_weights(directory: Path) -> dict[str, LazyTensor]:
@@ -37,18 +40,34 @@ def read_weights(directory: Path) -> dict[str, LazyTensor]:
   return {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(directory / WEIGHTS_FILE).items()}
 
 
-def _split(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, dict[str, LazyTensor]], Tensors]:
-  """The factors of each module, by their endings, and the tensors of modules that are saved whole."""
-  modules: dict[str, dict[str, LazyTensor]] = {}
-  full = {}
-  for name, tensor in tensors.items():
-    name = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
-    ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
-    if ending:
-      modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
-    elif ".original_module." not in name:  # what was there before it was trained
-      full[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
-  return modules, full
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """The tensors of an adapter: the factors of each module, by their endings; of modules that are saved whole; and rows
+  of a table, by its module."""
+
+  modules: Mapping[str, Mapping[str, LazyTensor]]
+  full: Tensors
+  rows: Tensors
+
+  @classmethod
+  def of(cls, tensors: Tensors) -> "_Found":
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    full, rows = {}, {}
+    for name, tensor in tensors.items():
+      name = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
+      ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
+      if ending:
+        modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
+      elif name.endswith(ROWS):
+        rows[name.removesuffix(ROWS)] = tensor
+      elif not any(part in name for part in (".original_module.", ".trainable_tokens_original")):  # as it was before
+        full[re.sub(r"\.(token_adapter|base_layer|modules_to_save)(?=\.)", "", name)] = tensor
+    return cls(modules, full, rows)
+
+  def without(self, modules: Collection[str]) -> "_Found":
+    """The same but for these modules."""
+    keep = lambda tensors: {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in modules}  # noqa: E731
+    return _Found(keep(self.modules), keep(self.full), keep(self.rows))
 
 
 def changes_tied_table(directory: Path, family: str) -> bool:
@@ -56,16 +75,17 @@ def changes_tied_table(directory: Path, family: str) -> bool:
   config, settings = read_settings(directory)
   if settings.tied:
     return False
-  modules, full = _split(read_weights(directory))
-  names = {*modules, *(name.removesuffix(".weight") for name in full)}
+  found = _Found.of(read_weights(directory))
   own = FAMILIES[family]
   tied = {_table(own).removesuffix(".weight"), own.head.removesuffix(".weight")}
+  of_head = [name for name in found.rows if ends((own.head.removesuffix(".weight"),), name)]  # else both have them
+  names = {*found.modules, *of_head, *(name.removesuffix(".weight") for name in found.full)}
   return any(own.prefix + name in tied or name in tied for name in names)
 
 
 def vocabulary_of(directory: Path, family: str) -> int | None:
   """The rows of the embedding that an adapter has whole, as one with new tokens does; None: it has none."""
-  full = _split(read_weights(directory))[1]
+  full = _Found.of(read_weights(directory)).full
   own = FAMILIES[family]
   table = full.get(_table(own)) or full.get(_table(own).removeprefix(own.prefix))
   return table.shape[0] if table is not None and len(table.shape) == 2 else None
@@ -86,15 +106,14 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
       config and the model call for; the message lists them.
   """
   raw, settings = read_settings(directory)
-  modules, full = _split(read_weights(directory))
-  if not modules and not full:
+  found = _Found.of(read_weights(directory))
+  if found == _Found({}, {}, {}):
     raise CheckpointError(f"{directory / WEIGHTS_FILE} is empty")
   if settings.tied and config.tie_embeddings:  # the head's copies of what changes the embedding
     head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
-    modules = {name: parts for name, parts in modules.items() if name not in head}
-    full = {name: tensor for name, tensor in full.items() if name.removesuffix(".weight") not in head}
-    settings = settings.without(head)
-  wanted = [*(f"{name}.weight" for name in modules), *full]
+    found, settings = found.without(head), settings.without(head)
+  modules, full = found.modules, dict(found.full)
+  wanted = [*(f"{name}.weight" for name in (*modules, *found.rows)), *full]
   fewest: list[str] | None = None
   for family in families:
     known, names = places(config, family, wanted)
@@ -108,13 +127,17 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
   ours = {names[f"{name}.weight"].removesuffix(".weight"): parts for name, parts in modules.items()}
   settings.check_patterns({name.rpartition(".")[0] for name in known}, f"the adapter in {directory}")
   _check_targets(directory, settings, ours, known, {names[name] for name in full})
+  for module, rows in found.rows.items():
+    name, tokens = f"{module}.weight", settings.tokens_of(module)
+    check = functools.partial(_fits, directory, module)
+    full[name] = _with_rows(config, tensors, known[names[name]], full.get(name), rows, tokens, check)
   shapes = param_shapes(config)
   pieces: dict[str, dict[Index, _Piece]] = {}
   for module, parts in ours.items():
     place = known[f"{module}.weight"]
     for path, piece in _pieces(directory, config, settings, shapes, module, parts, place):
       pieces.setdefault(path, {})[place.at] = piece
-  changes = {path: _stacked(shapes[path], found, settings.dropout) for path, found in pieces.items()}
+  changes = {path: _stacked(shapes[path], each, settings.dropout) for path, each in pieces.items()}
   replaced: dict[str, dict[Index, LazyTensor]] = {}
   for name, tensor in full.items():
     place = known[names[name]]
@@ -128,9 +151,9 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
       read = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
       replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, read)
   copies = {path for name in full if name.removesuffix(".weight") in modules for path in known[names[name]].weight.ours}
-  whole = {path: _replaced(tensors[path], found) for path, found in replaced.items()}
+  whole = {path: _replaced(tensors[path], each) for path, each in replaced.items()}
   whole = {path: new for path, new in whole.items() if not (path in copies and _same(new, tensors[path]))}
-  partly = sorted(p for p, found in replaced.items() if len(found) < math.prod(shapes[p][: len(next(iter(found)))]))
+  partly = sorted(p for p, each in replaced.items() if len(each) < math.prod(shapes[p][: len(next(iter(each)))]))
   return StoredAdapter(raw, changes, whole, directory, tuple(partly))
 
 
@@ -167,6 +190,36 @@ def _check_targets(
       raise CheckpointError(f"the adapter in {directory} has no weights of {shown(target)}, one of its target_modules")
 
 
+def _fits(directory: Path, module: str, holds: bool, problem: str) -> None:
+  if not holds:
+    raise CheckpointError(f"the adapter in {directory} does not fit its base model: {module} {problem}")
+
+
+def _with_rows(
+  config: ModelConfig,
+  tensors: Tensors,
+  place: Place,
+  whole: LazyTensor | None,
+  rows: LazyTensor,
+  tokens: Sequence[int],
+  check: Callable[[bool, str], None],
+) -> LazyTensor:
+  """Their tensor of a table with some rows replaced; `whole`: the adapter's own table, else it is the base's."""
+  wanted = (len(tokens), place.shape[-1])
+  check(len(place.shape) == 2, "is no table of tokens")
+  check(rows.shape == wanted, f"has rows of shape {rows.shape}, but {wanted} are called for")
+  check(max(tokens, default=0) < place.shape[0], f"has no token {max(tokens, default=0)}, whose row was trained")
+  dtype = np.result_type(rows.dtype, *(tensors[path].dtype for path in place.weight.ours))
+
+  def read() -> np.ndarray:
+    own = [tensors[path].part(place.at) for path in place.weight.ours]
+    table = (place.weight.transform.write(config, own) if whole is None else whole.read()).astype(dtype)
+    table[list(tokens)] = rows.read()
+    return table
+
+  return LazyTensor(place.shape, dtype, read)
+
+
 # Factors
 
 
@@ -189,11 +242,7 @@ def inputs_first(config: ModelConfig, place: Place, outputs: Sequence[int]) -> b
 
 def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterator[tuple[str, _Piece]]:
   """(parameter, its change) of a module: of a fused one, several, each with all of A and its own columns of B."""
-
-  def check(fits: bool, problem: str) -> None:
-    if not fits:
-      raise CheckpointError(f"the adapter in {directory} does not fit its base model: {module} {problem}")
-
+  check = functools.partial(_fits, directory, module)
   first, second = EMBEDDING if EMBEDDING[0] in parts else LINEAR
   check(first in parts and second in parts, f"lacks {first if first not in parts else second}")
   check((MAGNITUDE in parts) == settings.dora, f"{'lacks' if settings.dora else 'has'} a magnitude")

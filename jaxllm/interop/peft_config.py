@@ -18,7 +18,6 @@ UNSUPPORTED = (
   "lora_bias",
   "use_bdlora",
   "use_qalora",
-  "trainable_token_indices",
   "target_parameters",
   "arrow_config",
   "monteclora_config",
@@ -39,6 +38,7 @@ class Adapter(TypedDict, total=False):
   layers_to_transform: Count | list[Count]
   layers_pattern: str | list[str]
   modules_to_save: list[str]
+  trainable_token_indices: list[Count] | dict[str, list[Count]]
   use_dora: bool
   use_rslora: bool
   ensure_weight_tying: bool
@@ -98,6 +98,7 @@ class Settings:
   layers: tuple[int, ...] | None
   layers_pattern: tuple[str, ...]
   saved: tuple[str, ...]  # modules that are trained in full
+  tokens: tuple[int, ...] | Mapping[str, Sequence[int]]  # whose rows are, of the embedding or of modules by name
   dora: bool
   rslora: bool
   tied: bool  # a tied embedding is changed as the head too
@@ -119,6 +120,12 @@ class Settings:
 
   def rank_of(self, module: str) -> int:
     return _of_pattern(self.rank_pattern, module, self.rank)
+
+  def tokens_of(self, module: str) -> tuple[int, ...]:
+    """The rows of a module that are trained alone."""
+    if isinstance(self.tokens, tuple):
+      return self.tokens
+    return next((tuple(rows) for name, rows in self.tokens.items() if ends((name,), module)), ())
 
   def means(self, module: str) -> bool:
     """Whether a module is one of the targets, by PEFT's rules."""
@@ -185,6 +192,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
   of_layers = (of_layers,) if isinstance(of_layers, str) else tuple(of_layers)
   patterns.prepare(f"{here} has layers_pattern", of_layers)
   layers = found.get("layers_to_transform", ())
+  tokens = found.get("trainable_token_indices", ())
   return config, Settings(
     rank=found.get("r", 8),
     alpha=found.get("lora_alpha", 8),
@@ -195,6 +203,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     layers=((layers,) if isinstance(layers, int) else tuple(layers)) or None,
     layers_pattern=of_layers,
     saved=tuple(found.get("modules_to_save", ())),
+    tokens=tokens if isinstance(tokens, dict) else tuple(tokens),
     dora=found.get("use_dora", False),
     rslora=found.get("use_rslora", False),
     tied=found.get("ensure_weight_tying", False),

@@ -42,8 +42,14 @@ def test_what_transformers_does_by_default_is_not_said():
     (dict(max_length=50, max_new_tokens=7, min_length=5, min_new_tokens=2), dict(max_tokens=7, min_tokens=2)),
     (dict(stop_strings="END"), dict(stop=("END",))),
     (dict(num_return_sequences=3), dict(n=3)),
-    (dict(num_beams=4, length_penalty=2.0, early_stopping=True, do_sample=False), None),
+    (dict(num_beams=4, length_penalty=2.0, early_stopping=True, renormalize_logits=True), None),
+    (dict(num_beams=4, do_sample=False), dict(num_beams=4, temperature=0)),  # for who asks for one beam
     (dict(repetition_penalty=1.3, no_repeat_ngram_size=3), None),
+    (dict(encoder_repetition_penalty=1.3, encoder_no_repeat_ngram_size=3), None),
+    (dict(top_h=0.4, epsilon_cutoff=3e-4, eta_cutoff=1e-3), None),
+    (dict(exponential_decay_length_penalty=[5.0, 1.1]), dict(exponential_decay_length_penalty=(5, 1.1))),
+    (dict(max_new_tokens=4, min_new_tokens=2, cache_implementation="static"), dict(max_tokens=4, min_tokens=2)),
+    (dict(min_new_tokens=30), dict(min_tokens=16)),  # texts end where they end
     (dict(bad_words_ids=[[2], [7, 8]], eos_token_id=[2, 3]), dict(bad_words_ids=((7, 8),))),
     (dict(sequence_bias=[[[1, 2], 0.5]]), dict(sequence_bias={(1, 2): 0.5})),
     (dict(suppress_tokens=[1, 2], begin_suppress_tokens=[3]), None),
@@ -61,7 +67,9 @@ def test_settings_of_the_file(generation, settings):
 @pytest.mark.parametrize(
   "generation, line",
   [
-    (dict(epsilon_cutoff=3e-4), "epsilon_cutoff = 0.0003 is not honoured"),
+    (dict(remove_invalid_values=True), "remove_invalid_values = True is not honoured"),
+    (dict(cache_implementation="quantized"), "cache_implementation = 'quantized' is not honoured: keys and values"),
+    (dict(min_length=30, max_length=20), "min_length = 30 is over max_length = 20, where texts end"),
     (dict(guidance_scale=1.5), "guidance_scale = 1.5 is not honoured"),
     (dict(watermarking_config={"bias": 2.0}), "watermarking_config = .* is not honoured"),
     (dict(num_beams=2, do_sample=True), "do_sample = True is not honoured: beam search draws nothing"),
@@ -73,6 +81,13 @@ def test_settings_of_the_file(generation, settings):
 def test_what_is_not_honoured_is_said_in_one_line(generation, line):
   [said] = default_settings(generation)[1]
   assert re.match(line, said) and "\n" not in said
+
+
+def test_what_stands_among_the_settings_that_are_not_honoured_is_said():
+  for name, harmless in tables.NOT_HONOURED.items():
+    [said] = default_settings({name: 0.3})[1]
+    assert said == f"{name} = 0.3 is not honoured"
+    assert all(default_settings({name: value})[1] == [] for value in (*harmless, None))
 
 
 def test_an_encoder_decoders_forced_tokens():
@@ -93,11 +108,11 @@ def test_wrong_values_are_told_with_the_file():
 
 def test_a_model_says_it_when_it_is_loaded(tmp_path, caplog):
   tiny.save(tmp_path / "m")
-  (tmp_path / "m" / "generation_config.json").write_text(json.dumps(dict(top_h=0.4, repetition_penalty=1.5)))
+  (tmp_path / "m" / "generation_config.json").write_text(json.dumps(dict(guidance_scale=1.4, repetition_penalty=1.5)))
   seal(tmp_path / "m")  # it is meant
   with caplog.at_level(logging.WARNING, "jaxllm"):
     model = load_model(tmp_path / "m")
-  assert [r.getMessage() for r in caplog.records] == ["generation_config.json: top_h = 0.4 is not honoured"]
+  assert [r.getMessage() for r in caplog.records] == ["generation_config.json: guidance_scale = 1.4 is not honoured"]
   assert model.sampling().repetition_penalty == 1.5
 
 

@@ -23,7 +23,13 @@ def rules(settings, begins, limits=None, **others):
 
 
 def applied(settings, history, begins, positions, logits, limits=None):
-  return np.asarray(jax.jit(lambda r, *x: r.apply(*x))(rules(settings, begins, limits), logits, positions, history))
+  own = rules(settings, begins, limits, sources=[source_of(row) for row in history])
+  return np.asarray(jax.jit(lambda r, *x: r.apply(*x))(own, logits, positions, history))
+
+
+def source_of(history):
+  """What a row's completion was asked by, here its own tokens in another order."""
+  return [int(token) for token in history[::-2]]
 
 
 @functools.cache
@@ -45,16 +51,22 @@ def expected(settings, history, begins, position, logits, limit):
   chain = []
   biased = {(int(i),): float(b) for i, b in (s.logit_bias or {}).items()} | (s.sequence_bias or {})
   chain += [hf.SequenceBiasLogitsProcessor(biased)] if biased else []
+  source = torch.tensor(source_of(history))[None]
+  chain += [hf.EncoderRepetitionPenaltyLogitsProcessor(p, source)] if (p := s.encoder_repetition_penalty) != 1 else []
   chain += [hf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty)] if s.repetition_penalty != 1 else []
   chain += [hf.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size)] if s.no_repeat_ngram_size else []
+  chain += [hf.EncoderNoRepeatNGramLogitsProcessor(n, source)] if (n := s.encoder_no_repeat_ngram_size) else []
   chain += [hf.NoBadWordsLogitsProcessor([list(ids) for ids in s.bad_words_ids])] if s.bad_words_ids else []
   chain += [hf.MinLengthLogitsProcessor(s.min_length, list(ENDS))] if s.min_length else []
   chain += [hf.MinNewTokensLengthLogitsProcessor(int(begins), s.min_tokens, list(ENDS))] if s.min_tokens else []
   if s.forced_eos_token_id is not None:
     chain += [hf.ForcedEOSTokenLogitsProcessor(int(limit), s.forced_eos_token_id)]
+  if s.exponential_decay_length_penalty:
+    chain += [hf.ExponentialDecayLengthPenalty(s.exponential_decay_length_penalty, list(ENDS), int(begins))]
   chain += [hf.SuppressTokensLogitsProcessor(list(s.suppress_tokens))] if s.suppress_tokens else []
   if s.begin_suppress_tokens:
     chain += [hf.SuppressTokensAtBeginLogitsProcessor(list(s.begin_suppress_tokens), int(begins))]
+  chain += [hf.LogitNormalization()] if s.renormalize_logits else []
   out = torch.tensor(logits[None])
   for processor in chain:
     out = processor(seen, out)
@@ -73,6 +85,10 @@ SETTINGS = [
   dict(suppress_tokens=[0, 33, 69]),
   dict(begin_suppress_tokens=[1, 2]),
   dict(forced_eos_token_id=41),
+  dict(encoder_repetition_penalty=2.5, repetition_penalty=1.3),
+  *(dict(encoder_no_repeat_ngram_size=n) for n in (1, 2, 3)),
+  *(dict(exponential_decay_length_penalty=(start, factor)) for start, factor in ((0, 1.5), (4, 0.6))),
+  dict(renormalize_logits=True, suppress_tokens=[4], min_tokens=3, exponential_decay_length_penalty=(1, 1.1)),
   dict(
     repetition_penalty=1.2,
     no_repeat_ngram_size=3,
@@ -95,7 +111,7 @@ def test_equals_transformers(settings):
   for i in range(len(begins)):
     want = expected(one, history[i], begins[i], positions[i], logits[i], limits[i])
     np.testing.assert_array_equal(np.isneginf(got[i]), np.isneginf(want))
-    np.testing.assert_allclose(got[i], want, rtol=1e-6)
+    np.testing.assert_allclose(got[i], want, rtol=5e-6, atol=1e-6)
     changed += not np.array_equal(want, logits[i])
   assert changed or settings == dict(no_repeat_ngram_size=30)
 
@@ -106,7 +122,7 @@ def test_rows_with_different_settings_are_each_their_own():
   got = applied(each, history, begins, positions, logits)
   for i, one in enumerate(each):
     want = expected(one, history[i], begins[i], positions[i], logits[i], T)
-    np.testing.assert_allclose(got[i], want, rtol=1e-6)
+    np.testing.assert_allclose(got[i], want, rtol=5e-6, atol=1e-6)
 
 
 def test_presence_and_frequency_count_what_was_drawn():
@@ -137,6 +153,10 @@ def test_forced_first_and_last_tokens():
   finite = [np.flatnonzero(np.isfinite(row)).tolist() for row in got]
   usual = [i for i in range(V) if i != 9]
   assert finite == [[9], usual, usual, [3]]
+  # What may not begin a text does not follow the forced token either, as in transformers.
+  one = SamplingParams(forced_bos_token_id=9, begin_suppress_tokens=[7])
+  got = applied([one] * 3, history[:3], np.full(3, 5), np.array([5, 6, 7]), logits[:3])
+  assert np.isneginf(got[:, 7]).tolist() == [True, True, False] and got[0, 9] == 0
 
 
 def test_nothing_asked_for_changes_nothing():
@@ -207,8 +227,7 @@ def test_what_does_not_fit_is_refused(settings, sequences, message):
 def test_one_compilation_serves_every_mix():
   logits, history, begins, positions = case()
   apply = jax.jit(lambda r, *x: r.apply(*x))
+  room = dict(sequences=(8, 8), sources=[range(5)] * len(begins))
   for settings in SETTINGS:
-    apply(
-      rules([SamplingParams(max_tokens=None, **settings)] * 48, begins, sequences=(8, 8)), logits, positions, history
-    )
+    apply(rules([SamplingParams(max_tokens=None, **settings)] * 48, begins, **room), logits, positions, history)
   assert apply._cache_size() == 1

@@ -8,16 +8,16 @@ from scipy import stats
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.params import SamplingParams
-from jaxllm.inference.sampling import filter_logits, sample, sampling_rows
+from jaxllm.inference.sampling import Cuts, filter_logits, sample, sampling_rows
 
 LOGITS = np.log(np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01]))
 
 
 def arrays(rows, **settings):
   """[B] arrays of settings; one value is every row's."""
-  usual = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0)
+  usual = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, top_h=2.0, epsilon=0.0, eta=0.0)
   values = {k: np.broadcast_to(np.asarray(settings.get(k, d)), (rows,)) for k, d in usual.items()}
-  return {k: jnp.asarray(v, jnp.int32 if k == "top_k" else jnp.float32) for k, v in values.items()}
+  return Cuts(**{k: jnp.asarray(v, jnp.int32 if k == "top_k" else jnp.float32) for k, v in values.items()})
 
 
 def draw(settings, samples, logits, positions):
@@ -44,6 +44,12 @@ def draw(settings, samples, logits, positions):
     (dict(typical_p=0.2), [0, 0.25, 0, 0, 0, 0, 0]),
     (dict(typical_p=0.3), [0, 0.25, 0.15, 0, 0, 0, 0]),
     (dict(typical_p=0.5), [0.4, 0.25, 0.15, 0, 0, 0, 0]),
+    # Of the entropy of 1.548 0.367 is of 0.4, 0.347 of 0.25 and 0.285 of 0.15.
+    (dict(top_h=0.5), [0.4, 0.25, 0, 0, 0, 0, 0]),
+    (dict(top_h=0.2), [0.4, 0, 0, 0, 0, 0, 0]),  # the first token always stays
+    (dict(epsilon=0.05), [0.4, 0.25, 0.15, 0.1, 0.06, 0, 0]),
+    (dict(epsilon=0.5), [0.4, 0, 0, 0, 0, 0, 0]),
+    (dict(eta=0.09), [0.4, 0.25, 0.15, 0.1, 0, 0, 0]),  # 0.3 * exp(-1.548) is 0.064
     (dict(top_k=2, typical_p=0.3), [0.4, 0, 0, 0, 0, 0, 0]),  # of what top-k leaves: 0.49 and 0.96 beside 0.67
   ],
 )
@@ -51,10 +57,10 @@ def test_draws_follow_the_closed_form(settings, weights):
   expected = np.asarray(weights) / np.sum(weights)
   rows = 20_000
   logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (rows, len(LOGITS)))
-  exact = jax.nn.softmax(filter_logits(logits[:1], **arrays(1, **settings)), axis=-1)[0]
+  exact = jax.nn.softmax(filter_logits(logits[:1], arrays(1, **settings)), axis=-1)[0]
   np.testing.assert_allclose(exact, expected, atol=1e-6)
   keys = jax.random.split(jax.random.key(3), rows)
-  drawn = np.bincount(jax.jit(sample)(logits, keys, **arrays(rows, **settings)), minlength=len(LOGITS))
+  drawn = np.bincount(jax.jit(sample)(logits, keys, arrays(rows, **settings)), minlength=len(LOGITS))
   assert drawn[expected == 0].sum() == 0
   if (expected > 0).sum() > 1:
     assert stats.chisquare(drawn[expected > 0], rows * expected[expected > 0]).pvalue > 1e-3
@@ -73,15 +79,21 @@ def test_support_is_that_of_transformers():
     top_p=rng.choice([1.0, 0.95, 0.7, 0.2], rows).astype(np.float32),
     min_p=rng.choice([0.0, 0.02, 0.3], rows).astype(np.float32),
     typical_p=rng.choice([1.0, 0.95, 0.5, 0.1], rows).astype(np.float32),
+    top_h=rng.choice([2.0, 2.0, 0.9, 0.4], rows).astype(np.float32),
+    epsilon=rng.choice([0.0, 0.0, 0.01, 0.2], rows).astype(np.float32),
+    eta=rng.choice([0.0, 0.0, 0.01, 0.3], rows).astype(np.float32),
   )
-  got = np.asarray(filter_logits(jnp.asarray(logits), **arrays(rows, **settings)))
+  got = np.asarray(filter_logits(jnp.asarray(logits), arrays(rows, **settings)))
   for i in range(rows):
     want = torch.tensor(logits[i : i + 1])
     chain = [hf.TemperatureLogitsWarper(float(settings["temperature"][i]))]
+    chain += [hf.TopHLogitsWarper(float(settings["top_h"][i]))] if settings["top_h"][i] <= 1 else []
     chain += [hf.TopKLogitsWarper(int(settings["top_k"][i]))] if settings["top_k"][i] else []
     chain += [hf.TopPLogitsWarper(float(settings["top_p"][i]))] if settings["top_p"][i] < 1 else []
     chain += [hf.MinPLogitsWarper(float(settings["min_p"][i]))] if settings["min_p"][i] > 0 else []
     chain += [hf.TypicalLogitsWarper(float(settings["typical_p"][i]))] if settings["typical_p"][i] < 1 else []
+    chain += [hf.EpsilonLogitsWarper(float(settings["epsilon"][i]))] if settings["epsilon"][i] > 0 else []
+    chain += [hf.EtaLogitsWarper(float(settings["eta"][i]))] if settings["eta"][i] > 0 else []
     for processor in chain:
       want = processor(None, want)
     np.testing.assert_allclose(jax.nn.softmax(got[i]), torch.softmax(want[0], -1).numpy(), atol=1e-6)
@@ -89,13 +101,13 @@ def test_support_is_that_of_transformers():
 
 def test_ties_stay_and_infinities_are_never_drawn():
   logits = jnp.asarray([[1.0, 1.0, 1.0, -jnp.inf]])
-  kept = filter_logits(logits, **arrays(1, top_k=2))
+  kept = filter_logits(logits, arrays(1, top_k=2))
   assert jnp.isfinite(kept).tolist() == [[True, True, True, False]]
 
 
 def test_a_tiny_temperature_is_greedy_without_overflow():
   logits = jnp.asarray([[100.0, -200.0, 100.5]])
-  assert sample(logits, jax.random.split(jax.random.key(0), 1), **arrays(1, temperature=1e-30)).tolist() == [2]
+  assert sample(logits, jax.random.split(jax.random.key(0), 1), arrays(1, temperature=1e-30)).tolist() == [2]
 
 
 def test_mixed_rows_draw_what_they_draw_alone():

@@ -48,6 +48,23 @@ SETTINGS = {
   "DoRA of embeddings": ("llama", dict(r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"])),
   "tied embeddings": ("tied", dict(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)),
   "an embedding without its head": ("tied", dict(r=4, target_modules=["embed_tokens", "q_proj"])),
+  "a head without its embedding": ("tied", dict(r=4, target_modules=["lm_head", "q_proj"])),
+  "a saved table of two": ("tied", dict(r=4, target_modules=QV, modules_to_save=["embed_tokens"])),
+  "two saved tables of one": ("tied", dict(r=4, target_modules=QV, modules_to_save=["embed_tokens", "lm_head"])),
+  "a saved table for both": (
+    "tied",
+    dict(r=4, target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+  ),
+  "rows of tokens": ("llama", dict(r=4, target_modules=QV, trainable_token_indices=[3, 5])),
+  "rows of tokens for both": ("tied", dict(r=4, target_modules=QV, trainable_token_indices=[3, 5])),
+  "rows of each table": (
+    "tied",
+    dict(r=4, target_modules=QV, trainable_token_indices={"embed_tokens": [3, 5], "lm_head": [6, 3, 9]}),
+  ),
+  "rows of GPT-2's": (
+    "gpt2",
+    dict(r=4, target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices={"wte": [30, 3]}),
+  ),
   "a classifier": ("bert", dict(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")),
   "an encoder and a decoder": ("t5", dict(r=4, target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")),
 }
@@ -81,6 +98,19 @@ def test_an_adapter_that_peft_made(tmp_path, agrees, name):
   assert np.abs(logits(load_model(base)) - want).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+  "name", ["an embedding without its head", "a saved table of two", "tied embeddings", "rows of each table"]
+)
+def test_an_adapter_of_tied_tables_merged_and_exported(tmp_path, agrees, name):
+  """The export is tied where the trained model was, and has two tables where it had: not one that has both changes."""
+  family, settings = SETTINGS[name]
+  base, adapter, want = made(family, tmp_path, **settings)
+  load_model(base, adapter=adapter, merge=True).save(tmp_path / "merged", format="hf")
+  tied = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+  assert tied == (name == "tied embeddings")
+  agrees(f"{name} of PEFT's, {family}", "logits, exported", logits(load_base(tmp_path / "merged")), want)
+
+
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "ranks and scales by pattern", "DoRA of some layers"])
 def test_on_a_mesh(tmp_path, agrees, name):
   """8 devices, matrices split both ways."""
@@ -112,13 +142,25 @@ def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
   agrees("PiSSA of PEFT's as LoRA", "logits", logits(load_model(base, adapter=tmp_path / "lora")), want)
 
 
-@pytest.mark.parametrize("family, saved", [("llama", ["embed_tokens", "lm_head"]), ("llama", None), ("tied", None)])
-def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, saved):
+@pytest.mark.parametrize(
+  "family, settings",
+  [
+    ("llama", dict(modules_to_save=["embed_tokens", "lm_head"])),
+    ("llama", dict()),
+    ("llama", dict(trainable_token_indices=[40, 43, 7])),
+    ("tied", dict()),
+    ("tied", dict(modules_to_save=["embed_tokens"])),
+    ("tied", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    ("tied", dict(trainable_token_indices=[40, 43, 7])),
+  ],
+  ids=str,
+)
+def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, settings):
   """Trained on a model whose vocabulary had grown: the rows are in the adapter, the base has fewer."""
   base = save(family, tmp_path / "base")
   model = load_base(base)
   model.resize_token_embeddings(44)
-  model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=QV, modules_to_save=saved))
+  model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=QV, **settings))
   torch.manual_seed(1)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -127,7 +169,8 @@ def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, sav
   model.save_pretrained(tmp_path / "adapter")
   ours = load_model(base, adapter=tmp_path / "adapter")
   assert ours.config.vocab_size == 44
-  agrees(f"New tokens of PEFT's, {family}{', trained' if saved else ''}", "logits", logits(ours), logits(model))
+  what = f"New tokens of PEFT's, {family}{''.join(f', {name}' for name in settings)}"
+  agrees(what, "logits", logits(ours), logits(model))
 
 
 def test_a_weighted_sum_is_that_of_peft(tmp_path, agrees):

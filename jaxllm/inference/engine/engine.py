@@ -373,7 +373,8 @@ class Engine:
       check_tokens(request.generated, "generated", c.vocab_size, limit - len(first) - 1, "of its completion")
     row = Row(next(self._numbers), dataclasses.replace(request, prompt=tuple(prompt)), first, limit)
     row.speculates, row.adapter = self._speculator is not None, number
-    row.sampling = self._programs.settings([row.settings], request.index, row.begins, limit, tuple(row.ends))
+    facts = row.begins, limit, tuple(row.ends), row.request.prompt
+    row.sampling = self._programs.settings([row.settings], request.index, *facts)
     if row.left < 1:  # a single token to score
       self._early.append(Delta(row.id, finish_reason="length"))
       return row.id

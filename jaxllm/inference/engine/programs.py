@@ -99,15 +99,21 @@ class Programs:
     return jax.jit(self._on_mesh(make), **({"out_shardings": self._whole} if alone else {}))
 
   def settings(
-    self, settings: Sequence[SamplingParams], index: int = 0, start: int = 0, limit: int = 0, ends: Sequence[int] = ()
+    self,
+    settings: Sequence[SamplingParams],
+    index: int = 0,
+    start: int = 0,
+    limit: int = 0,
+    ends: Sequence[int] = (),
+    source: Sequence[int] = (),
   ) -> SamplingRows:
-    """Settings of rows as a state has them; `start` and `limit` count tokens, see `sampling_rows`.
+    """Settings of rows as a state has them; `start` and `limit` count tokens, `source` is a prompt; see `logit_rules`.
 
     Raises:
       ConfigError: more biased tokens or sequences than the engine has room for.
     """
     n = len(settings)
-    facts = dict(begins=[start] * n, limits=[limit] * n, ends=[ends] * n)
+    facts = dict(begins=[start] * n, limits=[limit] * n, ends=[ends] * n, sources=[source] * n)
     return sampling_rows(
       settings, [index] * n, vocab_size=self.config.vocab_size, sequences=self.sizes.sequences, **facts
     )
