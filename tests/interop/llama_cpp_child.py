@@ -1,6 +1,7 @@
 """llama.cpp in a process of its own: it may crash, and writes to the terminal.
 
-Reads from stdin {"file", "posts": [[path, body], …]} and writes the answers into the file that its argument names.
+Reads from stdin {"file", "embedding", "posts": [[path, body], …]} and writes the answers into the file that its
+argument names.
 """
 
 import json
@@ -11,10 +12,10 @@ import urllib.request
 from pathlib import Path
 
 
-def ask(file, *posts):
-  """What llama.cpp's server answers, with a model, to each (path, body)."""
+def ask(file, *posts, embedding=False):
+  """What llama.cpp's server answers, with a model, to each (path, body); `embedding`: with the states of tokens."""
   out = Path(f"{file}.answers")
-  request = json.dumps({"file": str(file), "posts": posts})
+  request = json.dumps({"file": str(file), "posts": posts, "embedding": embedding})
   done = subprocess.run([sys.executable, __file__, out], input=request, capture_output=True, text=True, timeout=120)
   assert out.exists(), done.stderr[-2000:]
   return json.loads(out.read_text())
@@ -30,6 +31,9 @@ def main():
   params.cpuparams.n_threads = 1
   params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
   params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+  if request["embedding"]:
+    params.embedding, params.n_ubatch = True, 128
+    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
   server = xllamacpp.Server(params)
   answers = []
   for path, body in request["posts"]:
