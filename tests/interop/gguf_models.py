@@ -26,7 +26,7 @@ DEEPSEEK_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddi
 OSS_THETA = 10327.634879066703
 OSS_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=2027, truncate=False)
 ENCODER = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=3, num_heads=4)
+T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
 GEMMA = SMALL | dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=8, hidden_activation="gelu_pytorch_tanh")
 CONFIGS = {
   "llama": SMALL | dict(model_type="llama", rms_norm_eps=1e-6, rope_theta=5e5),
