@@ -2,9 +2,9 @@
 
 python tools/gguf_families.py [--out=experiments/benchmarks/gguf.json] [FAMILY …]
 
-Needs the wheel xllamacpp. Prints a table: whether llama.cpp cuts some texts into our tokens, whether its greedy text is
-ours, and how far its log-probabilities (of an encoder: its states of tokens) are from ours at most. Of a family that
-llama.cpp has no graph for, why it is not written. --out records it: {family: {"equal", "largest_difference", "note"}}.
+Needs the wheel xllamacpp. Prints a table: whether llama.cpp's greedy text is ours, and how far its log-probabilities
+(of an encoder: its states of tokens) are from ours at most. Of a family that llama.cpp has no graph for, why it is not
+written. --out records it: {family: {"equal", "largest_difference", "note"}}. Of tokenizers, see the tests of GGUF.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from jaxllm.base.errors import UserError
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.gguf import write_gguf
 from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE
+from jaxllm.interop.gguf.encoders import WRITTEN_AS
 from jaxllm.interop.huggingface import config_from_huggingface
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "interop"))
@@ -54,10 +55,8 @@ def family_facts(family: str, directory: Path) -> dict:
     return {"equal": None, "largest_difference": None, "note": "not tried"}
   found = {name: compare(directory / f"{name}.gguf", name) for name in names}
   worst = max(found.values(), key=lambda facts: (not facts["equal"], facts["largest_difference"]))
-  hf, _ = gguf_models.checkpoint(names[0])
-  written = BY_MODEL_TYPE.get(family)
-  as_what = written.name if written else {"t5": "t5", "mt5": "t5"}.get(family, "bert")
-  return worst | {"models": names, "note": f"as {as_what}"}
+  architecture = BY_MODEL_TYPE[WRITTEN_AS.get(family, family)]
+  return worst | {"models": names, "note": f"as {architecture.name}"}
 
 
 def main() -> None:

@@ -131,6 +131,8 @@ def _read_t5(m):
 
 
 def _write_t5(hf):
+  if hf["num_decoder_layers"] > hf["num_layers"]:
+    raise ConfigError("llama.cpp has no T5 model whose decoder has more layers than its encoder")
   scale = {"logit_scale": 1.0} if hf["tie_word_embeddings"] else {}
   return {"decoder_start_token_id": hf["decoder_start_token_id"]} | scale
 
