@@ -23,7 +23,7 @@ LATENT = dict(kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_d
 LATENT |= dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1)
 DEEPSEEK_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=0.7)
 # At which the dimensions between which YaRN blends are whole numbers, but for so little that they round to them.
-OSS_THETA = 10327.634879066703
+OSS_THETA = 10327.635
 OSS_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=2027, truncate=False)
 ENCODER = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 T5 = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)

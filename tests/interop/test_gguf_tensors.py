@@ -257,7 +257,7 @@ def test_keys_that_are_absent_take_llama_cpp_s_defaults():
   optional = ("head_count_kv", "expert_feed_forward_length", "rope.dimension_count", "vocab_size", "rope.freq_base")
   cut = {key: value for key, value in metadata.items() if not key.endswith(optional)}
   config = read_config(cut, write_tensors(hf, architecture, tensors))
-  assert config["moe_intermediate_size"] == 96 // 2 and config["num_key_value_heads"] == 4
+  assert config["moe_intermediate_size"] == hf["intermediate_size"] // 2 and config["num_key_value_heads"] == 4
   assert config["rope_theta"] == 10000.0 and "partial_rotary_factor" not in config
 
 

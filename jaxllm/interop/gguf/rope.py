@@ -60,7 +60,7 @@ def read_rope(
     computed = None if scale is None else scale * _temperature(factor)
     found["attention_factor"] = number("rope.scaling.yarn_attn_factor", computed)
     if latent and (multiplier := number(_LATENT)):
-      found |= {"mscale_all_dim": multiplier / 0.1, "attention_factor": 1.0}
+      found |= {"mscale_all_dim": round(multiplier / 0.1, 6), "attention_factor": 1.0}
     scaling |= {key: value for key, value in found.items() if value is not None}
   elif kind not in (None, "none", "linear"):
     raise CheckpointError(f"the GGUF file has RoPE scaling of type {kind!r}; those known are linear and yarn")

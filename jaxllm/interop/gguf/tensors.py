@@ -16,21 +16,21 @@ from jaxllm.models.config import ModelConfig
 
 
 def read_tensors(hf: Mapping[str, Any], architecture: Architecture, tensors: Tensors) -> Tensors:
-  """Tensors under GGUF's names as the checkpoint's.
+  """Tensors under GGUF's names as the checkpoint's; what a file lacks is left out.
 
   Raises:
-    CheckpointError: a tensor is missing, or one that the architecture does not have.
+    CheckpointError: a tensor that the architecture does not have.
   """
-  c, used, read = config_from_huggingface(hf), {ROPE_FACTORS}, {}
-  lacking: dict[str, str] = {}
+  c, used = config_from_huggingface(hf), {ROPE_FACTORS}
+  read: dict[str, LazyTensor] = {}
   for name, place, theirs, expert in _layout(c, hf, architecture):
     joined = architecture.joined.get(place.weight.ours[0], "").format(*place.at)
     if joined in tensors:
       theirs = (joined,)
     used.update(theirs)
-    if absent := [x for x in theirs if x not in tensors]:
-      lacking[name] = absent[0]
-    elif len(theirs) > 1:
+    if any(x not in tensors for x in theirs):
+      continue
+    if len(theirs) > 1:
       read[name] = _joined(c, architecture, place, [tensors[x] for x in theirs])
     elif expert is not None:
       read[name] = _part(tensors[theirs[0]], expert)
@@ -40,9 +40,6 @@ def read_tensors(hf: Mapping[str, Any], architecture: Architecture, tensors: Ten
     raise CheckpointError(
       f"the GGUF file has the tensor {unexpected[0]!r}, which a {architecture.name} model here has not"
     )
-  if lacking:
-    name, absent = next(iter(lacking.items()))
-    raise CheckpointError(f"the GGUF file lacks the tensor {absent!r} (for {name})")
   return read
 
 

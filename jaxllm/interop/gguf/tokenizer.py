@@ -120,6 +120,7 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   settings = {role: None if i is None else tokens[i] for role, i in special.items()}
   if kind == "bert":
     named = {role: ids.get(f"{name}_token_id") for role, name in KEYS.items()}
+    settings = {role: token for role, token in settings.items() if token is not None}  # [SEP] ends texts all the same
     settings |= {role: tokens[i] for role, i in named.items() if i is not None}
   else:
     settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
