@@ -258,6 +258,67 @@ def test_bpe_that_is_not_by_pieces(merges, normalizer, words):
       tokenizer_metadata(tokenizer, 10, {})
 
 
+def wordpiece(lowercase, strip_accents=None):
+  """BERT's, trained on TEXT."""
+  tokenizer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase, strip_accents=strip_accents)
+  tokenizer.train_from_iterator([TEXT] * 3, vocab_size=300, show_progress=False)
+  tokenizer.post_processor = tokenizers.processors.BertProcessing(
+    *((token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
+  )
+  return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+@pytest.mark.parametrize(("lowercase", "strip"), [(True, None), (False, None), (False, True)])
+def test_wordpiece(tmp_path, lowercase, strip):
+  tokenizer = wordpiece(lowercase, strip)
+  back = through_file(tmp_path, tokenizer)
+  pieces = back.metadata["tokenizer.ggml.tokens"]
+  assert (
+    back.metadata["tokenizer.ggml.model"] == "bert" and "[CLS]" in pieces and not any("##" in x for x in pieces[5:])
+  )
+  assert back.tokenizer().special_tokens == tokenizer.special_tokens
+  for text in TEXTS:
+    np.testing.assert_array_equal(back.tokenizer().encode_prompt(text), tokenizer.encode_prompt(text))
+    for a, b in zip(back.tokenizer().encode_pair(text, "and"), tokenizer.encode_pair(text, "and")):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_wordpiece_that_llama_cpp_cannot_follow():
+  definition = json.loads(wordpiece(True)._definition)
+  for change, words in (
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "cuts or cleans text in another way"),
+    ({"post_processor": None}, "one token before a text and one behind it"),
+  ):
+    with pytest.raises(DataError, match=words):
+      tokenizer_metadata(HuggingFaceTokenizer(json.dumps(definition | change)), 310, {})
+
+
+# Of characters that are pieces, with spaces but at the end: transformers has a piece for one there.
+KNOWN = ["The quick brown fox", "  Adds two   numbers", "first + second", "jumps over the lazy dog. Größe"]
+
+
+def unigram(sentencepiece_unigram):
+  """SentencePiece's as XLM-RoBERTa's tokenizer.json spells one."""
+  definition = json.loads(as_huggingface(sentencepiece_unigram)._definition)
+  definition["normalizer"] = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+  space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+  definition |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]}}
+  definition["model"]["byte_fallback"] = False  # which llama.cpp has not
+  definition["model"]["vocab"] = [[x.replace(" ", "\u2581"), score] for x, score in definition["model"]["vocab"]]
+  rust = tokenizers.Tokenizer.from_str(json.dumps(definition | {"decoder": space}))
+  ends = [(token, rust.token_to_id(token)) for token in ("<s>", "</s>")]
+  rust.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+  return HuggingFaceTokenizer(rust.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def test_unigram_of_tokenizer_json(tmp_path, sentencepiece_unigram):
+  tokenizer = unigram(sentencepiece_unigram)
+  back = through_file(tmp_path, tokenizer)
+  assert back.metadata["tokenizer.ggml.model"] == "t5" and back.metadata["tokenizer.ggml.remove_extra_whitespaces"]
+  for text in KNOWN:
+    assert back.tokenizer().encode_prompt(text).tolist() == tokenizer.encode_prompt(text).tolist(), text
+
+
 def test_tokens_that_end_a_turn_are_ends():
   metadata = {
     "tokenizer.ggml.model": "gpt2",

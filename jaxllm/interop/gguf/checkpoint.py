@@ -11,13 +11,14 @@ from jaxllm.base.errors import CheckpointError, DataError
 from jaxllm.base.files import scratch_directory
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
-from jaxllm.interop.gguf.architectures import read_config, read_tensors
+from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE
+from jaxllm.interop.gguf.config import read_config
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
-from jaxllm.interop.gguf.table import BY_MODEL_TYPE
+from jaxllm.interop.gguf.tensors import read_tensors
 from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
-from jaxllm.interop.tensors import LazyTensor, Tensors
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 
-_QUANTIZED = (
+QUANTIZED = (
   *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
   *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 )
@@ -72,9 +73,18 @@ def read_gguf(path: str | Path) -> GgufCheckpoint:
 
 
 def _lazy(name: str, info: TensorInfo) -> LazyTensor:
-  if info.type not in _PLAIN and info.type not in _QUANTIZED:
+  if info.type not in _PLAIN and info.type not in QUANTIZED:
     raise CheckpointError(f"{info.path}: the tensor {name} has the type {info.type}, which cannot be read here")
-  return LazyTensor(info.shape, _PLAIN.get(info.type, np.dtype("float32")), lambda: _read(name, info))
+  dtype = _PLAIN.get(info.type, np.dtype("float32"))
+  if len(info.shape) < 3:
+    return LazyTensor(info.shape, dtype, lambda: _read(name, info))
+  return from_parts(info.shape, dtype, 1, lambda index: _read(name, _slice(info, index)))  # of all experts
+
+
+def _slice(info: TensorInfo, index: Index) -> TensorInfo:
+  """Where one of a stack lies."""
+  nbytes = info.nbytes // info.shape[0]
+  return dataclasses.replace(info, shape=info.shape[1:], start=info.start + index[0] * nbytes, nbytes=nbytes)
 
 
 def _read(name: str, info: TensorInfo) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.tensors import LazyTensor, in_memory
 
 _YARN = {
@@ -14,6 +14,8 @@ _YARN = {
   "beta_fast": "rope.scaling.yarn_beta_fast",
   "beta_slow": "rope.scaling.yarn_beta_slow",
 }
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+_LATENT = "rope.scaling.yarn_log_multiplier"  # a tenth of DeepSeek's mscale_all_dim, as its converter writes it
 # llama.cpp reads llama3's divisors alone, and other writers leave these numbers out: then they are those of
 # every Llama 3.
 _LLAMA3 = {
@@ -23,12 +25,14 @@ _LLAMA3 = {
 }
 
 
-def read_rope(number: Callable, kind: Any, head_dim: int, factors: LazyTensor | None) -> dict[str, Any]:
+def read_rope(
+  number: Callable, kind: Any, head_dim: int, factors: LazyTensor | None, latent: bool = False
+) -> dict[str, Any]:
   """`rope_theta` and the rest, of config.json.
 
   Args:
     number: (metadata key behind the architecture, default) -> value.
-    kind: "rope.scaling.type". factors: the tensor rope_freqs.weight.
+    kind: "rope.scaling.type". factors: the tensor rope_freqs.weight. latent: of DeepSeek's attention.
 
   Raises:
     CheckpointError: scaling of a kind that is not known here.
@@ -55,22 +59,35 @@ def read_rope(number: Callable, kind: Any, head_dim: int, factors: LazyTensor | 
     scale = number("rope.scaling.attn_factor")
     computed = None if scale is None else scale * _temperature(factor)
     found["attention_factor"] = number("rope.scaling.yarn_attn_factor", computed)
+    if latent and (multiplier := number(_LATENT)):
+      found |= {"mscale_all_dim": round(multiplier / 0.1, 6), "attention_factor": 1.0}
     scaling |= {key: value for key, value in found.items() if value is not None}
   elif kind not in (None, "none", "linear"):
     raise CheckpointError(f"the GGUF file has RoPE scaling of type {kind!r}; those known are linear and yarn")
   return hf | ({"rope_scaling": scaling} if scaling else {})
 
 
-def write_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """The metadata of `rope_theta` and `rope_scaling`, keys behind the architecture."""
+def write_rope(hf: Mapping[str, Any], latent: bool = False) -> dict[str, Any]:
+  """The metadata of `rope_theta` and `rope_scaling`, keys behind the architecture.
+
+  Raises:
+    ConfigError: YaRN with betas that llama.cpp does not read, or temperatures that it has not for DeepSeek's attention.
+  """
   numbers = {"rope.freq_base": float(hf["rope_theta"]), "rope.dimension_count": hf["rotary_dim"]}
   scaling = hf.get("rope_scaling") or {}
   kind = scaling.get("rope_type")
   if kind in ("linear", "yarn"):
     numbers |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
   if kind == "yarn":
+    for name, value in _BETAS.items():
+      if scaling.get(name, value) != value:
+        raise ConfigError(f"GGUF cannot say YaRN's {name} = {scaling[name]}: llama.cpp takes {value} whatever it says")
     numbers |= {key: scaling[theirs] for theirs, key in _YARN.items() if theirs in scaling}
-    if "attention_factor" in scaling:
+    if latent:
+      if not scaling.get("mscale_all_dim") or scaling.get("attention_factor") != 1:
+        raise ConfigError("GGUF has YaRN for a DeepSeek model only where mscale and mscale_all_dim are the same")
+      numbers[_LATENT] = 0.1 * scaling["mscale_all_dim"]
+    elif "attention_factor" in scaling:
       numbers["rope.scaling.yarn_attn_factor"] = scaling["attention_factor"]
       numbers["rope.scaling.attn_factor"] = scaling["attention_factor"] / _temperature(scaling["factor"])
   if kind == "llama3":

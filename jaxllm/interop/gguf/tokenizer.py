@@ -1,11 +1,12 @@
 """A tokenizer in GGUF metadata as the files that `load_tokenizer` reads.
 
-llama.cpp knows three kinds that matter here (src/llama-vocab.cpp):
+llama.cpp knows four kinds that matter here (src/llama-vocab.cpp):
 - "gpt2": byte-level BPE by merges. How text is cut before merging is not in the file but a name,
   `tokenizer.ggml.pre`; PRE_TOKENIZERS says what the names stand for.
 - "llama": SentencePiece BPE by scores, with byte pieces. Unlike SentencePiece, llama.cpp does not tell a
   literal U+2581 from a space, nor the spelling of a control token from what merging makes of it.
 - "t5": SentencePiece unigram, without byte pieces: in llama.cpp, characters that are no piece become <unk>.
+- "bert": WordPiece; see `jaxllm.interop.gguf.wordpiece`.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError
 from jaxllm.data.tokenizers.base import settings_file
 from jaxllm.interop.gguf.header import entry
+from jaxllm.interop.gguf.wordpiece import KEYS, read_wordpiece
 
 Files = dict[str, bytes]  # by name
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # also SentencePiece's numbers
@@ -57,6 +59,10 @@ _ALIASES = {alias: name for name, aliases in _SAME.items() for alias in aliases}
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken", "glm4"}
 _ADD_BOS = _IGNORE_MERGES - {"glm4"}
 
+# What llama.cpp takes where a file does not say.
+_DEFAULT_IDS = {"llama": {"bos": 1, "eos": 2, "unk": 0}}
+_DEFAULT_IDS["bert"] = {"bos": 101, "unk": 100, "seperator": 102, "pad": 0, "mask": 103}
+
 
 def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
   """bos_token_id, eos_token_id (a list: every token that ends a text or a turn), pad_token_id, unk_token_id,
@@ -67,10 +73,11 @@ def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
   """
   tokens, kind = entry(entries, "tokenizer.ggml.tokens", list, []), entry(entries, "tokenizer.ggml.model", str)
   ids: dict[str, Any] = {}
-  for role, name in (*ROLES.items(), ("eot", "eot"), ("eom", "eom")):
+  own = {"eot": "eot", "eom": "eom"} | {name: name for name in KEYS.values() if kind == "bert"}
+  for role, name in (ROLES | own).items():
     token = entry(entries, f"tokenizer.ggml.{name}_token_id", int)
-    # What llama.cpp takes for SentencePiece models that do not say.
-    token = {"bos": 1, "eos": 2, "unk": 0}.get(role) if token is None and kind == "llama" else token
+    if token is None:
+      token = _DEFAULT_IDS.get(str(kind), {}).get(role)
     if token is not None:
       if not 0 <= token < max(len(tokens), 1):
         raise CheckpointError(f"the GGUF metadata tokenizer.ggml.{name}_token_id is {token}, not a token's id")
@@ -80,7 +87,7 @@ def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
   ends += [i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL and text in TURN_ENDS]
   if ends:
     ids["eos_token_id"] = list(dict.fromkeys(ends))
-  adds_bos = kind == "llama" or (kind == "gpt2" and entry(entries, "tokenizer.ggml.pre", str) in _ADD_BOS)
+  adds_bos = kind in ("llama", "bert") or (kind == "gpt2" and entry(entries, "tokenizer.ggml.pre", str) in _ADD_BOS)
   ids["add_bos_token"] = entry(entries, "tokenizer.ggml.add_bos_token", bool, adds_bos)
   ids["add_eos_token"] = entry(entries, "tokenizer.ggml.add_eos_token", bool, kind == "t5")
   return ids
@@ -95,8 +102,9 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   kind = entry(entries, "tokenizer.ggml.model", str)
   if kind in (None, "none", "no_vocab"):
     return None
-  if kind not in ("gpt2", "llama", "t5"):
-    raise CheckpointError(f"the GGUF file has a tokenizer of the kind {kind!r}; those known are gpt2, llama and t5")
+  if kind not in ("gpt2", "llama", "t5", "bert"):
+    known = "gpt2, llama, t5 and bert"
+    raise CheckpointError(f"the GGUF file has a tokenizer of the kind {kind!r}; those known are {known}")
   tokens = entry(entries, "tokenizer.ggml.tokens", list)
   if not tokens or len(set(tokens)) != len(tokens):
     raise CheckpointError("the GGUF file's tokenizer.ggml.tokens is missing, or names a token twice")
@@ -110,13 +118,20 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   first = {"eos_token_id": ids.get("eos_token_id", [None])[0]}
   special = {f"{role}_token": (ids | first).get(f"{role}_token_id") for role in ROLES}
   settings = {role: None if i is None else tokens[i] for role, i in special.items()}
-  settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
+  if kind == "bert":
+    named = {role: ids.get(f"{name}_token_id") for role, name in KEYS.items()}
+    settings = {role: token for role, token in settings.items() if token is not None}  # [SEP] ends texts all the same
+    settings |= {role: tokens[i] for role, i in named.items() if i is not None}
+  else:
+    settings |= {key: ids[key] for key in ("add_bos_token", "add_eos_token")}
   templates = {"default": entry(entries, "tokenizer.chat_template", str)}
   for name in entry(entries, "tokenizer.chat_templates", list, []):
     templates[str(name)] = entry(entries, f"tokenizer.chat_template.{name}", str)
   if found := [{"name": name, "template": text} for name, text in templates.items() if text]:
     settings["chat_template"] = found[0]["template"] if found == found[:1] and templates["default"] else found
   files = settings_file(settings)
+  if kind == "bert":
+    return files | {"tokenizer.json": read_wordpiece(entries, tokens, types, ids)}
   if kind == "gpt2":
     return files | {"tokenizer.json": _bpe_file(entries, tokens, types, ids)}
   return files | {"tokenizer.model": _sentencepiece_file(entries, tokens, types, ids)}

@@ -1,5 +1,6 @@
 """A tokenizer as GGUF metadata; the inverse of `jaxllm.interop.gguf.tokenizer`, whose names stand for the same."""
 
+import base64
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf import tokenizer as names
 from jaxllm.interop.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from jaxllm.interop.gguf.wordpiece import write_wordpiece
 
 log = logging.getLogger("jaxllm")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -35,8 +37,13 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   if "tokenizer.json" in files:
     definition = json.loads(files["tokenizer.json"])
     added = list(definition.get("added_tokens") or ())
-    by_bytes = definition["model"].get("byte_fallback")
-    entries = (_fallback_metadata if by_bytes else _bpe_metadata)(definition, vocab_size)
+    model = definition["model"]
+    if model.get("type") == "WordPiece":
+      return _wordpiece_metadata(tokenizer, definition, vocab_size)
+    if model.get("type") == "Unigram":
+      entries = _unigram_metadata(definition, vocab_size)
+    else:
+      entries = (_fallback_metadata if model.get("byte_fallback") else _bpe_metadata)(definition, vocab_size)
   else:
     decoder = tokenizer.settings.get("added_tokens_decoder", {})
     added = list(decoder.values())
@@ -101,6 +108,75 @@ def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> t
     raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
   texts = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
   return texts, np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
+
+
+def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  """BERT's, whose texts begin with [CLS] and end with [SEP]: llama.cpp always puts both."""
+  tokens, types, said = write_wordpiece(definition)
+  texts, kinds = _filled(tokens, types, vocab_size)
+  inner, whole = (tokenizer.encode_prompt("a", add_special=special).tolist() for special in (False, True))
+  if whole[1:-1] != inner:
+    raise DataError("the tokenizer does not put one token before a text and one behind it, as llama.cpp does for BERT")
+  ids = {"bos": whole[0], "cls": whole[0], "seperator": whole[-1]}
+  ids |= {name: i for name, i in (("padding", tokenizer.pad_id), ("unknown", tokenizer.unk_id)) if i is not None}
+  mask = tokenizer.special_tokens.get("mask_token", "[MASK]")
+  if mask in definition["model"]["vocab"]:
+    ids["mask"] = definition["model"]["vocab"][mask]
+  return {
+    "tokenizer.ggml.model": "bert",
+    "tokenizer.ggml.pre": "bert-bge",
+    "tokenizer.ggml.tokens": texts,
+    "tokenizer.ggml.token_type": kinds,
+    **said,
+    **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()},
+  }
+
+
+def _unigram_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  """SentencePiece unigram as tokenizer.json has it (XLM-RoBERTa, T5)."""
+  model = definition["model"]
+  charsmap, spaces = None, False
+  for step in _steps(definition.get("normalizer"), "normalizers"):
+    if step["type"] == "Precompiled":
+      charsmap = base64.b64decode(step["precompiled_charsmap"])
+    elif step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"}:
+      spaces = True
+    elif step["type"] != "Strip":
+      raise DataError(f"the tokenizer does to text what llama.cpp cannot: {json.dumps(step, ensure_ascii=False)[:80]}")
+  cuts = _steps(definition.get("pre_tokenizer"), "pretokenizers")
+  if [step["type"] for step in cuts] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]):
+    raise DataError("the unigram tokenizer cuts text in another way than at spaces, which llama.cpp cannot")
+  tokens = {i: piece for i, (piece, _) in enumerate(model["vocab"])}
+  types = dict.fromkeys(tokens, NORMAL)
+  if model.get("byte_fallback"):
+    types |= {i: BYTE for i, piece in tokens.items() if _BYTE_PIECE.fullmatch(piece)}
+  for token in definition.get("added_tokens") or ():
+    tokens[token["id"]] = token["content"]
+    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+  if model.get("unk_id") is not None:
+    types[model["unk_id"]] = UNKNOWN
+  texts, kinds = _filled(tokens, types, vocab_size)
+  scores = np.full(vocab_size, -10000.0, np.float32)
+  scores[: len(model["vocab"])] = [score for _, score in model["vocab"]]
+  entries = {
+    "tokenizer.ggml.model": "t5",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": texts,
+    "tokenizer.ggml.scores": scores,
+    "tokenizer.ggml.token_type": kinds,
+    "tokenizer.ggml.add_space_prefix": cuts[-1].get("prepend_scheme", "always") != "never",
+    "tokenizer.ggml.remove_extra_whitespaces": spaces or len(cuts) > 1,
+  }
+  if charsmap:
+    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
+  return entries
+
+
+def _steps(node: Any, key: str) -> list[dict[str, Any]]:
+  """The parts of a normalizer or pre-tokenizer."""
+  if not node:
+    return []
+  return node[key] if node["type"] == "Sequence" else [node]
 
 
 def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:

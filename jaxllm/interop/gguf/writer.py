@@ -10,14 +10,19 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import new_file
 from jaxllm.data.tokenizers import Tokenizer
-from jaxllm.interop.gguf.architectures import write_config, write_tensors
+from jaxllm.interop.gguf.config import write_config
+from jaxllm.interop.gguf.encoders import reduced
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
+from jaxllm.interop.gguf.tensors import write_tensors
 from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
 log = logging.getLogger("jaxllm")
-Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"]
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32, "mxfp4": 38}
+# What stays float32: norms, routers, biases (of all experts too), and what only a row is taken of.
+_FLOAT32 = ("_norm.weight", ".bias", "ffn_gate_inp.weight", "attn_rel_b.weight", "position_embd.weight")
+_FLOAT32 += ("token_types.weight",)
 _QUANTIZED_BLOCK = 32  # elements, of every type here
 _AT_ONCE = 1 << 20  # elements that are quantized in one go
 
@@ -35,6 +40,7 @@ def write_gguf(
 
   Which tensor gets which type follows llama.cpp: vectors, norms and routers stay float32; in a file of four or five
   bits the output matrix (the embedding, where they are tied) gets 8; rows that are no whole blocks get float16.
+  mxfp4 is for the matrices of experts, as gpt-oss has them; the others are bfloat16 then.
   Quantization rounds to nearest, as `gguf.quants.quantize` does.
 
   Args:
@@ -50,9 +56,11 @@ def write_gguf(
   """
   if dtype not in get_args(Dtype):
     raise ConfigError(f"GGUF files can be written as {', '.join(get_args(Dtype))}, not {dtype!r}")
+  hf_config, tensors = reduced(hf_config, tensors)
   architecture, metadata, extra = write_config(hf_config)
-  tensors = write_tensors(hf_config, architecture, tensors) | extra
-  _check_complete(tensors, metadata[f"{architecture.name}.block_count"])
+  tensors = {**write_tensors(hf_config, architecture, tensors), **extra}
+  if dtype == "mxfp4" and not any(_is_experts(name) for name in tensors):
+    raise ConfigError("mxfp4 is a type of experts' matrices, and the model has none; choose another one")
   metadata |= {"general.file_type": _FILE_TYPES[dtype], "general.quantization_version": 2}
   if tokenizer is None:
     metadata["tokenizer.ggml.model"] = "none"
@@ -61,7 +69,7 @@ def write_gguf(
     metadata |= tokenizer_metadata(tokenizer, vocab_size, generation or {})
   tied = "output.weight" not in tensors
   kinds = {name: _type_of(name, tensor.shape, dtype.upper(), tied) for name, tensor in tensors.items()}
-  others = [name for name, kind in kinds.items() if kind == "F16" and dtype.startswith("q")]
+  others = [name for name, kind in kinds.items() if kind == "F16" and dtype != "f16"]
   if others:
     log.warning(
       "GGUF: rows of %d matrices are no whole blocks of %d numbers, so these stay float16: %s%s",
@@ -77,20 +85,17 @@ def write_gguf(
       _write_tensor(file, name, tensor, kinds[name])
 
 
-def _check_complete(tensors: Tensors, layers: int) -> None:
-  """That every layer has the tensors of the first, and there are all layers."""
-  stems = {name.removeprefix("blk.0.") for name in tensors if name.startswith("blk.0.")}
-  wanted = {f"blk.{i}.{stem}" for i in range(layers) for stem in stems} | {"token_embd.weight", "output_norm.weight"}
-  found = {name for name in tensors if name.startswith("blk.")}
-  if missing := sorted(wanted - tensors.keys()) or sorted(found - wanted):
-    raise CheckpointError(f"the checkpoint and its config differ at {missing[0]} (GGUF's name)")
+def _is_experts(name: str) -> bool:
+  return name.endswith("_exps.weight")
 
 
 def _type_of(name: str, shape: tuple[int, ...], wanted: str, tied: bool) -> str:
   """The type of a tensor in a file of type `wanted`."""
-  if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name == "position_embd.weight":
+  if len(shape) < 2 or name.endswith(_FLOAT32):
     return "F32"
-  if not wanted.startswith("Q"):
+  if wanted == "MXFP4" and not _is_experts(name):
+    return "BF16"
+  if wanted in ("F32", "F16", "BF16"):
     return wanted
   if shape[-1] % _QUANTIZED_BLOCK:
     return "F16"
@@ -101,16 +106,16 @@ def _type_of(name: str, shape: tuple[int, ...], wanted: str, tied: bool) -> str:
 def _write_tensor(file: BinaryIO, name: str, tensor: LazyTensor, kind: str) -> None:
   import gguf
 
-  array = tensor.read()
-  if array.shape != tensor.shape:
-    raise CheckpointError(f"the tensor {name} has shape {array.shape}, not the {tensor.shape} that was announced")
-  rows = array.reshape(-1, array.shape[-1])
-  step = max(1, _AT_ONCE // rows.shape[1])
-  for start in range(0, len(rows), step):
-    some = np.ascontiguousarray(rows[start : start + step], np.float32)
-    with np.errstate(over="ignore"):
-      data = gguf.quants.quantize(some, gguf.GGMLQuantizationType[kind])
-    if kind == "F16" and np.isinf(data).any() and not np.isinf(some).any():
-      raise CheckpointError(f"the tensor {name} has values beyond float16; write bf16 or f32")
-    file.write(data.tobytes())
+  for array in tensor.parts():  # one expert after the other
+    if array.shape != tensor.shape[tensor.stacked :]:
+      raise CheckpointError(f"the tensor {name} has shape {array.shape}, not the {tensor.shape} that was announced")
+    rows = array.reshape(-1, array.shape[-1])
+    step = max(1, _AT_ONCE // rows.shape[1])
+    for start in range(0, len(rows), step):
+      some = np.ascontiguousarray(rows[start : start + step], np.float32)
+      with np.errstate(over="ignore"):
+        data = gguf.quants.quantize(some, gguf.GGMLQuantizationType[kind])
+      if kind == "F16" and np.isinf(data).any() and not np.isinf(some).any():
+        raise CheckpointError(f"the tensor {name} has values beyond float16; write bf16 or f32")
+      file.write(data.tobytes())
   file.write(bytes(-file.tell() % ALIGNMENT))

@@ -1,0 +1,182 @@
+"""A GGUF file's metadata as a Hugging Face config.json, in both directions, by the tables of architectures.
+
+What llama.cpp assumes without saying so (activations, scales, patterns) is what `read_config` leaves to the
+family's own table; `write_config` reads its result back, so that a model of which GGUF would tell another
+story is refused.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.base.errors import CheckpointError, ConfigError
+from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE, KNOWN, WRITABLE, architecture_of
+from jaxllm.interop.gguf.encoders import TYPE_TABLE
+from jaxllm.interop.gguf.header import entry
+from jaxllm.interop.gguf.rope import llama3_factors, read_rope, write_rope
+from jaxllm.interop.gguf.table import ROPE_FACTORS, Architecture, Metadata
+from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface
+from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
+from jaxllm.models.config import MLPS
+
+log = logging.getLogger("jaxllm")
+
+
+def read_config(
+  entries: Mapping[str, Any], tensors: Tensors, architecture: Architecture | None = None
+) -> dict[str, Any]:
+  """The config.json of a GGUF file.
+
+  Args:
+    entries: its metadata. tensors: by GGUF's names, dequantized.
+    architecture: of several families that one name stands for; None: that which the metadata tell.
+
+  Raises:
+    CheckpointError: an architecture that is not known here, or metadata that are missing or senseless.
+  """
+  name = entry(entries, "general.architecture", str)
+  if name not in KNOWN:
+    known = ", ".join(KNOWN)
+    raise CheckpointError(f"the GGUF file has the architecture {name!r}; those that can be read are {known}")
+  m = Metadata(entries, name, tensors)
+  architecture = architecture or architecture_of(name, m)
+  embedding = tensors.get("token_embd.weight")
+  if embedding is None or len(embedding.shape) != 2:
+    raise CheckpointError("the GGUF file lacks the tensor token_embd.weight, or it is no matrix")
+  numbered = re.compile(re.escape(architecture.blocks) + r"(\d{1,6})\.")
+  blocks, count = {int(match[1]) for match in map(numbered.match, tensors) if match}, m.positive("block_count")
+  if len(blocks) != count or max(blocks) != count - 1:
+    raise CheckpointError(f"the GGUF file says {count} layers but has tensors of {len(blocks)}")
+  _check_experts(m, architecture)
+  heads = m.positive("attention.head_count")
+  width = m.number("attention.key_length") or m.positive("embedding_length") // heads
+  defaults = {"attention.head_count_kv": heads, "attention.key_length": width, "attention.value_length": width}
+  defaults |= {"decoder_block_count": count}
+  hf: dict[str, Any] = {"model_type": architecture.model_type, "vocab_size": embedding.shape[0]}
+  for key, theirs in architecture.keys.items():
+    value = defaults[key] if key in defaults and m.number(key) is None else m.positive(key)
+    if hf.setdefault(theirs, value) != value:
+      raise CheckpointError(f"the GGUF file has keys and values of different widths ({hf[theirs]} and {value})")
+  hf |= {theirs: m.number(key) for key, theirs in architecture.optional.items() if m.number(key)}
+  hf |= {"tie_word_embeddings": "output.weight" not in tensors}
+  if architecture.rope:
+    biased = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "qkv"))
+    hf |= {"attention_bias": biased, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+    rotated = m.positive("rope.dimension_count") if architecture.latent else width
+    kind, factors = m.text("rope.scaling.type"), tensors.get(ROPE_FACTORS)
+    hf |= read_rope(m.number, kind, rotated, factors, latent=architecture.latent)
+  if architecture.activation and (said := m.text("hidden_activation")):
+    hf[architecture.activation] = said
+  return hf | ({"sliding_window": None} if architecture.windowless else {}) | architecture.read(m)
+
+
+def _check_experts(m: Metadata, architecture: Architecture) -> None:
+  """That the file holds the experts that it counts, before there are names for all of them."""
+  count = m.number("expert_count", 0)
+  for name, tensor in m.tensors.items():
+    if "_exps." in name and tensor.shape[0] != count:
+      raise CheckpointError(f"the GGUF file says {count} experts but {name} has {tensor.shape[0]}")
+  if count and not any("_exps." in name for name in m.tensors):
+    raise CheckpointError(f"the GGUF file says {count} experts but has none")
+
+
+def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], Tensors]:
+  """The metadata of a config.json, and the tensors that stand for what metadata cannot say.
+
+  Raises:
+    ConfigError: GGUF has no such architecture, or llama.cpp would compute something else.
+  """
+  family = hf.get("model_type")
+  if family not in BY_MODEL_TYPE:
+    known = ", ".join(WRITABLE)
+    raise ConfigError(f"a {family} model cannot be written as GGUF; those that can are {known}")
+  architecture = BY_MODEL_TYPE[family]
+  full = _explicit(hf, family)
+  if architecture.windowless and full.get("sliding_window"):
+    full = _within_window(full, family)
+  for key, value in architecture.only.items():
+    if full.get(key, value) != value:
+      raise ConfigError(f"GGUF has no {architecture.name} model with {key} = {full[key]!r}, only {value!r}")
+  c = config_from_huggingface(full)
+  numbers = {key: full[theirs] for key, theirs in architecture.keys.items()}
+  numbers |= {key: full[theirs] for key, theirs in architecture.optional.items() if full.get(theirs)}
+  numbers |= architecture.write(full)
+  if architecture.activation:
+    numbers["hidden_activation"] = full[architecture.activation]
+    if c.mlp in ("gelu", "geglu"):
+      log.warning("GGUF: llama.cpp takes GELU's tanh approximation for its exact form; outputs differ by some 1e-3")
+  extra: Tensors = {}
+  if architecture.rope:
+    sizes = {"rope_theta": c.rope_theta, "head_dim": c.head_dim, "rotary_dim": c.rotary_dim}
+    rope = {"rope_scaling": full.get("rope_scaling") or full.get("rope_parameters")} | sizes
+    numbers |= {"vocab_size": full["vocab_size"]} | write_rope(rope, latent=architecture.latent)
+    if architecture.name == "llama" and (factors := llama3_factors(rope)):
+      extra = {ROPE_FACTORS: factors}
+  if "rope_local_base_freq" in full:
+    numbers["rope.freq_base_swa"] = float(full["rope_local_base_freq"])
+  entries: dict[str, Any] = {"general.architecture": architecture.name, "general.type": "model"}
+  entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
+  if architecture.name == "bert":
+    entries["tokenizer.ggml.token_type_count"] = max(c.num_token_types, 1)  # which it wants where there is no table too
+  read = read_config(entries, _blanks(full, architecture) | extra, architecture)
+  back = _explicit({**architecture.only, **read, "model_type": family}, family)
+  for key in sorted(full.keys() | back.keys()):
+    if key not in ("initializer_range", "router_aux_loss_coef") and not _alike(full.get(key), back.get(key)):
+      raise ConfigError(
+        f"GGUF cannot say {key} = {full.get(key)!r} of a {family} model: llama.cpp would take {back.get(key)!r}"
+      )
+  return architecture, entries, extra
+
+
+def _within_window(full: dict[str, Any], family: str) -> dict[str, Any]:
+  """The same model up to the length of its window, where it sees everything."""
+  window, length = full["sliding_window"], full["max_position_embeddings"]
+  if window < length:
+    log.warning(
+      "GGUF: llama.cpp has no window for a %s model, so the file says %d tokens of context, not %d",
+      family,
+      window,
+      length,
+    )
+  return _explicit(full | {"sliding_window": None, "max_position_embeddings": min(window, length)}, family)
+
+
+def _explicit(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
+  """The same config.json with every key, defaults included, in the spelling that this package writes."""
+  return config_to_huggingface(config_from_huggingface(hf), family)
+
+
+def _blanks(full: Mapping[str, Any], architecture: Architecture) -> dict[str, LazyTensor]:
+  """The tensors by whose presence `read_config` tells one model from another."""
+  c = config_from_huggingface(full)
+  layers = c.num_encoder_layers or c.num_layers
+  shapes: dict[str, tuple[int, ...]] = {f"{architecture.blocks}{i}.attn_norm.weight": (1,) for i in range(layers)}
+  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1)}
+  present = {
+    "token_embd.weight": True,
+    TYPE_TABLE: c.num_token_types,
+    "output.weight": c.head == "lm" and not full["tie_word_embeddings"],
+    "blk.0.attn_q.bias": full.get("attention_bias"),
+    "blk.0.ffn_up.bias": full.get("mlp_bias"),
+    "blk.0.attn_norm_2.weight": full.get("num_ln_in_parallel_attn") == 2,
+    "dec.blk.0.ffn_gate.weight": MLPS[c.mlp][1],
+    "blk.0.ffn_gate_exps.weight": c.moe is not None,
+  }
+  shapes["blk.0.ffn_gate_exps.weight"] = (c.moe.num_experts if c.moe else 1,)
+  absent = [name for name, there in present.items() if not there]
+  blank = np.broadcast_to
+  names = {**dict.fromkeys(present, (1,)), **shapes}
+  return dict(in_memory({name: blank(np.int8(0), shape) for name, shape in names.items() if name not in absent}))
+
+
+def _alike(a: Any, b: Any) -> bool:
+  """Equal, but for the rounding of metadata to float32."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+  if isinstance(a, float) and isinstance(b, float):
+    return math.isclose(a, b, rel_tol=1e-6)
+  return a == b
