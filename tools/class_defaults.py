@@ -1,9 +1,9 @@
-"""Writes jaxllm/interop/families/class_defaults.py: what config classes of transformers give to absent keys, and the
+"""Writes jaxllm/interop/families/class_defaults.json: what config classes of transformers give to absent keys, and the
 other spellings of keys that they know."""
 
 import dataclasses
+import json
 import re
-import textwrap
 from pathlib import Path
 
 import transformers
@@ -11,20 +11,11 @@ import transformers
 from jaxllm.interop import families
 
 FOLDER = Path(families.__file__).parent
-FILE = FOLDER / "class_defaults.py"
+FILE = FOLDER / "class_defaults.json"
 NEEDED = {"num_experts_per_tok"}  # None in a class stands for nothing there
 # What others follow from, or what is said in another way.
 NOT = {"model_type", "architectures", "id2label", "label2id", "rope_parameters", "layer_types"}
 BESIDE = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}  # spellings in the classes' code
-HEAD = '''"""What the config class of each family in transformers gives to keys that config.json lacks, and how else it
-spells them.
-
-Written by tools/class_defaults.py. Only keys that the tables read; what a class computes of others stands there.
-"""
-
-from typing import Any
-
-'''
 
 
 def spellings(cls):
@@ -34,18 +25,11 @@ def spellings(cls):
   return {a if b in fields else b: b if b in fields else a for a, b in pairs} | BESIDE.get(cls.model_type, {})
 
 
-def entry(name, values):
-  """A family's line of one of the two tables."""
-  items = [f'"{key}":\0{value!r}'.replace("'", '"') for key, value in sorted(values.items())]
-  wrapped = textwrap.fill(", ".join(items), 120, initial_indent="    ", subsequent_indent="    ")
-  return f'  "{name}": {{\n{wrapped},\n  }},\n'.replace("\0", " ")
-
-
 def main():
-  sources = [path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py") if path != FILE]
+  sources = [path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py")]
   read = {word for source in sources for word in re.findall(r'"(\w+)"', source)} - NOT
   names = sorted({*families.FAMILIES, *(f.name for f in families.FAMILIES.values())})
-  lines, others = [], []
+  tables = {"defaults": {}, "spellings": {}}
   for name in names:
     cls = transformers.CONFIG_MAPPING[name]
     cls = cls.sub_configs.get("text_config", cls)
@@ -54,12 +38,9 @@ def main():
     found = {key: value for key, value in found.items() if isinstance(value, bool | int | float | str | None)}
     if "rope_parameters" in {f.name for f in dataclasses.fields(cls)} and not isinstance(cls.default_theta, dict):
       found["rope_theta"] = float(cls.default_theta)
-    lines.append(entry(name, found))
-    others += [entry(name, spellings(cls))] if spellings(cls) else []
-  text = f"{HEAD}# fmt: off\nCLASS_DEFAULTS: dict[str, dict[str, Any]] = {{\n{''.join(lines)}}}\n"
-  text += "# The keys that they stand for; where config.json has both, the spelling here goes before the key.\n"
-  text += f"SPELLINGS: dict[str, dict[str, str]] = {{\n{''.join(others)}}}\n"
-  FILE.write_text(text, encoding="utf-8")
+    tables["defaults"][name] = found
+    tables["spellings"] |= {name: spellings(cls)} if spellings(cls) else {}
+  FILE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
