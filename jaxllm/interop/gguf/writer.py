@@ -21,8 +21,10 @@ log = logging.getLogger("jaxllm")
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32, "mxfp4": 38}
 # What stays float32: norms, routers, biases (of all experts too), and what only a row is taken of.
-_FLOAT32 = ("_norm.weight", ".bias", "ffn_gate_inp.weight", "attn_rel_b.weight", "position_embd.weight")
-_FLOAT32 += ("token_types.weight",)
+_FLOAT32 = (
+  *("_norm.weight", ".bias", "ffn_gate_inp.weight", "attn_rel_b.weight", "position_embd.weight"),
+  "token_types.weight",
+)
 _QUANTIZED_BLOCK = 32  # elements, of every type here
 _AT_ONCE = 1 << 20  # elements that are quantized in one go
 
