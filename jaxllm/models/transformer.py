@@ -29,15 +29,17 @@ class Embedding(nnx.Module):
     self.c, self.dtype = c, compute.dtype
     self.elementwise = compute.backend("elementwise")
 
-    def table(count, axis=None):
-      return parameter(rngs, (count, c.token_dim), (axis, "embed"), embedding_init(c))
+    def table(count, dim, axis=None):
+      return parameter(rngs, (count, dim), (axis, "embed"), embedding_init(c))
 
-    self.tokens = table(c.vocab_size, "vocab") if own_tokens else None
-    self.positions = table(c.max_seq_len + c.position_offset) if c.position == "learned" else None
-    self.token_types = table(c.num_token_types) if c.num_token_types else None
-    self.norm = Norm(c, compute, c.token_dim, rngs=rngs) if c.embedding_norm else None
-    sizes, init = (c.token_dim, c.embed_dim), matrix_init(c, c.token_dim)
-    linear = lambda: Linear(*sizes, (None, "embed"), init=init, bias=True, compute=compute, rngs=rngs)  # noqa: E731
+    self.tokens_first = c.embedding_projection == "tokens"
+    self.dim = c.embed_dim if self.tokens_first else c.token_dim  # of what is summed
+    self.tokens = table(c.vocab_size, c.token_dim, "vocab") if own_tokens else None
+    self.positions = table(c.max_seq_len + c.position_offset, self.dim) if c.position == "learned" else None
+    self.token_types = table(c.num_token_types, self.dim) if c.num_token_types else None
+    self.norm = Norm(c, compute, self.dim, rngs=rngs) if c.embedding_norm else None
+    settings = {"init": matrix_init(c, c.token_dim), "bias": not self.tokens_first, "compute": compute, "rngs": rngs}
+    linear = lambda: Linear(c.token_dim, c.embed_dim, (None, "embed"), **settings)  # noqa: E731
     self.projection = None if c.token_dim == c.embed_dim else linear()
 
   def __call__(
@@ -52,6 +54,8 @@ class Embedding(nnx.Module):
     x = constrain(rows(vectors, tokens, self.dtype, "vocab"), "batch", "seq", None)
     if self.c.embedding_scale is not None:
       x = materialized(x * jnp.asarray(self.c.embedding_scale, x.dtype), backend=self.elementwise)
+    if self.projection is not None and self.tokens_first:
+      x = self.projection(x)
     if self.token_types is not None:
       types = jnp.zeros_like(tokens) if token_types is None else token_types
       x = x + rows(self.token_types.get_value(), types, x.dtype)
@@ -59,9 +63,9 @@ class Embedding(nnx.Module):
       x = x + rows(self.positions.get_value(), positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
       places = positions + self.c.position_offset
-      x = x + pos.sinusoidal(places, self.c.token_dim, self.c.sinusoidal_theta).astype(x.dtype)
+      x = x + pos.sinusoidal(places, self.dim, self.c.sinusoidal_theta).astype(x.dtype)
     x = x if self.norm is None else self.norm(x)
-    return x if self.projection is None else self.projection(x)
+    return x if self.projection is None or self.tokens_first else self.projection(x)
 
 
 class Transformer(nnx.Module):

@@ -1,6 +1,6 @@
-"""OPT (arXiv 2205.01068): learned positions, LayerNorm, biases everywhere; norms after the sums in one of its sizes."""
+"""OPT (arXiv 2205.01068): learned positions, LayerNorm, biases everywhere; in one of its sizes, 350m, norms after the
+sums and an embedding narrower than the model."""
 
-from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 
 LAYER = "model.decoder.layers.{layer}"
@@ -16,12 +16,9 @@ def _norms(c):
 
 def _read(hf):
   width = hf["word_embed_proj_dim"] or hf["hidden_size"]
-  if width != hf["hidden_size"]:
-    raise ConfigError(
-      f"config.json has word_embed_proj_dim {width} and hidden_size {hf['hidden_size']}; they must be equal here"
-    )
+  narrow = {"embedding_dim": width, "embedding_projection": "tokens", "head_dense": "linear"}
   before = hf["do_layer_norm_before"]
-  return {
+  return (narrow if width != hf["hidden_size"] else {}) | {
     "mlp": t.mlp_name(hf["activation_function"], gated=False),
     "norm_placement": "pre" if before else "post",
     "final_norm": before and not hf["_remove_final_layer_norm"],
@@ -33,7 +30,7 @@ def _write(c):
     "activation_function": t.activation_name(c.mlp),
     "do_layer_norm_before": c.norm_placement == "pre",
     "_remove_final_layer_norm": not c.final_norm,
-    "word_embed_proj_dim": c.embed_dim,
+    "word_embed_proj_dim": c.token_dim,
   }
 
 
@@ -44,6 +41,8 @@ OPT = t.Family(
   (
     t.embedding("embedding/tokens", "model.decoder.embed_tokens"),
     t.embedding("embedding/positions", "model.decoder.embed_positions"),
+    *t.linear("embedding/projection", "model.decoder.project_in"),
+    *t.linear("head/dense", "model.decoder.project_out"),
     *t.linears(
       "blocks/attention", f"{LAYER}.self_attn", query="q_proj", key="k_proj", value="v_proj", output="out_proj"
     ),

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import ConfigError, shown
-from jaxllm.models.config import MAX_LAYERS, MLPS, ModelConfig
+from jaxllm.models.config import MLPS, ModelConfig
+from jaxllm.models.parts import MAX_LAYERS
 
 Shape = tuple[int, ...]
 # ModelConfig field -> key, as most families spell them
