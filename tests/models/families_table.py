@@ -13,6 +13,8 @@ from jaxllm.interop.stored import param_shapes
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
+# "family head" -> {"error": the largest, "greedy": whether it decoded, "models": that it was seen with}
+RECORD = ROOT / "experiments" / "benchmarks" / "families.json"
 # family -> {"equal": …, "largest_difference": …, "note": …}, of files that llama.cpp has read
 GGUF = ROOT / "experiments" / "benchmarks" / "gguf.json"
 COLUMNS = "family", "head", "largest logit error", "greedy", "export", "GGUF", "largest real model, parameters"
@@ -28,11 +30,13 @@ What reads and writes, and what was seen of it. `tests/models/test_real_configs.
 published models (`tests/models/real_configs/`), divides their sizes and keeps their oddities, lets transformers save a
 model with random weights for each, and holds this package's beside it. It writes this page:
 
-    FAMILIES_TABLE=docs/families.md pytest tests/models/test_real_configs.py -m ""
+    FAMILIES_TABLE=1 pytest tests/models/test_real_configs.py
 
-- *largest logit error*: in float32, from transformers in float64, over the largest logit; two texts of {length} tokens,
-  the second one padded: more than any window and any original length of these models. Allowed is 1e-5, or four times
-  what transformers in float32 is off. Of embeddings: of the hidden states and what is pooled of them.
+(with `-m ""`: three sizes of every model) out of `experiments/benchmarks/families.json`, to which every such run adds what it saw (remove it to begin anew).
+
+- *largest logit error*: from transformers, both in float32, over the largest logit; two texts of {length} tokens, the
+  second one padded: more than any window and any original length of these models. Where it is more than 1e-5 both are
+  held against float64, and transformers is off by as much. Of embeddings: of the hidden states and what is pooled.
 - *greedy*: prompts longer than any window, decoded through the cache to the tokens of transformers' `generate`.
 - *export*: the written tensors have the names, types and bits of the file that was read, and transformers' model of the
   written directory computes the same to the bit.
@@ -47,7 +51,7 @@ Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4)
 share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), convolutions in DeBERTa
 (v2-xlarge), T5's encoder alone, and images or sound: of a model that sees only its language model is read (Gemma 3).
 """
-SEEN: dict[tuple[str, str], dict] = {}
+SEEN: dict[str, dict] = {}
 
 
 def classes(family):
@@ -77,15 +81,24 @@ def row_names(family, head):
   return family, "masked language model" if FAMILIES[family] in ENCODERS else "sequence to sequence"
 
 
-def saw(config, error, decoded):
-  """Notes what one model showed: its logits' error, whether it decoded; and that its export was the same."""
-  row = SEEN.setdefault((family_of(config), head_of(config)), {"error": 0.0, "greedy": False})
-  row["error"] = max(row["error"], error)
-  row["greedy"] |= decoded
+def saw(name, config, error, decoded):
+  """Notes what a small model of a configuration showed: its logits' error, whether it decoded; and that its export was
+  the same."""
+  _add(f"{family_of(config)} {head_of(config)}", {"error": error, "greedy": decoded, "models": [name]})
 
 
-def write(path):
-  """Writes the page of what was seen."""
+def _add(key, new):
+  row = SEEN.setdefault(key, {"error": 0.0, "greedy": False, "models": []})
+  row["error"] = max(row["error"], new["error"])
+  row["greedy"] |= new["greedy"]
+  row["models"] = sorted({*row["models"], *new["models"]})
+
+
+def write():
+  """Writes the record and the page of what was seen, now and before."""
+  for key, row in (json.loads(RECORD.read_text()) if RECORD.exists() else {}).items():
+    _add(key, row)
+  RECORD.write_text(json.dumps(dict(sorted(SEEN.items())), indent=1) + "\n")
   largest = {}
   for name, config in REAL.items():
     count = sum(map(math.prod, param_shapes(config_from_huggingface(config)).values()))
@@ -94,7 +107,7 @@ def write(path):
   gguf = json.loads(GGUF.read_text()) if GGUF.exists() else {}
   lines = [COLUMNS, ("---",) * len(COLUMNS)]
   for family, head in rows():
-    seen = SEEN.get((family, head))
+    seen = SEEN.get(f"{family} {head}")
     decodes = head == "lm" and FAMILIES[family] not in ENCODERS
     count, name = largest.get((family, head), (0, ""))
     error = f"{seen['error']:.0e}" if seen else "not checked"
@@ -103,7 +116,7 @@ def write(path):
     cells = error, greedy if decodes else "", export, _gguf(gguf.get(family)) if head == "lm" else ""
     lines.append((*row_names(family, head), *cells, f"{name}, {count:,}" if name else ""))
   table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-  Path(path).write_text(TEXT.format(real=len(REAL), length=LENGTH) + table + "\n" + LEFT_OUT)
+  PAGE.write_text(TEXT.format(real=len(REAL), length=LENGTH) + table + "\n" + LEFT_OUT)
 
 
 def _gguf(record):

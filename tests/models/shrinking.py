@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import transformers
 
 from jaxllm.interop.families import FAMILIES, READ_AS
@@ -14,6 +15,23 @@ REAL = {
   for file in ("decoders", "encoders", "encoder_decoders")
   for name, entry in json.loads((DIRECTORY / f"{file}.json").read_text()).items()
 }
+
+# Known faults of this package: an entry goes when its fault does.
+WAITING = {
+  "intfloat/e5-mistral-7b-instruct": "a decoder's file without a head",
+  "bigscience/bloom-560m": "BLOOM's files say n_embed",
+  "bigscience/bloom": "BLOOM's files say n_embed",
+  "moonshotai/Moonlight-16B-A3B": "an rms_norm_eps of 1e-5 is refused",
+  "facebook/bart-base": "BART's file without a head",
+  "facebook/bart-large": "BART's file without a head",
+}
+
+
+def waiting(names):
+  """pytest's parameters of these configurations."""
+  late = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in WAITING.items()}
+  return [pytest.param(name, marks=late.get(name, ())) for name in names]
+
 
 # What transformers' classes call the same thing. "n_embed" is no alias there: BLOOM's class reads it by itself.
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"}
@@ -75,8 +93,9 @@ def shrunk(config, choose):
   kv_heads = heads if heads % kv_heads else kv_heads
   head_dim = given(HEAD_DIM, width // heads)
 
+  full = completed(config)  # a pattern may be its class's
   periods = [config[key] for key in EVERY if config.get(key)]
-  periods += [len(_period(config[key])) for key in BY_LAYER if config.get(key)]
+  periods += [len(_period(kinds)) for key in BY_LAYER if (kinds := getattr(full, key, None))]
   dense = min(config.get("first_k_dense_replace", 0), 2)
   few_layers = min(layers, max([2, dense + 1, *(p + 1 for p in periods if p < layers)]) + choose("more layers", (0, 1)))
   few_kv, group = _few_heads(heads, kv_heads, choose)

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from shrinking import REAL, class_of, completed  # noqa: E402
+from shrinking import REAL, class_of, completed, waiting  # noqa: E402
 
 from jaxllm.interop.huggingface import config_from_huggingface  # noqa: E402
 from jaxllm.interop.stored import param_shapes  # noqa: E402
@@ -71,10 +71,12 @@ def count(model, config):
   return sum(math.prod(shape) for key, shape in shapes.items() if not any(part in key for part in seeing))
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", waiting(REAL))
 def test_number_of_parameters(name):
   config = REAL[name]
   with torch.device("meta"):
     want = count(class_of(config)(completed(config)), config)
-  assert sum(map(math.prod, param_shapes(config_from_huggingface(config)).values())) == want
+  c = config_from_huggingface(config)
+  unused = 0 if c.first_norm else c.embed_dim  # the first layer has a norm here, of which nothing is made
+  assert sum(map(math.prod, param_shapes(c).values())) - unused == want
   assert want == KNOWN.get(name, want)
