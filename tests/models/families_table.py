@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from shrinking import REAL, class_of, family_of
+from shrinking import REAL, WAITING, class_of, family_of
 from shrinking import TEXT as LENGTH
 
 from jaxllm.interop.families import DECODERS, ENCODERS, FAMILIES
@@ -32,14 +32,15 @@ model with random weights for each, and holds this package's beside it. It write
 
     FAMILIES_TABLE=1 pytest tests/models/test_real_configs.py
 
-(with `-m ""`: three sizes of every model) out of `experiments/benchmarks/families.json`, to which every such run adds what it saw (remove it to begin anew).
+(with `-m ""`: three sizes of every model) out of `experiments/benchmarks/families.json`, to which every such run adds
+what it saw; remove it to begin anew.
 
 - *largest logit error*: from transformers, both in float32, over the largest logit; two texts of {length} tokens, the
   second one padded: more than any window and any original length of these models. Where it is more than 1e-5 both are
   held against float64, and transformers is off by as much. Of embeddings: of the hidden states and what is pooled.
 - *greedy*: prompts longer than any window, decoded through the cache to the tokens of transformers' `generate`.
 - *export*: the written tensors have the names, types and bits of the file that was read, and transformers' model of the
-  written directory computes the same to the bit.
+  written directory computes the same.
 - *GGUF*: llama.cpp's logits of the exported file (experiments/benchmarks/gguf.json).
 - *largest real model*: the largest of the real configurations; as many parameters as in transformers, which
   `tests/models/test_family_sizes.py` shows of all of them.
@@ -100,7 +101,8 @@ def write():
     _add(key, row)
   RECORD.write_text(json.dumps(dict(sorted(SEEN.items())), indent=1) + "\n")
   largest = {}
-  for name, config in REAL.items():
+  for name in REAL.keys() - WAITING.keys():
+    config = REAL[name]
     count = sum(map(math.prod, param_shapes(config_from_huggingface(config)).values()))
     key = family_of(config), head_of(config)
     largest[key] = max(largest.get(key, (0, "")), (count, name))
