@@ -68,6 +68,13 @@ def head_of(config):
   return next((head for head, cls in classes(family_of(config)).items() if cls == named), "lm")
 
 
+def parameters(config):
+  """How many a config.json's model has here, by shapes alone."""
+  c = config_from_huggingface(config)
+  unused = 0 if c.first_norm else c.embed_dim  # the first layer has a norm here, of which nothing is made
+  return sum(map(math.prod, param_shapes(c).values())) - unused
+
+
 def rows():
   """(family, head) of each row, in their order."""
   return [(family, head) for family in FAMILIES for head in classes(family)]
@@ -103,7 +110,7 @@ def write():
   largest = {}
   for name in REAL.keys() - WAITING.keys():
     config = REAL[name]
-    count = sum(map(math.prod, param_shapes(config_from_huggingface(config)).values()))
+    count = parameters(config)
     key = family_of(config), head_of(config)
     largest[key] = max(largest.get(key, (0, "")), (count, name))
   gguf = json.loads(GGUF.read_text()) if GGUF.exists() else {}

@@ -7,10 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from families_table import parameters  # noqa: E402
 from shrinking import REAL, class_of, completed, waiting  # noqa: E402
-
-from jaxllm.interop.huggingface import config_from_huggingface  # noqa: E402
-from jaxllm.interop.stored import param_shapes  # noqa: E402
 
 # Of these the number is known from elsewhere too: model cards, papers.
 KNOWN = {
@@ -76,7 +74,5 @@ def test_number_of_parameters(name):
   config = REAL[name]
   with torch.device("meta"):
     want = count(class_of(config)(completed(config)), config)
-  c = config_from_huggingface(config)
-  unused = 0 if c.first_norm else c.embed_dim  # the first layer has a norm here, of which nothing is made
-  assert sum(map(math.prod, param_shapes(c).values())) - unused == want
+  assert parameters(config) == want
   assert want == KNOWN.get(name, want)

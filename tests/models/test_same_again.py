@@ -65,7 +65,8 @@ def test_again(name, tmp_path):
   want, got = outputs(first.eval(), tokens), outputs(again.eval(), tokens)
   assert got.keys() == want.keys()
   for key, x in want.items():
-    np.testing.assert_array_equal(got[key].numpy(), x.numpy(), err_msg=key)
+    # The same weights; where they lie in memory decides torch's last bits.
+    np.testing.assert_allclose(got[key].numpy(), x.numpy(), rtol=1e-6, atol=1e-6, err_msg=key)
 
 
 def test_a_family_that_cannot_express_it_any_more(tmp_path, caplog):
