@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from shrinking import REAL, WAITING, class_of, family_of
+from shrinking import REAL, class_of, family_of
 from shrinking import TEXT as LENGTH
 
 from jaxllm.interop.families import DECODERS, ENCODERS, FAMILIES
@@ -108,7 +108,7 @@ def write():
     _add(key, row)
   RECORD.write_text(json.dumps(dict(sorted(SEEN.items())), indent=1) + "\n")
   largest = {}
-  for name in REAL.keys() - WAITING.keys():
+  for name in REAL:
     config = REAL[name]
     count = parameters(config)
     key = family_of(config), head_of(config)

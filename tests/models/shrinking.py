@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import transformers
 
 from jaxllm.interop.families import FAMILIES, READ_AS
@@ -15,23 +14,6 @@ REAL = {
   for file in ("decoders", "encoders", "encoder_decoders")
   for name, entry in json.loads((DIRECTORY / f"{file}.json").read_text()).items()
 }
-
-# Known faults of this package: an entry goes when its fault does.
-WAITING = {
-  "intfloat/e5-mistral-7b-instruct": "a decoder's file without a head",
-  "bigscience/bloom-560m": "BLOOM's files say n_embed",
-  "bigscience/bloom": "BLOOM's files say n_embed",
-  "moonshotai/Moonlight-16B-A3B": "an rms_norm_eps of 1e-5 is refused",
-  "facebook/bart-base": "BART's file without a head",
-  "facebook/bart-large": "BART's file without a head",
-}
-
-
-def waiting(names):
-  """pytest's parameters of these configurations."""
-  late = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in WAITING.items()}
-  return [pytest.param(name, marks=late.get(name, ())) for name in names]
-
 
 # What transformers' classes call the same thing. "n_embed" is no alias there: BLOOM's class reads it by itself.
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"}

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from families_table import parameters  # noqa: E402
-from shrinking import REAL, class_of, completed, waiting  # noqa: E402
+from shrinking import REAL, class_of, completed  # noqa: E402
 
 # Of these the number is known from elsewhere too: model cards, papers.
 KNOWN = {
@@ -69,7 +69,7 @@ def count(model, config):
   return sum(math.prod(shape) for key, shape in shapes.items() if not any(part in key for part in seeing))
 
 
-@pytest.mark.parametrize("name", waiting(REAL))
+@pytest.mark.parametrize("name", REAL)
 def test_number_of_parameters(name):
   config = REAL[name]
   with torch.device("meta"):

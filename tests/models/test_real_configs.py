@@ -21,7 +21,7 @@ import families_table  # noqa: E402
 from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
-from shrinking import REAL, TEXT, WAITING, class_of, completed, family_of, shrunk, waiting  # noqa: E402
+from shrinking import REAL, TEXT, class_of, completed, family_of, shrunk  # noqa: E402
 from test_encoder_families import forward  # noqa: E402
 
 from jaxllm.base.errors import ConfigError  # noqa: E402
@@ -218,19 +218,19 @@ def firsts(of):
 FIRSTS = firsts(lambda c: (family_of(c), families_table.head_of(c))) if TABLE else firsts(family_of)
 
 
-@pytest.mark.parametrize("name", waiting(dict.fromkeys((*FIRSTS, *ODD))))
+@pytest.mark.parametrize("name", dict.fromkeys((*FIRSTS, *ODD)))
 def test_one(name):
   hold(name, 1, TABLE or name in DECODED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", waiting(CONFIGS))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_many(name):
   hold(name, 3, True)
 
 
 def test_shrinking_keeps_every_key():
-  for name in REAL.keys() - WAITING.keys():
+  for name in REAL:
     for last in (0, -1):
       config = shrunk(REAL[name], lambda _, options, at=last: options[at])
       assert config.keys() >= REAL[name].keys()
