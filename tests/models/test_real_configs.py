@@ -224,6 +224,7 @@ def test_one(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not TABLE, reason="takes half an hour; FAMILIES_TABLE=1 runs it")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_many(name):
   hold(name, 3, True)
