@@ -10,6 +10,7 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -236,6 +237,13 @@ def test_shrinking_keeps_every_key():
       config = shrunk(REAL[name], lambda _, options, at=last: options[at])
       assert config.keys() >= REAL[name].keys()
       assert config_from_huggingface(config).layer_kinds == config_from_huggingface(REAL[name]).layer_kinds, name
+
+
+@pytest.fixture(autouse=True)
+def no_programs():
+  """None is of use to another model, and a process may have so many only (tests/conftest.py)."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

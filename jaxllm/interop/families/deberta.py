@@ -19,6 +19,8 @@ def _read(hf):
   kinds = hf["pos_att_type"] or []
   if sorted(kinds.split("|") if isinstance(kinds, str) else kinds) != ["c2p", "p2c"]:
     raise ConfigError(f"config.json has pos_att_type = {kinds}; a deberta-v2 here has both c2p and p2c")
+  if hf["num_attention_heads"] > hf["hidden_size"]:
+    raise ConfigError(f"config.json has {hf['num_attention_heads']} attention heads in {hf['hidden_size']} features")
   mlp, longest = t.mlp_name(hf["hidden_act"], gated=False), hf["max_relative_positions"]
   pooler = t.mlp_name(hf["pooler_hidden_act"], gated=False)
   return read_heads(hf, "DebertaV2", lm=mlp, sequence=pooler) | {
