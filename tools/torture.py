@@ -117,18 +117,36 @@ def main() -> int:
 
 
 def _record(lines: list[str], rows: list, args: argparse.Namespace, seconds: float) -> None:
+  """Writes the page and the record; those of some torments only (--only) go in the place of what was there of them."""
   machine = sides.machine()
-  facts = machine | {"seed": args.seed, "scale": args.scale, "seconds": round(seconds), "trials": len(rows)}
-  faults = [f"- {row.category}: {row.what}: {row.result}: {row.detail}" for row in rows if row.fault]
-  command = f"`python tools/torture.py --record --scale={args.scale:g} --seed={args.seed}`"
-  where = f"{command}: {len(rows):,} trials in {seconds / 60:.0f} minutes"
-  where += f" on {machine['machine']}, commit {machine['commit'][:9]}."
+  facts = machine | {"only": args.only, "seed": args.seed, "scale": args.scale}
+  facts |= {"seconds": round(seconds), "trials": len(rows)}
   title = "## What was tried"
-  text = TABLE.read_text().partition(title)[0] if TABLE.exists() else "# Reliability\n\n"
-  TABLE.write_text(
-    text + "\n".join([title, "", *lines, "", where, *(["", "Faults:", *faults] if faults else [])]) + "\n"
-  )
-  RECORD.write_text(json.dumps(facts | {"rows": [row._asdict() for row in rows if row.fault]}, indent=1) + "\n")
+  text, _, old = TABLE.read_text().partition(title) if TABLE.exists() else ("# Reliability\n\n", "", "")
+  kept = {"runs": [], "rows": []} if not args.only else json.loads(RECORD.read_text())
+  new = [(row.category, row.what) for row in rows]
+  faults = [row for row in kept["rows"] if (row["category"], row["what"]) not in new]
+  faults += [row._asdict() for row in rows if row.fault]
+  there = {line.split("|")[1]: line for line in old.splitlines() if args.only and line.startswith("| ")}
+  there |= {line.split("|")[1]: line for line in lines}
+  runs = [*kept["runs"], facts]
+  page = [title, "", *there.values(), "", *map(_where, runs)]
+  if faults:
+    page += [
+      "",
+      "Faults:",
+      "",
+      *(f"- {row['category']}: {row['what']}: {row['result']}: {row['detail']}" for row in faults),
+    ]
+  TABLE.write_text(text + "\n".join(page) + "\n")
+  RECORD.write_text(json.dumps({"runs": runs, "rows": faults}, indent=1) + "\n")
+
+
+def _where(run: dict) -> str:
+  only = f" --only={run['only']}" if run["only"] else ""
+  command = f"`python tools/torture.py --record{only} --scale={run['scale']:g} --seed={run['seed']}`"
+  where = f"- {command}: {run['trials']:,} trials in {run['seconds'] / 60:.0f} minutes"
+  return f"{where} on {run['machine']}, commit {run['commit'][:9]}."
 
 
 def _say(text: str) -> None:
