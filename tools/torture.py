@@ -127,7 +127,7 @@ def _record(lines: list[str], rows: list, args: argparse.Namespace, seconds: flo
   new = [(row.category, row.what) for row in rows]
   faults = [row for row in kept["rows"] if (row["category"], row["what"]) not in new]
   faults += [row._asdict() for row in rows if row.fault]
-  there = {line.split("|")[1]: line for line in old.splitlines() if args.only and line.startswith("| ")}
+  there = {line.split("|")[1]: line for line in old.splitlines() if args.only and line.startswith("|")}
   there |= {line.split("|")[1]: line for line in lines}
   runs = [*kept["runs"], facts]
   page = [title, "", *there.values(), "", *map(_where, runs)]
