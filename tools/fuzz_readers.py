@@ -329,6 +329,38 @@ def read_rows(directory: Path) -> None:
     raise refused[0]
 
 
+def write_text_vectors(directory: Path) -> None:
+  import numpy as np
+
+  from jaxllm.interop.safetensors import write_safetensors
+  from jaxllm.interop.tensors import in_memory
+
+  names = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_Normalize", "Normalize")]
+  modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in names]
+  files = {
+    "modules.json": modules,
+    "sentence_bert_config.json": {"max_seq_length": 16, "do_lower_case": True},
+    "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+    "1_Pooling/config.json": {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True, "include_prompt": False},
+    "2_Dense/config.json": {"in_features": 8, "out_features": 4, "bias": True},
+  }
+  for name, value in files.items():
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(json.dumps(value))
+  tensors = in_memory({"linear.weight": np.ones((4, 8), np.float32), "linear.bias": np.ones(4, np.float32)})
+  write_safetensors(directory / "2_Dense" / "model.safetensors", tensors)
+
+
+def read_vectors(directory: Path) -> None:
+  import numpy as np
+
+  from jaxllm.interop.sentence_transformers import read_text_vectors
+
+  if vectors := read_text_vectors(directory):
+    vectors.finish(np.ones((1, 8), np.float32))
+    vectors.prompt(None)
+
+
 READERS: dict[str, Reader] = {
   "families": Reader(write_configs, read_configs),
   "huggingface": Reader(write_model_as("hf"), lambda path: read_model(path / "model")),
@@ -347,4 +379,5 @@ READERS: dict[str, Reader] = {
   "run_config": Reader(write_run_config, read_run_config),
   "chat_template": Reader(write_template, read_template),
   "rows": Reader(write_rows, read_rows),
+  "text_vectors": Reader(write_text_vectors, read_vectors),
 }

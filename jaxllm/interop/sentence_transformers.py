@@ -85,7 +85,13 @@ class Dense:
   activation: str
 
   def __call__(self, vectors: Vectors) -> Vectors:
-    """The new vectors."""
+    """The new vectors.
+
+    Raises:
+      CheckpointError: these have not as many numbers as it takes.
+    """
+    if vectors.shape[-1] != self.weight.shape[1]:
+      raise CheckpointError(f"a Dense takes vectors of {self.weight.shape[1]} numbers; these have {vectors.shape[-1]}")
     out = vectors @ self.weight.T + (0 if self.bias is None else self.bias)
     return _ACTIVATIONS[self.activation](out).astype(np.float32)
 
