@@ -15,7 +15,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.inference.completions import Completion
 from jaxllm.inference.engine import Delta, Engine, Request
 from jaxllm.inference.params import SamplingParams, with_word_ids
-from jaxllm.inference.prompts import room_for
+from jaxllm.inference.prompts import longest_text, room_for
 from jaxllm.inference.text import Decodes, TextStream
 from jaxllm.models.config import ModelConfig
 
@@ -85,7 +85,7 @@ class _Search:
     self.settings, self._prompt, self._eos_ids = settings, tuple(prompt), tuple(eos_ids)
     self._decoder = config.architecture == "decoder"
     begins = len(prompt) if self._decoder else 1
-    self._limit = room_for(settings, range(begins), config.max_seq_len)
+    self._limit = room_for(settings, range(begins), longest_text(config))
     self._ends = _ends(settings, eos_ids)
     self.done = False
     self._keep = min(continuations(settings, eos_ids), config.vocab_size)

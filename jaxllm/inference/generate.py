@@ -14,7 +14,7 @@ from jaxllm.inference.completions import Completion, Delta
 from jaxllm.inference.engine import Engine
 from jaxllm.inference.logits import biased_runs
 from jaxllm.inference.params import SamplingParams, with_word_ids
-from jaxllm.inference.prompts import bucket, check_prompt, room_for, token_ids
+from jaxllm.inference.prompts import bucket, check_prompt, longest_text, room_for, token_ids, with_an_end
 from jaxllm.inference.requests import Requests
 from jaxllm.kernels import backends
 from jaxllm.models.build import Params
@@ -22,6 +22,7 @@ from jaxllm.models.config import Compute, ModelConfig
 
 MOST_ROWS = 64  # completions that are computed at once; others wait
 PAGE = 16  # tokens
+SOURCE = 128  # tokens that an encoder has room for at least: short prompts of all lengths share an engine
 
 
 class Generator:
@@ -65,7 +66,7 @@ class Generator:
     An encoder_decoder reads a prompt with its encoder and begins with `config.decoder_start_id`.
 
     Args:
-      prompts: token ids of each prompt, at least one, of any length below `config.max_seq_len`.
+      prompts: token ids of each prompt, at least one, of any length below the model's limit, if it has one.
       sampling: one for all prompts, or one for each.
       eos_ids: tokens that end a completion unless `ignore_eos`.
 
@@ -83,6 +84,7 @@ class Generator:
       check_prompt(prompt, name, config)
     if config.architecture == "encoder" or config.head != "lm":
       raise ConfigError("this model has no head that writes text; it can encode, embed or classify texts")
+    each = [with_an_end(settings, config) for settings in each]
     if any(settings.prompt_logprobs is not None for settings in each):
       raise ConfigError("prompt_logprobs are not among what generate gives; `LLM.generate` gives them")
     searched = [i for i, settings in enumerate(each) if settings.num_beams > 1]
@@ -130,15 +132,17 @@ class Generator:
 
   def _sizes(self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingParams]) -> dict[str, int]:
     """Of an engine with room for this."""
-    decoder = self._config.architecture == "decoder"
+    c = self._config
+    decoder = c.architecture == "decoder"
     firsts = [prompt if decoder else [0] for prompt in prompts]
-    longest = max(len(first) + room_for(one, first, self._config.max_seq_len) for first, one in zip(firsts, each))
+    longest = max(len(first) + room_for(one, first, longest_text(c)) for first, one in zip(firsts, each))
     each = [with_word_ids(one, self._tokenizer) if self._tokenizer is not None else one for one in each]
     runs = [biased_runs(one, prompt) for one, prompt in zip(each, prompts)]
     return {
       "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
-      "max_model_len": bucket(longest, self._config),
-      "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), self._config.vocab_size),
+      "max_model_len": bucket(longest, c),
+      **({} if decoder else {"max_source_len": bucket(max(SOURCE, *map(len, prompts)), c)}),
+      "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), c.vocab_size),
       "biases": _power(max(map(len, runs))),
       "bias_tokens": _power(max((len(ids) for row in runs for ids, _ in row), default=1)),
     }

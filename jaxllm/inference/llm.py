@@ -78,7 +78,8 @@ class LLM:
       adapters: others of the same base, directories by name: each request is under one of them or none.
       tensor_parallel_size: devices over which weights and pages are split.
       data_parallel_size: how many times there are all weights and pages, each time on other devices.
-      max_model_len: tokens of a prompt and its completion; None: the model's.
+      max_model_len: tokens of a prompt and its completion; None: the model's max_seq_len, beyond which a model
+        may go whose positions are relative.
       max_num_seqs: completions that are computed at once; others wait.
       num_pages: of the cache of keys and values, each of `page_size` tokens; None: as many as are ever needed.
       max_num_batched_tokens: of a step; a longer prompt is read in several. None: 512, or fewer if no more are needed.
@@ -278,8 +279,7 @@ class LLM:
     if settings.prompt_logprobs is not None:
       raise ConfigError("num_beams: beam search gives no prompt_logprobs")
     c, longest = self.model.config, self.engine.sizes.max_model_len
-    if c.architecture == "decoder":
-      check_tokens(ids, "the prompt", c.vocab_size, longest - 1, f"max_model_len {longest}")
+    check_tokens(ids, "the prompt", c.vocab_size, *self.engine.sizes.longest_prompt())
     first = ids if c.architecture == "decoder" else [c.decoder_start_id]
     settings = dataclasses.replace(settings, max_tokens=room_for(settings, first, longest))
     return request_outputs(self.model.generate([ids], settings), [text], [ids])[0]

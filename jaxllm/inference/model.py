@@ -19,7 +19,7 @@ from jaxllm.inference.encode import Pooling, embeddings, hidden_states
 from jaxllm.inference.generate import Generator
 from jaxllm.inference.generation_config import default_sampling, default_settings
 from jaxllm.inference.params import SamplingParams
-from jaxllm.inference.prompts import check_text
+from jaxllm.inference.prompts import check_text, longest_text
 from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.stored import StoredModel, tensors_of
 from jaxllm.interop.write import Format, write_model
@@ -126,7 +126,7 @@ class Model:
     ids = np.asarray(tokens)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
       raise ConfigError(f"a model takes integer tokens [B, T], not {ids.dtype} of shape {ids.shape}")
-    if ids.shape[1] > self.config.max_seq_len:
+    if ids.shape[1] > longest_text(self.config):
       raise ConfigError(
         f"{ids.shape[1]} tokens: the sequence length is over the model's limit of {self.config.max_seq_len}"
       )
@@ -180,7 +180,7 @@ class Model:
       return self.prompt_ids(text)
     text = (before + check_text(text, "the text")).strip()
     tokenizer, longest = self._text_tokenizer(), self.config.max_seq_len
-    limit = min(ours.max_tokens or tokenizer.max_tokens or longest, longest)
+    limit = min(ours.max_tokens or min(tokenizer.max_tokens or longest, longest), longest_text(self.config))
     return tokenizer.encode_prompt(text.lower() if ours.lower else text, max_tokens=limit).tolist()
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -250,7 +250,7 @@ class Model:
       **(chat_template_kwargs or {}),
     )
     ids = tokenizer.encode_chat(check_text(text, "the chat")).tolist()
-    if len(ids) >= self.config.max_seq_len:
+    if len(ids) >= longest_text(self.config):
       raise ConfigError(
         f"the chat has {len(ids)} tokens, too many for the model's context of {self.config.max_seq_len}; "
         "leave out its oldest messages or start a new one"

@@ -1,5 +1,7 @@
 """What a prompt may be, and how much room it leaves."""
 
+import dataclasses
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +60,11 @@ def _short(value: Any) -> str:
   return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def longest_text(config: ModelConfig) -> int:
+  """The most tokens that the model reads, `sys.maxsize` where there is no limit."""
+  return config.max_seq_len if config.has_length_limit else sys.maxsize
+
+
 def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
   """That the model can read it.
 
@@ -66,12 +73,12 @@ def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
   """
   if not prompt:
     raise ConfigError(f"{name} is empty; a completion needs at least one token before it")
-  if config.architecture != "decoder" and len(prompt) > config.max_seq_len:
+  if config.architecture != "decoder" and len(prompt) > longest_text(config):
     raise ConfigError(
       f"{name} has {len(prompt)} tokens: its sequence length is over the model's limit of {config.max_seq_len} "
       "(model.max_seq_len); shorten it"
     )
-  if config.architecture == "decoder" and len(prompt) >= config.max_seq_len:
+  if config.architecture == "decoder" and len(prompt) >= longest_text(config):
     raise ConfigError(
       f"{name} has {len(prompt)} tokens: with one more, its sequence length is over the model's limit of "
       f"{config.max_seq_len} (model.max_seq_len); shorten it"
@@ -79,6 +86,12 @@ def check_prompt(prompt: list[int], name: str, config: ModelConfig) -> None:
   if min(prompt) < 0 or max(prompt) >= config.vocab_size:
     bad = next(token for token in prompt if not 0 <= token < config.vocab_size)
     raise ConfigError(f"{name} holds token {bad}, but the model's vocabulary has {config.vocab_size} tokens")
+
+
+def with_an_end(settings: SamplingParams, config: ModelConfig) -> SamplingParams:
+  """The settings; where they do not say how long a text gets, it is over at max_seq_len tokens."""
+  given = settings.max_tokens is not None or settings.max_length is not None
+  return settings if given else dataclasses.replace(settings, max_length=config.max_seq_len)
 
 
 def room_for(settings: SamplingParams, first: Sequence[int], longest: int) -> int:
@@ -96,8 +109,8 @@ def room_for(settings: SamplingParams, first: Sequence[int], longest: int) -> in
 
 
 def bucket(length: int, config: ModelConfig) -> int:
-  """A length that few compilations share: no less than `length`, no more than the model's limit."""
+  """A length that few compilations share: no less than `length`, nor more than max_seq_len if that is enough."""
   size = SMALLEST_BUCKET
   while size < length:
     size *= 2
-  return min(size, config.max_seq_len)
+  return size if length > config.max_seq_len else min(size, config.max_seq_len)

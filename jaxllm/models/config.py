@@ -50,7 +50,7 @@ class ModelConfig:
   num_kv_heads: HeadsOr0 = 0
   head_dim: HeadsOr0 = 0
   mlp_dim: WidthOr0 = 0
-  max_seq_len: Size = 2048
+  max_seq_len: Size = 2048  # tokens that it is made for; see `has_length_limit`
 
   # decoder: a token sees those before it. encoder: it sees all. encoder_decoder: a decoder that also attends
   # to an encoder's states; both read the same token vectors.
@@ -226,6 +226,11 @@ class ModelConfig:
   @property
   def has_relative_bias(self) -> bool:
     return self.relative_bias != "none" or self.position == "relative"
+
+  @property
+  def has_length_limit(self) -> bool:
+    """Whether a text has at most max_seq_len tokens: where only distances count, it may have any number."""
+    return self.position not in ("alibi", "relative", "none")
 
   @property
   def token_dim(self) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxllm.base.errors import ConfigError
 from jaxllm.inference.engine.sizes import Shape, Sizes, packs
 from jaxllm.inference.engine.steps import Batch, Reading, State, draw
+from jaxllm.inference.prompts import longest_text
 from jaxllm.models.build import Params
 from jaxllm.models.caches import KVCache, init_paged_cache
 from jaxllm.models.config import Compute, ModelConfig
@@ -28,7 +29,7 @@ def check_draft(draft: ModelConfig, target: ModelConfig, longest: int) -> None:
     raise ConfigError("speculative.model: both models must be decoders that write text")
   if packs(target) and not packs(draft):
     raise ConfigError("speculative.model: relative positions and sink tokens do not fit beside this model")
-  if draft.max_seq_len < longest:
+  if longest_text(draft) < longest:
     raise ConfigError(f"speculative.model reads {draft.max_seq_len} tokens; max_model_len is {longest}")
   if "global" not in _tables(target) and ("global" in _tables(draft) or _window(draft) > _window(target)):
     raise ConfigError("speculative.model sees further back than this model, which keeps only its window's tokens")

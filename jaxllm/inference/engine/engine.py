@@ -55,6 +55,7 @@ class Engine:
     rules: AxisRules = AxisRules(),
     max_num_seqs: int = 16,
     max_model_len: int | None = None,
+    max_source_len: int | None = None,
     num_pages: int | Mapping[str, int] | None = None,
     page_size: int = 16,
     max_tokens_per_step: int | None = None,
@@ -74,7 +75,9 @@ class Engine:
     Args:
       params: stacked or per layer; they get `compute.dtype`.
       mesh: devices over which weights and pages are split by `rules`, a step's tokens being whole on each.
-      max_num_seqs: rows of a step at most. max_model_len: tokens of a request, at most the model's.
+      max_num_seqs: rows of a step at most. max_model_len: tokens of a request; None: the model's max_seq_len, which
+        is also the most unless its positions are relative.
+      max_source_len: tokens of an encoder_decoder's prompt, likewise; None: no fewer than max_model_len.
       num_pages: of each kind of layer; None: as many as `max_num_seqs` requests of `max_model_len` tokens need, if
         there is memory for them.
       page_size: tokens of a page.
@@ -112,6 +115,7 @@ class Engine:
       compute,
       max_num_seqs=max_num_seqs,
       max_model_len=max_model_len,
+      max_source_len=max_source_len,
       num_pages=num_pages,
       page_size=page_size,
       max_tokens_per_step=max_tokens_per_step,
@@ -357,14 +361,11 @@ class Engine:
         raise ConfigError(f"{name} is {value}; this engine gives up to {self.sizes.top} (max_logprobs)")
     if s.num_beams > 1:
       raise ConfigError("num_beams: the engine draws; beam search is a client of its own")
-    if c.architecture == "encoder_decoder":
-      if s.prompt_logprobs is not None:
-        raise ConfigError("prompt_logprobs: an encoder_decoder's prompt has no probability")
-      prompt = check_tokens(request.prompt, "the prompt", c.vocab_size, c.max_seq_len, "model.max_seq_len")
-      first = [c.decoder_start_id]
-    else:
-      most = longest - 1 if draws else longest
-      prompt = first = check_tokens(request.prompt, "the prompt", c.vocab_size, most, f"max_model_len {longest}")
+    decoder = c.architecture == "decoder"
+    if not decoder and s.prompt_logprobs is not None:
+      raise ConfigError("prompt_logprobs: an encoder_decoder's prompt has no probability")
+    prompt = check_tokens(request.prompt, "the prompt", c.vocab_size, *self.sizes.longest_prompt(draws))
+    first = prompt if decoder else [c.decoder_start_id]
     if self._lockstep and s.seed is None:
       s = dataclasses.replace(s, seed=agreement.from_first(secrets.randbits(64)))
       request = dataclasses.replace(request, sampling=s)

@@ -85,7 +85,7 @@ class Programs:
       )
       encoded = None
       if c.architecture == "encoder_decoder":
-        shape = s.slots, c.max_seq_len, c.num_kv_heads, c.head_dim
+        shape = s.slots, s.max_source_len, c.num_kv_heads, c.head_dim
         layers = tuple((jnp.zeros(shape, self.compute.dtype),) * 2 for _ in range(c.num_layers))
         encoded = Encoded(None, jnp.zeros(shape[:2], jnp.int32), layers)
       sampling = jax.tree.map(jnp.asarray, self.settings([SamplingParams(temperature=0, seed=0)] * s.slots))
@@ -195,7 +195,7 @@ class Programs:
   def _source_lengths(self) -> tuple[int, ...]:
     if self.config.architecture != "encoder_decoder":
       return ()
-    return buckets(SMALLEST, self.config.max_seq_len)
+    return buckets(SMALLEST, self.sizes.max_source_len)
 
   def _program(self, key, function, arguments):
     if key not in self._compiled:

@@ -26,6 +26,7 @@ class Sizes:
 
   slots: int
   max_model_len: int
+  max_source_len: int  # of an encoder_decoder's prompt
   page_size: int
   pages: dict[str, int]
   kv_dtype: str
@@ -42,6 +43,12 @@ class Sizes:
   @property
   def max_pages(self) -> int:
     return -(-self.max_model_len // self.page_size)
+
+  def longest_prompt(self, draws: bool = True) -> tuple[int, str]:
+    """Tokens of a prompt, behind which another is drawn or not, and what limits them."""
+    if self.by_slot:
+      return self.max_source_len, f"max_source_len {self.max_source_len}"
+    return self.max_model_len - draws, f"max_model_len {self.max_model_len}"
 
   def shape_for(self, counts: Sequence[int], drafts: int = 0) -> Shape:
     """The smallest step for rows with so many tokens each, of which at most `drafts` are drafts."""
@@ -99,6 +106,7 @@ def engine_sizes(
   max_drafts: int,
   row_buckets: Sequence[int] | None,
   token_buckets: Sequence[int] | None,
+  max_source_len: int | None = None,
 ) -> Sizes:
   """The sizes that an `Engine` with these settings has.
 
@@ -106,13 +114,15 @@ def engine_sizes(
     ConfigError: one is impossible.
   """
   longest = config.max_seq_len if max_model_len is None else max_model_len
+  limit = config.max_seq_len if config.has_length_limit else None
   counts = num_pages.values() if isinstance(num_pages, Mapping) else [] if num_pages is None else [num_pages]
   if not isinstance(max_biases, Sequence) or len(max_biases) != 2:
     raise ConfigError(f"max_biases is {max_biases!r}; it must be two numbers, of sequences and of their tokens")
   for name, value, least, most in (
     *(("num_pages", count, 1, None) for count in counts),
     ("max_num_seqs", max_num_seqs, 1, None),
-    ("max_model_len", longest, 1, config.max_seq_len),
+    ("max_model_len", longest, 1, limit),
+    *(() if max_source_len is None else [("max_source_len", max_source_len, 1, limit)]),
     ("page_size", page_size, 1, None),
     *(() if max_tokens_per_step is None else [("max_tokens_per_step", max_tokens_per_step, 1, None)]),
     ("max_logprobs", max_logprobs, 0, None),
@@ -145,6 +155,7 @@ def engine_sizes(
   return Sizes(
     slots=max_num_seqs,
     max_model_len=longest,
+    max_source_len=max_source_len or max(longest, config.max_seq_len),
     page_size=page_size,
     pages=_pages(config, longest, max_num_seqs, page_size, max_tokens_per_step, num_pages),
     # XLA for CPU of jax 0.10 goes through all 16-bit pages for each token that it writes: 170 tokens a second became 95
