@@ -141,7 +141,7 @@ class Generator:
     return {
       "max_num_seqs": min(MOST_ROWS, _power(sum(one.draws for one in each))),
       "max_model_len": bucket(longest, c),
-      **({} if decoder else {"max_source_len": bucket(max(SOURCE, *map(len, prompts)), c)}),
+      **({} if decoder else {"max_source_len": bucket(max(min(SOURCE, c.max_seq_len), *map(len, prompts)), c)}),
       "max_logprobs": min(_power(max(one.logprobs or 0 for one in each)), c.vocab_size),
       "biases": _power(max(map(len, runs))),
       "bias_tokens": _power(max((len(ids) for row in runs for ids, _ in row), default=1)),
