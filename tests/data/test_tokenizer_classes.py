@@ -218,6 +218,9 @@ def test_sentencepiece_models(tmp_path, name, model_type, legacy):
   ("T5Tokenizer", "spiece.model", "t5", {"extra_ids": 10, "clean_up_tokenization_spaces": True}),
   ("T5Tokenizer", "spiece.model", "mt5", {"extra_ids": 0}),
   ("XLMRobertaTokenizer", "sentencepiece.bpe.model", "xlm-roberta", {"clean_up_tokenization_spaces": True}),
+  ("MBartTokenizer", "sentencepiece.bpe.model", "mbart", {}),
+  ("MBartTokenizer", "sentencepiece.bpe.model", "mbart", {"src_lang": "de_DE", "tgt_lang": "ro_RO"}),
+  ("MBart50Tokenizer", "sentencepiece.bpe.model", "mbart", {"src_lang": "sl_SI", "clean_up_tokenization_spaces": True}),
   ("DebertaV2Tokenizer", "spm.model", "deberta-v2", {"do_lower_case": True, "split_by_punct": True}),
 ])  # fmt: skip
 def test_unigram_models(tmp_path, name, file, model_type, settings):
@@ -298,6 +301,8 @@ def test_settings_that_are_not_known_are_said(tmp_path, caplog):
   load_tokenizer(write(tmp_path / "d", files, known | {"split_special_tokens": False}))
   assert not caplog.records
   load_tokenizer(write(tmp_path / "d", files, known | {"word_tokenizer_type": "mecab", "split_special_tokens": True}))
+  load_tokenizer(write(tmp_path / "d", files, known | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+  assert "auto_map names code of its own, which is not run here" in caplog.text
   assert "'word_tokenizer_type', 'split_special_tokens': not known" in caplog.text
 
 
@@ -305,5 +310,5 @@ def test_a_class_without_its_tokens_is_refused(tmp_path):
   _, whole = byte_level(("<|endoftext|>",))
   with pytest.raises(DataError, match="RobertaTokenizer puts its cls_token around texts.*<s>"):
     load_tokenizer(write(tmp_path / "d", {"tokenizer.json": whole}, {"tokenizer_class": "RobertaTokenizer"}))
-  with pytest.raises(DataError, match="other ids than its model"):
-    load_tokenizer(write(tmp_path / "d", {"sentencepiece.bpe.model": sentencepiece_model("unigram")}, None, "mbart"))
+  with pytest.raises(DataError, match="M2M100Tokenizer has pieces of its model and ids of vocab.json"):
+    load_tokenizer(write(tmp_path / "d", {"sentencepiece.bpe.model": b"", "vocab.json": "{}"}, None, "m2m_100"))

@@ -68,6 +68,11 @@ def _read(path: Path, data: bytes) -> Tokenizer:
   settings, config = _settings_beside(path), _object(path.with_name("config.json"))
   text = data.decode() if path.name == HUGGINGFACE_FILE else None
   name = class_of(settings, config, text)
+  code = settings.get("auto_map")
+  if code is not None and (not isinstance(code, dict) or "AutoTokenizer" in code):
+    log.warning("%s: its auto_map names code of its own, which is not run here", path.with_name(SETTINGS_FILE))
+  if name == "M2M100Tokenizer" and path.name == _BPE_FILE:
+    from_sentencepiece(b"", name, settings)
   if path.name == _BPE_FILE:
     name = name or "GPT2Tokenizer"
     return _built(name, _byte_level_bpe(path, name), settings)

@@ -76,7 +76,7 @@ _HARMLESS = """
   response_schema response_template chat_control_tokens tool_use_template grounded_generation_template device_map
   default_chat_template model_type transformers_version files_loaded remove_space keep_accents wordpieces_prefix
   special_tokens clean_text use_regex vocab_size model_specific_special_tokens add_special_tokens is_fast revision
-  image_seq_length image_seq_len num_image_tokens add_dummy_prefix
+  auto_map image_seq_length image_seq_len num_image_tokens add_dummy_prefix
 """
 _IF_TRUE = ("split_special_tokens", "fix_mistral_regex", "do_word_tokenize")  # and which, if they are false
 
