@@ -12,10 +12,10 @@ from jaxllm.data.tokenizers.classes import CLASSES, SPACE, Json, as_class
 # Classes that give the pieces other ids than the model has, and the languages that they put behind them.
 _FIRST = ("bos_token", "pad_token", "eos_token", "unk_token")
 _MBART = """ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP
-  nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN""".split()
-_MBART50 = """af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE
-  ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI""".split()
-_SHIFTED = {"XLMRobertaTokenizer": [], "MBartTokenizer": _MBART, "MBart50Tokenizer": [*_MBART, *_MBART50]}
+  nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN"""
+_MBART50 = """af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE
+  sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"""
+_SHIFTED = {"XLMRobertaTokenizer": "", "MBartTokenizer": _MBART, "MBart50Tokenizer": f"{_MBART} {_MBART50}"}
 _OTHERS = ("Camembert", "M2M100", "Nllb", "Pegasus", "XGLM", "Barthez", "Marian", "SeamlessM4T")
 
 
@@ -47,7 +47,7 @@ def from_sentencepiece(model: bytes, name: str, settings: Json) -> tuple[Json, J
   ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
   kept = {
     piece.piece: piece.type == Type.CONTROL for piece in spec.pieces if piece.type in (Type.CONTROL, Type.USER_DEFINED)
-  } | dict.fromkeys(_SHIFTED.get(name, ()), True)
+  } | dict.fromkeys(_SHIFTED.get(name, "").split(), True)
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   added = [
     {"id": ids[text], "content": text, **flags, "special": special} for text, special in kept.items() if text in ids
@@ -66,7 +66,7 @@ def _model(name: str, spec: Any, settings: Json) -> Json:
     unknown = token("unk_token") if name == "GemmaTokenizer" else None
     return kind.model | {"dropout": None, "unk_token": unknown, "vocab": vocab, "merges": _merges(vocab)}
   if name in _SHIFTED:
-    last = [*_SHIFTED[name], token("mask_token")]
+    last = [*_SHIFTED[name].split(), token("mask_token")]
     pieces = [*((token(role), 0.0) for role in _FIRST), *pieces[3:], *((text, 0.0) for text in last)]
   if name == "T5Tokenizer":
     pieces += [(f"<extra_id_{n}>", 0.0) for n in reversed(range(settings.get("extra_ids", 100)))]
