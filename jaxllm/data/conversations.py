@@ -46,12 +46,17 @@ class Message:
   name: str = ""  # of the tool that answers
   tool_call_id: str = ""
   weight: float | None = None
+  silent: bool = False  # calls tools with no content at all, which templates may tell from an empty one
 
   def for_template(self) -> dict[str, Any]:
     """As chat templates read it."""
     fields = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning}
     calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
-    return {"role": self.role, "content": self.content} | {k: v for k, v in fields.items() if v} | calls
+    return (
+      {"role": self.role, "content": None if self.silent else self.content}
+      | {k: v for k, v in fields.items() if v}
+      | calls
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +334,7 @@ def _message(number: int, item: Mapping[str, Any], keys: Mapping[str, str]) -> M
     item.get("name") or "",
     item.get("tool_call_id") or "",
     None if weight is None else float(weight),
+    content is None and bool(calls),
   )
 
 

@@ -95,7 +95,9 @@ class PieceText:
   def __init__(self, tokenizer: Tokenizer):
     self.vocab_size, self._pieces = tokenizer.vocab_size, tokenizer.pieces()
 
-  def decode(self, ids: Iterable[int]) -> str:
+  tidies = False
+
+  def decode(self, ids: Iterable[int], tidy: bool = True) -> str:
     """The text of some ids; special tokens have none."""
     return b"".join([self._pieces[i] for i in ids]).decode("utf-8", "replace")
 

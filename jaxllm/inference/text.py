@@ -1,12 +1,16 @@
 """Tokens to text while they arrive: whole characters only, and nothing of a stop string."""
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.data.tokenizers.base import tidied
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
+# Where nothing of a text that is `tidied` depends on what stands on the other side: " ' " may leave "n't" or "'m".
+_PARTS = re.compile("(?<![ '])(?<! n)(?= )")
 CONTEXT = 8  # prompt tokens that the first decoded token sees before it
 
 
@@ -15,22 +19,29 @@ class Decodes(Protocol):
 
   vocab_size: int
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """The text of some ids."""
+  @property
+  def tidies(self) -> bool:
+    """Whether texts are `tidied`."""
+
+  def decode(self, ids: Iterable[int], tidy: bool = True) -> str:
+    """The text of some ids; `tidy`: `tidied` where the vocabulary `tidies`."""
 
 
 class SpecialText:
   """The texts of tokens with the special ones in them, as the vocabulary spells them."""
 
   def __init__(self, tokenizer: Tokenizer):
-    self.vocab_size, self._tokenizer = tokenizer.vocab_size, tokenizer
+    self.vocab_size, self.tidies, self._tokenizer = tokenizer.vocab_size, tokenizer.tidies, tokenizer
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[int], tidy: bool = True) -> str:
     """The text of some ids."""
     special = lambda i: i in self._tokenizer.special_ids  # noqa: E731
     runs = ((one, list(run)) for one, run in itertools.groupby(ids, special))
-    spelled = (map(self._tokenizer.token_text, run) if one else [self._tokenizer.decode(run)] for one, run in runs)
-    return "".join(itertools.chain.from_iterable(spelled))
+    spelled = (
+      map(self._tokenizer.token_text, run) if one else [self._tokenizer.decode(run, False)] for one, run in runs
+    )
+    text = "".join(itertools.chain.from_iterable(spelled))
+    return tidied(text) if tidy and self.tidies else text
 
 
 class TextStream:
@@ -46,7 +57,8 @@ class TextStream:
     # spans tokens), so tokens are decoded behind a few earlier ones whose text is known.
     self._ids = [token for token in prompt[-CONTEXT:] if token < tokenizer.vocab_size]
     self._read = len(self._ids)  # tokens whose text has been read
-    self._known = tokenizer.decode(self._ids)
+    self._known = tokenizer.decode(self._ids, tidy=False)
+    self._untidy = ""  # read, but what comes may change it
     self._held = ""  # read, but perhaps the start of a stop string
     self.stopped: str | None = None  # the stop string that ended the text
 
@@ -55,11 +67,11 @@ class TextStream:
     if token >= self._tokenizer.vocab_size:  # a row that pads the model's vocabulary
       return ""
     self._ids.append(token)
-    text = self._tokenizer.decode(self._ids)
+    text = self._tokenizer.decode(self._ids, tidy=False)
     if text.endswith(UNFINISHED):
       return ""
-    new = self._behind(text)
-    last = self._tokenizer.decode(self._ids[self._read :])
+    new = self._tidied(self._behind(text))
+    last = self._tokenizer.decode(self._ids[self._read :], tidy=False)
     if last:  # special tokens alone are no context
       self._ids, text = self._ids[self._read :], last
     self._read, self._known = len(self._ids), text
@@ -72,7 +84,7 @@ class TextStream:
     """The rest of the text, when no more tokens come."""
     if self.stopped is not None:
       return ""
-    text = self._release(self._behind(self._tokenizer.decode(self._ids)))
+    text = self._release(self._tidied(self._behind(self._tokenizer.decode(self._ids, tidy=False)), last=True))
     rest, self._held = ("" if self.stopped is not None else self._held), ""
     return text + rest
 
@@ -83,6 +95,15 @@ class TextStream:
     while begin < len(self._known) and text.startswith(UNFINISHED, begin):
       begin += 1
     return text[begin:]
+
+  def _tidied(self, new: str, last: bool = False) -> str:
+    """What of the text can be told when `new` has come; all of it when it is the `last`."""
+    if not self._tokenizer.tidies:
+      return new
+    text = self._untidy + new
+    end = len(text) if last else max((found.start() for found in _PARTS.finditer(text)), default=0)
+    self._untidy = text[end:]
+    return tidied(text[:end])
 
   def _release(self, new: str) -> str:
     text = self._held + new

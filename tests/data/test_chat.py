@@ -1,6 +1,7 @@
 """Chat templates: rendered as `transformers` renders them, kept beside the tokenizer, refused in one line."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -179,36 +180,51 @@ def test_templates_are_found_wherever_they_stand(tokenizer, tmp_path):
     tokenizer.render_chat([USER])
 
 
-ANSWERS = [
-  {"role": "assistant", "content": content} | calls
-  for content in (None, "", " I add. ", [{"type": "text", "text": "I add."}])
-  for calls in ({}, {"tool_calls": [CALL | {"id": "123456789"}]})
-]
-
-
-def test_real_templates_of_answers_without_text(tokenizer):
-  """TRL's, which are those of well-known models: with calls of tools and without, content or none."""
+def _real_templates():
+  """TRL's, which are those of well-known models."""
   package = importlib.util.find_spec("trl")
-  if package is None:
-    pytest.skip("the package trl is not installed")
-  files = sorted((pathlib.Path(package.origin).parent / "chat_templates").glob("*.jinja"))
-  rendered = 0
-  for number, file in enumerate(files):
-    template = file.read_text()
-    theirs = reference(tokenizer, chat_template=template)
-    for answer in ANSWERS[number % 2 :: 2] + ANSWERS[:2]:
-      result = [{"role": "tool", "name": "add", "content": "3", "tool_call_id": "123456789"}] * ("tool_calls" in answer)
-      options = {"tools": TOOLS if result else None, "add_generation_prompt": number % 3 > 0}
-      try:
-        want = theirs.apply_chat_template([USER, answer, *result], tokenize=False, **options)
-      except Exception:  # it refuses this chat, and so must we
-        with pytest.raises(DataError):
-          render_chat(template, [USER, answer, *result], **tokenizer.special_tokens, **options)
-        continue
-      got = render_chat(template, [USER, answer, *result], **tokenizer.special_tokens, **options)
-      assert got == want, (file.name, answer)
-      rendered += 1
-  assert rendered > len(files)
+  folder = None if package is None else pathlib.Path(package.origin).parent / "chat_templates"
+  return {} if folder is None else {file.stem: file.read_text() for file in sorted(folder.glob("*.jinja"))}
+
+
+REAL = _real_templates()
+KEYED = {"id": "123456789"}
+CALLS = [None, [CALL | KEYED], [{**KEYED, "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]]
+RESULTS = [None, {"content": "3"}, {"content": [{"type": "text", "text": "3"}]}]
+CONTENTS = [" I add. ", "", None, [{"type": "text", "text": "I add."}, {"type": "text", "text": " More"}]]
+ENDS = [{}, {"add_generation_prompt": True}, {"continue_final_message": True}]
+
+
+def _chats():
+  """Chats and options: a system message, content, calls, results, tools and the end, each in every way."""
+  system = [None, "Be <brief>.", [{"type": "text", "text": "Be brief."}]]
+  for first, content, calls, result, tools, end in itertools.product(
+    system, CONTENTS, CALLS, RESULTS, (None, TOOLS), ENDS
+  ):
+    begin = [{"role": "system", "content": first}] if first else []
+    question = {"role": "user", "content": content or "Add"}
+    answer = {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
+    results = [{"role": "tool", "name": "add", "tool_call_id": "123456789"} | result] if result else []
+    yield [*begin, question, answer, *results], end | {"tools": tools}
+    if not calls and not result:
+      yield [*begin, question], end | {"tools": tools}
+
+
+@pytest.mark.parametrize("share", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", REAL or [pytest.param("", marks=pytest.mark.skip("the package trl is not installed"))])
+def test_real_templates(tokenizer, name, share):
+  """One chat in `share` of the product: the same text, or both refuse."""
+  template, theirs, rendered = REAL[name], reference(tokenizer, chat_template=REAL[name]), 0
+  for chat, options in itertools.islice(_chats(), len(name) % share, None, share):
+    try:
+      want = theirs.apply_chat_template(chat, tokenize=False, **options)
+    except Exception:  # it refuses this chat, and so must we
+      with pytest.raises(DataError):
+        render_chat(template, chat, **tokenizer.special_tokens, **options)
+      continue
+    assert render_chat(template, chat, **tokenizer.special_tokens, **options) == want, (chat, options)
+    rendered += 1
+  assert rendered or share > 1
 
 
 def test_a_real_models_template(tokenizer):

@@ -75,7 +75,7 @@ CHATS = {
       (
         SYSTEM,
         USER,
-        Message("assistant", reasoning="Add them.", tool_calls=({"id": "c1"} | ADD,)),
+        Message("assistant", reasoning="Add them.", tool_calls=({"id": "c1"} | ADD,), silent=True),
         Message("tool", "4", tool_call_id="c1", name="add"),
         Message("assistant", "4", weight=0.5),
       ),
@@ -165,6 +165,10 @@ def test_openais_older_calls():
   found = conversation_of({"messages": [*openai(USER), call, answer, *openai(REPLY)], "functions": [{"name": "f"}]})
   assert found.messages[1].tool_calls == ({"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},)
   assert found.tools == ({"name": "f"},)
+  # A template may tell no content from an empty one.
+  for content in (None, "", "x"):
+    row = {"messages": [*openai(USER), call | {"content": content}, answer, *openai(REPLY)]}
+    assert conversation_of(row).messages[1].for_template()["content"] == content
 
 
 def test_columns_and_keys_are_mapped():

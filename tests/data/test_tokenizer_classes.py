@@ -23,6 +23,7 @@ TEXTS = [
   "x [CLS] y[SEP] <|endoftext|> z",
   "<|turn|>the river<|turn|> <|turn|> a",
   "\u2581x \u2581 y",
+  "do n't x . y ' s , 's  ' ve ' ' ' z",
   "",
 ]
 CORPUS = [
@@ -82,7 +83,7 @@ def same(directory, pairs=True):
       want = theirs(text, "the mill", return_token_type_ids=True)
       ids, types = ours.encode_pair(text, "the mill")
       assert (ids.tolist(), types.tolist()) == (want["input_ids"], want["token_type_ids"])
-    want = theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    want = theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
     if theirs.unk_token_id not in theirs(text)["input_ids"]:
       assert ours.decode(theirs(text)["input_ids"]) == want
   for role in ("bos", "eos", "pad", "unk", "mask", "cls", "sep"):
@@ -97,7 +98,7 @@ COHERE = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK_TOKEN>", "<BOS_TOKEN>", "<|
 GPT2_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 BYTE_LEVEL = [
   ("GPT2Tokenizer", "gpt2", ["<|endoftext|>"], {}),
-  ("GPT2Tokenizer", "gpt2", ROBERTA, GPT2_ROLES),
+  ("GPT2Tokenizer", "gpt2", ROBERTA, GPT2_ROLES | {"clean_up_tokenization_spaces": True}),
   ("GPT2Tokenizer", "gptj", ROBERTA, GPT2_ROLES | {"add_bos_token": True, "add_eos_token": True}),
   ("GPT2Tokenizer", "opt", ROBERTA, dict.fromkeys(("bos_token", "eos_token"), "</s>") | {"add_bos_token": True}),
   ("GPT2Tokenizer", "starcoder2", ["<|endoftext|>"], {"add_prefix_space": True}),
@@ -151,7 +152,7 @@ def test_the_kind_of_model_decides_where_no_class_is_declared_or_a_wrong_one(tmp
 WORDS = "the river ##s The cafe na ##ive caf\u00e9 \u4f60 \u597d , ' x y z a b c d 12 ##34 don t stop"
 WORDPIECE = [
   ("BertTokenizer", "bert", BERT, {}),
-  ("BertTokenizer", "bert", BERT, {"do_lower_case": False}),
+  ("BertTokenizer", "bert", BERT, {"do_lower_case": False, "clean_up_tokenization_spaces": True}),
   ("DistilBertTokenizer", "distilbert", BERT, {"strip_accents": False}),
   ("ElectraTokenizer", "electra", BERT, {"tokenize_chinese_chars": False}),
   ("MPNetTokenizer", "mpnet", ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], {}),
@@ -214,9 +215,12 @@ def test_sentencepiece_models(tmp_path, name, model_type, legacy):
 
 
 @pytest.mark.parametrize("name, file, model_type, settings", [
-  ("T5Tokenizer", "spiece.model", "t5", {"extra_ids": 10}),
+  ("T5Tokenizer", "spiece.model", "t5", {"extra_ids": 10, "clean_up_tokenization_spaces": True}),
   ("T5Tokenizer", "spiece.model", "mt5", {"extra_ids": 0}),
-  ("XLMRobertaTokenizer", "sentencepiece.bpe.model", "xlm-roberta", {}),
+  ("XLMRobertaTokenizer", "sentencepiece.bpe.model", "xlm-roberta", {"clean_up_tokenization_spaces": True}),
+  ("MBartTokenizer", "sentencepiece.bpe.model", "mbart", {}),
+  ("MBartTokenizer", "sentencepiece.bpe.model", "mbart", {"src_lang": "de_DE", "tgt_lang": "ro_RO"}),
+  ("MBart50Tokenizer", "sentencepiece.bpe.model", "mbart", {"src_lang": "sl_SI", "clean_up_tokenization_spaces": True}),
   ("DebertaV2Tokenizer", "spm.model", "deberta-v2", {"do_lower_case": True, "split_by_punct": True}),
 ])  # fmt: skip
 def test_unigram_models(tmp_path, name, file, model_type, settings):
@@ -297,6 +301,8 @@ def test_settings_that_are_not_known_are_said(tmp_path, caplog):
   load_tokenizer(write(tmp_path / "d", files, known | {"split_special_tokens": False}))
   assert not caplog.records
   load_tokenizer(write(tmp_path / "d", files, known | {"word_tokenizer_type": "mecab", "split_special_tokens": True}))
+  load_tokenizer(write(tmp_path / "d", files, known | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+  assert "auto_map names code of its own, which is not run here" in caplog.text
   assert "'word_tokenizer_type', 'split_special_tokens': not known" in caplog.text
 
 
@@ -304,5 +310,5 @@ def test_a_class_without_its_tokens_is_refused(tmp_path):
   _, whole = byte_level(("<|endoftext|>",))
   with pytest.raises(DataError, match="RobertaTokenizer puts its cls_token around texts.*<s>"):
     load_tokenizer(write(tmp_path / "d", {"tokenizer.json": whole}, {"tokenizer_class": "RobertaTokenizer"}))
-  with pytest.raises(DataError, match="other ids than its model"):
-    load_tokenizer(write(tmp_path / "d", {"sentencepiece.bpe.model": sentencepiece_model("unigram")}, None, "mbart"))
+  with pytest.raises(DataError, match="M2M100Tokenizer has pieces of its model and ids of vocab.json"):
+    load_tokenizer(write(tmp_path / "d", {"sentencepiece.bpe.model": b"", "vocab.json": "{}"}, None, "m2m_100"))

@@ -108,6 +108,19 @@ def test_tokens_outside_the_vocabulary_have_no_text():
   assert "".join(run(TextStream(BYTES, [65, 300]), [66, 258, 67])) == "BC"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_tidied_text_arrives_as_a_whole_decode_has_it(seed):
+  transformers = pytest.importorskip("transformers")
+  parts = random.Random(seed).choices(
+    [" ", "'", " '", "n", "t", "'t", "m", "ve", "s", ".", " .", "re", "x", "?"], k=300
+  )
+  tidy = transformers.PreTrainedTokenizerBase.clean_up_tokenization(None, "".join(parts))
+  tokenizer = Pieces(*parts)
+  tokenizer.tidies = True
+  shown = run(TextStream(tokenizer, []), range(300))
+  assert "".join(shown) == tidy and sum(map(bool, shown)) > 20
+
+
 def test_a_stop_string_may_be_shown():
   stream = TextStream(BYTES, [65], ("\n\n", "##"), include_stop=True)
   assert "".join(run(stream, b"a\nb\n\nc")) == "a\nb\n\n" and stream.stopped == "\n\n"

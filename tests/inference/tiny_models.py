@@ -13,7 +13,7 @@ EOS, BOS = 256, 257
 class ByteTokenizer:
   """One token a byte; 256 ends a text and 257 starts one."""
 
-  vocab_size, bos_id, eos_id, pad_id, unk_id = 258, BOS, EOS, None, None
+  vocab_size, bos_id, eos_id, pad_id, unk_id, tidies = 258, BOS, EOS, None, None, False
 
   def encode(self, text):
     return list(text.encode())
@@ -21,7 +21,7 @@ class ByteTokenizer:
   def decode_bytes(self, ids):
     return bytes(i for i in ids if i < 256)
 
-  def decode(self, ids):
+  def decode(self, ids, tidy=True):
     return self.decode_bytes(ids).decode("utf-8", "replace")
 
 

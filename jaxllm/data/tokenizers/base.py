@@ -61,6 +61,7 @@ class Tokenizer(abc.ABC):
   mask_id: int | None
   cls_id: int | None
   sep_id: int | None
+  _merges: bool  # a byte pair encoding
   _byte_ids: dict[int, int]  # single-byte pieces, where the vocabulary has them
   _byte_runs: re.Pattern  # what of a text goes through them
 
@@ -128,9 +129,18 @@ class Tokenizer(abc.ABC):
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """The bytes that `ids` stand for; special tokens stand for none, nor do ids that no token has."""
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; bytes that are not UTF-8 (a character cut in two, say) show as U+FFFD."""
-    return self.decode_bytes(ids).decode("utf-8", "replace")
+  def decode(self, ids: Iterable[int], tidy: bool = True) -> str:
+    """Text of `ids`; bytes that are not UTF-8 (a character cut in two, say) show as U+FFFD. `tidy`: see `tidies`."""
+    text = self.decode_bytes(ids).decode("utf-8", "replace")
+    return tidied(text) if tidy and self.tidies else text
+
+  @property
+  def tidies(self) -> bool:
+    """Whether decoded texts are `tidied`: as `transformers` has it, where the settings ask for it, and of byte pair
+    encodings only where they insist.
+    """
+    forced = self.settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    return bool(self.settings.get("clean_up_tokenization_spaces") and (forced or not self._merges))
 
   @abc.abstractmethod
   def pieces(self) -> list[bytes]:
@@ -254,6 +264,13 @@ class Tokenizer(abc.ABC):
     if len(known) < len(ids):
       raise DataError(f"the tokenizer has no piece for the bytes {to_bytes(run)[:8]!r}, nor one for what is unknown")
     return known
+
+
+def tidied(text: str) -> str:
+  """The text without the spaces that stand before punctuation and English contractions where words are tokens."""
+  for ending in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+    text = text.replace(ending, ending.strip())
+  return text
 
 
 def token_text(token: str | dict[str, Any] | None) -> str | None:

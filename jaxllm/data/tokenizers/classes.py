@@ -159,6 +159,14 @@ def _nllb(settings: Json, own: Json) -> Json:
   return _parts(found, pre_tokenizers.Metaspace(**metaspace), decoders.Metaspace(**metaspace))
 
 
+def _mbart50(settings: Json, own: Json) -> Json:
+  from tokenizers import Regex, normalizers
+
+  spaces = _part(normalizers.Replace(Regex(" {2,}"), " "))
+  parts = _nllb(settings, own)
+  return parts if parts["normalizer"] else parts | {"normalizer": {"type": "Sequence", "normalizers": [spaces]}}
+
+
 def _table(normalizer: Json | None) -> Json | None:
   """The table of characters that a SentencePiece model came with, among the steps of a normalizer."""
   steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
@@ -180,10 +188,12 @@ def _deberta(settings: Json, own: Json) -> Json:
 
 _BPE = {"type": "BPE", "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
 _FALLBACK = {"type": "BPE", "fuse_unk": True, "byte_fallback": True}
+_NLLB = {"type": "BPE", "fuse_unk": True, "byte_fallback": False}
 _UNIGRAM = {"type": "Unigram", "byte_fallback": False}
 _CLS_SEP = ("cls_token $A sep_token", "cls_token $A sep_token $B:1 sep_token:1")
 _SEP_SEP = ("cls_token $A sep_token", "cls_token $A sep_token sep_token $B sep_token")
 _LANGUAGE_LAST = ("$A eos_token src_lang", "$A $B eos_token src_lang")
+_LANGUAGE_FIRST = ("src_lang $A eos_token", "src_lang $A $B eos_token")
 _MBART = _ROBERTA | {"src_lang": "en_XX"}
 
 _GPT2 = Class(_ENDOFTEXT, _byte_level, _BPE)
@@ -211,9 +221,8 @@ CLASSES: dict[str, Class] = {
   "XLMRobertaTokenizer": _XLM_R,
   "DebertaV2Tokenizer": Class(_BERT | {"bos_token": "[CLS]", "eos_token": "[SEP]"}, _deberta, _UNIGRAM, _CLS_SEP),
   "MBartTokenizer": _MBARTS,
-  "NllbTokenizer": Class(
-    _ROBERTA | {"src_lang": "eng_Latn"}, _nllb, _BPE, ("src_lang $A eos_token", "src_lang $A $B eos_token")
-  ),
+  "MBart50Tokenizer": Class(_MBART, _mbart50, _UNIGRAM, _LANGUAGE_FIRST),
+  "NllbTokenizer": Class(_ROBERTA | {"src_lang": "eng_Latn"}, _nllb, _NLLB, _LANGUAGE_FIRST),
 }
 # AutoTokenizer's class of each kind of model; None: the tokenizer.json as it is, whatever is declared.
 _OF_MODELS: dict[str, str | None] = {

@@ -56,7 +56,7 @@ def as_huggingface(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
       single, f"{single} {single.replace('$A', '$B')}", [*ends.items()]
     )
   settings = {name: value for name, value in tokenizer.settings.items() if name not in _BAKED}
-  settings |= tokenizer.special_tokens | {"clean_up_tokenization_spaces": False}
+  settings = {"clean_up_tokenization_spaces": False} | settings | tokenizer.special_tokens
   return HuggingFaceTokenizer(rust.to_str(), settings)
 
 

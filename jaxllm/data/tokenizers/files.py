@@ -68,6 +68,11 @@ def _read(path: Path, data: bytes) -> Tokenizer:
   settings, config = _settings_beside(path), _object(path.with_name("config.json"))
   text = data.decode() if path.name == HUGGINGFACE_FILE else None
   name = class_of(settings, config, text)
+  code = settings.get("auto_map")
+  if code is not None and (not isinstance(code, dict) or "AutoTokenizer" in code):
+    log.warning("%s: its auto_map names code of its own, which is not run here", path.with_name(SETTINGS_FILE))
+  if name == "M2M100Tokenizer" and path.name == _BPE_FILE:
+    from_sentencepiece(b"", name, settings)
   if path.name == _BPE_FILE:
     name = name or "GPT2Tokenizer"
     return _built(name, _byte_level_bpe(path, name), settings)
@@ -75,11 +80,11 @@ def _read(path: Path, data: bytes) -> Tokenizer:
     name = name if CLASSES.get(name or "", CLASSES["GPT2Tokenizer"]).model["type"] == "WordPiece" else "BertTokenizer"
     return _built(name, _wordpiece(data.decode(), name, settings), settings)
   if path.suffix == ".json":
-    return HuggingFaceTokenizer(*_as_declared(name, data.decode(), settings))
+    return _as_declared(name, data.decode(), settings)
   if name is not None and path.name in (_SHIFTED_FILE, _DEBERTA_FILE):
     with damaged("not a SentencePiece model, or a damaged one"):
       definition, settings = from_sentencepiece(data, name, settings)
-    return HuggingFaceTokenizer(json.dumps(definition), settings)
+    return HuggingFaceTokenizer(definition, settings)
   if path.name == _SHIFTED_FILE:
     raise DataError(f"its ids need a class of their own; save the tokenizer as a {HUGGINGFACE_FILE}")
   return SentencePieceTokenizer(data, settings if name is None else _with_class(name, settings))
@@ -91,21 +96,20 @@ def _with_class(name: str, settings: dict[str, Any]) -> dict[str, Any]:
   return {key: v for key, v in defaults.items() if not key.endswith("_token")} | settings | {"tokenizer_class": name}
 
 
-def _as_declared(name: str | None, text: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _as_declared(name: str | None, text: str, settings: dict[str, Any]) -> HuggingFaceTokenizer:
   """A tokenizer.json and settings as a class reads them; the same text where nothing changes."""
-  parsed = parse_json(text, "it", DataError) if name is not None else None
-  if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict) or not parsed["model"].get("vocab"):
-    return text, settings
-  with damaged("not a tokenizer.json, or a damaged one"):
-    definition, settings = as_class(name or "", parsed, settings)
-  return text if definition == parsed else json.dumps(definition, ensure_ascii=False), settings
+  parsed = definition = parse_json(text, "it", DataError)
+  if name is not None and isinstance(parsed, dict) and isinstance(parsed.get("model"), dict):
+    with damaged("not a tokenizer.json, or a damaged one"):
+      definition, settings = as_class(name, parsed, settings)
+  return HuggingFaceTokenizer(text if definition == parsed else definition, settings, parsed)
 
 
 def _built(name: str, model: dict[str, Any], settings: dict[str, Any]) -> HuggingFaceTokenizer:
   """A tokenizer of a class and a vocabulary."""
   empty: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "model": model}
   definition, settings = as_class(name, empty, settings, whole=False)
-  return HuggingFaceTokenizer(json.dumps(definition, ensure_ascii=False), settings)
+  return HuggingFaceTokenizer(definition, settings)
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:

@@ -9,9 +9,14 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers.base import token_text
 from jaxllm.data.tokenizers.classes import CLASSES, SPACE, Json, as_class
 
-# Classes that give the pieces other ids than the model has; what they put before the pieces, and behind them.
-_SHIFTED = {"XLMRobertaTokenizer": (("bos_token", "pad_token", "eos_token", "unk_token"), ("mask_token",))}
-_OTHERS = ("Camembert", "MBart", "MBart50", "M2M100", "Nllb", "Pegasus", "XGLM", "Barthez", "Marian", "SeamlessM4T")
+# Classes that give the pieces other ids than the model has, and the languages that they put behind them.
+_FIRST = ("bos_token", "pad_token", "eos_token", "unk_token")
+_MBART = """ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP
+  nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN"""
+_MBART50 = """af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE
+  sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"""
+_SHIFTED = {"XLMRobertaTokenizer": "", "MBartTokenizer": _MBART, "MBart50Tokenizer": f"{_MBART} {_MBART50}"}
+_OTHERS = ("Camembert", "M2M100", "Nllb", "Pegasus", "XGLM", "Barthez", "Marian", "SeamlessM4T")
 
 
 def from_sentencepiece(model: bytes, name: str, settings: Json) -> tuple[Json, Json]:
@@ -26,9 +31,14 @@ def from_sentencepiece(model: bytes, name: str, settings: Json) -> tuple[Json, J
   from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
   if name.removesuffix("Tokenizer") in _OTHERS:
+    if name == "M2M100Tokenizer":  # nor has it a tokenizer.json
+      raise DataError(f"a {name} has pieces of its model and ids of vocab.json, which is not read here")
     raise DataError(f"a {name} has other ids than its model; save the tokenizer as a tokenizer.json")
   spec = model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
   Type = model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]
+  if name in _SHIFTED and isinstance(settings.get("mask_token", ""), str):
+    mask = settings.get("mask_token") or CLASSES[name].defaults["mask_token"]
+    settings = settings | {"mask_token": {"content": mask, "lstrip": True}}
   if name in CLASSES:
     definition = {"model": _model(name, spec, settings), "normalizer": _table(spec)}
   else:
@@ -37,7 +47,7 @@ def from_sentencepiece(model: bytes, name: str, settings: Json) -> tuple[Json, J
   ids = dict(vocabulary) if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
   kept = {
     piece.piece: piece.type == Type.CONTROL for piece in spec.pieces if piece.type in (Type.CONTROL, Type.USER_DEFINED)
-  }
+  } | dict.fromkeys(_SHIFTED.get(name, "").split(), True)
   flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
   added = [
     {"id": ids[text], "content": text, **flags, "special": special} for text, special in kept.items() if text in ids
@@ -56,8 +66,8 @@ def _model(name: str, spec: Any, settings: Json) -> Json:
     unknown = token("unk_token") if name == "GemmaTokenizer" else None
     return kind.model | {"dropout": None, "unk_token": unknown, "vocab": vocab, "merges": _merges(vocab)}
   if name in _SHIFTED:
-    first, last = _SHIFTED[name]
-    pieces = [*((token(role), 0.0) for role in first), *pieces[3:], *((token(role), 0.0) for role in last)]
+    last = [*_SHIFTED[name].split(), token("mask_token")]
+    pieces = [*((token(role), 0.0) for role in _FIRST), *pieces[3:], *((text, 0.0) for text in last)]
   if name == "T5Tokenizer":
     pieces += [(f"<extra_id_{n}>", 0.0) for n in reversed(range(settings.get("extra_ids", 100)))]
   unknown_id = next((i for i, (piece, _) in enumerate(pieces) if piece == token("unk_token")), spec.trainer_spec.unk_id)

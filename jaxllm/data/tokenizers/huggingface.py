@@ -41,18 +41,22 @@ _USUAL = {
 class HuggingFaceTokenizer(Tokenizer):
   """A tokenizer.json: byte-level BPE, BPE with byte fallback, WordPiece or Unigram."""
 
-  def __init__(self, definition: str, settings: dict[str, Any] | None = None):
-    """`definition` is what stands in tokenizer.json; `settings` in tokenizer_config.json: special tokens
-    ("bos_token" and so on; what it leaves out is looked up by the usual names), chat templates, ….
+  def __init__(self, definition: str | dict[str, Any], settings: dict[str, Any] | None = None, parsed: Any = None):
+    """`definition` is what stands in tokenizer.json, or spelt there; `settings` in tokenizer_config.json: special
+    tokens ("bos_token" and so on; what it leaves out is looked up by the usual names), chat templates, …. `parsed` is
+    what the text `definition` spells, for a caller that has read it.
     """
+    if isinstance(definition, dict):
+      definition, parsed = json.dumps(definition, ensure_ascii=False), definition
     self._definition, self.settings = definition, dict(settings or {})
-    parsed = parse_json(definition, "it", DataError)
+    parsed = parse_json(definition, "it", DataError) if parsed is None else parsed
     with damaged("not a tokenizer.json, or a damaged one"):
       self._tokenizer = self._build()
       vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values(), default=MAX_TOKENS) + 1
     if self.vocab_size > MAX_TOKENS:
       raise DataError("a tokenizer.json without tokens, or with ids that no vocabulary has")
+    self._merges = parsed["model"].get("type", "BPE" if "merges" in parsed["model"] else None) == "BPE"
     roles = self._roles(vocabulary)
     self._set_special(
       {role: token for role, token in roles.items() if token is not None},

@@ -64,6 +64,9 @@ class SentencePieceTokenizer(Tokenizer):
       self._piece_bytes += [b""] * (i + 1 - len(self._piece_bytes))
       self._piece_bytes[i] = b"" if token["special"] else token["content"].encode()
     self.vocab_size = len(self._piece_bytes)
+    declared = CLASSES[self._class].model["type"] if self._class in CLASSES else None
+    merges = spec.trainer_spec.model_type != spec.trainer_spec.UNIGRAM
+    self._merges = merges if declared is None else declared == "BPE"
     ids = {piece.piece: i for i, piece in enumerate(spec.pieces)}
     ids |= {token["content"]: i for i, token in self.added_tokens.items()}
     own = {f"{role}_token": getattr(self._processor, f"{role}_id")() for role in ("bos", "eos", "pad", "unk")}
@@ -127,7 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
     settings = self.settings | {"added_tokens_decoder": added}
     with damaged("a SentencePiece model that its class cannot take"):
       definition, settings = from_sentencepiece(self.model, self._class, settings)
-      return HuggingFaceTokenizer(json.dumps(definition), settings)
+      return HuggingFaceTokenizer(definition, settings)
 
   def _encode_plain(self, texts):
     if self.as_class is not None:

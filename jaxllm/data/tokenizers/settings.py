@@ -57,6 +57,8 @@ class Settings(TypedDict, total=False):
   src_lang: str | None
   split_by_punct: bool
   trim_offsets: bool
+  clean_up_tokenization_spaces: bool | None
+  clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output: bool | None
   extra_ids: Annotated[int, Range(0, 100_000)]
   do_lower_case: bool
   tokenize_chinese_chars: bool
@@ -70,11 +72,11 @@ _HARMLESS = """
   pad_to_multiple_of tokenizer_file vocab_file merges_file spm_file name_or_path special_tokens_map_file init_inputs
   full_tokenizer_file fast_tokenizer_files model_input_names processor_class trust_remote_code use_fast from_slow
   is_local local_files_only errors do_basic_tokenize never_split verbose use_default_system_prompt sp_model_kwargs
-  unk_id spaces_between_special_tokens clean_up_tokenization_spaces tgt_lang language_codes num_madeup_words backend
+  unk_id spaces_between_special_tokens tgt_lang language_codes num_madeup_words backend
   response_schema response_template chat_control_tokens tool_use_template grounded_generation_template device_map
   default_chat_template model_type transformers_version files_loaded remove_space keep_accents wordpieces_prefix
   special_tokens clean_text use_regex vocab_size model_specific_special_tokens add_special_tokens is_fast revision
-  image_seq_length image_seq_len num_image_tokens add_dummy_prefix
+  auto_map image_seq_length image_seq_len num_image_tokens add_dummy_prefix
 """
 _IF_TRUE = ("split_special_tokens", "fix_mistral_regex", "do_word_tokenize")  # and which, if they are false
 
