@@ -60,7 +60,9 @@ SEEN: dict[str, dict] = {}
 
 def classes(family):
   """`ModelConfig.head` -> the class in transformers, of each head that a family has."""
-  return {"lm": FAMILIES[family].architecture} | dict(FAMILIES[family].architectures)
+  table = FAMILIES[family]
+  others = {head: cls for head, cls in table.architectures.items() if head != "none" or table in ENCODERS}
+  return {"lm": table.architecture} | others
 
 
 def head_of(config):
@@ -134,6 +136,8 @@ def write():
 def _gguf(record):
   if record is None:
     return "not checked"
+  if record.get("note", "").startswith("not written"):
+    return record["note"]
   words = ["equal" if record["equal"] else "differs"]
   if record.get("largest_difference") is not None:
     words.append(f"{record['largest_difference']:.0e}")

@@ -115,6 +115,10 @@ def check(name, config, seed, decode):
     model = saved(config, f"{directory}/theirs", seed)
     ours = open_model(f"{directory}/theirs")
     params, c = ours.params(), ours.config
+    family, headed = FAMILIES[family_of(config)], f"{directory}/theirs"
+    if c.head == "lm" and type(model).__name__ == family.bare:  # tied: the embedding is its head
+      model, headed = getattr(transformers, family.architecture).from_pretrained(headed).eval(), f"{directory}/headed"
+      model.save_pretrained(headed)
     batch = batch_of(model, c.vocab_size, seed)
     hidden, logits = forward(c)(params, batch)
     want = outputs(model, batch)
@@ -125,28 +129,28 @@ def check(name, config, seed, decode):
       exact = outputs(copy.deepcopy(model).double(), batch)
       ours_off, theirs_off = (max(error(x, y, real) for x, y in zip(xs, exact, strict=True)) for xs in (got, want))
       assert ours_off < 4 * theirs_off
-    exports(ours, model, batch, want, directory)
+    exports(ours, model, batch, want, headed, f"{directory}/ours")
     decode &= c.head == "lm" and c.architecture != "encoder"
     if decode:
       greedy(model, Model(c, params), c.vocab_size, seed)
   families_table.saw(name, config, off, decode)
 
 
-def exports(ours, model, batch, want, directory):
+def exports(ours, model, batch, want, theirs, written):
   """The file that is written has the tensors that were read, and its config.json says the same to transformers."""
   family = FAMILIES[family_of(model.config.to_dict())]
   text = f"{family.name}_text" if family.text_config else family.name  # its language model alone
-  write_model(ours, f"{directory}/ours", format="hf", family=text)
-  read, written = (load_file(f"{directory}/{which}/model.safetensors") for which in ("theirs", "ours"))
+  write_model(ours, written, format="hf", family=text)
+  read, wrote = (load_file(f"{directory}/model.safetensors") for directory in (theirs, written))
   if family.text_config:
     read = {_renamed(key, family): x for key, x in read.items() if not any(fnmatch(key, p) for p in family.ignored)}
-  assert not read.keys() ^ written.keys()
+  assert not read.keys() ^ wrote.keys()
   for key, tensor in read.items():
-    assert tensor.dtype == written[key].dtype and tensor.tobytes() == written[key].tobytes(), key
-  hf = json.loads(Path(f"{directory}/ours/config.json").read_text())
+    assert tensor.dtype == wrote[key].dtype and tensor.tobytes() == wrote[key].tobytes(), key
+  hf = json.loads(Path(written, "config.json").read_text())
   assert _canonical(config_from_huggingface(hf)) == _canonical(ours.config)
   how = {"attn_implementation": model.config._attn_implementation, "experts_implementation": "eager"}
-  again, info = class_of(hf).from_pretrained(f"{directory}/ours", **how, output_loading_info=True)
+  again, info = class_of(hf).from_pretrained(written, **how, output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   for got, x in zip(outputs(again, batch), want, strict=True):  # one activation has names with other roundings
     np.testing.assert_allclose(got, x, rtol=0, atol=1e-6 * np.abs(x).max())
