@@ -153,9 +153,10 @@ def _scatter(vocab: int, tokens: Int[Array, "B T"], values: Float[Array, "B T"])
 
 
 def pack(tokens: Collection[int], vocab_size: int) -> UInt32[np.ndarray, " W"]:
-  """A set of tokens, 32 a word, the lowest bit first."""
+  """A set of tokens, 32 a word, the lowest bit first; one that the vocabulary lacks (an end that a config names, -1 for
+  none) is never drawn and so left out."""
   bits = np.zeros(words_for(vocab_size) * 32, bool)
-  bits[np.fromiter(tokens, np.int64, len(tokens))] = True
+  bits[[token for token in tokens if 0 <= token < vocab_size]] = True
   return np.packbits(bits, bitorder="little").view("<u4")
 
 

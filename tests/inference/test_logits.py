@@ -171,6 +171,11 @@ def test_packing():
     assert np.flatnonzero(unpack(jnp.asarray(pack(tokens, size))[None], size)[0]).tolist() == tokens
 
 
+def test_tokens_that_the_vocabulary_lacks_are_none():
+  """An end, or a token never drawn, of a config that was written for another vocabulary; -1 says none."""
+  assert np.flatnonzero(unpack(jnp.asarray(pack([-1, 5, 40, 900], 40))[None], 40)[0]).tolist() == [5]
+
+
 def test_what_stands_behind_a_position_is_not_read():
   """So the positions of a draft can be drawn together: each row sees the draft's tokens before its own only."""
   logits, history, begins, positions = case()
