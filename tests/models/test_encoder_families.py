@@ -99,6 +99,7 @@ ENCODERS = {
     "ModernBertForTokenClassification",
     MODERNBERT | dict(num_labels=3, mlp_bias=True, classifier_bias=True, norm_bias=True, attention_bias=True),
   ),
+  "modernbert-span": ("ModernBertForQuestionAnswering", MODERNBERT),
 }
 ENCODER_DECODERS = {
   "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=2)),

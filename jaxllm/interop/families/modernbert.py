@@ -8,6 +8,7 @@ LAYER = "model.layers.{layer}"
 ARCHITECTURES = {
   "sequence": "ModernBertForSequenceClassification",
   "token": "ModernBertForTokenClassification",
+  "span": "ModernBertForQuestionAnswering",
   "none": "ModernBertModel",
 }
 POOLING = {"cls": "first", "mean": "mean"}
