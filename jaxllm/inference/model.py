@@ -295,9 +295,9 @@ class Model:
       CheckpointError: the path holds something else, or cannot be written.
       ConfigError: an impossible setting, or the format cannot express the model.
     """
-    generation = {"eos_token_id": list(self.eos_ids)} | self.generation
+    ends = {"eos_token_id": list(self.eos_ids)} if self.eos_ids else {}  # transformers fails at an empty list
     about = {"source": dict(self.source), "vectors": self.vectors}
-    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, generation, **about)
+    stored = StoredModel(self.config, tensors_of(self._weights), self.tokenizer, ends | self.generation, **about)
     write_model(stored, path, format=format, **settings)
 
   def _ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Sequence[int]]:

@@ -196,6 +196,14 @@ def test_what_is_no_model_is_refused(saved, tmp_path):
     Model(config, init_params(config, jax.random.key(0)), tiny.ByteTokenizer())
 
 
+def test_a_model_whose_texts_have_no_end_is_written_so(tmp_path):
+  """And not as an empty list of ends, at which transformers' `generate` fails."""
+  config = ModelConfig(vocab_size=32, embed_dim=16, num_heads=2, num_layers=1, max_seq_len=16)
+  Model(config, init_params(config, jax.random.key(0))).save(tmp_path / "hf", format="hf")
+  for file in (tmp_path / "hf").glob("*config.json"):
+    assert json.loads(file.read_text()).get("eos_token_id") is None
+
+
 def test_saving_over_a_model_but_nothing_else(copy, tmp_path):
   tiny.loose_model().save(copy)
   load_model(copy)
