@@ -33,6 +33,7 @@ COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "finished": 1, "loaded": 1, "s
 
 def torments(scale: float) -> dict[str, Callable]:
   """Name -> what yields its rows from (world, seed); `scale` says how many, 1 for the recorded run."""
+  from fuzz_readers import READERS
   from torments import corruptions, faults, fuzzes, interrupts, kills
 
   def times(count: int) -> int:
@@ -50,7 +51,7 @@ def torments(scale: float) -> dict[str, Callable]:
     "faults: closed": lambda world, _: faults.locked_folders(world),
     "faults: files": lambda world, _: faults.closed_files(world),
     "faults: resources": lambda world, seed: faults.few_resources(world, times(3), seed),
-    "fuzz": lambda _, seed: fuzzes.fuzzed(times(2000), seed),
+    **{f"fuzz: {name}": lambda _, seed, name=name: fuzzes.fuzzed(name, times(2000), seed) for name in READERS},
   }
 
 

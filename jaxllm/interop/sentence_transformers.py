@@ -201,7 +201,7 @@ def read_text_vectors(directory: Path) -> TextVectors | None:
 
 def _inside(directory: Path, path: str) -> Path:
   folder = directory / path
-  if not folder.resolve().is_relative_to(directory.resolve()):
+  if "\0" in path or not folder.resolve().is_relative_to(directory.resolve()):
     raise CheckpointError(f"{directory / MODULES}: the path {shown(path)} leads out of the model's directory")
   return folder
 

@@ -276,7 +276,8 @@ def test_wordpiece(tmp_path, lowercase, strip):
   assert (
     back.metadata["tokenizer.ggml.model"] == "bert" and "[CLS]" in pieces and not any("##" in x for x in pieces[5:])
   )
-  assert back.tokenizer().special_tokens == tokenizer.special_tokens
+  roles = {role: token for role, token in tokenizer.special_tokens.items() if role != "eos_token"}
+  assert back.tokenizer().special_tokens == roles  # BERT's class has no end
   for text in TEXTS:
     np.testing.assert_array_equal(back.tokenizer().encode_prompt(text), tokenizer.encode_prompt(text))
     for a, b in zip(back.tokenizer().encode_pair(text, "and"), tokenizer.encode_pair(text, "and")):
