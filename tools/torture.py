@@ -144,7 +144,7 @@ def _record(lines: list[str], rows: list, args: argparse.Namespace, seconds: flo
 
 
 def _where(run: dict) -> str:
-  only = f" --only={run['only']}" if run["only"] else ""
+  only = f" --only={run['only']!r}" if run["only"] else ""
   command = f"`python tools/torture.py --record{only} --scale={run['scale']:g} --seed={run['seed']}`"
   where = f"- {command}: {run['trials']:,} trials in {run['seconds'] / 60:.0f} minutes"
   return f"{where} on {run['machine']}, commit {run['commit'][:9]}."
