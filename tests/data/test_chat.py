@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 
 import pytest
@@ -210,12 +211,14 @@ def _chats():
       yield [*begin, question], end | {"tools": tools}
 
 
-@pytest.mark.parametrize("share", [97, pytest.param(1, marks=pytest.mark.slow)])
+SHARE = int(os.environ.get("CHAT_SHARE", 97))  # CHAT_SHARE=1: every chat, which takes half an hour
+
+
 @pytest.mark.parametrize("name", REAL or [pytest.param("", marks=pytest.mark.skip("the package trl is not installed"))])
-def test_real_templates(tokenizer, name, share):
-  """One chat in `share` of the product: the same text, or both refuse."""
+def test_real_templates(tokenizer, name):
+  """One chat in so many of the product: the same text, or both refuse."""
   template, theirs, rendered = REAL[name], reference(tokenizer, chat_template=REAL[name]), 0
-  for chat, options in itertools.islice(_chats(), len(name) % share, None, share):
+  for chat, options in itertools.islice(_chats(), len(name) % SHARE, None, SHARE):
     try:
       want = theirs.apply_chat_template(chat, tokenize=False, **options)
     except Exception:  # it refuses this chat, and so must we
@@ -224,7 +227,7 @@ def test_real_templates(tokenizer, name, share):
       continue
     assert render_chat(template, chat, **tokenizer.special_tokens, **options) == want, (chat, options)
     rendered += 1
-  assert rendered or share > 1
+  assert rendered or SHARE > 1
 
 
 def test_a_real_models_template(tokenizer):
