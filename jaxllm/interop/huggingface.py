@@ -154,7 +154,9 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
     if name in family.zeros and name not in tensors:
       tensors[name] = LazyTensor(wanted, np.dtype(np.float32), functools.partial(np.zeros, wanted, np.float32))
     if name not in tensors:
-      raise CheckpointError(f"the checkpoint lacks the tensor {name} (for {', '.join(weight.ours)})")
+      raise CheckpointError(
+        f"the checkpoint lacks the tensor {name} (for {', '.join(weight.ours)}){_of_class(family, config)}"
+      )
     tensor = tensors[name]
     if tensor.shape != wanted:
       raise CheckpointError(f"the tensor {name} has shape {tensor.shape}; config.json calls for {wanted}")
@@ -164,9 +166,9 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
         f"be read here; use the original one (of {', '.join(DTYPES)})"
       )
     expected.add(name)
-    ours = [shapes[path][len(index) :] for path in weight.ours]
+    own_shapes = [shapes[path][len(index) :] for path in weight.ours]
     for i, path in enumerate(weight.ours):
-      read = functools.partial(_read_piece, weight.transform, c, tensor, ours, i)
+      read = functools.partial(_read_piece, weight.transform, c, tensor, own_shapes, i)
       sources.setdefault(path, {})[index] = read
       types.setdefault(path, []).append(tensor.dtype)
   ignored = BUFFERS + tuple(pattern.format(num_layers=c.num_layers) for pattern in family.ignored)
@@ -177,6 +179,7 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
   elif unexpected:
     raise CheckpointError(
       f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
+      f"{_of_class(family, config)}"
     )
   return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
 
@@ -252,6 +255,13 @@ def _named(family: Family, c: ModelConfig, tensors: Tensors) -> dict[str, LazyTe
     twice = next(name for name, count in collections.Counter(names).items() if count > 1)
     raise CheckpointError(f"the checkpoint has the tensor {twice} twice, under two names")
   return dict(zip(names, tensors.values()))
+
+
+def _of_class(family: Family, config: Mapping[str, Any]) -> str:
+  """What to add to an error where the class that config.json names may be the reason."""
+  named = (config.get("architectures") or [None])[0]
+  known = {family.architecture, family.bare, *family.architectures.values()}
+  return "" if named is None or named in known else f"; config.json is of a {shown(named)}, which is not read here"
 
 
 def _lacks_head(family: Family, c: ModelConfig, tensors: Tensors) -> bool:

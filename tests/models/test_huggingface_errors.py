@@ -34,6 +34,13 @@ def test_missing_tensor(checkpoint):
     params_from_huggingface(hf, tensors)
 
 
+def test_a_class_that_is_not_read_is_named(checkpoint):
+  hf, tensors = checkpoint
+  hf["architectures"] = ["LlamaForSequenceClassification"]
+  with pytest.raises(CheckpointError, match="score.weight.*of a 'LlamaForSequenceClassification', which is not read here"):
+    params_from_huggingface(hf, tensors | {"score.weight": np.zeros((2, 16), np.float32)})
+
+
 def test_wrong_shape(checkpoint):
   hf, tensors = checkpoint
   tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((16, 16), np.float32)
