@@ -1,4 +1,4 @@
-"""llama.cpp computes what we do from the files that we write (where its wheel xllamacpp is installed)."""
+"""llama.cpp (the wheel xllamacpp) computes what we do from the files that we write."""
 
 import json
 
