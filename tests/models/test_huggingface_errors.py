@@ -37,7 +37,7 @@ def test_missing_tensor(checkpoint):
 def test_a_class_that_is_not_read_is_named(checkpoint):
   hf, tensors = checkpoint
   hf["architectures"] = ["LlamaForSequenceClassification"]
-  with pytest.raises(CheckpointError, match="score.weight.*of a 'LlamaForSequenceClassification', which is not read here"):
+  with pytest.raises(CheckpointError, match="score.weight.*'LlamaForSequenceClassification', which is not read"):
     params_from_huggingface(hf, tensors | {"score.weight": np.zeros((2, 16), np.float32)})
 
 
