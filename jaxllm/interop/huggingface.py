@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import hashlib
 import logging
+import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ BUFFERS = (
 )
 # Settings of experts that only training knows, at their defaults.
 FOR_TRAINING = {name: getattr(MoEConfig, name) for name in ("capacity_factor", "load_balance_weight", "z_weight")}
+OF_CLASS = ("architectures", "id2label", "num_labels")  # keys of the whole, where the model's are in a group
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -70,9 +72,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelConfig, Declared]:
     ConfigError: see `config_from_huggingface`.
   """
   family = family_of(config)
-  config = config.get(family.text_config, config)
+  whole, config = config, config.get(family.text_config, config)
   if not isinstance(config, Mapping):
     raise ConfigError(f"config.json has {family.text_config} = {shown(config)}; it should be a group of keys")
+  config = {**config, **{key: whole[key] for key in OF_CLASS if key in whole}}
   defaults = DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name]
   config = _spelled(config, family, defaults)
   hf = read_keys(config, defaults, family.types)
@@ -172,16 +175,52 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
       sources.setdefault(path, {})[index] = read
       types.setdefault(path, []).append(tensor.dtype)
   ignored = BUFFERS + tuple(pattern.format(num_layers=c.num_layers) for pattern in family.ignored)
-  unexpected = [n for n in tensors if n not in expected and not any(fnmatch.fnmatch(n, i) for i in ignored)]
-  more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-  if unexpected and c.head == "none" and any(family.prefix and name.startswith(family.prefix) for name in given):
-    log.warning("the %s of config.json has no head: %s%s of the file stand aside", family.bare, unexpected[0], more)
-  elif unexpected:
+  rest = [n for n in tensors if n not in expected and not any(fnmatch.fnmatch(n, i) for i in ignored)]
+  _check_rest(family, table, c, config, expected, rest)
+  return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
+
+
+def _check_rest(
+  family: Family,
+  table: tuple[Weight, ...],
+  c: ModelConfig,
+  config: Mapping[str, Any],
+  expected: Collection[str],
+  rest: Collection[str],
+) -> None:
+  """Says how many of the tensors without a place stand aside: those of layers beyond the model's, as in files that
+  people cut by config.json alone, and what the classes have that a model without a head has not.
+
+  Raises:
+    CheckpointError: another one has no place.
+  """
+  stem = lambda name: name.removeprefix(family.prefix)  # noqa: E731
+  layers = {}
+  for weight in table:
+    start, numbered, _ = stem(weight.theirs).partition("{layer}")
+    if numbered:
+      layers[start] = c.num_encoder_layers if weight.ours[0].startswith("encoder/") else c.num_layers
+  parts = {stem(name).partition(".")[0] for name in expected}
+  beyond, outside, wrong = [], [], []
+  for name in rest:
+    at = next((start for start in layers if stem(name).startswith(start)), "")
+    number = re.match(r"(\d{1,9})\.", stem(name)[len(at) :]) if at else None
+    if number and int(number[1]) >= layers[at]:
+      beyond.append(name)
+    else:
+      (outside if c.head == "none" and stem(name).partition(".")[0] not in parts else wrong).append(name)
+  if wrong:
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     raise CheckpointError(
-      f"the checkpoint has the tensor {unexpected[0]}{more}, which this config.json does not call for"
+      f"the checkpoint has the tensor {wrong[0]}{more}, which this config.json does not call for"
       f"{_of_class(family, config)}"
     )
-  return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
+  if beyond:
+    count = c.num_layers
+    log.warning("config.json calls for %d layers: %d tensors of later ones stand aside", count, len(beyond))
+  if outside:
+    named = (config.get("architectures") or [family.bare])[0]
+    log.warning("%d tensors that are no part of a %s stand aside: %s, …", len(outside), shown(named), outside[0])
 
 
 def check_count(config: ModelConfig, tensors: int) -> None:
@@ -214,6 +253,9 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     ours = [params[path] for path in weight.ours]
     read = functools.partial(_read_tensor, weight.transform, c, ours, index, wanted)
     tensors[name] = LazyTensor(wanted, np.result_type(*(p.dtype for p in ours)), read)
+  if table.own_copies and not c.tie_embeddings:
+    copies = {table.named(copy, c.head): table.named(own, c.head) for copy, own in table.copies.items()}
+    tensors |= {copy: tensors[own] for copy, own in copies.items() if own in tensors}
   return hf, tensors
 
 
@@ -244,8 +286,14 @@ def _full_names(family: Family, c: ModelConfig, names: Collection[str]) -> list[
   """These names as the table has them: without old spellings, with the family's prefix or without it."""
   renamed = [_renamed(name, family) for name in names]
   table = _table(family, c, {n for name in renamed for n in (name, family.prefix + name)})
-  known = {name for _, name, _, _ in _expected(family, table, c, param_shapes(c))} | {*family.copies}
-  variants = lambda name: (name, family.prefix + name, name.removeprefix(family.prefix))  # noqa: E731
+  known = {name for _, name, _, _ in _expected(family, table, c, param_shapes(c))}
+  known |= {family.named(copy, c.head) for copy in family.copies}
+  prefix = family.prefixes.get(c.head, family.prefix)
+
+  def variants(name):
+    bare = name.removeprefix(family.prefix)
+    return name, prefix + name, prefix + bare, bare
+
   return [next((variant for variant in variants(name) if variant in known), name) for name in renamed]
 
 
@@ -260,7 +308,7 @@ def _named(family: Family, c: ModelConfig, tensors: Tensors) -> dict[str, LazyTe
 def _of_class(family: Family, config: Mapping[str, Any]) -> str:
   """What to add to an error where the class that config.json names may be the reason."""
   named = (config.get("architectures") or [None])[0]
-  known = {family.architecture, family.bare, *family.architectures.values()}
+  known = {family.architecture, family.bare, *family.architectures.values(), *family.others}
   return "" if named is None or named in known else f"; config.json is of a {shown(named)}, which is not read here"
 
 
@@ -284,7 +332,7 @@ def _told_by_tensors(
     if not any(name in tensors for weight, name, _, _ in names if weight.ours[0].startswith("head/dense")):
       log.warning("the file has no pooler: the state of the first token stands for a text")
       c = dataclasses.replace(c, head_dense=None)
-  copies = dict(family.copies)
+  copies = {family.named(copy, c.head): family.named(own, c.head) for copy, own in family.copies.items()}
   if c.head == "lm" and c.tie_embeddings:
     copies[family.head] = next(w.theirs for w in family.weights if w.ours == ("embedding/tokens",))
   for copy, own in copies.items():
@@ -346,8 +394,7 @@ def _expected(
       if c.moe and "layer" in numbers:
         numbers["layer"] = c.layers_with(weight.ours[0].split("/")[1])[index[0]]
       name = weight.theirs.format(**numbers)
-      # The file of a model without a head is that of the bare class.
-      yield weight, name.removeprefix(family.prefix) if c.head == "none" else name, index, wanted
+      yield weight, family.named(name, c.head), index, wanted
 
 
 def _read_piece(transform: Transform, c: ModelConfig, tensor: LazyTensor, ours: list[Shape], i: int) -> np.ndarray:

@@ -238,6 +238,11 @@ class ModelConfig:
     return self.embedding_dim or self.embed_dim
 
   @property
+  def head_input_dim(self) -> int:
+    """Of what the head's matrix multiplies."""
+    return self.token_dim if self.head == "lm" or self.head_dense == "linear" else self.embed_dim
+
+  @property
   def encoder(self) -> "ModelConfig":
     """Of an encoder_decoder: its encoder, as a model of its own that has no head."""
     return dataclasses.replace(

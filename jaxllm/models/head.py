@@ -25,7 +25,7 @@ class Head(nnx.Module):
   """A dense layer and a norm where the config has them, a matrix unless it is the embedding's, and a bias."""
 
   def __init__(self, c: ModelConfig, compute: Compute, *, rngs):
-    D = c.token_dim if c.head == "lm" else c.embed_dim  # what the head's matrix multiplies
+    D = c.head_input_dim
     outputs, axis = (c.vocab_size, "vocab") if c.head == "lm" else (c.num_labels, None)
     init = matrix_init(c, D)
     self.activation = c.head_dense

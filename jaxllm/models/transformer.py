@@ -211,8 +211,8 @@ class Transformer(nnx.Module):
   def classify(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
   ) -> Float[Array, "B *T num_labels"]:
-    """float32 logits of the labels: of each row's text, or of every token; of a span that an answer starts and ends
-    there.
+    """float32 logits of the labels: of each row's text, or of every token (of one label too: [B, T, 1]); of a span that
+    an answer starts and ends there.
 
     Raises:
       ConfigError: the model has no classification head.

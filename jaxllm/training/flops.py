@@ -41,7 +41,7 @@ def matmul_parameters(config: ModelConfig) -> int:
     experts = moe.num_experts * D + matrices * D * (moe.top_k * moe.mlp_dim + moe.shared_mlp_dim)
     layers += len(config.moe_layers) * experts
   outputs = {"lm": config.vocab_size, "none": 0}.get(config.head, config.num_labels)
-  W = config.token_dim if config.head == "lm" else D  # what the head's matrix multiplies
+  W = config.head_input_dim
   layers += D * config.token_dim if config.token_dim != D else 0
   return layers + W * (outputs + (D if config.head_dense else 0))
 

@@ -36,9 +36,9 @@ def test_missing_tensor(checkpoint):
 
 def test_a_class_that_is_not_read_is_named(checkpoint):
   hf, tensors = checkpoint
-  hf["architectures"] = ["LlamaForSequenceClassification"]
-  with pytest.raises(CheckpointError, match="score.weight.*'LlamaForSequenceClassification', which is not read"):
-    params_from_huggingface(hf, tensors | {"score.weight": np.zeros((2, 16), np.float32)})
+  hf["architectures"] = ["LlamaForRewardModel"]
+  with pytest.raises(CheckpointError, match="v_head.weight.*'LlamaForRewardModel', which is not read"):
+    params_from_huggingface(hf, tensors | {"v_head.weight": np.zeros((1, 16), np.float32)})
 
 
 def test_wrong_shape(checkpoint):
@@ -55,10 +55,29 @@ def test_unexpected_tensor(checkpoint):
     params_from_huggingface(hf, tensors)
 
 
-def test_layer_beyond_the_config(checkpoint):
+def test_layers_beyond_the_config_stand_aside(checkpoint, caplog):
+  """People cut models by config.json alone."""
   hf, tensors = checkpoint
-  with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.1\.\S+ and \d+ more"):
-    params_from_huggingface(hf | {"num_hidden_layers": 1}, tensors)
+  whole = params_from_huggingface(hf, tensors)[1]
+  later = [name for name in tensors if name.startswith("model.layers.1.")]
+  for prefix in ("", "model."):  # of a file of the bare class, too
+    named = {name.removeprefix("model.") if not prefix else name: x for name, x in tensors.items()}
+    caplog.clear()
+    config, params = params_from_huggingface(hf | {"num_hidden_layers": 1}, named)
+    assert config.num_layers == 1
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:1]), params["blocks"], whole["blocks"])
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == f"config.json calls for 1 layers: {len(later)} tensors of later ones stand aside"
+
+
+def test_a_cut_file_is_as_strict_about_the_layers_that_are_read(checkpoint):
+  hf, tensors = checkpoint
+  cut = hf | {"num_hidden_layers": 1}
+  with pytest.raises(CheckpointError, match=r"has the tensor model\.layers\.0\.mlp\.norm\.weight,"):
+    params_from_huggingface(cut, tensors | {"model.layers.0.mlp.norm.weight": np.zeros(16, np.float32)})
+  del tensors["model.layers.0.mlp.up_proj.weight"]
+  with pytest.raises(CheckpointError, match=r"lacks the tensor model\.layers\.0\.mlp\.up_proj\.weight"):
+    params_from_huggingface(cut, tensors)
 
 
 def test_buffers_and_the_copy_of_a_tied_head_are_not_unexpected(checkpoint):

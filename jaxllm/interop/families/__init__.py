@@ -16,6 +16,7 @@ from jaxllm.interop.families.gpt_neox import GPT_NEOX
 from jaxllm.interop.families.gpt_oss import GPT_OSS
 from jaxllm.interop.families.gptj import GPTJ
 from jaxllm.interop.families.granite import GRANITE
+from jaxllm.interop.families.heads import with_heads
 from jaxllm.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from jaxllm.interop.families.mbart import M2M_100, MBART
 from jaxllm.interop.families.modernbert import MODERNBERT
@@ -49,7 +50,7 @@ DENSE = (
   ),
   *(MISTRAL, OLMO2, OLMO3, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2),
 )
-DECODERS = (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE)
+DECODERS = tuple(map(with_heads, (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE)))
 ENCODERS = (BERT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
 ENCODER_DECODERS = (BART, M2M_100, MBART, MT5, T5)
 FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}

@@ -4,7 +4,6 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.bert import POST_NORM
 
-CLASSIFIER = "BartForSequenceClassification"
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
 
 
@@ -37,16 +36,22 @@ def weights(norm):
 
 
 def heads(c):
-  """The logits' matrix and bias, or a classifier's of the state at the text's end."""
+  """The logits' matrix and bias, or a classifier's of the state at the text's end, or an answer's span."""
   if c.head == "sequence":
     return t.linear("head/dense", "classification_head.dense") + t.linear("head", "classification_head.out_proj")
+  if c.head == "span":
+    return t.linear("head", "qa_outputs")
   matrix = t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED)
   return matrix, t.Weight(("head/bias",), "final_logits_bias", ROW)
 
 
-def _read(hf):
-  fields = read(hf) | t.read_head(hf, {"sequence": CLASSIFIER}, labels=3)
-  return fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
+def architectures(name):
+  return {"sequence": f"{name}ForSequenceClassification", "span": f"{name}ForQuestionAnswering"}
+
+
+def read_heads(hf, name):
+  fields = t.read_head(hf, architectures(name), labels=3)
+  return read(hf) | fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
 
 
 def read(hf):
@@ -89,17 +94,12 @@ BART = t.Family(
   },
   weights("post_norm"),
   fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
-  # Untied, transformers has an embedding for each side.
-  requires={
-    "is_encoder_decoder": True,
-    "tie_word_embeddings": True,
-    "normalize_before": False,
-    "add_final_layer_norm": False,
-  },
-  read=_read,
+  requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
+  read=lambda hf: read_heads(hf, "Bart"),
   write=lambda c: _write(c) | t.write_labels(c),
-  architectures={"sequence": CLASSIFIER},
+  architectures=architectures("Bart"),
   more_weights=heads,
   copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
+  own_copies=True,
   zeros=("final_logits_bias",),
 )

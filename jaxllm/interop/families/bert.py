@@ -43,6 +43,7 @@ BERT_HEADS = {
   "lm": (
     *t.linear("head/dense", "cls.predictions.transform.dense"),
     *t.norm("head/norm", "cls.predictions.transform.LayerNorm"),
+    t.Weight(("head/weight",), "cls.predictions.decoder.weight", t.TRANSPOSED),
     t.Weight(("head/bias",), "cls.predictions.bias"),
   ),
   "sequence": t.linear("head/dense", "bert.pooler.dense") + t.linear("head", "classifier"),
@@ -54,6 +55,7 @@ ROBERTA_HEADS = {
   "lm": (
     *t.linear("head/dense", "lm_head.dense"),
     *t.norm("head/norm", "lm_head.layer_norm"),
+    t.Weight(("head/weight",), "lm_head.decoder.weight", t.TRANSPOSED),
     t.Weight(("head/bias",), "lm_head.bias"),
   ),
   "sequence": t.linear("head/dense", "classifier.dense") + t.linear("head", "classifier.out_proj"),
@@ -98,15 +100,11 @@ def _write_roberta(c):
 BERT: t.Family = t.Family(
   "bert",
   "BertForMaskedLM",
-  t.KEYS | {"num_token_types": "type_vocab_size", "norm_eps": "layer_norm_eps"},
+  t.KEYS
+  | {"num_token_types": "type_vocab_size", "norm_eps": "layer_norm_eps", "tie_embeddings": "tie_word_embeddings"},
   weights("bert"),
   fields=POST_NORM | {"architecture": "encoder"},
-  requires={
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-  },
+  requires={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
   read=_read,
   write=_write,
   prefix="bert.",
@@ -114,6 +112,7 @@ BERT: t.Family = t.Family(
   architectures=architectures("Bert"),
   more_weights=lambda c: BERT_HEADS[c.head],
   copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
+  own_copies=True,
   ignored=("*position_ids", "*pooler.*", "cls.seq_relationship.*"),  # the last: BertForPreTraining's second objective
 )
 ROBERTA = dataclasses.replace(

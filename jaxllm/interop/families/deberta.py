@@ -59,7 +59,7 @@ DEBERTA_V2 = dataclasses.replace(
   ),
   fields=POST_NORM | {"architecture": "encoder", "relative_bias": "disentangled"},
   defaults={"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none", "conv_kernel_size": 0},
-  requires={"tie_word_embeddings": True},
+  requires={},
   read=_read,
   write=_write,
   other_names=(  # without `legacy`, and in the files of v3

@@ -8,7 +8,7 @@ HEADS = {
   "lm": (
     *t.linear("head/dense", "vocab_transform"),
     *t.norm("head/norm", "vocab_layer_norm"),
-    t.Weight(("head/bias",), "vocab_projector.bias"),
+    *t.linear("head", "vocab_projector"),
   ),
   "sequence": t.linear("head/dense", "pre_classifier") + t.linear("head", "classifier"),
   "token": t.linear("head", "classifier"),
@@ -33,9 +33,11 @@ DISTILBERT = t.Family(
     "mlp_dim": "hidden_dim",
     "max_seq_len": "max_position_embeddings",
     "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
   },
   (
     t.embedding("embedding/tokens", "distilbert.embeddings.word_embeddings"),
+    # sinusoids too
     t.embedding("embedding/positions", "distilbert.embeddings.position_embeddings"),
     *t.norm("embedding/norm", "distilbert.embeddings.LayerNorm"),
     *t.linears("blocks/attention", f"{LAYER}.attention", query="q_lin", key="k_lin", value="v_lin", output="out_lin"),
@@ -44,7 +46,6 @@ DISTILBERT = t.Family(
     *t.norm("blocks/mlp_post_norm", f"{LAYER}.output_layer_norm"),
   ),
   fields=POST_NORM | {"architecture": "encoder", "norm_eps": 1e-12},
-  requires={"tie_word_embeddings": True},  # its sinusoidal positions are in the file like learned ones
   read=_read,
   write=lambda c: t.write_labels(c) | {"activation": t.activation_name(c.mlp)},
   prefix="distilbert.",

@@ -1,5 +1,6 @@
 """ELECTRA (arXiv 2003.10555): BERT whose embedding may be narrower; a generator, and a discriminator that says of each
-token whether it was replaced: one label, read as classes of tokens are."""
+token whether it was replaced: one label, read as classes of tokens are, so that its logits are [B, T, 1] (in
+transformers [B, T])."""
 
 import dataclasses
 
@@ -17,7 +18,7 @@ def _heads(c):
     "lm": (
       *t.linear("head/dense", "generator_predictions.dense"),
       *t.norm("head/norm", "generator_predictions.LayerNorm"),
-      t.Weight(("head/bias",), "generator_lm_head.bias"),
+      *t.linear("head", "generator_lm_head"),
     ),
     "sequence": t.linear("head/dense", "classifier.dense") + t.linear("head", "classifier.out_proj"),
     "token": t.linear("head", "classifier"),
@@ -52,6 +53,7 @@ ELECTRA = dataclasses.replace(
   prefix="electra.",
   head="generator_lm_head.weight",
   architectures=architectures("Electra"),
+  others=(DISCRIMINATOR,),
   more_weights=_heads,
   copies={},
   ignored=("*position_ids",),

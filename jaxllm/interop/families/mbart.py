@@ -20,17 +20,20 @@ MBART = dataclasses.replace(
   bart.BART,
   name="mbart",
   architecture="MBartForConditionalGeneration",
-  architectures={},
+  architectures=bart.architectures("MBart"),
   weights=bart.weights("norm"),
   fields=PRE_NORM | {"position": "learned", "position_offset": 2, "embedding_norm": True, "head_bias": True},
-  requires={"is_encoder_decoder": True, "tie_word_embeddings": True},
+  requires={"is_encoder_decoder": True},
   # Without a token of its own the decoder starts with the first one.
-  read=lambda hf: bart.read(hf) | {"decoder_start_id": hf["decoder_start_token_id"] or hf["bos_token_id"] or 0},
+  read=lambda hf: (
+    bart.read_heads(hf, "MBart") | {"decoder_start_id": hf["decoder_start_token_id"] or hf["bos_token_id"] or 0}
+  ),
 )
 M2M_100 = dataclasses.replace(
   MBART,
   name="m2m_100",
   architecture="M2M100ForConditionalGeneration",
+  architectures={},
   fields=PRE_NORM | {"position": "sinusoidal"},
   read=_read_m2m,
   write=lambda c: bart.BART.write(c) | {"pad_token_id": c.position_offset - 1},

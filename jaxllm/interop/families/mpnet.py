@@ -39,7 +39,7 @@ MPNET = dataclasses.replace(
     *t.norm("blocks/mlp_post_norm", f"{LAYER}.output.LayerNorm"),
   ),
   fields=POST_NORM | {"architecture": "encoder", "relative_bias": "learned", "position_offset": OFFSET},
-  requires={"tie_word_embeddings": True, "relative_attention_num_buckets": 32},  # the code has no other number
+  requires={"relative_attention_num_buckets": 32},  # the code has no other number
   read=_read,
   write=_write,
   prefix="mpnet.",

@@ -1,46 +1,81 @@
-"""T5 (arXiv 1910.10683), T5 1.1, FLAN-T5 (2210.11416), and mT5 (2010.11934), whose logits are never scaled."""
+"""T5 (arXiv 1910.10683), T5 1.1, FLAN-T5 (2210.11416), and mT5 (2010.11934), whose logits are never scaled; and their
+encoders alone, as in Sentence-T5 (2108.08877) and GTR (2112.07899)."""
 
 import dataclasses
 
+from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
 from jaxllm.models.config import MLPS
-
-ENCODER, DECODER = "encoder.block.{layer}.layer", "decoder.block.{layer}.layer"
-RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias"
 
 
 def _attention(ours, theirs):
   return t.linears(ours, theirs, query="q", key="k", value="v", output="o")
 
 
-def _mlp(c):
-  """The matrix before the product goes by another name where there is a gate."""
-  names = {"gate": "wi_0", "up": "wi_1" if MLPS[c.mlp][1] else "wi"}
-  decoder = t.linears("blocks/mlp", f"{DECODER}.2.DenseReluDense", **names)
-  return decoder + t.linears("encoder/blocks/mlp", f"{ENCODER}.1.DenseReluDense", **names)
+def _stack(c, ours, side):
+  """The layers of one side, in which the feed-forward's matrices go by other names where there is a gate."""
+  layer, mlp = f"{side}.block.{{layer}}.layer", 2 if side == "decoder" else 1
+  names = {"gate": "wi_0", "up": "wi_1" if MLPS[c.mlp][1] else "wi", "down": "wo"}
+  return (
+    t.embedding(f"{ours}relative_bias", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"),
+    *_attention(f"{ours}blocks/attention", f"{layer}.0.SelfAttention"),
+    *t.norm(f"{ours}blocks/attention_norm", f"{layer}.0.layer_norm"),
+    *_attention(f"{ours}blocks/cross_attention", f"{layer}.1.EncDecAttention"),
+    *t.norm(f"{ours}blocks/cross_attention_norm", f"{layer}.1.layer_norm"),
+    *t.linears(f"{ours}blocks/mlp", f"{layer}.{mlp}.DenseReluDense", **names),
+    *t.norm(f"{ours}blocks/mlp_norm", f"{layer}.{mlp}.layer_norm"),
+    *t.norm(f"{ours}final_norm", f"{side}.final_layer_norm"),
+  )
 
 
-def _read(hf):
+def _weights(c):
+  if c.architecture == "encoder":
+    return _stack(c, "", "encoder")
+  head = t.linear("head", "qa_outputs" if c.head == "span" else "lm_head")
+  return _stack(c, "", "decoder") + _stack(c, "encoder/", "encoder") + head
+
+
+def _read(hf, name):
   kind = hf["feed_forward_proj"]
   gated = hf.get("is_gated_act", kind.startswith("gated-"))
   activation = hf.get("dense_act_fn", "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
-  scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
+  fields = {"mlp": t.mlp_name(activation, gated)}
+  if (hf.get("architectures") or [None])[0] == f"{name}EncoderModel":
+    layers = {"num_layers": hf["num_layers"], "num_encoder_layers": 0}
+    return fields | layers | {"architecture": "encoder", "head": "none", "decoder_start_id": 0}
+  if not hf.get("is_encoder_decoder", True):
+    raise ConfigError(f"config.json has is_encoder_decoder = False, and is not of a {name}EncoderModel")
+  fields |= t.read_head(hf, {"span": f"{name}ForQuestionAnswering"})
+  if fields["head"] == "span":
+    return fields | {"head_bias": True}
+  scaled = name == "T5" and hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
+  return fields | {"logit_scale": hf["d_model"] ** -0.5 if scaled else None}
+
+
+def _write(c, name):
+  name = t.activation_name(c.mlp)
+  kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
+  if c.architecture == "encoder":
+    layers = {"num_layers": c.num_layers, "num_decoder_layers": c.num_layers}
+    return layers | {"architectures": [f"{name}EncoderModel"], "feed_forward_proj": kind, "is_encoder_decoder": False}
+  scaled = {"scale_decoder_outputs": c.logit_scale is not None} if name == "T5" and c.head == "lm" else {}
+  return scaled | {"feed_forward_proj": kind, "is_encoder_decoder": True}
+
+
+def _classes(name):
+  """What hangs on the names of the classes in transformers."""
   return {
-    "mlp": t.mlp_name(activation, gated),
-    "logit_scale": hf["d_model"] ** -0.5 if scaled else None,
+    "architecture": f"{name}ForConditionalGeneration",
+    "architectures": {"span": f"{name}ForQuestionAnswering"},
+    "others": (f"{name}EncoderModel",),
+    "read": lambda hf: _read(hf, name),
+    "write": lambda c: _write(c, name),
   }
 
 
-def _write(c):
-  name = t.activation_name(c.mlp)
-  kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
-  return {"feed_forward_proj": kind, "scale_decoder_outputs": c.logit_scale is not None, "is_encoder_decoder": True}
-
-
 T5 = t.Family(
-  "t5",
-  "T5ForConditionalGeneration",
-  {
+  name="t5",
+  keys={
     "vocab_size": "vocab_size",
     "embed_dim": "d_model",
     "num_layers": "num_decoder_layers",
@@ -55,39 +90,16 @@ T5 = t.Family(
     "decoder_start_id": "decoder_start_token_id",
     "tie_embeddings": "tie_word_embeddings",
   },
-  (
-    t.embedding("embedding/tokens", "shared"),
-    t.embedding("relative_bias", f"decoder.{RELATIVE}"),
-    *_attention("blocks/attention", f"{DECODER}.0.SelfAttention"),
-    *t.norm("blocks/attention_norm", f"{DECODER}.0.layer_norm"),
-    *_attention("blocks/cross_attention", f"{DECODER}.1.EncDecAttention"),
-    *t.norm("blocks/cross_attention_norm", f"{DECODER}.1.layer_norm"),
-    *t.linear("blocks/mlp/down", f"{DECODER}.2.DenseReluDense.wo"),
-    *t.norm("blocks/mlp_norm", f"{DECODER}.2.layer_norm"),
-    *t.norm("final_norm", "decoder.final_layer_norm"),
-    t.embedding("encoder/relative_bias", f"encoder.{RELATIVE}"),
-    *_attention("encoder/blocks/attention", f"{ENCODER}.0.SelfAttention"),
-    *t.norm("encoder/blocks/attention_norm", f"{ENCODER}.0.layer_norm"),
-    *t.linear("encoder/blocks/mlp/down", f"{ENCODER}.1.DenseReluDense.wo"),
-    *t.norm("encoder/blocks/mlp_norm", f"{ENCODER}.1.layer_norm"),
-    *t.norm("encoder/final_norm", "encoder.final_layer_norm"),
-    *t.linear("head", "lm_head"),
-  ),
+  weights=(t.embedding("embedding/tokens", "shared"),),
   fields={"architecture": "encoder_decoder", "position": "relative", "query_scale": 1.0, "init": "fan_in"},
   defaults={"n_positions": 512, "decoder_start_token_id": 0, "tie_word_embeddings": True},
-  requires={"is_decoder": False, "is_encoder_decoder": True},
-  read=_read,
-  write=_write,
+  types={"is_encoder_decoder": bool},
+  requires={"is_decoder": False},
   prefix="",
-  more_weights=_mlp,
+  more_weights=_weights,
   follows={"num_decoder_layers": "num_layers"},
   copies={f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
   ignored=("*.EncDecAttention.relative_attention_bias.weight",),  # the first checkpoints have it, and no code reads it
+  **_classes("T5"),
 )
-MT5 = dataclasses.replace(
-  T5,
-  name="mt5",
-  architecture="MT5ForConditionalGeneration",
-  read=lambda hf: T5.read(hf) | {"logit_scale": None},
-  write=lambda c: {key: value for key, value in _write(c).items() if key != "scale_decoder_outputs"},
-)
+MT5 = dataclasses.replace(T5, name="mt5", **_classes("MT5"))

@@ -141,14 +141,18 @@ class Family:
   other_names: tuple[Weight, ...] = ()  # read in place of entries of `weights`, where a checkpoint has them
   text_config: str | None = None  # the key of the settings, where config.json has several models'; read only
   renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # starts of names, read as if they were others
-  prefix: str = "model."  # of every tensor but the head; checkpoints of the bare model lack it
+  prefix: str = "model."  # of every tensor but the head
+  # In files of other classes it is another: `ModelConfig.head` -> prefix
+  prefixes: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"none": ""})
   head: str = "lm_head.weight"
   architectures: Mapping[str, str] = dataclasses.field(
     default_factory=dict
   )  # of other heads: `ModelConfig.head` -> class
+  others: tuple[str, ...] = ()  # classes that `read` knows beside them
   more_weights: Callable[[ModelConfig], tuple[Weight, ...]] = lambda c: ()  # that hang on the config
   # Their tensors that are another one in transformers, the other: a file may have either, or both.
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  own_copies: bool = False  # ... but where the embeddings are not tied, and transformers looks for all of them
   zeros: tuple[str, ...] = ()  # tensors that are zeros where a checkpoint lacks them
   # Patterns of tensors that a checkpoint may hold and the model has no use for; "{num_layers}" is known.
   ignored: tuple[str, ...] = ()
@@ -158,6 +162,12 @@ class Family:
     """The class without a head, whose files have no head and no prefix."""
     usual = re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM)$", "Model", self.architecture)
     return self.architectures.get("none", usual)
+
+  def named(self, name: str, head: str) -> str:
+    """A tensor's name in the files of the class with this head."""
+    if not name.startswith(self.prefix):
+      return name
+    return self.prefixes.get(head, self.prefix) + name.removeprefix(self.prefix)
 
 
 def read_part(cls: type, hf: Mapping[str, Any], keys: Mapping[str, str], **more: Any) -> Any:
