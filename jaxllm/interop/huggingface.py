@@ -435,5 +435,5 @@ def _canonical(c: ModelConfig) -> ModelConfig:
     norm_bias=c.norm_bias or c.norm != "layernorm",
     mlp_dim=c.mlp_dim if c.layers_with("mlp") else c.moe.mlp_dim,
     mla=c.mla and dataclasses.replace(c.mla, norm_eps=c.mla.norm_eps or c.norm_eps),
-    tie_embeddings=c.tie_embeddings and c.head != "none",
+    tie_embeddings=c.tie_embeddings and (c.head != "none" or c.architecture == "encoder"),
   )

@@ -35,41 +35,41 @@ def _weights(c):
   return _stack(c, "", "decoder") + _stack(c, "encoder/", "encoder") + head
 
 
-def _read(hf, name):
+def _read(hf, stem):
   kind = hf["feed_forward_proj"]
   gated = hf.get("is_gated_act", kind.startswith("gated-"))
   activation = hf.get("dense_act_fn", "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
   fields = {"mlp": t.mlp_name(activation, gated)}
-  if (hf.get("architectures") or [None])[0] == f"{name}EncoderModel":
+  if (hf.get("architectures") or [None])[0] == f"{stem}EncoderModel":
     layers = {"num_layers": hf["num_layers"], "num_encoder_layers": 0}
     return fields | layers | {"architecture": "encoder", "head": "none", "decoder_start_id": 0}
   if not hf.get("is_encoder_decoder", True):
-    raise ConfigError(f"config.json has is_encoder_decoder = False, and is not of a {name}EncoderModel")
-  fields |= t.read_head(hf, {"span": f"{name}ForQuestionAnswering"})
+    raise ConfigError(f"config.json has is_encoder_decoder = False, and is not of a {stem}EncoderModel")
+  fields |= t.read_head(hf, {"span": f"{stem}ForQuestionAnswering"})
   if fields["head"] == "span":
     return fields | {"head_bias": True}
-  scaled = name == "T5" and hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
+  scaled = stem == "T5" and hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
   return fields | {"logit_scale": hf["d_model"] ** -0.5 if scaled else None}
 
 
-def _write(c, name):
+def _write(c, stem):
   name = t.activation_name(c.mlp)
   kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
   if c.architecture == "encoder":
     layers = {"num_layers": c.num_layers, "num_decoder_layers": c.num_layers}
-    return layers | {"architectures": [f"{name}EncoderModel"], "feed_forward_proj": kind, "is_encoder_decoder": False}
-  scaled = {"scale_decoder_outputs": c.logit_scale is not None} if name == "T5" and c.head == "lm" else {}
+    return layers | {"architectures": [f"{stem}EncoderModel"], "feed_forward_proj": kind, "is_encoder_decoder": False}
+  scaled = {"scale_decoder_outputs": c.logit_scale is not None} if stem == "T5" and c.head == "lm" else {}
   return scaled | {"feed_forward_proj": kind, "is_encoder_decoder": True}
 
 
-def _classes(name):
+def _classes(stem):
   """What hangs on the names of the classes in transformers."""
   return {
-    "architecture": f"{name}ForConditionalGeneration",
-    "architectures": {"span": f"{name}ForQuestionAnswering"},
-    "others": (f"{name}EncoderModel",),
-    "read": lambda hf: _read(hf, name),
-    "write": lambda c: _write(c, name),
+    "architecture": f"{stem}ForConditionalGeneration",
+    "architectures": {"span": f"{stem}ForQuestionAnswering"},
+    "others": (f"{stem}EncoderModel",),
+    "read": lambda hf: _read(hf, stem),
+    "write": lambda c: _write(c, stem),
   }
 
 

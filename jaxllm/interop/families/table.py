@@ -188,7 +188,7 @@ def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str], labels: i
   """
   named = (hf.get("architectures") or [None])[0]
   head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
-  labels = hf.get("num_labels", len(hf.get("id2label") or range(labels)))
+  labels = 2 if head == "span" else hf.get("num_labels", len(hf.get("id2label") or range(labels)))
   return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token", "span") else {})
 
 
