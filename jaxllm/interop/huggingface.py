@@ -201,7 +201,9 @@ def _check_rest(
     if numbered:
       layers[start] = c.num_encoder_layers if weight.ours[0].startswith("encoder/") else c.num_layers
   parts = {stem(name).partition(".")[0] for name in expected}
-  beyond, outside, wrong = [], [], []
+  beyond: list[str] = []
+  outside: list[str] = []
+  wrong: list[str] = []
   for name in rest:
     at = next((start for start in layers if stem(name).startswith(start)), "")
     number = re.match(r"(\d{1,9})\.", stem(name)[len(at) :]) if at else None

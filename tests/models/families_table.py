@@ -50,8 +50,12 @@ LEFT_OUT = """
 Left out, and refused by name: layers that are not attention (Mamba, RWKV, Qwen3-Next, Qwen3.5, Kimi Linear,
 Falcon-H1, Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4), per-layer embeddings and
 layers that share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), convolutions in
-DeBERTa (v2-xlarge), T5's encoder alone, untied masked-LM heads of BERT, classifiers of decoders, and images or sound:
-of a model that sees only its language model is read (Gemma 3).
+DeBERTa (v2-xlarge), T5's classifiers of texts and tokens, BART with an embedding of its own for each side, and images
+or sound: of a model that sees only its language model is read (Gemma 3).
+
+The classes for texts in decoders read the state of the last token that is not padding: here by `segment_ids`, in
+transformers by `pad_token_id`. Labels of tokens are [B, T, labels] also where there is one (ELECTRA's discriminator,
+whose logits are [B, T] in transformers).
 
 LongRoPE and dynamic NTK go by the model's `max_seq_len`, where transformers goes by the longest text at hand.
 """
@@ -62,7 +66,8 @@ def classes(family):
   """`ModelConfig.head` -> the class in transformers, of each head that a family has."""
   table = FAMILIES[family]
   others = {head: cls for head, cls in table.architectures.items() if head != "none" or table in ENCODERS}
-  return {"lm": table.architecture} | others
+  encoders = [cls for cls in table.others if cls.endswith("EncoderModel")]  # of encoder-decoders, alone
+  return {"lm": table.architecture} | others | ({"none": encoders[0]} if encoders else {})
 
 
 def head_of(config):

@@ -14,7 +14,7 @@ from jaxllm.interop.huggingface import config_from_huggingface  # noqa: E402
 CASES = {name: (f"{stem}Config", settings) for name, (stem, settings) in (NEWER | OLDER).items()}
 CASES |= {
   name: (getattr(transformers, cls).config_class.__name__, settings | {"architectures": [cls]})
-  for name, (cls, settings) in (ENCODERS | ENCODER_DECODERS).items()
+  for name, (cls, settings) in (ENCODER_DECODERS | ENCODERS).items()
 }
 # What says which model it is, and what ours has no word for.
 SAID = {"model_type", "architectures"}

@@ -128,13 +128,13 @@ ENCODER_DECODERS = {
     "M2M100ForConditionalGeneration",
     BART | dict(pad_token_id=1, scale_embedding=False, activation_function="gelu", encoder_layers=1),
   ),
+  "bart-sequence": ("BartForSequenceClassification", BART | dict(num_labels=3)),
+  "bart": ("BartForConditionalGeneration", BART),
+  "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
   "mbart-sequence": ("MBartForSequenceClassification", BART | dict(pad_token_id=1, num_labels=3)),
   "mbart-span": ("MBartForQuestionAnswering", BART | dict(pad_token_id=1)),
   "bart-span": ("BartForQuestionAnswering", BART),
   "bart-untied": ("BartForConditionalGeneration", BART | UNTIED),
-  "bart-sequence": ("BartForSequenceClassification", BART | dict(num_labels=3)),
-  "bart": ("BartForConditionalGeneration", BART),
-  "bart-scaled": ("BartForConditionalGeneration", BART | dict(scale_embedding=True, encoder_layers=1)),
 }
 
 # Computed by what others of these compute: their tensors are held in `test_export`.

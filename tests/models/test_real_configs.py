@@ -165,7 +165,8 @@ def variants():
     if (family, head) not in real:
       name, config = first[family]
       cls = families_table.classes(family)[head]
-      made[f"{name}, as {cls}"] = config | {"architectures": [cls]}
+      padded = {"pad_token_id": config.get("pad_token_id") or 0} if head == "sequence" else {}  # or no class pads
+      made[f"{name}, as {cls}"] = config | padded | {"architectures": [cls]}
   return made
 
 

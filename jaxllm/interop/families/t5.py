@@ -40,6 +40,7 @@ def _read(hf, stem):
   gated = hf.get("is_gated_act", kind.startswith("gated-"))
   activation = hf.get("dense_act_fn", "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-"))
   fields = {"mlp": t.mlp_name(activation, gated)}
+  scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"]) and stem == "T5"
   if (hf.get("architectures") or [None])[0] == f"{stem}EncoderModel":
     layers = {"num_layers": hf["num_layers"], "num_encoder_layers": 0}
     return fields | layers | {"architecture": "encoder", "head": "none", "decoder_start_id": 0}
@@ -48,7 +49,6 @@ def _read(hf, stem):
   fields |= t.read_head(hf, {"span": f"{stem}ForQuestionAnswering"})
   if fields["head"] == "span":
     return fields | {"head_bias": True}
-  scaled = stem == "T5" and hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
   return fields | {"logit_scale": hf["d_model"] ** -0.5 if scaled else None}
 
 
