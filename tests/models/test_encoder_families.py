@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import tempfile
 
 import jax
@@ -15,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from checkpoint_arrays import params_from_huggingface, params_to_huggingface  # noqa: E402
 
+from jaxllm.inference.model import Model  # noqa: E402
 from jaxllm.interop.families import FAMILIES  # noqa: E402
 from jaxllm.models.build import declare  # noqa: E402
 
@@ -319,3 +321,18 @@ def test_the_names_of_debertas_third_version():
   got_config, got = params_from_huggingface(hf, renamed)
   assert got_config == config
   jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
+def test_the_encoder_of_a_whole_t5(caplog):
+  """As people load one by `T5EncoderModel.from_pretrained`; its texts have vectors."""
+  model, hf, config, params = case("t5")
+  with caplog.at_level(logging.WARNING, "jaxllm"):
+    c, encoder = params_from_huggingface(hf | {"architectures": ["T5EncoderModel"]}, tensors_of(model))
+  assert "no part of a 'T5EncoderModel' stand aside" in caplog.text
+  ids = [5, 9, 11, 4, 1]
+  with torch.no_grad():
+    want = model.encoder(torch.tensor([ids])).last_hidden_state[0].numpy()
+  ours = Model(c, encoder)
+  oracle.assert_close(ours.encode([ids])[0], want)
+  mean = want.mean(0)
+  oracle.assert_close(ours.embed([ids])[0], mean / np.linalg.norm(mean))
