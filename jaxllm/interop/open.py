@@ -294,4 +294,4 @@ def _as_rounded(path: str, tensor: LazyTensor, record: dict[str, Any]) -> LazyTe
 def _open_gguf(path: Path) -> StoredModel:
   file = read_gguf(path)
   config, tensors = from_huggingface(file.config, file.tensors)
-  return StoredModel(config, tensors, file.tokenizer(), file.generation, path, "gguf")
+  return StoredModel(config, tensors, file.tokenizer(), file.generation, path, "gguf", vectors=file.vectors)

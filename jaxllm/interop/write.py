@@ -57,6 +57,6 @@ def write_model(
   elif os.path.lexists(path):  # a link to nothing too
     raise CheckpointError(f"{path} is there already; choose another name, or remove it")
   else:
-    hf, tensors = as_checkpoint(model.config, model.tensors, family)
+    hf, tensors = as_checkpoint(model.config, model.tensors, family, model.source.get("model_type"))
     kind = quantize or {"bfloat16": "bf16", "float16": "f16"}.get(model.dtype, "f32")
-    write_gguf(path, hf, tensors, model.tokenizer, dtype=kind, generation=model.generation)
+    write_gguf(path, hf, tensors, model.tokenizer, dtype=kind, generation=model.generation, vectors=model.vectors)

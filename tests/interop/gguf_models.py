@@ -10,6 +10,8 @@ VOCAB = 384
 LLAMA3 = dict(
   rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.25, 1.5, 2.0], long_factor=[1.0, 2.5, 6.0, 32.0])
+LONGROPE |= dict(original_max_position_embeddings=32, factor=4.0)
 SMALL = dict(
   vocab_size=VOCAB,
   hidden_size=64,
@@ -52,14 +54,21 @@ CONFIGS = {
   | dict(model_type="qwen3_moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
   | dict(norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1),
   "phi3": SMALL | dict(model_type="phi3", partial_rotary_factor=0.5, pad_token_id=None, sliding_window=None),
+  "phi3-longrope": SMALL
+  | dict(model_type="phi3", partial_rotary_factor=0.5, pad_token_id=None, sliding_window=None)
+  | dict(rope_scaling=LONGROPE, original_max_position_embeddings=32),
+  "llama-longrope": SMALL | dict(model_type="llama", head_dim=8, rope_scaling=LONGROPE),
   "starcoder2": SMALL | dict(model_type="starcoder2", use_bias=True, sliding_window=None),
   "gpt-neox": SMALL | dict(model_type="gpt_neox", rotary_pct=0.25, hidden_act="gelu_new"),
+  "gpt-neox-rotated": SMALL | dict(model_type="gpt_neox", rotary_pct=1.0, rotary_emb_base=5000, hidden_act="gelu_new"),
   "gpt-neox-serial": SMALL | dict(model_type="gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
   "bloom": dict(model_type="bloom", vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, seq_length=128),
   "granite": SMALL
   | dict(model_type="granite", embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0)
   | dict(attention_multiplier=0.1),
   "cohere": SMALL | dict(model_type="cohere", logit_scale=0.5, tie_word_embeddings=True),
+  "cohere-normed": SMALL
+  | dict(model_type="cohere", logit_scale=0.5, tie_word_embeddings=True, use_qk_norm=True, num_hidden_layers=64),
   "cohere2": SMALL
   | dict(model_type="cohere2", logit_scale=0.5, tie_word_embeddings=True, num_hidden_layers=4, sliding_window=8),
   "glm4": SMALL | dict(model_type="glm4", head_dim=32, partial_rotary_factor=0.5, pad_token_id=None),

@@ -14,8 +14,11 @@ from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE
 from jaxllm.interop.gguf.config import read_config
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
+from jaxllm.interop.gguf.pooling import text_vectors
 from jaxllm.interop.gguf.tensors import read_tensors
 from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
+from jaxllm.interop.huggingface import config_from_huggingface
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 
 QUANTIZED = (
@@ -51,6 +54,12 @@ class GgufCheckpoint:
         return load_tokenizer(directory)
       except DataError as error:
         raise CheckpointError("the GGUF file's metadata make no tokenizer: its merges or pieces are damaged") from error
+
+  @property
+  def vectors(self) -> TextVectors | None:
+    """How states become one vector of a text; None: the file does not say."""
+    width = config_from_huggingface(self.config).embed_dim
+    return text_vectors(self.metadata, self.metadata["general.architecture"], width)
 
   @property
   def generation(self) -> dict[str, Any]:
