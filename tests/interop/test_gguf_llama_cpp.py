@@ -5,7 +5,7 @@ import json
 import gguf_models
 import numpy as np
 import pytest
-from gguf_against_llama import greedy, states, tokenized, tolerance
+from gguf_against_llama import greedy, pooled, states, tokenized, tolerance
 from test_gguf_tokenizers import KNOWN, TEXTS, byte_level, characters_with_bytes, unigram, wordpiece
 
 from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
@@ -30,6 +30,13 @@ def test_states_of_tokens(tmp_path, name):
   theirs, ours = states(tmp_path / "x.gguf", *gguf_models.checkpoint(name))
   assert np.std(ours) > 0.05
   np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("name", ["xlm-roberta", "modernbert", "llama", "qwen3"])
+def test_vectors_of_texts(tmp_path, name, pooling):
+  theirs, ours = pooled(tmp_path / "x.gguf", *gguf_models.checkpoint(name), pooling)
+  np.testing.assert_allclose(theirs, ours, rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["lower", "cased", "unigram"])
