@@ -16,7 +16,7 @@ from jaxllm.interop.gguf.config import read_config
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
 from jaxllm.interop.gguf.pooling import text_vectors
 from jaxllm.interop.gguf.tensors import read_tensors
-from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
+from jaxllm.interop.gguf.tokenizer import ROLES, special_ids, tokenizer_files
 from jaxllm.interop.huggingface import config_from_huggingface
 from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -64,7 +64,8 @@ class GgufCheckpoint:
   @property
   def generation(self) -> dict[str, Any]:
     """generation_config.json: bos_token_id, eos_token_id (a list), …; and add_bos_token, add_eos_token."""
-    return special_ids(self.metadata)
+    known = {f"{role}_token_id" for role in ROLES} | {"add_bos_token", "add_eos_token"}
+    return {key: value for key, value in special_ids(self.metadata).items() if key in known}
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:

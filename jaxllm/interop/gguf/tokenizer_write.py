@@ -13,7 +13,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf import tokenizer as names
 from jaxllm.interop.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from jaxllm.interop.gguf.wordpiece import write_wordpiece
+from jaxllm.interop.gguf.wordpiece import STRIP, write_wordpiece
 
 log = logging.getLogger("jaxllm")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -113,6 +113,8 @@ def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> t
 def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
   """BERT's, whose texts begin with [CLS] and end with [SEP]: llama.cpp always puts both."""
   tokens, types, said = write_wordpiece(definition)
+  if said[STRIP]:
+    _warn("llama.cpp takes away vowel signs too (in Hindi or Korean, say), where BERT takes away accents")
   texts, kinds = _filled(tokens, types, vocab_size)
   inner, whole = (tokenizer.encode_prompt("a", add_special=special).tolist() for special in (False, True))
   if whole[1:-1] != inner:
@@ -183,14 +185,17 @@ def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]
   model = definition["model"]
   if model.get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
     raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
-  if definition.get("normalizer") == {"type": "NFC"}:
+  normalizer = _steps(definition.get("normalizer"), "normalizers")
+  if normalizer == [{"type": "NFC"}]:
     _warn("the tokenizer composes characters (NFC), and llama.cpp takes them as they come")
-  elif definition.get("normalizer") is not None:
+  elif normalizer:
     raise DataError("the tokenizer normalizes text, which llama.cpp cannot do for byte-level BPE")
   patterns = _patterns(definition["pre_tokenizer"])
   found = [name for name, cuts in names.PRE_TOKENIZERS.items() if cuts == patterns]
   if not found:
     raise DataError(f"the tokenizer cuts text in a way that llama.cpp has no name for: {patterns}")
+  if found[0] in ("tekken", "gpt-4o"):
+    _warn("llama.cpp cuts words of this kind of tokenizer at their marks (in Hindi or Thai, say)")
   tokens = {i: token for token, i in model["vocab"].items()}
   types = dict.fromkeys(tokens, NORMAL)
   for token in definition.get("added_tokens") or ():
@@ -240,8 +245,8 @@ def _prefix(normalizer: Any, cutter: Any) -> bool:
   rest = [step for step in steps if step not in ({"type": "Prepend", "prepend": SPACE}, _REPLACE)]
   if cutter and cutter["type"] == "Metaspace" and cutter.get("replacement") == SPACE and not cutter.get("split"):
     prefix = cutter.get("prepend_scheme", "always") != "never"
-    if prefix and cutter["prepend_scheme"] == "first":
-      _warn("the tokenizer puts a space before a text only, and llama.cpp behind special tokens too")
+    if prefix:
+      _warn("llama.cpp puts a space before a text that begins with one too, and before one behind a special token")
   elif cutter is not None and (cutter.get("pattern"), cutter.get("behavior")) != _NOTHING:
     rest.append(cutter)
   elif _REPLACE not in steps:
