@@ -67,6 +67,14 @@ def pooled(file, hf, tensors, pooling):
   return np.array(answer[0]["embedding"][0]), model.embed(PROMPT)[0]
 
 
+def labels(file, hf, tensors):
+  """llama.cpp's and our logits of the labels of PROMPT."""
+  write_gguf(file, hf, tensors, LETTERS)
+  (answer,) = ask(file, ("/embedding", {"content": PROMPT, "embd_normalize": -1}), embedding="rank")
+  ours = np.asarray(_model(hf, tensors)[0](np.array([PROMPT], np.int32))[0][0])
+  return np.array(answer[0]["embedding"][0][: len(ours)]), ours
+
+
 def tokenized(file, tokenizer, texts):
   """llama.cpp's tokens of texts, special ones around them."""
   write_gguf(file, *gguf_models.checkpoint("llama"), tokenizer)

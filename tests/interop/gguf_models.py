@@ -106,12 +106,21 @@ ENCODERS = {
   | dict(model_type="modernbert", max_position_embeddings=128, local_attention=16)
   | dict(num_hidden_layers=4, global_rope_theta=160000.0, local_rope_theta=10000.0),
 }
+# A text's labels, or how well it answers another.
+RANKERS = {
+  "bert-classifier": ENCODER
+  | dict(model_type="bert", architectures=["BertForSequenceClassification"], max_position_embeddings=128)
+  | dict(id2label={"0": "bad", "1": "fair", "2": "good"}),
+  "bge-reranker": ENCODER
+  | dict(model_type="xlm-roberta", architectures=["XLMRobertaForSequenceClassification"], type_vocab_size=1)
+  | dict(max_position_embeddings=130, id2label={"0": "LABEL_0"}),
+}
 ENCODER_DECODERS = {
   "t5": T5 | dict(model_type="t5"),
   "flan-t5": T5 | dict(model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
   "mt5": T5 | dict(model_type="mt5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
-ALL = CONFIGS | ENCODERS | ENCODER_DECODERS
+ALL = CONFIGS | ENCODERS | RANKERS | ENCODER_DECODERS
 
 TEXT = """def add(first, second):
   \"\"\"Adds two numbers; 12 and 345 make 357.\"\"\"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 def ask(file, *posts, embedding=False):
   """What llama.cpp's server answers, with a model, to each (path, body); `embedding`: with the states of tokens, or
-  "pooled", with the vector that the file says."""
+  "pooled", with the vector that the file says, or "rank", as a server of answers' ranks."""
   out = Path(f"{file}.answers")
   request = json.dumps({"file": str(file), "posts": posts, "embedding": embedding})
   done = subprocess.run([sys.executable, __file__, out], input=request, capture_output=True, text=True, timeout=120)
@@ -86,7 +86,8 @@ def main():
   if request["embedding"]:
     params.embedding, params.n_ubatch = True, 128
     if request["embedding"] != "pooled":
-      params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+      kind = "RANK" if request["embedding"] == "rank" else "NONE"
+      params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{kind}")
   server = xllamacpp.Server(params)
   answers = []
   for path, body in request["posts"]:

@@ -5,7 +5,7 @@ import json
 import gguf_models
 import numpy as np
 import pytest
-from gguf_against_llama import greedy, pooled, states, tokenized, tolerance
+from gguf_against_llama import greedy, labels, pooled, states, tokenized, tolerance
 from test_gguf_tokenizers import KNOWN, TEXTS, byte_level, characters_with_bytes, unigram, wordpiece
 
 from jaxllm.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
@@ -30,6 +30,12 @@ def test_states_of_tokens(tmp_path, name):
   theirs, ours = states(tmp_path / "x.gguf", *gguf_models.checkpoint(name))
   assert np.std(ours) > 0.05
   np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", gguf_models.RANKERS)
+def test_labels_of_texts(tmp_path, name):
+  theirs, ours = labels(tmp_path / "x.gguf", *gguf_models.checkpoint(name))
+  np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])

@@ -56,5 +56,5 @@ def test_vectors_that_llama_cpp_cannot_make(tmp_path, caplog):
 def test_a_pooling_that_is_not_known(tmp_path):
   write_gguf(tmp_path / "x.gguf", *gguf_models.checkpoint("bert"), None)
   file = read_gguf(tmp_path / "x.gguf")
-  with pytest.raises(CheckpointError, match="bert.pooling_type is 4; those known are 1, 2, 3"):
-    _ = dataclasses.replace(file, metadata=file.metadata | {"bert.pooling_type": 4}).vectors
+  with pytest.raises(CheckpointError, match="bert.pooling_type is 5; those known are 1, 2, 3"):
+    _ = dataclasses.replace(file, metadata=file.metadata | {"bert.pooling_type": 5}).vectors

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import re
 import resource
 import signal
@@ -23,7 +24,10 @@ from jaxllm.interop.gguf.config import read_config, write_config
 from jaxllm.interop.gguf.encoders import reduced
 from jaxllm.interop.gguf.tensors import read_tensors, write_tensors
 from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface
+from jaxllm.interop.open import open_model
+from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor, in_memory
+from jaxllm.interop.write import write_model
 
 Kind = gguf.GGMLQuantizationType
 
@@ -91,6 +95,25 @@ def test_names_are_those_of_the_gguf_package(tmp_path, name):
     "GGUF.tensor_count",
     "GGUF.kv_count",
   }
+
+
+@pytest.mark.parametrize("name", gguf_models.RANKERS)
+def test_classifiers_come_back_with_their_labels(tmp_path, name):
+  hf, tensors = gguf_models.checkpoint(name)
+  named = hf | {"id2label": gguf_models.RANKERS[name]["id2label"]}
+  model = from_huggingface(named, tensors)
+  write_model(StoredModel(*model, source=named), tmp_path / "x.gguf", format="gguf", quantize="q4_0")
+  found = read_gguf(tmp_path / "x.gguf")
+  assert found.metadata["bert.pooling_type"] == gguf.PoolingType.RANK
+  assert found.metadata["bert.classifier.output_labels"] == list(named["id2label"].values())
+  kinds = {stem: stored(tmp_path / "x.gguf")[f"{stem}.weight"][0] for stem in ("cls", "cls.output", "blk.0.attn_q")}
+  assert list(kinds.values()) == ["F32", "F32", "Q4_0"]
+  back = open_model(tmp_path / "x.gguf")
+  assert back.config == dataclasses.replace(model[0], position_offset=0) and back.vectors is None
+  for path in ("head/dense/weight", "head/dense/bias", "head/weight", "head/bias"):
+    np.testing.assert_array_equal(back.tensors[path].read(), model[1][path].read())
+  write_model(back, tmp_path / "hf", format="hf")
+  assert json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"] == named["id2label"]
 
 
 BARE = {
@@ -401,7 +424,11 @@ UNSAYABLE = {
     "every other layer",
   ),
   "alibi": (gguf_models.CONFIGS["falcon-7b"] | dict(alibi=True), "alibi"),
-  "classifier": (gguf_models.ENCODERS["bert"] | dict(architectures=["BertForSequenceClassification"]), "the head of"),
+  "tags": (gguf_models.ENCODERS["bert"] | dict(architectures=["BertForTokenClassification"]), "the head of"),
+  "other classifier": (
+    gguf_models.ENCODERS["electra"] | dict(architectures=["ElectraForSequenceClassification"]),
+    "the head of",
+  ),
   "narrow embedding": (gguf_models.ENCODERS["electra"] | dict(embedding_size=32), "narrower than the model"),
   "distances": (gguf_models.T5 | dict(model_type="t5", relative_attention_max_distance=64), "relative_attention"),
   "long decoder": (gguf_models.T5 | dict(model_type="t5", num_decoder_layers=3), "more layers than its encoder"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError, shown
 from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE, KNOWN, architecture_of
-from jaxllm.interop.gguf.encoders import TYPE_TABLE
+from jaxllm.interop.gguf.encoders import LABELS, TYPE_TABLE
 from jaxllm.interop.gguf.header import entry
 from jaxllm.interop.gguf.rope import read_rope, rope_factors, write_rope
 from jaxllm.interop.gguf.table import Architecture, Metadata
@@ -137,6 +137,9 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
   if architecture.name == "bert":
     entries["tokenizer.ggml.token_type_count"] = max(c.num_token_types, 1)  # which it wants where there is no table too
+  if c.head == "sequence":
+    names = hf.get("id2label") or full["id2label"]
+    entries[f"{architecture.name}.classifier.output_labels"] = [str(names[key]) for key in sorted(names, key=int)]
   read = _read(Metadata(entries, architecture.name, _blanks(full, architecture) | extra), architecture)
   back = _explicit({**architecture.only, **read, "model_type": family}, family)
   for key in sorted(full.keys() | back.keys()):
@@ -172,10 +175,11 @@ def _blanks(full: Mapping[str, Any], architecture: Architecture) -> dict[str, La
   c = config_from_huggingface(full)
   layers = c.num_encoder_layers or c.num_layers
   shapes: dict[str, tuple[int, ...]] = {f"{architecture.blocks}{i}.attn_norm.weight": (1,) for i in range(layers)}
-  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1)}
+  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1), LABELS: (c.num_labels or 1, 1)}
   present = {
     "token_embd.weight": True,
     TYPE_TABLE: c.num_token_types,
+    LABELS: c.head == "sequence",
     "output.weight": c.head == "lm" and not full["tie_word_embeddings"],
     "blk.0.attn_q.bias": full.get("attention_bias"),
     "blk.0.ffn_up.bias": full.get("mlp_bias"),

@@ -18,14 +18,15 @@ log = logging.getLogger("jaxllm")
 WRITTEN_AS = {"bert": "electra", "roberta": "electra", "xlm-roberta": "electra", "electra": "electra"}
 WRITTEN_AS |= {"distilbert": "distilbert", "modernbert": "modernbert", "t5": "t5", "mt5": "t5", "gemma3": "gemma3_text"}
 _DISTILBERT_EPS = 1e-12  # which its config.json cannot say
-TYPE_TABLE = "token_types.weight"
+TYPE_TABLE, LABELS = "token_types.weight", "cls.output.weight"
 
 
 def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors]:
   """What llama.cpp can have of a checkpoint, as one of a family that has a table; what is lost is logged.
 
-  Of an encoder: the states of its tokens, positions counted from 0. Of a decoder without a head: one whose head is its
-  embedding. Of a model with a vision tower: the text's. T5's factor of the logits goes into its last norm.
+  Of an encoder: the states of its tokens, or the labels of a text; positions counted from 0. Of a decoder without a
+  head: one whose head is its embedding. Of a model with a vision tower: the text's. T5's factor of the logits goes into
+  its last norm.
 
   Raises:
     ConfigError: the head is what the model is for.
@@ -34,7 +35,8 @@ def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any],
   family = hf["model_type"]
   c, target = config_from_huggingface(hf), WRITTEN_AS.get(family, family)
   encoder = c.architecture == "encoder"
-  if c.head not in ("lm", "none"):
+  ranks = encoder and c.head == "sequence" and c.head_dense == "tanh" and target == "electra"
+  if c.head not in ("lm", "none") and not ranks:
     raise ConfigError(f"GGUF has no place for the head of {hf['architectures'][0]}; write the model without it")
   bare_decoder = c.architecture == "decoder" and c.head == "none"
   if target == family and c.architecture == "decoder" and not bare_decoder:
@@ -42,7 +44,9 @@ def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any],
   if c.token_dim != c.embed_dim:
     raise ConfigError("GGUF has no place for an embedding that is narrower than the model")
   bare = dataclasses.replace(c, logit_scale=None) if c.architecture == "encoder_decoder" else c
-  if encoder:
+  if ranks:
+    target, bare = "bert", dataclasses.replace(bare, position_offset=0)
+  elif encoder:
     none: dict[str, Any] = {"head": "none", "head_dense": None, "head_norm": False, "head_bias": False}
     bare = dataclasses.replace(bare, **none, position_offset=0, pooling="first")
   elif bare_decoder:
@@ -51,14 +55,15 @@ def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any],
   config_to_huggingface(bare, target)
   params = dict(from_huggingface(hf, tensors)[1])
   if encoder:
-    if lost := [path for path in params if path.startswith("head/")]:
+    if lost := [path for path in params if path.startswith("head/") and not ranks]:
       log.warning("GGUF: llama.cpp has no head of a masked language model and no pooler; the file is for embeddings")
     params = {path: tensor for path, tensor in params.items() if path not in lost}
     if c.position_offset:
       params["embedding/positions"] = _without_rows(params["embedding/positions"], c.position_offset)
   elif c.logit_scale is not None and bare.logit_scale is None:
     params["final_norm/scale"] = _times(params["final_norm/scale"], c.logit_scale)
-  return to_huggingface(bare, target, params)
+  found, named = to_huggingface(bare, target, params)
+  return found | ({"id2label": hf["id2label"]} if ranks and "id2label" in hf else {}), named
 
 
 def _without_rows(x: LazyTensor, count: int) -> LazyTensor:
@@ -106,6 +111,16 @@ def _write_modernbert(hf):
   return {"attention.causal": False, "rope.scaling.type": "none"} | numbers | (windows if local else {})
 
 
+def _read_ranker(m):
+  names = m.texts("classifier.output_labels") or [f"LABEL_{i}" for i in range(m.tensors[LABELS].shape[0])]
+  types = m.tensors[TYPE_TABLE].shape[0] if TYPE_TABLE in m.tensors else 0
+  return {
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "type_vocab_size": types,
+  }
+
+
 _POST_NORMS = {
   "blocks/attention_post_norm": "blk.{}.attn_output_norm",
   "blocks/mlp_post_norm": "blk.{}.layer_output_norm",
@@ -150,6 +165,15 @@ ENCODERS = (
     activation="hidden_act",
     stems=lambda c: _POST_NORMS,
     read=_read_bert,
+    write=lambda hf: {"attention.causal": False},
+  ),
+  Architecture(
+    "bert",
+    "bert",
+    rope=False,
+    activation="hidden_act",
+    stems=lambda c: _POST_NORMS | {"head/dense": "cls", "head": "cls.output"},
+    read=_read_ranker,
     write=lambda hf: {"attention.causal": False},
   ),
   Architecture(

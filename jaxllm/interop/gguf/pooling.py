@@ -14,7 +14,7 @@ from jaxllm.interop.sentence_transformers import MODULES, POOLINGS, TextVectors
 
 log = logging.getLogger("jaxllm")
 _TYPES = {"mean": 1, "first": 2, "last": 3}
-_NONE = 0
+_NONE, RANK = 0, 4  # the last: a classifier's head
 _FOLDER = "1_Pooling"
 
 
@@ -48,7 +48,7 @@ def text_vectors(entries: Mapping[str, Any], architecture: str, width: int) -> T
   """
   key = f"{architecture}.pooling_type"
   number = entry(entries, key, int, _NONE)
-  if number == _NONE:
+  if number in (_NONE, RANK):
     return None
   pooling = {value: name for name, value in _TYPES.items()}.get(number)
   if pooling is None:

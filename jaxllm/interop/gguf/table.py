@@ -151,6 +151,9 @@ class Metadata:
   def text(self, key: str) -> str | None:
     return entry(self.entries, self._key(key), str)
 
+  def texts(self, key: str) -> list[str]:
+    return entry(self.entries, self._key(key), list, [])
+
   @property
   def head_width(self) -> int:
     return self.number("attention.key_length") or self.positive("embedding_length") // self.positive(
