@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "interop"))
 import gguf_models
 from gguf_against_llama import greedy, labels, states, tolerance
 
-MODELS = gguf_models.ALL
+MODELS = gguf_models.ALL | gguf_models.SEEING
 
 
 def compare(file: Path, name: str) -> dict:

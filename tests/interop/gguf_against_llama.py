@@ -75,6 +75,16 @@ def labels(file, hf, tensors):
   return np.array(answer[0]["embedding"][0][: len(ours)]), ours
 
 
+def ranks(file, hf, tensors, tokenizer, answers, pairs):
+  """How well texts answer "The quick brown fox" for llama.cpp; and for us, given the tokens of the pairs."""
+  write_gguf(file, hf, tensors, tokenizer)
+  (answer,) = ask(file, ("/rerank", {"query": "The quick brown fox", "documents": answers}), embedding="rank")
+  theirs = {found["index"]: found["relevance_score"] for found in answer["results"]}
+  model, _ = _model(hf, tensors)
+  ours = [float(model(np.array([pair], np.int32))[0][0, 0]) for pair in pairs]
+  return [theirs[i] for i in range(len(answers))], ours
+
+
 def tokenized(file, tokenizer, texts):
   """llama.cpp's tokens of texts, special ones around them."""
   write_gguf(file, *gguf_models.checkpoint("llama"), tokenizer)

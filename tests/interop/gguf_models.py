@@ -92,6 +92,8 @@ CONFIGS = {
   | dict(num_hidden_layers=4, rope_theta=OSS_THETA, rope_scaling=OSS_YARN, tie_word_embeddings=False),
   "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128),
 }
+# With a vision tower, of which nothing is read.
+SEEING = {"gemma3-seeing": dict(model_type="gemma3", text_config=CONFIGS["gemma3"])}
 # These have no text to continue; llama.cpp gives the states of their tokens.
 ENCODERS = {
   "bert": ENCODER | dict(model_type="bert", max_position_embeddings=128),
@@ -132,7 +134,7 @@ The quick brown fox jumps over the lazy dog. Größe, naïve, 世界, Приве
 
 def checkpoint(name, dtype=np.float32, seed=0):
   """(config.json, tensors) with random weights; norm scales near 1."""
-  hf = name if isinstance(name, dict) else ALL[name]
+  hf = name if isinstance(name, dict) else (ALL | SEEING)[name]
   config = config_from_huggingface(hf)
   rng = np.random.default_rng(seed)
   params = {}
@@ -141,6 +143,10 @@ def checkpoint(name, dtype=np.float32, seed=0):
     if path.endswith("scale") and not config.norm_unit_offset:
       x += 1
     params[path] = x.astype(dtype)
+  if "text_config" in hf:
+    tensors = to_huggingface(config, hf["text_config"]["model_type"], in_memory(params))[1]
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    return hf, tensors | in_memory({"vision_tower.patches": np.ones(3, np.float32)})
   return to_huggingface(config, hf["model_type"], in_memory(params))
 
 

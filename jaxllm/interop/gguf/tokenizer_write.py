@@ -33,7 +33,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   Raises:
     DataError: llama.cpp has no tokenizer like this one.
   """
-  files = tokenizer.files()
+  files, definition = tokenizer.files(), {}
   if "tokenizer.json" in files:
     definition = json.loads(files["tokenizer.json"])
     added = list(definition.get("added_tokens") or ())
@@ -50,6 +50,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
     entries = _sentencepiece_metadata(files["tokenizer.model"], decoder, vocab_size)
     if entries["tokenizer.ggml.add_space_prefix"] and not tokenizer.settings.get("legacy", True):
       _warn("the tokenizer puts no space behind special tokens (legacy: false), where llama.cpp puts one")
+  if entries["tokenizer.ggml.model"] == "t5" and (entries["tokenizer.ggml.token_type"] == BYTE).any():
+    _warn("the tokenizer makes bytes of characters that are no piece, of which llama.cpp makes <unk>")
   for flag in ("lstrip", "rstrip", "single_word"):
     if stripped := [token["content"] for token in added if token.get(flag)]:
       _warn(f"{flag} of added tokens ({', '.join(map(repr, stripped[:3]))}) means nothing to llama.cpp")
@@ -58,7 +60,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   ids |= _ends(tokenizer, ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]])
   keys = names.ROLES | {"eot": "eot", "eom": "eom"}
   entries |= {f"tokenizer.ggml.{keys[role]}_token_id": i for role, i in ids.items() if i is not None}
-  return entries | _frame(tokenizer, ids) | _templates(tokenizer)
+  return entries | _frame(tokenizer, ids) | _between(definition) | _templates(tokenizer)
 
 
 def _warn(message: str) -> None:
@@ -90,6 +92,19 @@ def _frame(tokenizer: Tokenizer, ids: Mapping[str, Any]) -> dict[str, Any]:
     raise DataError(f"the tokenizer puts {said[0]} before a text and {said[1]} behind it, llama.cpp only BOS and EOS")
   flags = {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(behind)}
   return flags | ({"tokenizer.ggml.bos_token_id": before[0]} if before else {})
+
+
+def _between(definition: Mapping[str, Any]) -> dict[str, Any]:
+  """Two tokens between a pair of texts, as RoBERTa has them, of which llama.cpp calls the second a separator."""
+  post = definition.get("post_processor") or {}
+  pair = post.get("pair") or []
+  at = [i for i, part in enumerate(pair) if "Sequence" in part]
+  separator = post["sep"][1] if post.get("type") == "RobertaProcessing" else None
+  if len(at) == 2 and at[1] - at[0] == 3:
+    separator = post["special_tokens"][pair[at[1] - 1]["SpecialToken"]["id"]]["ids"][0]
+  if separator is None:
+    return {}
+  return {"tokenizer.ggml.add_sep_token": True, "tokenizer.ggml.seperator_token_id": separator}
 
 
 def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
