@@ -92,7 +92,7 @@ def _read_modernbert(m):
   theta, window = m.number("rope.freq_base", 10000.0), m.number("attention.sliding_window", 0)
   # llama.cpp's pattern begins with a layer that sees everything
   every = m.number("attention.sliding_window_pattern", 3) if window else 1
-  types = ["sliding_attention" if every and i % every else "full_attention" for i in range(m.number("block_count"))]
+  types = ["sliding_attention" if every == 0 or i % every else "full_attention" for i in range(m.number("block_count"))]
   local = m.number("rope.freq_base_swa", theta)
   return {
     "architectures": ["ModernBertModel"],
