@@ -25,18 +25,19 @@ from jaxllm.interop.huggingface import config_from_huggingface
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "interop"))
 import gguf_models
-from gguf_against_llama import greedy, states, tolerance
+from gguf_against_llama import greedy, labels, states, tolerance
 
-MODELS = gguf_models.CONFIGS | gguf_models.ENCODER_DECODERS | gguf_models.ENCODERS
+MODELS = gguf_models.ALL | gguf_models.SEEING
 
 
 def compare(file: Path, name: str) -> dict:
   """What llama.cpp makes of one of the models."""
   hf, tensors = gguf_models.checkpoint(name)
   config = config_from_huggingface(hf)
-  if name in gguf_models.ENCODERS:
-    theirs, ours = states(file, hf, tensors)
-    facts, allowed = {"compared": "states"}, 2e-2
+  if name in gguf_models.ENCODERS | gguf_models.RANKERS:
+    ranks = name in gguf_models.RANKERS
+    theirs, ours = (labels if ranks else states)(file, hf, tensors)
+    facts, allowed = {"compared": "labels" if ranks else "states"}, 2e-2
   else:
     tokens, theirs, ours = greedy(file, hf, tensors)
     facts, allowed = {"compared": "log-probabilities", "greedy": ours.argmax(-1).tolist() == tokens}, tolerance(config)

@@ -104,7 +104,7 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     CheckpointError: the path is not free, or cannot be written.
   """
   hf, tensors = as_checkpoint(model.config, model.tensors, family, model.source.get("model_type"))
-  hf |= _labels(model.source, hf)
+  hf |= labels_of(model.source, hf)
   tokenizer = None if model.tokenizer is None else as_huggingface(model.tokenizer)
   sizes: collections.Counter[str] = collections.Counter()
   for tensor in tensors.values():
@@ -137,7 +137,7 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
   return tuple(filter(can, dict.fromkeys((*FIRST, *FAMILIES))))
 
 
-def _labels(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+def labels_of(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
   """The names that the source had for as many labels as there are."""
   if len(source.get("id2label", {})) != len(hf.get("id2label", {})):
     return {}

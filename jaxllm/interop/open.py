@@ -294,4 +294,7 @@ def _as_rounded(path: str, tensor: LazyTensor, record: dict[str, Any]) -> LazyTe
 def _open_gguf(path: Path) -> StoredModel:
   file = read_gguf(path)
   config, tensors = from_huggingface(file.config, file.tensors)
-  return StoredModel(config, tensors, file.tokenizer(), file.generation, path, "gguf")
+  names = file.config.get("id2label", {})
+  source = {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}} if names else {}
+  about: dict[str, Any] = {"source": source, "vectors": file.vectors}
+  return StoredModel(config, tensors, file.tokenizer(), file.generation, path, "gguf", **about)

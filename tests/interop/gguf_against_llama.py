@@ -11,8 +11,10 @@ from flax import nnx, traverse_util
 from llama_cpp_child import ask
 
 from jaxllm.data.tokenizers import HuggingFaceTokenizer
-from jaxllm.interop.gguf import write_gguf
+from jaxllm.inference.model import Model
+from jaxllm.interop.gguf import read_gguf, write_gguf
 from jaxllm.interop.huggingface import from_huggingface
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.models.build import declare
 from jaxllm.models.config import Compute
 
@@ -53,6 +55,34 @@ def states(file, hf, tensors):
   (answer,) = ask(file, ("/embedding", {"content": PROMPT, "embd_normalize": -1}), embedding=True)
   model, _ = _model(hf, tensors)
   return np.array(answer[0]["embedding"]), np.asarray(model.hidden(np.array([PROMPT], np.int32))[0][0])
+
+
+def pooled(file, hf, tensors, pooling):
+  """llama.cpp's vector of PROMPT, as the file says, and ours."""
+  write_gguf(file, hf, tensors, LETTERS, vectors=TextVectors((pooling,), (None,)))
+  (answer,) = ask(file, ("/embedding", {"content": PROMPT}), embedding="pooled")
+  config, params = from_huggingface(hf, tensors)
+  params = {path: tensor.read() for path, tensor in params.items()}
+  model = Model(config, traverse_util.unflatten_dict(params, sep="/"), vectors=read_gguf(file).vectors)
+  return np.array(answer[0]["embedding"][0]), model.embed(PROMPT)[0]
+
+
+def labels(file, hf, tensors):
+  """llama.cpp's and our logits of the labels of PROMPT."""
+  write_gguf(file, hf, tensors, LETTERS)
+  (answer,) = ask(file, ("/embedding", {"content": PROMPT, "embd_normalize": -1}), embedding="rank")
+  ours = np.asarray(_model(hf, tensors)[0](np.array([PROMPT], np.int32))[0][0])
+  return np.array(answer[0]["embedding"][0][: len(ours)]), ours
+
+
+def ranks(file, hf, tensors, tokenizer, answers, pairs):
+  """How well texts answer "The quick brown fox" for llama.cpp; and for us, given the tokens of the pairs."""
+  write_gguf(file, hf, tensors, tokenizer)
+  (answer,) = ask(file, ("/rerank", {"query": "The quick brown fox", "documents": answers}), embedding="rank")
+  theirs = {found["index"]: found["relevance_score"] for found in answer["results"]}
+  model, _ = _model(hf, tensors)
+  ours = [float(model(np.array([pair], np.int32))[0][0, 0]) for pair in pairs]
+  return [theirs[i] for i in range(len(answers))], ours
 
 
 def tokenized(file, tokenizer, texts):

@@ -10,6 +10,8 @@ VOCAB = 384
 LLAMA3 = dict(
   rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0, 1.25, 1.5, 2.0], long_factor=[1.0, 2.5, 6.0, 32.0])
+LONGROPE |= dict(original_max_position_embeddings=32, factor=4.0)
 SMALL = dict(
   vocab_size=VOCAB,
   hidden_size=64,
@@ -52,14 +54,21 @@ CONFIGS = {
   | dict(model_type="qwen3_moe", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
   | dict(norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=1),
   "phi3": SMALL | dict(model_type="phi3", partial_rotary_factor=0.5, pad_token_id=None, sliding_window=None),
+  "phi3-longrope": SMALL
+  | dict(model_type="phi3", partial_rotary_factor=0.5, pad_token_id=None, sliding_window=None)
+  | dict(rope_scaling=LONGROPE, original_max_position_embeddings=32),
+  "llama-longrope": SMALL | dict(model_type="llama", head_dim=8, rope_scaling=LONGROPE),
   "starcoder2": SMALL | dict(model_type="starcoder2", use_bias=True, sliding_window=None),
   "gpt-neox": SMALL | dict(model_type="gpt_neox", rotary_pct=0.25, hidden_act="gelu_new"),
+  "gpt-neox-rotated": SMALL | dict(model_type="gpt_neox", rotary_pct=1.0, rotary_emb_base=5000, hidden_act="gelu_new"),
   "gpt-neox-serial": SMALL | dict(model_type="gpt_neox", use_parallel_residual=False, hidden_act="gelu_new"),
   "bloom": dict(model_type="bloom", vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, seq_length=128),
   "granite": SMALL
   | dict(model_type="granite", embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0)
   | dict(attention_multiplier=0.1),
   "cohere": SMALL | dict(model_type="cohere", logit_scale=0.5, tie_word_embeddings=True),
+  "cohere-normed": SMALL
+  | dict(model_type="cohere", logit_scale=0.5, tie_word_embeddings=True, use_qk_norm=True, num_hidden_layers=64),
   "cohere2": SMALL
   | dict(model_type="cohere2", logit_scale=0.5, tie_word_embeddings=True, num_hidden_layers=4, sliding_window=8),
   "glm4": SMALL | dict(model_type="glm4", head_dim=32, partial_rotary_factor=0.5, pad_token_id=None),
@@ -83,6 +92,8 @@ CONFIGS = {
   | dict(num_hidden_layers=4, rope_theta=OSS_THETA, rope_scaling=OSS_YARN, tie_word_embeddings=False),
   "gpt2": dict(model_type="gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128),
 }
+# With a vision tower, of which nothing is read.
+SEEING = {"gemma3-seeing": dict(model_type="gemma3", text_config=CONFIGS["gemma3"])}
 # These have no text to continue; llama.cpp gives the states of their tokens.
 ENCODERS = {
   "bert": ENCODER | dict(model_type="bert", max_position_embeddings=128),
@@ -97,12 +108,21 @@ ENCODERS = {
   | dict(model_type="modernbert", max_position_embeddings=128, local_attention=16)
   | dict(num_hidden_layers=4, global_rope_theta=160000.0, local_rope_theta=10000.0),
 }
+# A text's labels, or how well it answers another.
+RANKERS = {
+  "bert-classifier": ENCODER
+  | dict(model_type="bert", architectures=["BertForSequenceClassification"], max_position_embeddings=128)
+  | dict(id2label={"0": "bad", "1": "fair", "2": "good"}),
+  "bge-reranker": ENCODER
+  | dict(model_type="xlm-roberta", architectures=["XLMRobertaForSequenceClassification"], type_vocab_size=1)
+  | dict(max_position_embeddings=130, id2label={"0": "LABEL_0"}),
+}
 ENCODER_DECODERS = {
   "t5": T5 | dict(model_type="t5"),
   "flan-t5": T5 | dict(model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
   "mt5": T5 | dict(model_type="mt5", feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
-ALL = CONFIGS | ENCODERS | ENCODER_DECODERS
+ALL = CONFIGS | ENCODERS | RANKERS | ENCODER_DECODERS
 
 TEXT = """def add(first, second):
   \"\"\"Adds two numbers; 12 and 345 make 357.\"\"\"
@@ -114,7 +134,7 @@ The quick brown fox jumps over the lazy dog. Größe, naïve, 世界, Приве
 
 def checkpoint(name, dtype=np.float32, seed=0):
   """(config.json, tensors) with random weights; norm scales near 1."""
-  hf = name if isinstance(name, dict) else ALL[name]
+  hf = name if isinstance(name, dict) else (ALL | SEEING)[name]
   config = config_from_huggingface(hf)
   rng = np.random.default_rng(seed)
   params = {}
@@ -123,6 +143,10 @@ def checkpoint(name, dtype=np.float32, seed=0):
     if path.endswith("scale") and not config.norm_unit_offset:
       x += 1
     params[path] = x.astype(dtype)
+  if "text_config" in hf:
+    tensors = to_huggingface(config, hf["text_config"]["model_type"], in_memory(params))[1]
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    return hf, tensors | in_memory({"vision_tower.patches": np.ones(3, np.float32)})
   return to_huggingface(config, hf["model_type"], in_memory(params))
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 
 def ask(file, *posts, embedding=False):
-  """What llama.cpp's server answers, with a model, to each (path, body); `embedding`: with the states of tokens."""
+  """What llama.cpp's server answers, with a model, to each (path, body); `embedding`: with the states of tokens, or
+  "pooled", with the vector that the file says, or "rank", as a server of answers' ranks."""
   out = Path(f"{file}.answers")
   request = json.dumps({"file": str(file), "posts": posts, "embedding": embedding})
   done = subprocess.run([sys.executable, __file__, out], input=request, capture_output=True, text=True, timeout=120)
@@ -84,7 +85,9 @@ def main():
   params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
   if request["embedding"]:
     params.embedding, params.n_ubatch = True, 128
-    params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    if request["embedding"] != "pooled":
+      kind = "RANK" if request["embedding"] == "rank" else "NONE"
+      params.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{kind}")
   server = xllamacpp.Server(params)
   answers = []
   for path, body in request["posts"]:

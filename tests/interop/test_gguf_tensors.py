@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import re
 import resource
 import signal
@@ -20,9 +21,13 @@ from jaxllm.interop.gguf import checkpoint as reading
 from jaxllm.interop.gguf import read_gguf, write_gguf, writer
 from jaxllm.interop.gguf.architectures import WRITABLE
 from jaxllm.interop.gguf.config import read_config, write_config
+from jaxllm.interop.gguf.encoders import reduced
 from jaxllm.interop.gguf.tensors import read_tensors, write_tensors
 from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface
+from jaxllm.interop.open import open_model
+from jaxllm.interop.stored import StoredModel
 from jaxllm.interop.tensors import LazyTensor, in_memory
+from jaxllm.interop.write import write_model
 
 Kind = gguf.GGMLQuantizationType
 
@@ -79,7 +84,7 @@ def test_names_are_those_of_the_gguf_package(tmp_path, name):
   kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
   known = {gguf.TENSOR_NAMES[tensor].replace("{bid}", "0") for tensor in gguf.MODEL_TENSORS[kind]}
   stems = {re.sub(r"blk\.\d+\.", "blk.0.", tensor.name.rpartition(".")[0]) for tensor in reader.tensors}
-  assert stems <= known | {"rope_freqs"}
+  assert stems <= known | {"rope_freqs", "rope_factors_long", "rope_factors_short"}
   groups = [group for group in vars(gguf.Keys).values() if isinstance(group, type)]
   keys = {key.replace("{arch}", architecture) for group in groups for key in vars(group).values() if type(key) is str}
   # Llama 3's factors, of which llama.cpp reads the tensor; the rest is of later versions of its package.
@@ -90,6 +95,64 @@ def test_names_are_those_of_the_gguf_package(tmp_path, name):
     "GGUF.tensor_count",
     "GGUF.kv_count",
   }
+
+
+@pytest.mark.parametrize("name", gguf_models.RANKERS)
+def test_classifiers_come_back_with_their_labels(tmp_path, name):
+  hf, tensors = gguf_models.checkpoint(name)
+  named = hf | {"id2label": gguf_models.RANKERS[name]["id2label"]}
+  model = from_huggingface(named, tensors)
+  write_model(StoredModel(*model, source=named), tmp_path / "x.gguf", format="gguf", quantize="q4_0")
+  found = read_gguf(tmp_path / "x.gguf")
+  assert found.metadata["bert.pooling_type"] == gguf.PoolingType.RANK
+  assert found.metadata["bert.classifier.output_labels"] == list(named["id2label"].values())
+  kinds = {stem: stored(tmp_path / "x.gguf")[f"{stem}.weight"][0] for stem in ("cls", "cls.output", "blk.0.attn_q")}
+  assert list(kinds.values()) == ["F32", "F32", "Q4_0"]
+  back = open_model(tmp_path / "x.gguf")
+  assert back.config == dataclasses.replace(model[0], position_offset=0) and back.vectors is None
+  for path in ("head/dense/weight", "head/dense/bias", "head/weight", "head/bias"):
+    np.testing.assert_array_equal(back.tensors[path].read(), model[1][path].read())
+  write_model(back, tmp_path / "hf", format="hf")
+  assert json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"] == named["id2label"]
+
+
+BARE = {
+  "e5-mistral": gguf_models.CONFIGS["mistral"] | dict(architectures=["MistralModel"]),
+  "qwen3-embedding": gguf_models.CONFIGS["qwen3"] | dict(architectures=["Qwen3Model"]),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_decoders_without_a_head_take_their_embedding_for_one(tmp_path, caplog, name):
+  hf, tensors = gguf_models.checkpoint(BARE[name])
+  write_gguf(tmp_path / "x.gguf", hf, tensors, None)
+  assert "has no head" in caplog.records[0].getMessage() and "output.weight" not in stored(tmp_path / "x.gguf")
+  back = read_gguf(tmp_path / "x.gguf")
+  (config, params), (found, numbers) = from_huggingface(hf, tensors), from_huggingface(back.config, back.tensors)
+  assert (config.head, found.head, found.tie_embeddings) == ("none", "lm", True) and params.keys() == numbers.keys()
+  for path, tensor in params.items():
+    np.testing.assert_array_equal(numbers[path].read(), tensor.read(), err_msg=path)
+
+
+def test_the_text_of_a_model_that_sees():
+  """Gemma 3 with its vision tower is written as its text alone."""
+  (hf, tensors), (text, found) = gguf_models.checkpoint("gemma3"), reduced(*gguf_models.checkpoint("gemma3-seeing"))
+  assert write_config(text)[1] == write_config(hf)[1] and found.keys() == tensors.keys()
+  for name, tensor in found.items():
+    np.testing.assert_array_equal(tensor.read(), tensors[name].read(), err_msg=name)
+
+
+def test_growth_that_begins_behind_the_context_is_none():
+  """Dynamic NTK changes nothing up to the trained length, which is the file's context."""
+  grown = gguf_models.CONFIGS["llama"] | dict(rope_scaling=dict(rope_type="dynamic", factor=2.0))
+  assert write_config(grown)[1] == write_config(gguf_models.CONFIGS["llama"])[1]
+
+
+def test_a_masked_language_model_may_say_how_a_classifier_would_pool():
+  """ModernBERT's files do, and none of it is in the states of tokens."""
+  hf, tensors = gguf_models.checkpoint(gguf_models.ENCODERS["modernbert"] | dict(classifier_pooling="mean"))
+  usual = reduced(*gguf_models.checkpoint("modernbert"))[0]
+  assert write_config(reduced(hf, tensors)[0])[1] == write_config(usual)[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"])
@@ -250,6 +313,47 @@ def test_deepseek_files_before_latent_attention_was_split(tmp_path):
     np.testing.assert_array_equal(back[name].read(), tensor.read(), err_msg=name)
 
 
+@pytest.mark.parametrize("name", {hf["model_type"]: name for name, hf in gguf_models.ALL.items()}.values())
+def test_no_key_is_passed_over(name, caplog):
+  """Each number of the metadata that is another makes another model, or an error, or a line says that it means
+  nothing."""
+  hf, tensors = reduced(*gguf_models.checkpoint(name))
+  architecture, metadata, extra = write_config(hf)
+  tensors = {**write_tensors(hf, architecture, tensors), **extra}
+  config = config_from_huggingface(read_config(metadata, tensors))
+  assert not [record for record in caplog.records if "not read here" in record.getMessage()]
+  told = {"vocab_size", "expert_feed_forward_length", "feed_forward_length"}  # by the tensors
+  told |= {"rope.scaling.type"} if "longrope" in name else {"logit_scale"} if name == "t5" else set()
+  told |= (
+    {"attention.head_count_kv", "attention.key_length", "attention.value_length"} if architecture.latent else set()
+  )
+  told |= {"expert_group_count", "expert_group_used_count"} if name == "deepseek-v2" else set()  # greedy
+  told |= {"rope.scaling.attn_factor"} if "yarn" in name else set()  # the other spelling goes before it
+  for key, value in metadata.items():
+    if not key.startswith(f"{architecture.name}.") or key.partition(".")[2] in told:
+      continue
+    if isinstance(value, str):
+      other = "silu" if "activation" in key else "yarn" if value == "none" else "none"
+    else:
+      other = ~value if isinstance(value, np.ndarray) else not value if isinstance(value, bool) else 2 * value or 1
+    with contextlib.suppress(CheckpointError, ConfigError):
+      assert config_from_huggingface(read_config(metadata | {key: other}, tensors)) != config, key
+
+
+def test_keys_of_another_model_are_said(caplog):
+  hf, tensors = gguf_models.checkpoint("llama")
+  architecture, metadata, _ = write_config(hf)
+  tensors = write_tensors(hf, architecture, tensors)
+  read_config(metadata | {"llama.attention.clamp_kqv": 8.0, "llama.rope.scaling.finetuned": True}, tensors)
+  assert [record.getMessage() for record in caplog.records] == [
+    "GGUF: the file has metadata that are not read here: 'attention.clamp_kqv'"
+  ]
+  with pytest.raises(CheckpointError, match=r"attention.causal otherwise than a decoder"):
+    read_config(metadata | {"llama.attention.causal": False}, tensors)
+  with pytest.raises(CheckpointError, match=r"rope.dimension_count = 8; a llama model here has 16"):
+    read_config(metadata | {"llama.rope.dimension_count": 8}, tensors)
+
+
 def test_keys_that_are_absent_take_llama_cpp_s_defaults():
   """As its loader has them: key heads, their width, the size of an expert, RoPE."""
   hf, tensors = gguf_models.checkpoint("qwen3-moe")
@@ -293,11 +397,7 @@ def test_rope_factors_are_llama_3s(tmp_path):
 UNSAYABLE = {
   "unnormalized experts": (gguf_models.CONFIGS["qwen3-moe"] | dict(norm_topk_prob=False), "norm_topk_prob"),
   "some plain layers": (gguf_models.CONFIGS["qwen3-moe"] | dict(mlp_only_layers=[0]), "intermediate_size"),
-  "long rope": (
-    dict(model_type="phi3", original_max_position_embeddings=32, pad_token_id=None)
-    | dict(rope_scaling=dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)),
-    "original_max_position_embeddings",
-  ),
+  "other long rope": (dict(model_type="qwen3", head_dim=8, rope_scaling=gguf_models.LONGROPE), "rope_scaling"),
   "yarn's betas": (
     dict(model_type="qwen2", rope_scaling=gguf_models.CONFIGS["qwen2-yarn"]["rope_scaling"] | dict(beta_fast=16.0)),
     "beta_fast = 16.0",
@@ -320,7 +420,11 @@ UNSAYABLE = {
     "every other layer",
   ),
   "alibi": (gguf_models.CONFIGS["falcon-7b"] | dict(alibi=True), "alibi"),
-  "classifier": (gguf_models.ENCODERS["bert"] | dict(architectures=["BertForSequenceClassification"]), "the head of"),
+  "tags": (gguf_models.ENCODERS["bert"] | dict(architectures=["BertForTokenClassification"]), "the head of"),
+  "other classifier": (
+    gguf_models.ENCODERS["electra"] | dict(architectures=["ElectraForSequenceClassification"]),
+    "the head of",
+  ),
   "narrow embedding": (gguf_models.ENCODERS["electra"] | dict(embedding_size=32), "narrower than the model"),
   "distances": (gguf_models.T5 | dict(model_type="t5", relative_attention_max_distance=64), "relative_attention"),
   "long decoder": (gguf_models.T5 | dict(model_type="t5", num_decoder_layers=3), "more layers than its encoder"),

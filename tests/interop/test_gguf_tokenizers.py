@@ -308,7 +308,9 @@ def unigram(sentencepiece_unigram):
   definition["model"]["vocab"] = [[x.replace(" ", "\u2581"), score] for x, score in definition["model"]["vocab"]]
   rust = tokenizers.Tokenizer.from_str(json.dumps(definition | {"decoder": space}))
   ends = [(token, rust.token_to_id(token)) for token in ("<s>", "</s>")]
-  rust.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+  rust.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
+  )
   return HuggingFaceTokenizer(rust.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})
 
 
@@ -316,6 +318,8 @@ def test_unigram_of_tokenizer_json(tmp_path, sentencepiece_unigram):
   tokenizer = unigram(sentencepiece_unigram)
   back = through_file(tmp_path, tokenizer)
   assert back.metadata["tokenizer.ggml.model"] == "t5" and back.metadata["tokenizer.ggml.remove_extra_whitespaces"]
+  assert back.metadata["tokenizer.ggml.add_sep_token"]
+  assert back.metadata["tokenizer.ggml.seperator_token_id"] == tokenizer.eos_id
   for text in KNOWN:
     assert back.tokenizer().encode_prompt(text).tolist() == tokenizer.encode_prompt(text).tolist(), text
 

@@ -4,7 +4,7 @@ Sources of their tables: llama.cpp's conversion/*.py (what is written) and src/m
 """
 
 from jaxllm.interop.gguf.decoders import DECODERS
-from jaxllm.interop.gguf.encoders import ENCODERS, TYPE_TABLE, WRITTEN_AS
+from jaxllm.interop.gguf.encoders import ENCODERS, LABELS, TYPE_TABLE, WRITTEN_AS
 from jaxllm.interop.gguf.mixtures import MIXTURES, SIGMOID
 from jaxllm.interop.gguf.table import Architecture, Metadata
 
@@ -23,6 +23,8 @@ def architecture_of(name: str, m: Metadata) -> Architecture:
     return BY_MODEL_TYPE["olmo3"]
   if name == "deepseek2" and m.number("expert_gating_func") == SIGMOID:
     return BY_MODEL_TYPE["deepseek_v3"]
+  if name == "bert" and LABELS in m.tensors:
+    return BY_MODEL_TYPE["bert"]
   if name == "bert" and TYPE_TABLE not in m.tensors:
     return BY_MODEL_TYPE["distilbert"]
   return _FIRST[name]

@@ -14,8 +14,11 @@ from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE
 from jaxllm.interop.gguf.config import read_config
 from jaxllm.interop.gguf.header import TensorInfo, nbytes_of, read_headers
+from jaxllm.interop.gguf.pooling import text_vectors
 from jaxllm.interop.gguf.tensors import read_tensors
-from jaxllm.interop.gguf.tokenizer import special_ids, tokenizer_files
+from jaxllm.interop.gguf.tokenizer import ROLES, special_ids, tokenizer_files
+from jaxllm.interop.huggingface import config_from_huggingface
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 
 QUANTIZED = (
@@ -53,9 +56,16 @@ class GgufCheckpoint:
         raise CheckpointError("the GGUF file's metadata make no tokenizer: its merges or pieces are damaged") from error
 
   @property
+  def vectors(self) -> TextVectors | None:
+    """How states become one vector of a text; None: the file does not say."""
+    width = config_from_huggingface(self.config).embed_dim
+    return text_vectors(self.metadata, self.metadata["general.architecture"], width)
+
+  @property
   def generation(self) -> dict[str, Any]:
     """generation_config.json: bos_token_id, eos_token_id (a list), …; and add_bos_token, add_eos_token."""
-    return special_ids(self.metadata)
+    known = {f"{role}_token_id" for role in ROLES} | {"add_bos_token", "add_eos_token"}
+    return {key: value for key, value in special_ids(self.metadata).items() if key in known}
 
 
 def read_gguf(path: str | Path) -> GgufCheckpoint:

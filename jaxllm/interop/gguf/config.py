@@ -5,6 +5,7 @@ family's own table; `write_config` reads its result back, so that a model of whi
 story is refused.
 """
 
+import dataclasses
 import logging
 import math
 import re
@@ -13,37 +14,56 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE, KNOWN, WRITABLE, architecture_of
-from jaxllm.interop.gguf.encoders import TYPE_TABLE
+from jaxllm.base.errors import CheckpointError, ConfigError, shown
+from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE, KNOWN, architecture_of
+from jaxllm.interop.gguf.encoders import LABELS, TYPE_TABLE
 from jaxllm.interop.gguf.header import entry
-from jaxllm.interop.gguf.rope import llama3_factors, read_rope, write_rope
-from jaxllm.interop.gguf.table import ROPE_FACTORS, Architecture, Metadata
+from jaxllm.interop.gguf.rope import read_rope, rope_factors, write_rope
+from jaxllm.interop.gguf.table import Architecture, Metadata
 from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface
 from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
-from jaxllm.models.config import MLPS
+from jaxllm.models.config import MLPS, ModelConfig
 
 log = logging.getLogger("jaxllm")
 
 
-def read_config(
-  entries: Mapping[str, Any], tensors: Tensors, architecture: Architecture | None = None
-) -> dict[str, Any]:
-  """The config.json of a GGUF file.
+# What changes nothing: it follows from the tensors, or is of the training.
+_IDLE = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type"}
+_IDLE |= {"feed_forward_length", "expert_feed_forward_length"}
+
+
+def read_config(entries: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
+  """The config.json of a GGUF file; keys that mean nothing here are logged.
 
   Args:
     entries: its metadata. tensors: by GGUF's names, dequantized.
-    architecture: of several families that one name stands for; None: that which the metadata tell.
 
   Raises:
-    CheckpointError: an architecture that is not known here, or metadata that are missing or senseless.
+    CheckpointError: an architecture that is not known here, or metadata that are missing, senseless or of a model that
+      the family's is not.
   """
   name = entry(entries, "general.architecture", str)
   if name not in KNOWN:
     known = ", ".join(KNOWN)
     raise CheckpointError(f"the GGUF file has the architecture {name!r}; those that can be read are {known}")
   m = Metadata(entries, name, tensors)
-  architecture = architecture or architecture_of(name, m)
+  architecture = architecture_of(name, m)
+  hf = _read(m, architecture)
+  c = config_from_huggingface(hf)
+  if m.flag("attention.causal", True) != (c.architecture != "encoder"):
+    raise CheckpointError(f"the GGUF file says attention.causal otherwise than a {c.architecture} {name} model has it")
+  if architecture.rope and m.number("rope.dimension_count", c.rotary_dim) != c.rotary_dim:
+    said = m.number("rope.dimension_count")
+    raise CheckpointError(f"the GGUF file says rope.dimension_count = {said}; a {name} model here has {c.rotary_dim}")
+  ours = {key.removeprefix(f"{name}.") for key in entries if key.startswith(f"{name}.")}
+  if unread := sorted(ours - m.heeded - _IDLE):
+    log.warning("GGUF: the file has metadata that are not read here: %s", ", ".join(map(shown, unread)))
+  return hf
+
+
+def _read(m: Metadata, architecture: Architecture) -> dict[str, Any]:
+  """The config.json as one of the families that an architecture's name stands for."""
+  tensors = m.tensors
   embedding = tensors.get("token_embd.weight")
   if embedding is None or len(embedding.shape) != 2:
     raise CheckpointError("the GGUF file lacks the tensor token_embd.weight, or it is no matrix")
@@ -52,8 +72,7 @@ def read_config(
   if len(blocks) != count or max(blocks) != count - 1:
     raise CheckpointError(f"the GGUF file says {count} layers but has tensors of {len(blocks)}")
   _check_experts(m, architecture)
-  heads = m.positive("attention.head_count")
-  width = m.number("attention.key_length") or m.positive("embedding_length") // heads
+  heads, width = m.positive("attention.head_count"), m.head_width
   defaults = {"attention.head_count_kv": heads, "attention.key_length": width, "attention.value_length": width}
   defaults |= {"decoder_block_count": count}
   hf: dict[str, Any] = {"model_type": architecture.model_type, "vocab_size": embedding.shape[0]}
@@ -67,8 +86,7 @@ def read_config(
     biased = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "qkv"))
     hf |= {"attention_bias": biased, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     rotated = m.positive("rope.dimension_count") if architecture.latent else width
-    kind, factors = m.text("rope.scaling.type"), tensors.get(ROPE_FACTORS)
-    hf |= read_rope(m.number, kind, rotated, factors, latent=architecture.latent)
+    hf |= read_rope(m.number, m.text("rope.scaling.type"), rotated, tensors, latent=architecture.latent)
   if architecture.activation and (said := m.text("hidden_activation")):
     hf[architecture.activation] = said
   return hf | ({"sliding_window": None} if architecture.windowless else {}) | architecture.read(m)
@@ -88,16 +106,11 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   """The metadata of a config.json, and the tensors that stand for what metadata cannot say.
 
   Raises:
-    ConfigError: GGUF has no such architecture, or llama.cpp would compute something else.
+    ConfigError: llama.cpp would compute something else.
   """
-  family = hf.get("model_type")
-  if family not in BY_MODEL_TYPE:
-    known = ", ".join(WRITABLE)
-    raise ConfigError(f"a {family} model cannot be written as GGUF; those that can are {known}")
+  family = hf["model_type"]
   architecture = BY_MODEL_TYPE[family]
-  full = _explicit(hf, family)
-  if architecture.windowless and full.get("sliding_window"):
-    full = _within_window(full, family)
+  full = config_to_huggingface(_within_reach(config_from_huggingface(hf), architecture), family)
   for key, value in architecture.only.items():
     if full.get(key, value) != value:
       raise ConfigError(f"GGUF has no {architecture.name} model with {key} = {full[key]!r}, only {value!r}")
@@ -114,15 +127,20 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
     sizes = {"rope_theta": c.rope_theta, "head_dim": c.head_dim, "rotary_dim": c.rotary_dim}
     rope = {"rope_scaling": full.get("rope_scaling") or full.get("rope_parameters")} | sizes
     numbers |= {"vocab_size": full["vocab_size"]} | write_rope(rope, latent=architecture.latent)
-    if architecture.name == "llama" and (factors := llama3_factors(rope)):
-      extra = {ROPE_FACTORS: factors}
+    extra = rope_factors(rope)
+    if extra and not architecture.factors:
+      kind = rope["rope_scaling"]["rope_type"]
+      raise ConfigError(f"GGUF cannot say rope_scaling = {kind!r} of a {family} model: llama.cpp has no divisors there")
   if "rope_local_base_freq" in full:
     numbers["rope.freq_base_swa"] = float(full["rope_local_base_freq"])
   entries: dict[str, Any] = {"general.architecture": architecture.name, "general.type": "model"}
   entries |= {f"{architecture.name}.{key}": value for key, value in numbers.items()}
   if architecture.name == "bert":
     entries["tokenizer.ggml.token_type_count"] = max(c.num_token_types, 1)  # which it wants where there is no table too
-  read = read_config(entries, _blanks(full, architecture) | extra, architecture)
+  if c.head == "sequence":
+    names = hf.get("id2label") or full["id2label"]
+    entries[f"{architecture.name}.classifier.output_labels"] = [str(names[key]) for key in sorted(names, key=int)]
+  read = _read(Metadata(entries, architecture.name, _blanks(full, architecture) | extra), architecture)
   back = _explicit({**architecture.only, **read, "model_type": family}, family)
   for key in sorted(full.keys() | back.keys()):
     if key not in ("initializer_range", "router_aux_loss_coef") and not _alike(full.get(key), back.get(key)):
@@ -132,17 +150,19 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   return architecture, entries, extra
 
 
-def _within_window(full: dict[str, Any], family: str) -> dict[str, Any]:
-  """The same model up to the length of its window, where it sees everything."""
-  window, length = full["sliding_window"], full["max_position_embeddings"]
-  if window < length:
+def _within_reach(c: ModelConfig, architecture: Architecture) -> ModelConfig:
+  """The same model up to the length of a window that llama.cpp has not, where it sees everything; and without a growth
+  of RoPE's base that begins only behind its length."""
+  if c.rope_scaling and c.rope_scaling.kind == "dynamic" and c.max_seq_len <= c.rope_scaling.original_max_seq_len:
+    c = dataclasses.replace(c, rope_scaling=None)
+  if not architecture.windowless or c.sliding_window is None:
+    return c
+  if c.sliding_window < c.max_seq_len:
     log.warning(
       "GGUF: llama.cpp has no window for a %s model, so the file says %d tokens of context, not %d",
-      family,
-      window,
-      length,
+      *(architecture.model_type, c.sliding_window, c.max_seq_len),
     )
-  return _explicit(full | {"sliding_window": None, "max_position_embeddings": min(window, length)}, family)
+  return dataclasses.replace(c, sliding_window=None, max_seq_len=min(c.sliding_window, c.max_seq_len))
 
 
 def _explicit(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -155,10 +175,11 @@ def _blanks(full: Mapping[str, Any], architecture: Architecture) -> dict[str, La
   c = config_from_huggingface(full)
   layers = c.num_encoder_layers or c.num_layers
   shapes: dict[str, tuple[int, ...]] = {f"{architecture.blocks}{i}.attn_norm.weight": (1,) for i in range(layers)}
-  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1)}
+  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1), LABELS: (c.num_labels or 1, 1)}
   present = {
     "token_embd.weight": True,
     TYPE_TABLE: c.num_token_types,
+    LABELS: c.head == "sequence",
     "output.weight": c.head == "lm" and not full["tie_word_embeddings"],
     "blk.0.attn_q.bias": full.get("attention_bias"),
     "blk.0.ffn_up.bias": full.get("mlp_bias"),
@@ -177,6 +198,8 @@ def _alike(a: Any, b: Any) -> bool:
   """Equal, but for the rounding of metadata to float32."""
   if isinstance(a, dict) and isinstance(b, dict):
     return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+  if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+    return len(a) == len(b) and all(map(_alike, a, b))
   if isinstance(a, float) and isinstance(b, float):
     return math.isclose(a, b, rel_tol=1e-6)
   return a == b

@@ -49,6 +49,7 @@ def _check_glm(hf):
   return {}
 
 
+_NORMED_LAYERS = 64  # Command R+ has norms of queries and keys, by which llama.cpp knows it
 _TWO_NORMS = "blk.0.attn_norm_2.weight"
 
 
@@ -72,12 +73,20 @@ def _falcon_stems(c):
 
 
 DECODERS = (
-  Architecture("llama", "llama", interleaved=True),
-  Architecture("llama", "mistral", interleaved=True, windowless=True),
+  Architecture("llama", "llama", interleaved=True, factors=True),
+  Architecture("llama", "mistral", interleaved=True, windowless=True, factors=True),
   Architecture("smollm3", "smollm3", interleaved=True),
   Architecture("qwen2", "qwen2"),
   Architecture("qwen3", "qwen3", only=UNBIASED),
-  Architecture("phi3", "phi3", windowless=True),
+  Architecture(
+    "phi3",
+    "phi3",
+    windowless=True,
+    factors=True,
+    read=lambda m: {
+      "original_max_position_embeddings": m.number("rope.scaling.original_context_length", m.positive("context_length"))
+    },
+  ),
   Architecture("starcoder2", "starcoder2", only={"use_bias": True}, windowless=True, activation="hidden_act"),
   Architecture(
     "gptneox",
@@ -88,6 +97,8 @@ DECODERS = (
     read=lambda m: {
       "use_parallel_residual": m.flag("use_parallel_residual", True),
       "hidden_act": m.text("hidden_activation") or "gelu_pytorch_tanh",
+      "rotary_emb_base": float(m.number("rope.freq_base", 10000.0)),
+      "rotary_pct": m.positive("rope.dimension_count") / m.head_width,
     },
     write=lambda hf: {"use_parallel_residual": hf["use_parallel_residual"]},
   ),
@@ -111,7 +122,12 @@ DECODERS = (
     read=lambda m: {theirs: m.number(key, 1.0) for key, theirs in _GRANITE.items()},
     write=lambda hf: {key: float(hf[theirs]) for key, theirs in _GRANITE.items()},
   ),
-  Architecture("command-r", "cohere", only=UNBIASED | {"use_qk_norm": False, "tie_word_embeddings": True}),
+  Architecture(
+    "command-r",
+    "cohere",
+    only=UNBIASED | {"tie_word_embeddings": True},
+    read=lambda m: {"use_qk_norm": m.positive("block_count") >= _NORMED_LAYERS},
+  ),
   Architecture("cohere2", "cohere2", only=UNBIASED | {"tie_word_embeddings": True}, **_windows(4)),
   Architecture("chatglm", "glm", write=_check_glm),
   Architecture("glm4", "glm4"),
@@ -134,5 +150,7 @@ DECODERS = (
     only=UNBIASED,
     read=lambda m: _gemma(6, 0, 62)(m) | {"rope_local_base_freq": m.number("rope.freq_base_swa", 10000.0)},
   ),
-  Architecture("gpt2", "gpt2", rope=False, transposed="/(query|output|up|down)/weight$"),
+  Architecture(
+    "gpt2", "gpt2", rope=False, activation="activation_function", transposed="/(query|output|up|down)/weight$"
+  ),
 )

@@ -16,45 +16,54 @@ from jaxllm.interop.tensors import LazyTensor, Tensors
 log = logging.getLogger("jaxllm")
 # llama.cpp has no heads of encoders: ELECTRA's bare model is BERT's without a pooler.
 WRITTEN_AS = {"bert": "electra", "roberta": "electra", "xlm-roberta": "electra", "electra": "electra"}
-WRITTEN_AS |= {"distilbert": "distilbert", "modernbert": "modernbert", "t5": "t5", "mt5": "t5"}
+WRITTEN_AS |= {"distilbert": "distilbert", "modernbert": "modernbert", "t5": "t5", "mt5": "t5", "gemma3": "gemma3_text"}
 _DISTILBERT_EPS = 1e-12  # which its config.json cannot say
-TYPE_TABLE = "token_types.weight"
+TYPE_TABLE, LABELS = "token_types.weight", "cls.output.weight"
 
 
 def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any], Tensors]:
-  """What llama.cpp can have of a checkpoint, as one of a family that is in `ENCODERS`; what is lost is logged.
+  """What llama.cpp can have of a checkpoint, as one of a family that has a table; what is lost is logged.
 
-  Of an encoder: the states of its tokens, positions counted from 0. T5's factor of the logits goes into its last norm.
+  Of an encoder: the states of its tokens, or the labels of a text; positions counted from 0. Of a decoder without a
+  head: one whose head is its embedding. Of a model with a vision tower: the text's. T5's factor of the logits goes into
+  its last norm.
 
   Raises:
     ConfigError: the head is what the model is for.
     CheckpointError: tensors that do not fit the config.
   """
-  family = str(hf.get("model_type"))
-  if family not in WRITTEN_AS:
-    return hf, tensors
-  c = config_from_huggingface(hf)
+  family = hf["model_type"]
+  c, target = config_from_huggingface(hf), WRITTEN_AS.get(family, family)
   encoder = c.architecture == "encoder"
-  if encoder and c.head not in ("lm", "none"):
+  ranks = encoder and c.head == "sequence" and c.head_dense == "tanh" and target == "electra"
+  if c.head not in ("lm", "none") and not ranks:
     raise ConfigError(f"GGUF has no place for the head of {hf['architectures'][0]}; write the model without it")
+  bare_decoder = c.architecture == "decoder" and c.head == "none"
+  if target == family and c.architecture == "decoder" and not bare_decoder:
+    return hf, tensors
   if c.token_dim != c.embed_dim:
     raise ConfigError("GGUF has no place for an embedding that is narrower than the model")
-  bare = dataclasses.replace(c, logit_scale=None)
-  if encoder:
+  bare = dataclasses.replace(c, logit_scale=None) if c.architecture == "encoder_decoder" else c
+  if ranks:
+    target, bare = "bert", dataclasses.replace(bare, position_offset=0)
+  elif encoder:
     none: dict[str, Any] = {"head": "none", "head_dense": None, "head_norm": False, "head_bias": False}
-    bare = dataclasses.replace(bare, **none, position_offset=0)
-  target = WRITTEN_AS[family]
+    bare = dataclasses.replace(bare, **none, position_offset=0, pooling="first")
+  elif bare_decoder:
+    log.warning("GGUF: the model has no head, and llama.cpp takes the embedding for one; the file is for embeddings")
+    bare = dataclasses.replace(bare, head="lm", tie_embeddings=True)
   config_to_huggingface(bare, target)
   params = dict(from_huggingface(hf, tensors)[1])
   if encoder:
-    if lost := [path for path in params if path.startswith("head/")]:
+    if lost := [path for path in params if path.startswith("head/") and not ranks]:
       log.warning("GGUF: llama.cpp has no head of a masked language model and no pooler; the file is for embeddings")
     params = {path: tensor for path, tensor in params.items() if path not in lost}
     if c.position_offset:
       params["embedding/positions"] = _without_rows(params["embedding/positions"], c.position_offset)
-  elif c.logit_scale is not None:
+  elif c.logit_scale is not None and bare.logit_scale is None:
     params["final_norm/scale"] = _times(params["final_norm/scale"], c.logit_scale)
-  return to_huggingface(bare, target, params)
+  found, named = to_huggingface(bare, target, params)
+  return found | ({"id2label": hf["id2label"]} if ranks and "id2label" in hf else {}), named
 
 
 def _without_rows(x: LazyTensor, count: int) -> LazyTensor:
@@ -66,8 +75,6 @@ def _times(x: LazyTensor, factor: float) -> LazyTensor:
 
 
 def _read_bert(m):
-  if m.flag("attention.causal", True):
-    raise CheckpointError("the GGUF file's encoder is causal, which none here can be")
   width = {"embedding_size": m.positive("embedding_length")}
   return {"architectures": ["ElectraModel"], "type_vocab_size": m.tensors[TYPE_TABLE].shape[0]} | width
 
@@ -80,11 +87,12 @@ def _read_distilbert(m):
 
 
 def _read_modernbert(m):
+  if (kind := m.text("rope.scaling.type") or "none") != "none":
+    raise CheckpointError(f"the GGUF file has RoPE scaling of type {kind!r}, which a modern-bert here has not")
   theta, window = m.number("rope.freq_base", 10000.0), m.number("attention.sliding_window", 0)
   # llama.cpp's pattern begins with a layer that sees everything
-  types = [
-    "full_attention" if i % 3 == 0 or not window else "sliding_attention" for i in range(m.number("block_count"))
-  ]
+  every = m.number("attention.sliding_window_pattern", 3) if window else 1
+  types = ["sliding_attention" if every == 0 or i % every else "full_attention" for i in range(m.number("block_count"))]
   local = m.number("rope.freq_base_swa", theta)
   return {
     "architectures": ["ModernBertModel"],
@@ -101,6 +109,16 @@ def _write_modernbert(hf):
   local = "sliding_attention" in hf["layer_types"]
   numbers["hidden_activation"] = hf["hidden_activation"]
   return {"attention.causal": False, "rope.scaling.type": "none"} | numbers | (windows if local else {})
+
+
+def _read_ranker(m):
+  names = m.texts("classifier.output_labels") or [f"LABEL_{i}" for i in range(m.tensors[LABELS].shape[0])]
+  types = m.tensors[TYPE_TABLE].shape[0] if TYPE_TABLE in m.tensors else 0
+  return {
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "type_vocab_size": types,
+  }
 
 
 _POST_NORMS = {
@@ -147,6 +165,15 @@ ENCODERS = (
     activation="hidden_act",
     stems=lambda c: _POST_NORMS,
     read=_read_bert,
+    write=lambda hf: {"attention.causal": False},
+  ),
+  Architecture(
+    "bert",
+    "bert",
+    rope=False,
+    activation="hidden_act",
+    stems=lambda c: _POST_NORMS | {"head/dense": "cls", "head": "cls.output"},
+    read=_read_ranker,
     write=lambda hf: {"attention.causal": False},
   ),
   Architecture(

@@ -156,7 +156,11 @@ class _Reader:
     version = self.number("I", "its version")
     if version not in (2, 3):
       swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-      problem = "it is big-endian" if swapped in (2, 3) else f"version {version} is unknown; 2 and 3 can be read"
+      problem = (
+        "it is big-endian; convert it again with little-endian numbers"
+        if swapped in (2, 3)
+        else f"version {version} is unknown; 2 and 3 can be read"
+      )
       raise self.bad(problem)
     tensors, entries = self.number("Q", "its counts"), self.number("Q", "its counts")
     self.room(entries, 13, f"{entries} metadata entries")

@@ -33,6 +33,7 @@ def _read_qwen(m):
 
 def _read_deepseek(m):
   rotated = m.positive("rope.dimension_count")
+  m.heeded.update(("attention.head_count_kv", "attention.key_length", "attention.value_length"))  # of what is cached
   # Older files have the lengths of a head as it is, newer ones those of what is cached.
   key, value = (
     m.number(f"attention.{part}_length_mla") or m.positive(f"attention.{part}_length") for part in ("key", "value")
@@ -95,7 +96,7 @@ _DEEPSEEK_SETTINGS = {
 
 
 def _read_gpt_oss(m):
-  rope = read_rope(m.number, m.text("rope.scaling.type"), m.positive("attention.key_length"), None)
+  rope = read_rope(m.number, m.text("rope.scaling.type"), m.positive("attention.key_length"), {})
   scaling = rope.pop("rope_scaling", None)
   parameters = scaling | {"truncate": False} if scaling else {"rope_type": "default"}
   return {
@@ -116,7 +117,7 @@ def _write_gpt_oss(hf):
 
 
 MIXTURES = (
-  Architecture("llama", "mixtral", optional=_MIXTRAL, interleaved=True, windowless=True),
+  Architecture("llama", "mixtral", optional=_MIXTRAL, interleaved=True, windowless=True, factors=True),
   Architecture(
     "qwen3moe",
     "qwen3_moe",

@@ -1,4 +1,4 @@
-"""RoPE scaling in GGUF: numbers in the metadata, and for Llama 3.1 a tensor of divisors, one a frequency."""
+"""RoPE scaling in GGUF: numbers in the metadata; of Llama 3.1 and LongRoPE a tensor of divisors, one a frequency."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.tensors import LazyTensor, in_memory
+from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
+
+FACTORS = "rope_freqs.weight"  # Llama 3's
+# LongRoPE's, of which llama.cpp takes the first where it was given a longer context than the original one.
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+_ORIGINAL, _ATTENTION = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 
 _YARN = {
-  "original_max_position_embeddings": "rope.scaling.original_context_length",
+  "original_max_position_embeddings": _ORIGINAL,
   "beta_fast": "rope.scaling.yarn_beta_fast",
   "beta_slow": "rope.scaling.yarn_beta_slow",
 }
@@ -21,18 +26,16 @@ _LATENT = "rope.scaling.yarn_log_multiplier"  # a tenth of DeepSeek's mscale_all
 _LLAMA3 = {
   "low_freq_factor": ("rope.scaling.low_freq_factor", 1.0),
   "high_freq_factor": ("rope.scaling.high_freq_factor", 4.0),
-  "original_max_position_embeddings": ("rope.scaling.original_context_length", 8192),
+  "original_max_position_embeddings": (_ORIGINAL, 8192),
 }
 
 
-def read_rope(
-  number: Callable, kind: Any, head_dim: int, factors: LazyTensor | None, latent: bool = False
-) -> dict[str, Any]:
+def read_rope(number: Callable, kind: Any, head_dim: int, tensors: Tensors, latent: bool = False) -> dict[str, Any]:
   """`rope_theta` and the rest, of config.json.
 
   Args:
     number: (metadata key behind the architecture, default) -> value.
-    kind: "rope.scaling.type". factors: the tensor rope_freqs.weight. latent: of DeepSeek's attention.
+    kind: "rope.scaling.type". tensors: those of divisors, where the file has them. latent: of DeepSeek's attention.
 
   Raises:
     CheckpointError: scaling of a kind that is not known here.
@@ -43,7 +46,9 @@ def read_rope(
     hf["partial_rotary_factor"] = rotated / head_dim
   factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0))
   scaling: dict[str, Any] = {}
-  if factors is not None:
+  if LONG_FACTORS in tensors and SHORT_FACTORS in tensors:
+    scaling = _read_longrope(number, tensors)
+  elif (factors := tensors.get(FACTORS)) is not None:
     scaling = {"rope_type": "llama3", "factor": float(factors.read().max())}
     scaling |= {theirs: number(key, usual) for theirs, (key, usual) in _LLAMA3.items()}
     again = llama3_factors({"rope_scaling": scaling, "head_dim": head_dim} | hf)
@@ -56,7 +61,7 @@ def read_rope(
     found = {theirs: number(key) for theirs, key in _YARN.items()}
     # Its converter writes Hugging Face's number as yarn_attn_factor, but what llama.cpp reads is attn_factor,
     # by which it multiplies yarn's usual temperature.
-    scale = number("rope.scaling.attn_factor")
+    scale = number(_ATTENTION)
     computed = None if scale is None else scale * _temperature(factor)
     found["attention_factor"] = number("rope.scaling.yarn_attn_factor", computed)
     if latent and (multiplier := number(_LATENT)):
@@ -89,10 +94,34 @@ def write_rope(hf: Mapping[str, Any], latent: bool = False) -> dict[str, Any]:
       numbers[_LATENT] = 0.1 * scaling["mscale_all_dim"]
     elif "attention_factor" in scaling:
       numbers["rope.scaling.yarn_attn_factor"] = scaling["attention_factor"]
-      numbers["rope.scaling.attn_factor"] = scaling["attention_factor"] / _temperature(scaling["factor"])
+      numbers[_ATTENTION] = scaling["attention_factor"] / _temperature(scaling["factor"])
   if kind == "llama3":
     numbers |= {key: scaling[theirs] for theirs, (key, _) in _LLAMA3.items()}
+  if kind == "longrope":
+    original = scaling["original_max_position_embeddings"]
+    numbers |= {"rope.scaling.type": kind, _ORIGINAL: original}
+    numbers[_ATTENTION] = scaling.get("attention_factor") or _longrope_temperature(scaling["factor"], original)
   return numbers
+
+
+def rope_factors(hf: Mapping[str, Any]) -> Tensors:
+  """The tensors of divisors that a scaling has."""
+  scaling = hf.get("rope_scaling") or {}
+  if scaling.get("rope_type") == "longrope":
+    parts = {LONG_FACTORS: scaling["long_factor"], SHORT_FACTORS: scaling["short_factor"]}
+    return in_memory({name: np.array(part, np.float32) for name, part in parts.items()})
+  factors = llama3_factors(hf)
+  return {} if factors is None else {FACTORS: factors}
+
+
+def _read_longrope(number: Callable, tensors: Tensors) -> dict[str, Any]:
+  length = number("context_length")
+  original, attention = number(_ORIGINAL, length), number(_ATTENTION, 1.0)
+  short, long = ([float(str(x)) for x in tensors[name].read()] for name in (SHORT_FACTORS, LONG_FACTORS))
+  scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+  scaling |= {"factor": length / original, "original_max_position_embeddings": original}
+  usual = _longrope_temperature(length / original, original)
+  return scaling | ({} if math.isclose(attention, usual, rel_tol=1e-6) else {"attention_factor": attention})
 
 
 def llama3_factors(hf: Mapping[str, Any]) -> LazyTensor | None:
@@ -110,3 +139,7 @@ def llama3_factors(hf: Mapping[str, Any]) -> LazyTensor | None:
 
 def _temperature(factor: float) -> float:
   return 1 + 0.1 * math.log(factor)
+
+
+def _longrope_temperature(factor: float, original: int) -> float:
+  return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

@@ -61,7 +61,6 @@ TENSORS = {
   "blocks/mlp_norm": "blk.{}.ffn_norm",
   "blocks/mlp_post_norm": "blk.{}.post_ffw_norm",
 }
-ROPE_FACTORS = "rope_freqs.weight"
 SHARED = {
   "blocks/attention/query": "blocks/attention",
   "blocks/mlp/gate": "blocks/mlp/up",
@@ -97,6 +96,7 @@ class Architecture:
   joined: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the same in older files, which do not split it
   blocks: str = "blk."  # begins the names of the layers that "block_count" counts
   latent: bool = False  # attention is (DeepSeek)
+  factors: bool = False  # llama.cpp reads divisors of RoPE's frequencies
 
   @functools.cached_property
   def keys(self) -> dict[str, str]:
@@ -124,14 +124,19 @@ class Architecture:
 
 
 class Metadata:
-  """Checked look-ups under an architecture's prefix; `tensors` are those of the file."""
+  """Checked look-ups under an architecture's prefix; `tensors` are those of the file, `heeded` what was looked up."""
 
   def __init__(self, entries: Mapping[str, Any], architecture: str, tensors: Tensors):
     self.entries, self.prefix, self.tensors = entries, architecture, tensors
+    self.heeded: set[str] = set()
+
+  def _key(self, key: str) -> str:
+    self.heeded.add(key)
+    return f"{self.prefix}.{key}"
 
   def number(self, key: str, default: float | None = None) -> Any:
     """A number, `default` where there is none; what is said layer by layer must be the same in all of them."""
-    value = self.entries.get(f"{self.prefix}.{key}", default)
+    value = self.entries.get(self._key(key), default)
     if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
       value = value[0].item()
     if value is None:
@@ -141,10 +146,19 @@ class Metadata:
     return value
 
   def flag(self, key: str, default: bool) -> bool:
-    return entry(self.entries, f"{self.prefix}.{key}", bool, default)
+    return entry(self.entries, self._key(key), bool, default)
 
   def text(self, key: str) -> str | None:
-    return entry(self.entries, f"{self.prefix}.{key}", str)
+    return entry(self.entries, self._key(key), str)
+
+  def texts(self, key: str) -> list[str]:
+    return entry(self.entries, self._key(key), list, [])
+
+  @property
+  def head_width(self) -> int:
+    return self.number("attention.key_length") or self.positive("embedding_length") // self.positive(
+      "attention.head_count"
+    )
 
   def positive(self, key: str) -> Any:
     """A number that must be there; whole, unless it is a norm's epsilon or a scale."""
@@ -158,7 +172,7 @@ class Metadata:
   def pattern(self, period: int) -> list[str]:
     """layer_types: every `period`-th layer sees everything, unless the file says it layer by layer."""
     key, layers = "attention.sliding_window_pattern", self.positive("block_count")
-    local = self.entries.get(f"{self.prefix}.{key}")
+    local = self.entries.get(self._key(key))
     if not isinstance(local, np.ndarray):
       period = int(self.number(key, period))
       local = [period == 0 or i % period < period - 1 for i in range(layers)]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError
-from jaxllm.interop.gguf.table import ROPE_FACTORS, Architecture
+from jaxllm.interop.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
+from jaxllm.interop.gguf.table import Architecture
 from jaxllm.interop.huggingface import BUFFERS, Place, config_from_huggingface, family_of, places
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
@@ -21,7 +22,7 @@ def read_tensors(hf: Mapping[str, Any], architecture: Architecture, tensors: Ten
   Raises:
     CheckpointError: a tensor that the architecture does not have.
   """
-  c, used = config_from_huggingface(hf), {ROPE_FACTORS}
+  c, used = config_from_huggingface(hf), {FACTORS, LONG_FACTORS, SHORT_FACTORS}
   read: dict[str, LazyTensor] = {}
   for name, place, theirs, expert in _layout(c, hf, architecture):
     joined = architecture.joined.get(place.weight.ours[0], "").format(*place.at)

@@ -37,6 +37,10 @@ _CASED = (
   r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
   r"\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_MARKED = (
+  r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+  "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # What cuts the text, one pattern after the other, as the models' own tokenizer.json files spell it.
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +49,10 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
   "llama-bpe": (_WORDS % "{1,3}",),
   "qwen2": (_WORDS % "",),
   "tekken": (_CASED % ("", "", ""),),
+  "deepseek-v3": (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _MARKED),
+  "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
+  "bloom": (r" ?[^(\s|[.,!?…。，、।۔،])]+",),
+  "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"),
   "gpt-4o": (_CASED % (_SUFFIX, _SUFFIX, "{1,3}"),),
   "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
@@ -54,6 +62,7 @@ _SAME = {
   "llama-bpe": ("llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
   "qwen2": ("stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"),
 }
+_SAME |= {"bloom": ("poro-chat", "gpt3-finnish")}
 _ALIASES = {alias: name for name, aliases in _SAME.items() for alias in aliases}
 # A piece that is a whole word is taken before any merge; and a text begins with BOS unless the file says otherwise.
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "lfm2", "tekken", "glm4"}

@@ -13,7 +13,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf import tokenizer as names
 from jaxllm.interop.gguf.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from jaxllm.interop.gguf.wordpiece import write_wordpiece
+from jaxllm.interop.gguf.wordpiece import STRIP, write_wordpiece
 
 log = logging.getLogger("jaxllm")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -33,7 +33,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   Raises:
     DataError: llama.cpp has no tokenizer like this one.
   """
-  files = tokenizer.files()
+  files, definition = tokenizer.files(), {}
   if "tokenizer.json" in files:
     definition = json.loads(files["tokenizer.json"])
     added = list(definition.get("added_tokens") or ())
@@ -50,6 +50,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
     entries = _sentencepiece_metadata(files["tokenizer.model"], decoder, vocab_size)
     if entries["tokenizer.ggml.add_space_prefix"] and not tokenizer.settings.get("legacy", True):
       _warn("the tokenizer puts no space behind special tokens (legacy: false), where llama.cpp puts one")
+  if entries["tokenizer.ggml.model"] == "t5" and (entries["tokenizer.ggml.token_type"] == BYTE).any():
+    _warn("the tokenizer makes bytes of characters that are no piece, of which llama.cpp makes <unk>")
   for flag in ("lstrip", "rstrip", "single_word"):
     if stripped := [token["content"] for token in added if token.get(flag)]:
       _warn(f"{flag} of added tokens ({', '.join(map(repr, stripped[:3]))}) means nothing to llama.cpp")
@@ -58,7 +60,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mappin
   ids |= _ends(tokenizer, ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]])
   keys = names.ROLES | {"eot": "eot", "eom": "eom"}
   entries |= {f"tokenizer.ggml.{keys[role]}_token_id": i for role, i in ids.items() if i is not None}
-  return entries | _frame(tokenizer, ids) | _templates(tokenizer)
+  return entries | _frame(tokenizer, ids) | _between(definition) | _templates(tokenizer)
 
 
 def _warn(message: str) -> None:
@@ -92,6 +94,19 @@ def _frame(tokenizer: Tokenizer, ids: Mapping[str, Any]) -> dict[str, Any]:
   return flags | ({"tokenizer.ggml.bos_token_id": before[0]} if before else {})
 
 
+def _between(definition: Mapping[str, Any]) -> dict[str, Any]:
+  """Two tokens between a pair of texts, as RoBERTa has them, of which llama.cpp calls the second a separator."""
+  post = definition.get("post_processor") or {}
+  pair = post.get("pair") or []
+  at = [i for i, part in enumerate(pair) if "Sequence" in part]
+  separator = post["sep"][1] if post.get("type") == "RobertaProcessing" else None
+  if len(at) == 2 and at[1] - at[0] == 3:
+    separator = post["special_tokens"][pair[at[1] - 1]["SpecialToken"]["id"]]["ids"][0]
+  if separator is None:
+    return {}
+  return {"tokenizer.ggml.add_sep_token": True, "tokenizer.ggml.seperator_token_id": separator}
+
+
 def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
   """The chat templates: the usual one, and others by name."""
   entries: dict[str, Any] = {}
@@ -113,6 +128,8 @@ def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> t
 def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
   """BERT's, whose texts begin with [CLS] and end with [SEP]: llama.cpp always puts both."""
   tokens, types, said = write_wordpiece(definition)
+  if said[STRIP]:
+    _warn("llama.cpp takes away vowel signs too (in Hindi or Korean, say), where BERT takes away accents")
   texts, kinds = _filled(tokens, types, vocab_size)
   inner, whole = (tokenizer.encode_prompt("a", add_special=special).tolist() for special in (False, True))
   if whole[1:-1] != inner:
@@ -183,14 +200,17 @@ def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]
   model = definition["model"]
   if model.get("type", "BPE") != "BPE" or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
     raise DataError("only byte-level BPE tokenizer.json files can be written as GGUF, and SentencePiece models")
-  if definition.get("normalizer") == {"type": "NFC"}:
+  normalizer = _steps(definition.get("normalizer"), "normalizers")
+  if normalizer == [{"type": "NFC"}]:
     _warn("the tokenizer composes characters (NFC), and llama.cpp takes them as they come")
-  elif definition.get("normalizer") is not None:
+  elif normalizer:
     raise DataError("the tokenizer normalizes text, which llama.cpp cannot do for byte-level BPE")
   patterns = _patterns(definition["pre_tokenizer"])
   found = [name for name, cuts in names.PRE_TOKENIZERS.items() if cuts == patterns]
   if not found:
     raise DataError(f"the tokenizer cuts text in a way that llama.cpp has no name for: {patterns}")
+  if found[0] in ("tekken", "gpt-4o"):
+    _warn("llama.cpp cuts words of this kind of tokenizer at their marks (in Hindi or Thai, say)")
   tokens = {i: token for token, i in model["vocab"].items()}
   types = dict.fromkeys(tokens, NORMAL)
   for token in definition.get("added_tokens") or ():
@@ -240,8 +260,8 @@ def _prefix(normalizer: Any, cutter: Any) -> bool:
   rest = [step for step in steps if step not in ({"type": "Prepend", "prepend": SPACE}, _REPLACE)]
   if cutter and cutter["type"] == "Metaspace" and cutter.get("replacement") == SPACE and not cutter.get("split"):
     prefix = cutter.get("prepend_scheme", "always") != "never"
-    if prefix and cutter["prepend_scheme"] == "first":
-      _warn("the tokenizer puts a space before a text only, and llama.cpp behind special tokens too")
+    if prefix:
+      _warn("llama.cpp puts a space before a text that begins with one too, and before one behind a special token")
   elif cutter is not None and (cutter.get("pattern"), cutter.get("behavior")) != _NOTHING:
     rest.append(cutter)
   elif _REPLACE not in steps:

@@ -16,7 +16,7 @@ from jaxllm.interop.gguf.header import entry
 _PREFIX, _WORD = "##", "\u2581"
 # Roles of BERT's tokens -> the metadata's, where 'seperator' is spelled so
 KEYS = {"cls_token": "cls", "sep_token": "seperator", "mask_token": "mask"}
-_LOWER, _STRIP = "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents"
+_LOWER, STRIP = "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents"
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 
 
@@ -41,7 +41,7 @@ def write_wordpiece(definition: Mapping[str, Any]) -> tuple[dict[int, str], dict
   lower = normalizer.get("lowercase", True)
   strip = normalizer.get("strip_accents")
   types = dict.fromkeys(tokens, NORMAL) | dict.fromkeys(added, CONTROL)
-  return tokens | added, types, {_LOWER: lower, _STRIP: lower if strip is None else strip}
+  return tokens | added, types, {_LOWER: lower, STRIP: lower if strip is None else strip}
 
 
 def read_wordpiece(entries: Mapping[str, Any], tokens: list[str], types: np.ndarray, ids: Mapping[str, Any]) -> bytes:
@@ -67,7 +67,7 @@ def read_wordpiece(entries: Mapping[str, Any], tokens: list[str], types: np.ndar
     "version": "1.0",
     "added_tokens": [{"id": i, "content": tokens[i], "special": True} | flags for i in special],
     "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
-    | {"strip_accents": entry(entries, _STRIP, bool, lower), "lowercase": lower},
+    | {"strip_accents": entry(entries, STRIP, bool, lower), "lowercase": lower},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
     "post_processor": {
       "type": "TemplateProcessing",

@@ -10,20 +10,23 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import new_file
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.interop.gguf.architectures import WRITABLE
 from jaxllm.interop.gguf.config import write_config
 from jaxllm.interop.gguf.encoders import reduced
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
+from jaxllm.interop.gguf.pooling import RANK, pooling_type
 from jaxllm.interop.gguf.tensors import write_tensors
 from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
+from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import LazyTensor, Tensors
 
 log = logging.getLogger("jaxllm")
 Dtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32, "mxfp4": 38}
-# What stays float32: norms, routers, biases (of all experts too), and what only a row is taken of.
+# What stays float32: norms, routers, biases (of all experts too), what only a row is taken of, a classifier's head.
 _FLOAT32 = (
   *("_norm.weight", ".bias", "ffn_gate_inp.weight", "attn_rel_b.weight", "position_embd.weight"),
-  "token_types.weight",
+  *("token_types.weight", "cls.weight", "cls.output.weight"),
 )
 _QUANTIZED_BLOCK = 32  # elements, of every type here
 _AT_ONCE = 1 << 20  # elements that are quantized in one go
@@ -37,6 +40,7 @@ def write_gguf(
   *,
   dtype: Dtype = "f32",
   generation: Mapping[str, Any] | None = None,
+  vectors: TextVectors | None = None,
 ) -> None:
   """Writes a checkpoint as one GGUF file, tensor by tensor; a file that is there already is replaced at the end.
 
@@ -50,6 +54,7 @@ def write_gguf(
     tokenizer: None: prompts will have to be token ids.
     dtype: of the matrices.
     generation: of generation_config.json; see `GgufCheckpoint.generation`.
+    vectors: how states become one vector of a text; None: of an encoder their mean.
 
   Raises:
     ConfigError: an unknown `dtype`, or a model that llama.cpp does not know or would compute differently.
@@ -58,11 +63,18 @@ def write_gguf(
   """
   if dtype not in get_args(Dtype):
     raise ConfigError(f"GGUF files can be written as {', '.join(get_args(Dtype))}, not {dtype!r}")
+  family = hf_config.get("model_type")
+  if family not in WRITABLE:
+    raise ConfigError(f"a {family} model cannot be written as GGUF; those that can are {', '.join(WRITABLE)}")
   hf_config, tensors = reduced(hf_config, tensors)
   architecture, metadata, extra = write_config(hf_config)
   tensors = {**write_tensors(hf_config, architecture, tensors), **extra}
   if dtype == "mxfp4" and not any(_is_experts(name) for name in tensors):
     raise ConfigError("mxfp4 is a type of experts' matrices, and the model has none; choose another one")
+  if f"{architecture.name}.classifier.output_labels" in metadata:
+    metadata[f"{architecture.name}.pooling_type"] = RANK
+  elif vectors or metadata.get(f"{architecture.name}.attention.causal") is False:
+    metadata[f"{architecture.name}.pooling_type"] = pooling_type(vectors or TextVectors(steps=(None,)))
   metadata |= {"general.file_type": _FILE_TYPES[dtype], "general.quantization_version": 2}
   if tokenizer is None:
     metadata["tokenizer.ggml.model"] = "none"
