@@ -110,7 +110,7 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
   for tensor in tensors.values():
     sizes[tensor.dtype.name] += math.prod(tensor.shape)
   own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-  special = {name: model.generation.get(name, own[name]) for name in SPECIAL_IDS}
+  special = {name: _special_id(name, hf, model, own[name]) for name in SPECIAL_IDS}
   with new_directory(directory) as new:
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
@@ -120,7 +120,8 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     start = {"decoder_start_token_id": model.config.decoder_start_id}
     known = {name: i for name, i in special.items() if i is not None}
     known |= start if model.config.architecture == "encoder_decoder" else {}
-    write_json(new / GENERATION_FILE, known | model.generation)
+    if model.config.architecture != "encoder":
+      write_json(new / GENERATION_FILE, known | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 
 
@@ -137,11 +138,21 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
   return tuple(filter(can, dict.fromkeys((*FIRST, *FAMILIES))))
 
 
+def _special_id(name: str, hf: Mapping[str, Any], model: StoredModel, own: int | None) -> int | list[int] | None:
+  """What config.json says of a special token: a pad that decides where positions begin above all; what the source said
+  unless the settings of generation or the vocabulary have another; and the tokenizer's where all are silent."""
+  said, source = model.generation.get(name), model.source.get(name)
+  kept = said is None or source in (said if isinstance(said, list) else [said])
+  each = source if isinstance(source, list) else [source]
+  source = source if kept and all(i is not None and 0 <= i < model.config.vocab_size for i in each) else None
+  return next((found for found in (hf.get(name), source, said, own) if found is not None), None)
+
+
 def _labels(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
   """The names that the source had for as many labels as there are."""
   if len(source.get("id2label", {})) != len(hf.get("id2label", {})):
     return {}
-  return {key: value for key, value in source.items() if key != "model_type"}
+  return {key: value for key, value in source.items() if key in ("id2label", "label2id", "problem_type")}
 
 
 def as_checkpoint(
