@@ -155,6 +155,12 @@ def _labels(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
   return {key: value for key, value in source.items() if key in ("id2label", "label2id", "problem_type")}
 
 
+def family_to_write(source: str | None) -> str | None:
+  """The family that a model read as this `model_type` is written as; None: there is none."""
+  own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
+  return f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
+
+
 def as_checkpoint(
   config: ModelConfig, params: Tensors, family: str | None = None, source: str | None = None
 ) -> tuple[dict[str, Any], Tensors]:
@@ -170,8 +176,7 @@ def as_checkpoint(
     raise ConfigError("no Hugging Face family has what model.adapter puts into blocks; keep it as a model directory")
   if family is not None:
     return to_huggingface(config, family, params)
-  own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
-  own = f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
+  own = family_to_write(source)
   reasons = []
   for name in dict.fromkeys((*((own,) if own else ()), *FIRST, *FAMILIES)):
     try:

@@ -292,7 +292,10 @@ def special_of(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
 
 def settings_file(settings: dict[str, Any]) -> dict[str, bytes]:
   """tokenizer_config.json by its name."""
-  return {SETTINGS_FILE: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
+  objects = {
+    name: {**v, "__type": "AddedToken"} for name, v in settings.items() if name in ROLES and isinstance(v, dict)
+  }
+  return {SETTINGS_FILE: (json.dumps(settings | objects, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def named_templates(settings: dict[str, Any]) -> dict[str, str]:
