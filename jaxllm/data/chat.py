@@ -5,7 +5,7 @@ A template is a program that comes with the model, so `chat_program` runs it in 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxllm.base import bounded
 from jaxllm.base.errors import DataError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages keep their reasoning
+_TESTS_NONE = re.compile(r"\bcontent\b['\"]?\]?\s+is\s+(not\s+)?none\b")  # a template that knows content: null
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where a message that is to be continued ends
 _PROGRAM = Path(__file__).with_name("chat_program.py")
 MAX_TEMPLATE = 1 << 20  # characters; the longest of a published model has 30,000
@@ -66,15 +67,17 @@ def render_chat(
     inputs = json.loads(json.dumps(inputs))
   except (TypeError, ValueError, RecursionError) as error:
     raise DataError(f"a chat's messages, tools and documents hold plain JSON values only: {error}") from error
-  inputs["messages"] = [_message(message) for message in inputs["messages"]]
+  kept = {"content"} if _TESTS_NONE.search(template) else set()
+  inputs["messages"] = [_message(message, kept) for message in inputs["messages"]]
   final = _mark_end(inputs["messages"][-1]) if continue_final_message else ""
   text = _render(template, dict(inputs, add_generation_prompt=add_generation_prompt), mark_generation)
   return _cut_at_mark(text, final) if continue_final_message else text
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-  """The message without fields of None (templates test whether a field is there), reasoning by every name."""
-  message = {name: value for name, value in message.items() if value is not None}
+def _message(message: dict[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
+  """The message without fields of None but for those `kept` (most templates test whether a field is there, or write
+  the word None), reasoning by every name."""
+  message = {name: value for name, value in message.items() if value is not None or name in kept}
   reasoning = next((message[name] for name in _REASONING if name in message), None)
   if reasoning is None:
     return message

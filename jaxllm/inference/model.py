@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class Model:
     text = (before + check_text(text, "the text")).strip()
     tokenizer, longest = self._text_tokenizer(), self.config.max_seq_len
     limit = min(ours.max_tokens or min(tokenizer.max_tokens or longest, longest), longest_text(self.config))
-    return tokenizer.encode_prompt(text.lower() if ours.lower else text, max_tokens=limit).tolist()
+    return tokenizer.encode_prompt(_lower(text, tokenizer) if ours.lower else text, max_tokens=limit).tolist()
 
   def loss_sums(self, batch: dict[str, np.ndarray]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed loss in nats of a packed batch's targets, and the sum of their weights; for evaluation."""
@@ -332,6 +333,13 @@ class Model:
     if self.tokenizer is None:
       raise ConfigError("the model has no tokenizer; give prompts as token ids")
     return self.tokenizer
+
+
+def _lower(text: str, tokenizer: Tokenizer) -> str:
+  """The text in small letters, each by itself as `tokenizers` does it, but for special tokens."""
+  special = sorted(filter(None, map(tokenizer.token_text, tokenizer.special_ids)), key=len, reverse=True)
+  parts = re.split(f"({'|'.join(map(re.escape, special)) or '(?!)'})", text)
+  return "".join(part if index % 2 else "".join(map(str.lower, part)) for index, part in enumerate(parts))
 
 
 @functools.lru_cache(maxsize=8)

@@ -91,7 +91,8 @@ def as_transformers(generation: Mapping[str, Any], encoder_decoder: bool) -> dic
   """Settings of a Hugging Face directory with what transformers takes where they are silent: nothing is drawn, and a
   decoder begins with the token that begins texts."""
   usual = {"do_sample": False} | ({"decoder_start_token_id": generation.get("bos_token_id")} if encoder_decoder else {})
-  return {**generation} | {name: value for name, value in usual.items() if generation.get(name) is None}
+  said = {name for name, value in generation.items() if value is not None}
+  return {**generation} | {name: value for name, value in usual.items() if name not in said and value is not None}
 
 
 def generation_settings(values: Mapping[str, Any], what: Path) -> dict[str, Any]:
@@ -119,6 +120,9 @@ class Source(TypedDict, total=False):
   id2label: dict[str, Any]
   label2id: dict[str, Any]
   problem_type: str | None
+  bos_token_id: Whole | list[Whole] | None
+  eos_token_id: Whole | list[Whole] | None
+  pad_token_id: Whole | None
 
 
 def source_of(config: Mapping[str, Any], what: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
   for tensor in tensors.values():
     sizes[tensor.dtype.name] += math.prod(tensor.shape)
   own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-  special = {name: model.generation.get(name, own[name]) for name in SPECIAL_IDS}
+  special = {name: _special_id(name, hf, model, own[name]) for name in SPECIAL_IDS}
   with new_directory(directory) as new:
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
@@ -120,7 +120,8 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     start = {"decoder_start_token_id": model.config.decoder_start_id}
     known = {name: i for name, i in special.items() if i is not None}
     known |= start if model.config.architecture == "encoder_decoder" else {}
-    write_json(new / GENERATION_FILE, known | model.generation)
+    if model.config.architecture != "encoder":
+      write_json(new / GENERATION_FILE, known | model.generation)
     write_json(new / CONFIG_FILE, hf | special | {"torch_dtype": sizes.most_common(1)[0][0]})
 
 
@@ -137,11 +138,27 @@ def families_of(config: ModelConfig) -> tuple[str, ...]:
   return tuple(filter(can, dict.fromkeys((*FIRST, *FAMILIES))))
 
 
+def _special_id(name: str, hf: Mapping[str, Any], model: StoredModel, own: int | None) -> int | list[int] | None:
+  """What config.json says of a special token: a pad that decides where positions begin above all; what the source said
+  unless the settings of generation or the vocabulary have another; and the tokenizer's where all are silent."""
+  said, source = model.generation.get(name), model.source.get(name)
+  kept = said is None or source in (said if isinstance(said, list) else [said])
+  each = source if isinstance(source, list) else [source]
+  source = source if kept and all(i is not None and 0 <= i < model.config.vocab_size for i in each) else None
+  return next((found for found in (hf.get(name), source, said, own) if found is not None), None)
+
+
 def labels_of(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
   """The names that the source had for as many labels as there are."""
   if len(source.get("id2label", {})) != len(hf.get("id2label", {})):
     return {}
-  return {key: value for key, value in source.items() if key != "model_type"}
+  return {key: value for key, value in source.items() if key in ("id2label", "label2id", "problem_type")}
+
+
+def family_to_write(source: str | None) -> str | None:
+  """The family that a model read as this `model_type` is written as; None: there is none."""
+  own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
+  return f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
 
 
 def as_checkpoint(
@@ -159,8 +176,7 @@ def as_checkpoint(
     raise ConfigError("no Hugging Face family has what model.adapter puts into blocks; keep it as a model directory")
   if family is not None:
     return to_huggingface(config, family, params)
-  own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
-  own = f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
+  own = family_to_write(source)
   reasons = []
   for name in dict.fromkeys((*((own,) if own else ()), *FIRST, *FAMILIES)):
     try:

@@ -30,10 +30,11 @@ from jaxllm.interop.directory_files import (
   read_tokenizer,
   source_of,
 )
+from jaxllm.interop.families import READ_AS
 from jaxllm.interop.fingerprint import check_unchanged
 from jaxllm.interop.gguf import read_gguf
 from jaxllm.interop.huggingface import from_huggingface
-from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, open_huggingface
+from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, family_to_write, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
 from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
@@ -186,8 +187,11 @@ def _families(model: StoredModel) -> tuple[str, ...]:
 
 
 def family_at(path: Path) -> str | None:
-  """The family of a Hugging Face model's directory; None: there stands something else."""
-  return read_json(path / CONFIG_FILE).get("model_type") if (path / CONFIG_FILE).is_file() else None
+  """The family of a Hugging Face model's directory, or that which what was made from one is written as; None: that is
+  not known."""
+  config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+  kind = config.get("model_type")
+  return READ_AS.get(str(kind), kind) if kind else family_to_write(_source_at(str(path)).get("model_type"))
 
 
 def _open_run(directory: Path, step: int | None) -> StoredModel:

@@ -87,14 +87,16 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def read_sharded(directory: Path) -> Tensors:
-  """The tensors of a directory: model.safetensors, or the shards that model.safetensors.index.json names.
+  """The tensors of a directory: model.safetensors, or all of the shards that model.safetensors.index.json names.
+
+  Where there are both, the single file counts, as in transformers.
 
   Raises:
     CheckpointError: there are none, a shard is missing or lacks a tensor, or see `read_safetensors`.
   """
+  if (directory / SINGLE).is_file():
+    return read_safetensors(directory / SINGLE)
   if not (directory / INDEX).is_file():
-    if (directory / SINGLE).is_file():
-      return read_safetensors(directory / SINGLE)
     pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
     if pickles:
       raise CheckpointError(
@@ -117,7 +119,8 @@ def read_sharded(directory: Path) -> Tensors:
   for name, shard in places.items():
     if name not in tensors[shard]:
       raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again")
-  return {name: tensors[shard][name] for name, shard in places.items()}
+  others = {name: tensor for shard in shards for name, tensor in tensors[shard].items() if name not in places}
+  return {name: tensors[shard][name] for name, shard in places.items()} | others
 
 
 def write_sharded(directory: Path, tensors: Tensors, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:

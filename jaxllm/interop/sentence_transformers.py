@@ -57,6 +57,7 @@ class _Settings(TypedDict, total=False):
 
   prompts: dict[str, str] | None
   default_prompt_name: str | None
+  truncate_dim: Size | None
 
 
 class _Pooling(TypedDict, total=False):
@@ -105,6 +106,7 @@ class TextVectors:
     steps: what is done to the vector then; None: it is scaled to length 1.
     count_prompt: the prompt's tokens take part in the pooling.
     prompts: what stands before a text, by purpose; the `default` one where none is named.
+    size: so many numbers of a vector are kept; None: all.
     max_tokens: texts are cut to these, special tokens included. lower: texts are in small letters first.
     files: all this as it was found, by path.
   """
@@ -114,6 +116,7 @@ class TextVectors:
   count_prompt: bool = True
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   default: str | None = None
+  size: int | None = None
   max_tokens: int | None = None
   lower: bool = False
   files: Mapping[str, bytes] = dataclasses.field(default_factory=dict, repr=False)
@@ -139,6 +142,7 @@ class TextVectors:
         vectors = step(vectors)
       elif normalize is not False:
         vectors = unit(vectors)
+    vectors = vectors[:, : self.size]
     return unit(vectors) if normalize else vectors
 
   def save(self, directory: Path) -> None:
@@ -184,7 +188,7 @@ def read_text_vectors(directory: Path) -> TextVectors | None:
     files |= {part.relative_to(directory).as_posix(): _bytes(part) for part in parts if part.is_file()}
   texts: Any = declared(_Texts, _object(directory / TEXTS), str(directory / TEXTS), CheckpointError)
   settings: Any = declared(_Settings, _object(directory / SETTINGS), str(directory / SETTINGS), CheckpointError)
-  prompts = settings.get("prompts") or {}
+  prompts = {"query": "", "document": ""} | (settings.get("prompts") or {})  # which every model has
   default = settings.get("default_prompt_name")
   if default is not None and default not in prompts:
     raise ConfigError(f"{directory / SETTINGS}: default_prompt_name is {shown(default)}, which no prompt has")
@@ -193,6 +197,7 @@ def read_text_vectors(directory: Path) -> TextVectors | None:
     steps=tuple(steps),
     prompts=prompts,
     default=default,
+    size=settings.get("truncate_dim"),
     max_tokens=texts.get("max_seq_length"),
     lower=bool(texts.get("do_lower_case")),
     files=files,

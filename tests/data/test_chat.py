@@ -243,3 +243,12 @@ def test_a_real_models_template(tokenizer):
     for prompt in (False, True):
       want = theirs.apply_chat_template(CHATS[name], tokenize=False, add_generation_prompt=prompt)
       assert render_chat(template, CHATS[name], add_generation_prompt=prompt) == want
+
+
+def test_a_template_that_tests_content_for_none_is_shown_it():
+  """As DeepSeek-V3's does; others would write the word."""
+  calls = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": []}]
+  loop = "{% for m in messages %}[BODY]{% endfor %}"
+  knows = loop.replace("BODY", "{% if m['content'] is not none %}{{ m['content'] + '!' }}{% endif %}")
+  assert render_chat(knows, calls) == "[?!][]"
+  assert render_chat(loop.replace("BODY", "{{ m.content }}"), calls) == "[?][]"

@@ -283,11 +283,10 @@ def test_ids_are_decoded_as_the_reference_does(tmp_path):
     directory = write(tmp_path / "d", files, {"tokenizer_class": name}, "gpt2" if name[0] == "G" else "llama")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
     for i in range(ours.vocab_size + 50):
-      if i != ours.unk_id:  # which is a sign in SentencePiece
-        assert ours.decode([i]) == theirs.decode([i], skip_special_tokens=True), i
-        assert ours.token_text(i) == (theirs.convert_ids_to_tokens(i) or "").replace(
-          "\u2581", " " if name[0] == "L" else "\u2581"
-        )
+      assert ours.decode([i]) == theirs.decode([i], skip_special_tokens=True), i
+      assert ours.token_text(i) == (theirs.convert_ids_to_tokens(i) or "").replace(
+        "\u2581", " " if name[0] == "L" else "\u2581"
+      )
 
 
 def test_settings_that_are_not_known_are_said(tmp_path, caplog):
@@ -312,3 +311,15 @@ def test_a_class_without_its_tokens_is_refused(tmp_path):
     load_tokenizer(write(tmp_path / "d", {"tokenizer.json": whole}, {"tokenizer_class": "RobertaTokenizer"}))
   with pytest.raises(DataError, match="M2M100Tokenizer has pieces of its model and ids of vocab.json"):
     load_tokenizer(write(tmp_path / "d", {"sentencepiece.bpe.model": b"", "vocab.json": "{}"}, None, "m2m_100"))
+
+
+def test_special_tokens_as_objects_are_saved_as_the_reference_reads_them(tmp_path, caplog):
+  _, whole = byte_level(("<|endoftext|>", "<x>"))
+  plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+  end = {"__type": "AddedToken", "content": "<|endoftext|>", **plain}
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "additional_special_tokens": ["<none>"]}
+  ours = load_tokenizer(write(tmp_path / "d", {"tokenizer.json": whole}, settings))
+  assert "'<none>': not in the vocabulary, so read as any text" in caplog.text
+  ours.save(tmp_path / "saved")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+  assert (theirs.eos_token_id, theirs.eos_token) == (ours.eos_id, "<|endoftext|>")

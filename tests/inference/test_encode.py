@@ -229,3 +229,22 @@ def test_modules_that_are_not_known(tmp_path, entry, pooling, match):
   (tmp_path / "modules.json").write_text(json.dumps(entries))
   with pytest.raises(UserError, match=match):
     read_text_vectors(tmp_path)
+
+
+def test_texts_are_cut_and_small_and_vectors_short_as_the_files_say(tmp_path):
+  torch = pytest.importorskip("torch")
+  from jaxllm.inference.load import load_model
+
+  theirs, tokenizer = tiny_bert(tmp_path)
+  texts = {"max_seq_length": 6, "do_lower_case": True}
+  write_modules(tmp_path, {"pooling_mode": "cls"}, prompts={"truncate_dim": 5}, texts=texts, normalize=False)
+  file = tmp_path / "tokenizer_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"truncation_side": "left"}))
+  tokenizer.truncation_side = "left"
+  ours = load_model(tmp_path)
+  for text in ("the very old mill and THE river runs", "a [SEP] B"):  # special tokens stay as they are
+    small = text.replace("THE", "the").replace("B", "b")
+    with torch.no_grad():
+      states = theirs(**tokenizer(small, truncation=True, max_length=6, return_tensors="pt")).last_hidden_state[0]
+    np.testing.assert_allclose(ours.embed(text)[0], states[0, :5], atol=2e-5)
+    np.testing.assert_array_equal(ours.embed(text, prompt="query"), ours.embed(text))  # which is empty unless said

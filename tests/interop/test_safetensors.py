@@ -206,3 +206,13 @@ def test_pickles_are_refused_unopened(tmp_path):
   (tmp_path / "pytorch_model.bin").unlink()
   with pytest.raises(CheckpointError, match="has no weights"):
     read_sharded(tmp_path)
+
+
+def test_one_file_counts_before_shards_and_of_shards_all(tmp_path):
+  write_sharded(tmp_path, in_memory({name: np.zeros(2, np.float32) for name in "abc"}), max_shard_bytes=16)
+  index = tmp_path / "model.safetensors.index.json"
+  places = json.loads(index.read_text())["weight_map"]
+  index.write_text(json.dumps({"weight_map": {name: places[name] for name in "bc"}}))
+  assert read_sharded(tmp_path).keys() == set("abc")
+  write_safetensors(tmp_path / "model.safetensors", in_memory({"d": np.ones(2, np.float32)}))
+  assert list(read_sharded(tmp_path)) == ["d"]

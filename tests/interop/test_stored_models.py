@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from jaxllm import load_model  # noqa: E402
 from jaxllm.base.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from jaxllm.inference.model import Model  # noqa: E402
-from jaxllm.interop.open import open_model  # noqa: E402
+from jaxllm.interop.open import family_at, open_model  # noqa: E402
 from jaxllm.interop.write import write_model  # noqa: E402
 from jaxllm.models.build import init_params  # noqa: E402
 from jaxllm.models.config import ModelConfig  # noqa: E402
@@ -218,3 +218,31 @@ def test_a_tokenizer_of_another_model_is_not_written(saved, sentencepiece, tmp_p
   stored = dataclasses.replace(stored, config=dataclasses.replace(stored.config, vocab_size=599))
   with pytest.raises(DataError, match="more tokens"):
     write_model(stored, tmp_path / "x", format="hf")
+
+
+@pytest.mark.parametrize("said", [{}, {"eos_token_id": [2, 5], "pad_token_id": 7}])
+def test_special_ids_of_a_config_come_back(tmp_path, said):
+  """Where positions begin hangs on RoBERTa's pad; what generation stops at is another matter."""
+  small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+  small |= dict(max_position_embeddings=34, bos_token_id=3, eos_token_id=2, pad_token_id=1)
+  theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**small)).eval()
+  theirs.save_pretrained(tmp_path / "hf")
+  (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(said))
+  write_model(open_model(tmp_path / "hf"), tmp_path / "ours")
+  write_model(open_model(tmp_path / "ours"), tmp_path / "again", format="hf")
+  again = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "again").eval()
+  assert (again.config.pad_token_id, again.config.bos_token_id) == (1, 3)
+  assert again.config.eos_token_id == 2
+  ids = torch.tensor([[3, 9, 11, 2]])
+  assert torch.equal(theirs(ids).logits, again(ids).logits)
+  assert not (tmp_path / "again" / "generation_config.json").exists()  # it writes no text
+
+
+def test_a_model_directory_knows_by_whose_names_it_was_read(tmp_path):
+  config = transformers.MistralConfig(**(SMALL | dict(num_hidden_layers=1)))
+  transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "hf")
+  write_model(open_model(tmp_path / "hf"), tmp_path / "ours")
+  run = {"model": {}, "model_init": {"path": str(tmp_path / "ours")}}
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+  assert [family_at(tmp_path / name) for name in ("hf", "ours", "run", "none")] == ["mistral"] * 3 + [None]

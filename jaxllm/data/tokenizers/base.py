@@ -104,14 +104,17 @@ class Tokenizer(abc.ABC):
     """
 
   def encode_prompt(self, text: str, *, add_special: bool = True, max_tokens: int | None = None) -> Ids:
-    """What a model reads of a text: the ids of `encode_pair`, cut to `max_tokens` within what stands around them."""
+    """What a model reads of a text: the ids of `encode_pair`, cut to `max_tokens` within what stands around them, at
+    the end unless the settings' `truncation_side` is "left"."""
     ids = self.encode_pair(text, add_special=add_special)[0]
     if max_tokens is None or len(ids) <= max_tokens:
       return ids
     inner = self.encode_pair(text, add_special=False)[0]
     at = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(inner)], inner))
     behind = ids[at + len(inner) :]
-    return np.concatenate([ids[:at], inner[: max(max_tokens - at - len(behind), 0)], behind])
+    room = max(max_tokens - at - len(behind), 0)
+    kept = inner[len(inner) - room :] if self.settings.get("truncation_side") == "left" else inner[:room]
+    return np.concatenate([ids[:at], kept, behind])
 
   def encode_chat(self, text: str) -> Ids:
     """Ids of a rendered chat, whose special tokens the template has written already."""
@@ -289,7 +292,10 @@ def special_of(settings: dict[str, Any]) -> list[str | dict[str, Any]]:
 
 def settings_file(settings: dict[str, Any]) -> dict[str, bytes]:
   """tokenizer_config.json by its name."""
-  return {SETTINGS_FILE: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()}
+  objects = {
+    name: {**v, "__type": "AddedToken"} for name, v in settings.items() if name in ROLES and isinstance(v, dict)
+  }
+  return {SETTINGS_FILE: (json.dumps(settings | objects, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def named_templates(settings: dict[str, Any]) -> dict[str, str]:

@@ -59,9 +59,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     try:
       if regular(path).stat().st_size > MAX_BYTES:
         raise DataError(f"it has {path.stat().st_size} bytes, and at most {MAX_BYTES} make sense")
-      return _read(path, path.read_bytes())
+      tokenizer = _read(path, path.read_bytes())
+      _say_unknown(tokenizer, path.with_name(SETTINGS_FILE))
+      return tokenizer
     except (DataError, UnicodeDecodeError) as error:
       raise DataError(f"cannot load the tokenizer {path}: {error}") from error
+
+
+def _say_unknown(tokenizer: Tokenizer, where: Path) -> None:
+  """A line of the log on special tokens that the vocabulary has not: transformers would put them behind its end."""
+  named = {token_text(token) or "" for token in special_of(tokenizer.settings)} - {""}
+  if unknown := sorted(t for t in named if t not in map(tokenizer.token_text, tokenizer.encode_prompt(t))):
+    log.warning("%s: %s: not in the vocabulary, so read as any text", where, ", ".join(map(shown, unknown)))
 
 
 def _read(path: Path, data: bytes) -> Tokenizer:

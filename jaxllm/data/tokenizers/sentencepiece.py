@@ -44,8 +44,8 @@ class SentencePieceTokenizer(Tokenizer):
     for piece in spec.pieces:
       if piece.type == Type.BYTE:
         data = bytes([int(piece.piece[3:5], 16)])  # "<0xE2>"
-      elif piece.type == Type.CONTROL:
-        data = b""
+      elif piece.type == Type.CONTROL or (piece.type == Type.UNKNOWN and self._class is not None):
+        data = b""  # of a class what is unknown is a special token, as in transformers
       elif piece.type == Type.UNKNOWN:
         data = (spec.trainer_spec.unk_surface or " \u2047 ").encode()
       else:

@@ -48,6 +48,7 @@ class Settings(TypedDict, total=False):
   added_tokens_decoder: dict[str, AddedToken]
   chat_template: str | list[_NamedTemplate]
   padding_side: Literal["left", "right"]
+  truncation_side: Literal["left", "right"]
   tokenizer_class: str
   add_bos_token: bool | None
   add_eos_token: bool | None
@@ -68,7 +69,7 @@ class Settings(TypedDict, total=False):
 # Of the other keys, those that say nothing of how a text is read: of places, of padding and cutting, of what programs
 # do with the model, and what `transformers` 5 does not read either.
 _HARMLESS = """
-  model_max_length max_length max_len stride truncation_side truncation_strategy truncation padding pad_token_type_id
+  model_max_length max_length max_len stride truncation_strategy truncation padding pad_token_type_id
   pad_to_multiple_of tokenizer_file vocab_file merges_file spm_file name_or_path special_tokens_map_file init_inputs
   full_tokenizer_file fast_tokenizer_files model_input_names processor_class trust_remote_code use_fast from_slow
   is_local local_files_only errors do_basic_tokenize never_split verbose use_default_system_prompt sp_model_kwargs
