@@ -20,19 +20,15 @@ from jaxllm.models.parts import (
   WidthOr0,
 )
 
-# name -> (activation, gated)
-MLPS = {
-  "swiglu": ("silu", True),
-  "geglu": ("gelu", True),
-  "geglu_tanh": ("gelu_tanh", True),
-  "reglu": ("relu", True),
-  "swiglu_clamped": ("silu_clamped", True),  # gpt-oss, see `jaxllm.models.mlp.gated`
-  "gelu": ("gelu", False),
-  "gelu_tanh": ("gelu_tanh", False),
-  "silu": ("silu", False),
-  "relu": ("relu", False),
-  "relu2": ("relu2", False),
-}
+# Each may stand alone ("mish") or be gated: "gated_mish", or by its own name where it has one; `jaxllm.models.mlp`.
+ACTIVATIONS = (
+  *("silu", "gelu", "gelu_tanh", "quick_gelu", "gelu_10", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh"),
+  *("sigmoid", "hardswish", "laplace", "linear"),
+)
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+GATED = {name: GATED.get(name, f"gated_{name}") for name in ACTIVATIONS} | {"silu_clamped": "swiglu_clamped"}
+# `ModelConfig.mlp` -> (activation, gated)
+MLPS = {gated: (name, True) for name, gated in GATED.items()} | {name: (name, False) for name in ACTIVATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +118,7 @@ class ModelConfig:
   head_bias: bool = False
   # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
   # has a bias where mlp_bias is set; "linear" is a matrix alone.
-  head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "linear"] | None = None
+  head_dense: str | None = None
   head_norm: bool = False  # and a norm after it
   pooling: Literal["first", "mean", "last"] = "first"  # which hidden state stands for a text
   logit_scale: Positive | None = None  # T5 with a tied head: embed_dim ** -0.5
@@ -148,6 +144,8 @@ class ModelConfig:
     ranges.check(ModelConfig, vars(self), "model")
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
+    if self.head_dense not in (None, *ACTIVATIONS):
+      raise ConfigError(f"model.head_dense is {self.head_dense!r}; choose one of {', '.join(ACTIVATIONS)}")
     fill("num_kv_heads", self.num_heads)
     if self.head == "span":
       fill("num_labels", 2)

@@ -32,8 +32,9 @@ def _read(hf):
 
 
 def _write(c):
-  name = t.activation_name(c.mlp)
-  kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
+  kind = t.activation_name(c.mlp)
+  if MLPS[c.mlp][1]:
+    kind = "gated-" + {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_python"}.get(kind, kind)
   return {"feed_forward_proj": kind, "scale_decoder_outputs": c.logit_scale is not None, "is_encoder_decoder": True}
 
 
