@@ -162,8 +162,10 @@ class ModelConfig:
       fill("num_labels", 2)
     if self.architecture == "encoder_decoder":
       fill("num_encoder_layers", self.num_layers)
-      if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks:
-        raise ConfigError("cross-attention goes with neither model.parallel_residual, qk_norm nor attention_sinks")
+      if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks or self.qkv_clip:
+        raise ConfigError(
+          "cross-attention goes with neither model.parallel_residual, qk_norm, attention_sinks nor qkv_clip"
+        )
     elif self.num_encoder_layers:
       raise ConfigError(f"model.num_encoder_layers is of an encoder_decoder; this is a model of {self.architecture!r}")
     if self.token_dim != self.embed_dim and (
@@ -225,8 +227,8 @@ class ModelConfig:
     object.__setattr__(self, "head_dim", width)
     if self.num_kv_heads != self.num_heads or self.position != "rope" or self.qk_norm != "none":
       raise ConfigError("model.mla has as many key as query heads, RoPE and no qk_norm; change those or drop it")
-    if self.attention_softcap is not None or self.attention_sinks or self.sliding_window or self.layer_pattern:
-      raise ConfigError("model.mla goes with neither a soft-cap, sinks, a window nor a layer_pattern")
+    if self.attention_softcap or self.qkv_clip or self.attention_sinks or self.sliding_window or self.layer_pattern:
+      raise ConfigError("model.mla goes with neither a soft-cap, qkv_clip, sinks, a window nor a layer_pattern")
 
   @property
   def _usual_dense_bias(self) -> bool:

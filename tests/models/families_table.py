@@ -47,11 +47,14 @@ what it saw; remove it to begin anew.
 
 """
 LEFT_OUT = """
-Left out, and refused by name: layers that are not attention (Mamba, RWKV, Qwen3-Next, Qwen3.5, Kimi Linear,
-Falcon-H1, Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4), per-layer embeddings and
-layers that share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), convolutions in
-DeBERTa (v2-xlarge), T5's encoder alone, untied masked-LM heads of BERT, classifiers of decoders, and images or sound:
-of a model that sees only its language model is read (Gemma 3).
+Left out, and refused by name: layers that are not attention (Mamba, RWKV, Qwen3-Next, Qwen3.5, Kimi Linear, Falcon-H1,
+Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4), per-layer embeddings and layers that
+share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), layers that share their
+weights (ALBERT), the first DeBERTa and what only it sets (attention to content or to distances alone, projections of
+distances by themselves, no buckets), biases of distances in every layer (UMT5), activations with parameters of their
+own (PReLU, xIELU: Apertus), norms after the residual stream is taken (BLOOM's
+`apply_residual_connection_post_layernorm`), T5's encoder alone, untied masked-LM heads of BERT, classifiers of
+decoders, and images or sound: of a model that sees only its language model is read (Gemma 3).
 
 LongRoPE and dynamic NTK go by the model's `max_seq_len`, where transformers goes by the longest text at hand.
 """
