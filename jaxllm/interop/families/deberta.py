@@ -9,7 +9,7 @@ from jaxllm.interop.families.bert import BERT, BERT_HEADS, POST_NORM, architectu
 LAYER = "deberta.encoder.layer.{layer}"
 HEADS = BERT_HEADS | {"sequence": t.linear("head/dense", "pooler.dense") + t.linear("head", "classifier"), "none": ()}
 # What all published models of both versions say.
-ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_groups": 1}
 # A matrix for every tap, as one: [outputs, inputs, taps]
 TAPS = t.Transform(
   lambda c, x, shapes: [x.transpose(2, 1, 0).reshape(shapes[0])],
@@ -24,8 +24,6 @@ def _read(hf):
   kinds = hf["pos_att_type"] or []
   if sorted(kinds.split("|") if isinstance(kinds, str) else kinds) != ["c2p", "p2c"]:
     raise ConfigError(f"config.json has pos_att_type = {kinds}; a deberta-v2 here has both c2p and p2c")
-  if hf["conv_kernel_size"] and hf["conv_groups"] != 1:
-    raise ConfigError(f"config.json has conv_groups = {hf['conv_groups']}; a deberta-v2 here can only have 1")
   if hf["num_attention_heads"] > hf["hidden_size"]:
     raise ConfigError(f"config.json has {hf['num_attention_heads']} attention heads in {hf['hidden_size']} features")
   mlp, longest = t.mlp_name(hf["hidden_act"], gated=False), hf["max_relative_positions"]
