@@ -56,6 +56,7 @@ _HEAD = {"head_dim": lambda hf: hf["qk_rope_head_dim"]}
 _HEAD |= {"qk_head_dim": lambda hf: hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]}
 DERIVED: dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]] = {
   "cohere2": {"head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"]},
+  "deberta-v2": {"attention_head_size": lambda hf: hf["hidden_size"] // hf["num_attention_heads"]},
   "deepseek_v2": _HEAD,
   "deepseek_v3": _HEAD,
   "gemma3_text": {"_sliding_window_pattern": lambda hf: hf["sliding_window_pattern"]},

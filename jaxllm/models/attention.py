@@ -65,6 +65,8 @@ class Attention(nnx.Module):
     """Attends to what the cache shows of this call's tokens and those before; returns it with this call's."""
     c = self.c
     query, key, value = self.query(x), self.key(x), self.value(x)
+    if c.qkv_clip is not None:
+      query, key, value = (jnp.clip(y, -c.qkv_clip, c.qkv_clip) for y in (query, key, value))
     if c.qk_norm == "full":
       query, key = self.query_norm(query), self.key_norm(key)
     query, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (query, key, value))

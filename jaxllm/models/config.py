@@ -20,19 +20,15 @@ from jaxllm.models.parts import (
   WidthOr0,
 )
 
-# name -> (activation, gated)
-MLPS = {
-  "swiglu": ("silu", True),
-  "geglu": ("gelu", True),
-  "geglu_tanh": ("gelu_tanh", True),
-  "reglu": ("relu", True),
-  "swiglu_clamped": ("silu_clamped", True),  # gpt-oss, see `jaxllm.models.mlp.gated`
-  "gelu": ("gelu", False),
-  "gelu_tanh": ("gelu_tanh", False),
-  "silu": ("silu", False),
-  "relu": ("relu", False),
-  "relu2": ("relu2", False),
-}
+# Each may stand alone ("mish") or be gated: "gated_mish", or by its own name where it has one; `jaxllm.models.mlp`.
+ACTIVATIONS = (
+  *("silu", "gelu", "gelu_tanh", "quick_gelu", "gelu_10", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh"),
+  *("sigmoid", "hardswish", "laplace", "linear"),
+)
+GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+GATED = {name: GATED.get(name, f"gated_{name}") for name in ACTIVATIONS} | {"silu_clamped": "swiglu_clamped"}
+# `ModelConfig.mlp` -> (activation, gated)
+MLPS = {gated: (name, True) for name, gated in GATED.items()} | {name: (name, False) for name in ACTIVATIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +59,7 @@ class ModelConfig:
   attention_out_bias: bool = False
   # head: one norm for every head (Qwen3); heads: each head has its own (Cohere); full: over all heads (OLMo 2)
   qk_norm: Literal["none", "head", "heads", "full"] = "none"
+  qkv_clip: Positive | None = None  # queries, keys and values are kept within it (OLMo 1)
   query_scale: Positive | None = None  # None: head_dim ** -0.5
   attention_softcap: Positive | None = None
   sliding_window: Size | None = None  # a query sees this many keys, itself included
@@ -91,6 +88,7 @@ class ModelConfig:
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
   norm_eps: Share = 1e-5
   norm_bias: bool = True  # LayerNorm only
+  norm_affine: bool = True  # False: norms have neither a scale nor a bias (OLMo 1)
   norm_unit_offset: bool = False  # weight w stands for the scale 1 + w (Gemma)
   # pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))); output: x + norm(f(x))
   norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
@@ -100,6 +98,10 @@ class ModelConfig:
   embedding_norm: bool = False
   final_norm: bool = True
   first_norm: bool = True  # False: the first layer's attention reads the embedding as it is (ModernBERT)
+  # Of an encoder: so many neighbouring vectors of the embedding are put through a matrix and an activation and join
+  # what the first layer makes of them, before another norm (DeBERTa v2 xlarge). 0: none; else odd.
+  convolution_size: WidthOr0 = 0
+  convolution_activation: str = "tanh"
 
   # Feed-forward
   mlp: str = "swiglu"
@@ -120,9 +122,9 @@ class ModelConfig:
   head: Literal["lm", "sequence", "token", "span", "none"] = "lm"
   num_labels: WidthOr0 = 0
   head_bias: bool = False
-  # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler. It
-  # has a bias where mlp_bias is set; "linear" is a matrix alone.
-  head_dense: Literal["gelu", "gelu_tanh", "silu", "relu", "tanh", "linear"] | None = None
+  # Activation of a dense layer before the head: "gelu" in masked language models, "tanh" in BERT's pooler.
+  head_dense: str | None = None
+  head_dense_bias: bool | None = None  # None: where mlp_bias is set, but for "linear"
   head_norm: bool = False  # and a norm after it
   pooling: Literal["first", "mean", "last"] = "first"  # which hidden state stands for a text
   logit_scale: Positive | None = None  # T5 with a tied head: embed_dim ** -0.5
@@ -148,13 +150,22 @@ class ModelConfig:
     ranges.check(ModelConfig, vars(self), "model")
     if self.mlp not in MLPS:
       raise ConfigError(f"model.mlp is {self.mlp!r}; choose one of {', '.join(MLPS)}")
+    for name in ("head_dense", "convolution_activation"):
+      if (activation := getattr(self, name)) not in (None, *ACTIVATIONS):
+        raise ConfigError(f"model.{name} is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if self.head_dense_bias == self._usual_dense_bias or self.head_dense is None:
+      put("head_dense_bias", None)
+    if self.convolution_size and (self.architecture != "encoder" or self.convolution_size % 2 == 0):
+      raise ConfigError("model.convolution_size is an odd number, and for model.architecture 'encoder'")
     fill("num_kv_heads", self.num_heads)
     if self.head == "span":
       fill("num_labels", 2)
     if self.architecture == "encoder_decoder":
       fill("num_encoder_layers", self.num_layers)
-      if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks:
-        raise ConfigError("cross-attention goes with neither model.parallel_residual, qk_norm nor attention_sinks")
+      if self.parallel_residual or self.qk_norm != "none" or self.attention_sinks or self.qkv_clip:
+        raise ConfigError(
+          "cross-attention goes with neither model.parallel_residual, qk_norm, attention_sinks nor qkv_clip"
+        )
     elif self.num_encoder_layers:
       raise ConfigError(f"model.num_encoder_layers is of an encoder_decoder; this is a model of {self.architecture!r}")
     if self.token_dim != self.embed_dim and (
@@ -216,8 +227,17 @@ class ModelConfig:
     object.__setattr__(self, "head_dim", width)
     if self.num_kv_heads != self.num_heads or self.position != "rope" or self.qk_norm != "none":
       raise ConfigError("model.mla has as many key as query heads, RoPE and no qk_norm; change those or drop it")
-    if self.attention_softcap is not None or self.attention_sinks or self.sliding_window or self.layer_pattern:
-      raise ConfigError("model.mla goes with neither a soft-cap, sinks, a window nor a layer_pattern")
+    if self.attention_softcap or self.qkv_clip or self.attention_sinks or self.sliding_window or self.layer_pattern:
+      raise ConfigError("model.mla goes with neither a soft-cap, qkv_clip, sinks, a window nor a layer_pattern")
+
+  @property
+  def _usual_dense_bias(self) -> bool:
+    return self.mlp_bias and self.head_dense != "linear"
+
+  @property
+  def has_dense_bias(self) -> bool:
+    """Whether the dense layer before the head has a bias."""
+    return self._usual_dense_bias if self.head_dense_bias is None else self.head_dense_bias
 
   @property
   def rotary_dim(self) -> int:
@@ -278,7 +298,8 @@ class ModelConfig:
     """Runs of layers that repeat: (first layer, layer after the last, period: the scan's stride)."""
     kinds = len(self.layer_kinds)
     first = self.moe.first_dense_layers if self.moe else 0
-    first = min(first if self.first_norm else kinds, self.num_layers)  # a layer without a norm is like no other
+    like = self.first_norm and not self.convolution_size  # whether the first layer is like the others
+    first = min(first if like else kinds, self.num_layers)
     period = math.lcm(kinds, self.moe.every) if self.moe else kinds
     runs = (0, first, kinds), (first, self.num_layers, period)
     return tuple(run for run in runs if run[0] < run[1])

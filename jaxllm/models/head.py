@@ -29,7 +29,7 @@ class Head(nnx.Module):
     outputs, axis = (c.vocab_size, "vocab") if c.head == "lm" else (c.num_labels, None)
     init = matrix_init(c, D)
     self.activation = c.head_dense
-    sizes, bias = (c.embed_dim, D), c.mlp_bias and c.head_dense != "linear"
+    sizes, bias = (c.embed_dim, D), c.has_dense_bias
     dense = functools.partial(Linear, *sizes, ("embed", None), init=init, bias=bias, compute=compute, rngs=rngs)
     self.dense = None if c.head_dense is None else dense()
     self.norm = Norm(c, compute, D, rngs=rngs) if c.head_norm else None

@@ -1,8 +1,10 @@
 """The feed-forward block: plain, or gated (Shazeer, arXiv 2002.05202)."""
 
 import functools
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -13,25 +15,32 @@ from jaxllm.models.initializers import matrix_init
 from jaxllm.models.linear import Linear
 from jaxllm.parallel.sharding import constrain
 
-ACTIVATIONS = {
+GAIN = 1.702  # with which the sigmoid is near the normal distribution (Hendrycks and Gimpel, arXiv 1606.08415)
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(GAIN * x),
+  "gelu_10": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
   "relu": jax.nn.relu,
-  "tanh": jax.numpy.tanh,
-  "relu2": lambda x: jax.numpy.square(jax.nn.relu(x)),
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+  "relu6": jax.nn.relu6,
+  "leaky_relu": jax.nn.leaky_relu,
+  "mish": jax.nn.mish,
+  "tanh": jnp.tanh,
+  "sigmoid": jax.nn.sigmoid,
+  "hardswish": jax.nn.hard_swish,
+  "laplace": functools.partial(jax.scipy.stats.norm.cdf, loc=0.707107, scale=0.282095),  # MEGA, arXiv 2209.10655
   "linear": lambda x: x,
 }
-
-
-CLAMP, GAIN = 7.0, 1.702  # of "silu_clamped"
+CLAMP = 7.0  # of "silu_clamped"
 
 
 def gated(activation: str, gate: Array, up: Array) -> Array:
   """activation(gate) * up; "silu_clamped": both clamped, a steeper sigmoid, and up + 1 (gpt-oss's code)."""
   if activation != "silu_clamped":
     return ACTIVATIONS[activation](gate) * up
-  gate, up = jax.numpy.minimum(gate, CLAMP), jax.numpy.clip(up, -CLAMP, CLAMP)
+  gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
   return gate * jax.nn.sigmoid(GAIN * gate) * (up + 1)
 
 

@@ -22,12 +22,15 @@ class Norm(nnx.Module):
     self.backend = compute.backend("elementwise") if heads is None else "xla"
     self.kind, self.eps, self.offset = c.norm, c.norm_eps, 1.0 if c.norm_unit_offset else 0.0
     init = nnx.initializers.zeros if c.norm_unit_offset else nnx.initializers.ones
-    self.scale = parameter(rngs, shape, axes, init)
-    biased = c.norm == "layernorm" and c.norm_bias
+    self.scale = parameter(rngs, shape, axes, init) if c.norm_affine else None
+    biased = c.norm == "layernorm" and c.norm_bias and c.norm_affine
     self.bias = parameter(rngs, shape, axes, nnx.initializers.zeros) if biased else None
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    scale = dense(self.scale.get_value(), jnp.float32) + self.offset
+    if self.scale is None:
+      scale = jnp.ones(x.shape[-1], jnp.float32)
+    else:
+      scale = dense(self.scale.get_value(), jnp.float32) + self.offset
     if self.kind == "rmsnorm":
       return rms_norm(x, scale, eps=self.eps, backend=self.backend)
     bias = None if self.bias is None else dense(self.bias.get_value(), jnp.float32)

@@ -14,6 +14,7 @@ from jaxllm.models.adapters import Bottleneck
 from jaxllm.models.attention import Attention, CrossAttention, Placement
 from jaxllm.models.caches import Cache
 from jaxllm.models.config import Compute, ModelConfig
+from jaxllm.models.convolution import Convolution
 from jaxllm.models.mla import LatentAttention
 from jaxllm.models.mlp import MLP
 from jaxllm.models.moe import MoE, RouterLosses
@@ -106,7 +107,13 @@ def stack_blocks(c: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> Block:
 
 
 def run_blocks(
-  blocks: Block, c: ModelConfig, compute: Compute, x: Float[Array, "B T D"], place: Placement, cache: Cache
+  blocks: Block,
+  c: ModelConfig,
+  compute: Compute,
+  x: Float[Array, "B T D"],
+  place: Placement,
+  cache: Cache,
+  convolution: Convolution | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache, RouterLosses | None]:
   """x after all layers, the cache with these tokens, and the mean of the routers' losses (None without experts).
 
@@ -118,7 +125,10 @@ def run_blocks(
   def layer(i, x, weights, cache):
     own = graph if blocks.feed_forward else _block_graph(c, compute, i in c.moe_layers)
     first = i == 0 and not c.first_norm
-    return nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], i, cache, first)
+    y, cache, losses = nnx.merge(own, weights)(x, place, c.layer_kinds[i % len(c.layer_kinds)], i, cache, first)
+    if i == 0 and convolution is not None:
+      y = convolution(x, y, cache.segment_ids)
+    return y, cache, losses
 
   if (found := few_tokens.run(c, compute, x, place, cache, lambda i: _one_layer(c, weights, 0, i))) is not None:
     return *found, None

@@ -12,6 +12,7 @@ from jaxllm.models import positions as pos
 from jaxllm.models.attention import Placement
 from jaxllm.models.caches import Cache, KVCache, NoCache
 from jaxllm.models.config import Compute, ModelConfig, check_batch_invariant
+from jaxllm.models.convolution import Convolution
 from jaxllm.models.head import Head
 from jaxllm.models.initializers import embedding_init, matrix_init
 from jaxllm.models.linear import Linear, parameter
@@ -86,6 +87,7 @@ class Transformer(nnx.Module):
       shape = (c.relative_buckets, c.num_heads)
       self.relative_bias = parameter(rngs, shape, (None, "heads"), embedding_init(c))
     self.blocks = stack_blocks(c, compute, rngs)
+    self.convolution = Convolution(c, compute, rngs=rngs) if c.convolution_size else None
     self.final_norm = Norm(c, compute, rngs=rngs) if c.final_norm else None
     self.head = Head(c, compute, rngs=rngs)
     if c.architecture == "encoder_decoder":
@@ -165,7 +167,8 @@ class Transformer(nnx.Module):
       table = dense(self.relative_bias.get_value(), jnp.float32)
       bias = pos.relative_bias(c, table, slots, held.num_keys(tokens.shape[1]))
     x = self.embedding(tokens, positions, token_types, vectors)
-    x, held, losses = run_blocks(self.blocks, c, self.compute, x, Placement(rope, bias, distances), held)
+    place = Placement(rope, bias, distances)
+    x, held, losses = run_blocks(self.blocks, c, self.compute, x, place, held, self.convolution)
     return x if self.final_norm is None else self.final_norm(x), held.advance(tokens.shape[1]), losses
 
   def head_input(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

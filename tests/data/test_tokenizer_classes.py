@@ -104,6 +104,7 @@ BYTE_LEVEL = [
   ("GPT2Tokenizer", "starcoder2", ["<|endoftext|>"], {"add_prefix_space": True}),
   ("RobertaTokenizer", "roberta", ROBERTA, {}),
   ("RobertaTokenizer", "roberta", ROBERTA, {"add_prefix_space": True, "mask_token": "<mask>"}),
+  ("RobertaTokenizer", "data2vec-text", ROBERTA, {}),
   ("BartTokenizer", "bart", ROBERTA, {"add_bos_token": False}),
   ("GPTNeoXTokenizer", "gpt_neox", ["<|endoftext|>", "<|padding|>"], {}),
   ("GPTNeoXTokenizer", "gpt_neox", ["<|endoftext|>", "<|padding|>"], {"add_bos_token": True}),
@@ -236,6 +237,21 @@ def test_unigram_models(tmp_path, name, file, model_type, settings):
   same(
     write(tmp_path / "d", {"tokenizer.json": (tmp_path / "saved" / "tokenizer.json").read_text()}, declared, model_type)
   )
+
+
+def test_camembert(tmp_path):
+  """Its own tokenizer.json, in which the first of SentencePiece's pieces stand once more."""
+  model = sentencepiece_model("unigram", bos_id=1, eos_id=2, unk_id=0, pad_id=-1)
+  path = tmp_path / "m.model"
+  path.write_bytes(model)
+  pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  vocab = [("<s>NOTUSED", 0.0), ("<pad>", 0.0), ("</s>NOTUSED", 0.0), ("<unk>", 0.0), ("<unk>NOTUSED", -100.0)]
+  vocab += [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(1, pieces.get_piece_size())]
+  transformers.CamembertTokenizer(vocab=[*vocab, ("<mask>", 0.0)]).save_pretrained(tmp_path / "saved")
+  definition = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+  for settings in ({"tokenizer_class": "CamembertTokenizer"}, {}):
+    for whole in (definition, definition | {"post_processor": None, "pre_tokenizer": None}):  # the class has its own
+      same(write(tmp_path / "d", {"tokenizer.json": json.dumps(whole)}, settings, "camembert"))
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,14 @@ what it saw; remove it to begin anew.
 
 """
 LEFT_OUT = """
-Left out, and refused by name: layers that are not attention (Mamba, RWKV, Qwen3-Next, Qwen3.5, Kimi Linear,
-Falcon-H1, Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4), per-layer embeddings and
-layers that share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), convolutions in
-DeBERTa (v2-xlarge), T5's classifiers of texts and tokens, BART with an embedding of its own for each side, and images
-or sound: of a model that sees only its language model is read (Gemma 3).
+Left out, and refused by name: layers that are not attention (Mamba, RWKV, Qwen3-Next, Qwen3.5, Kimi Linear, Falcon-H1,
+Granite 4, Nemotron-H, LFM2), chunked attention with experts beside it (Llama 4), per-layer embeddings and layers that
+share keys and values (Gemma 3n, Gemma 4), sparse attention by an indexer (DeepSeek-V3.2), layers that share their
+weights (ALBERT), the first DeBERTa and what only it sets (attention to content or to distances alone, projections of
+distances by themselves, no buckets), biases of distances in every layer (UMT5), activations with parameters of their
+own (PReLU, xIELU: Apertus), norms after the residual stream is taken (BLOOM's
+`apply_residual_connection_post_layernorm`), T5's classifiers of texts and tokens, BART with an embedding of its own for
+each side, and images or sound: of a model that sees only its language model is read (Gemma 3).
 
 The classes for texts in decoders read the state of the last token that is not padding: here by `segment_ids`, in
 transformers by `pad_token_id`. Labels of tokens are [B, T, labels] also where there is one (ELECTRA's discriminator,

@@ -22,7 +22,7 @@ HEADS = {"num_attention_heads", "n_head", "n_heads", "num_heads"}
 HEADS |= {"encoder_attention_heads", "decoder_attention_heads"}
 KV_HEADS = {"num_key_value_heads", "num_kv_heads"}
 WIDTH = {"hidden_size", "d_model", "n_embd", "n_embed", "dim"}
-HEAD_DIM = {"head_dim", "d_kv", "qk_nope_head_dim"}
+HEAD_DIM = {"head_dim", "d_kv", "qk_nope_head_dim", "attention_head_size"}
 VOCAB = {"vocab_size"}
 MLP = {"intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"}
 # in proportion to the width

@@ -22,7 +22,7 @@ from jaxllm.interop.huggingface_keys import remarks  # noqa: E402
 
 QUICK = {"qwen2", "gpt2"}
 # One more than its longest distance is in the same bucket for texts of this length.
-ALIKE = {("deberta-mlm", "max_position_embeddings")}
+ALIKE = {(name, "max_position_embeddings") for name in ("deberta-mlm", "deberta-xlarge")}
 # Fields that change nothing of what a model computes of a text.
 WITHOUT_EFFECT = (
   "max_seq_len",
@@ -41,7 +41,7 @@ ELSEWHERE = {
   "transformers_version",
   "dtype",
 }
-NAMES = {"gelu": "relu", "relu": "gelu", "silu": "gelu", "gelu_new": "relu", "gelu_pytorch_tanh": "silu", "cls": "mean"}
+NAMES = {"gelu": "mish", "relu": "gelu", "silu": "gelu", "gelu_new": "relu", "gelu_pytorch_tanh": "silu", "cls": "mean"}
 TYPES = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}
 
 
@@ -104,7 +104,8 @@ def without_idle(config, base):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FIRST.values()]
+  "name",
+  [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*FIRST.values(), "deberta-xlarge")],
 )
 def test_each_key_with_another_value(name):
   hf, _, _, _, config = base(name)

@@ -89,6 +89,17 @@ ENCODERS = {
   ),
   "deberta-span": ("DebertaV2ForQuestionAnswering", DEBERTA),
   "deberta-bare": ("DebertaV2Model", DEBERTA),
+  "deberta-xlarge": ("DebertaV2ForMaskedLM", DEBERTA | dict(conv_kernel_size=3, conv_act="gelu")),
+  "deberta-xxlarge": (
+    "DebertaV2ForSequenceClassification",
+    DEBERTA | dict(num_labels=3, conv_kernel_size=5, num_hidden_layers=1),
+  ),
+  "camembert-mlm": ("CamembertForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1, hidden_act="quick_gelu")),
+  "camembert-token": ("CamembertForTokenClassification", BERT | dict(pad_token_id=1, num_labels=3)),
+  "data2vec-text-mlm": ("Data2VecTextForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "data2vec-text-bare": ("Data2VecTextModel", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "xlm-roberta-xl-mlm": ("XLMRobertaXLForMaskedLM", BERT | dict(pad_token_id=1, type_vocab_size=1)),
+  "xlm-roberta-xl-sequence": ("XLMRobertaXLForSequenceClassification", BERT | dict(pad_token_id=1, num_labels=2)),
   "mpnet-mlm": ("MPNetForMaskedLM", MPNET),
   "mpnet-sequence": ("MPNetForSequenceClassification", MPNET | dict(num_labels=3)),
   "mpnet-token": ("MPNetForTokenClassification", MPNET | dict(num_labels=3)),
@@ -112,6 +123,7 @@ ENCODERS = {
   "deberta-untied": ("DebertaV2ForMaskedLM", DEBERTA | UNTIED),
   "t5-encoder": ("T5EncoderModel", T5 | dict(num_layers=2, num_decoder_layers=3)),
   "mt5-encoder": ("MT5EncoderModel", T5 | dict(num_layers=2)),
+  "modernbert-dense": ("ModernBertForMaskedLM", MODERNBERT | dict(classifier_bias=True, hidden_activation="mish")),
 }
 ENCODER_DECODERS = {
   "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=2)),
@@ -282,7 +294,7 @@ def test_export(name, tmp_path):
   assert params_from_huggingface(written, tensors)[0] == config
 
 
-@pytest.mark.parametrize("name", ["modernbert-mlm", "t5"])
+@pytest.mark.parametrize("name", ["modernbert-mlm", "t5", "deberta-xlarge"])
 def test_packed_documents(name):
   """Two documents in a row see neither each other nor, across, the other's source."""
   _, _, config, params = case(name)

@@ -123,7 +123,7 @@ def test_a_parameter_of_another_shape():
   "change, message",
   [
     ({"model_type": "mamba"}, "model_type 'mamba'"),
-    ({"hidden_act": "tanh"}, "activation 'tanh'"),
+    ({"hidden_act": "prelu"}, "activation 'prelu'"),
     ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
   ],
 )

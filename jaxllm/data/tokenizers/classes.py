@@ -219,6 +219,7 @@ CLASSES: dict[str, Class] = {
   "GemmaTokenizer": Class(_GEMMA | _LEFT, _gemma, _FALLBACK),
   "T5Tokenizer": Class(_T5, _always_words, _UNIGRAM, ("$A eos_token", "$A eos_token $B eos_token")),
   "XLMRobertaTokenizer": _XLM_R,
+  "CamembertTokenizer": _XLM_R,
   "DebertaV2Tokenizer": Class(_BERT | {"bos_token": "[CLS]", "eos_token": "[SEP]"}, _deberta, _UNIGRAM, _CLS_SEP),
   "MBartTokenizer": _MBARTS,
   "MBart50Tokenizer": Class(_MBART, _mbart50, _UNIGRAM, _LANGUAGE_FIRST),
@@ -228,6 +229,8 @@ CLASSES: dict[str, Class] = {
 _OF_MODELS: dict[str, str | None] = {
   "bart": "RobertaTokenizer",
   "roberta": "RobertaTokenizer",
+  "data2vec-text": "RobertaTokenizer",
+  "camembert": "CamembertTokenizer",
   "bert": "BertTokenizer",
   "distilbert": "BertTokenizer",
   "electra": "BertTokenizer",
@@ -258,7 +261,7 @@ _OF_MODELS: dict[str, str | None] = {
   "qwen3": "Qwen2Tokenizer",
   "qwen3_moe": "Qwen2Tokenizer",
   **dict.fromkeys(("mistral", "mixtral", "olmo2", "olmo3", "granite", "granitemoe", "glm", "glm4", "glm4_moe")),
-  **dict.fromkeys(("modernbert", "phi3", "phimoe", "stablelm", "umt5", "gpt_bigcode", "nemotron")),
+  **dict.fromkeys(("modernbert", "phi3", "phimoe", "stablelm", "umt5", "gpt_bigcode", "nemotron", "xlm-roberta-xl")),
 }
 _MISDECLARED = {"qwen2", "phi3", "phimoe", "modernbert", "nemotron"}  # whose published files name wrong classes
 

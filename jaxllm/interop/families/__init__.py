@@ -22,10 +22,12 @@ from jaxllm.interop.families.mbart import M2M_100, MBART
 from jaxllm.interop.families.modernbert import MODERNBERT
 from jaxllm.interop.families.moe import MIXTRAL, QWEN3_MOE
 from jaxllm.interop.families.mpnet import MPNET
+from jaxllm.interop.families.olmo import OLMO
 from jaxllm.interop.families.olmo2 import OLMO2
 from jaxllm.interop.families.olmo3 import OLMO3
 from jaxllm.interop.families.opt import OPT
 from jaxllm.interop.families.phi3 import PHI3
+from jaxllm.interop.families.roberta import CAMEMBERT, DATA2VEC_TEXT, XLM_ROBERTA_XL
 from jaxllm.interop.families.smollm3 import SMOLLM3
 from jaxllm.interop.families.starcoder2 import STARCODER2
 from jaxllm.interop.families.t5 import MT5, T5
@@ -48,10 +50,13 @@ DENSE = (
     GRANITE,
     LLAMA,
   ),
-  *(MISTRAL, OLMO2, OLMO3, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2),
+  *(MISTRAL, OLMO, OLMO2, OLMO3, OPT, PHI3, QWEN2, QWEN3, SMOLLM3, STARCODER2),
 )
 DECODERS = tuple(map(with_heads, (*DENSE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE)))
-ENCODERS = (BERT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA)
+ENCODERS = (
+  *(BERT, CAMEMBERT, DATA2VEC_TEXT, DEBERTA_V2, DISTILBERT, ELECTRA, MODERNBERT, MPNET, ROBERTA, XLM_ROBERTA),
+  XLM_ROBERTA_XL,
+)
 ENCODER_DECODERS = (BART, M2M_100, MBART, MT5, T5)
 FAMILIES = {family.name: family for family in DECODERS + ENCODERS + ENCODER_DECODERS}
 # Of models whose own code is that of another family; they are written as that.

@@ -4,12 +4,17 @@ import dataclasses
 
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.bert import BERT, BERT_HEADS, POST_NORM, architectures, read_heads
+from jaxllm.interop.families.bert import BERT, BERT_HEADS, POST_NORM, architectures, read_heads, weights
 
 LAYER = "deberta.encoder.layer.{layer}"
 HEADS = BERT_HEADS | {"sequence": t.linear("head/dense", "pooler.dense") + t.linear("head", "classifier"), "none": ()}
 # What all published models of both versions say.
-ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 0}
+ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_groups": 1}
+# A matrix for every tap, as one: [outputs, inputs, taps]
+TAPS = t.Transform(
+  lambda c, x, shapes: [x.transpose(2, 1, 0).reshape(shapes[0])],
+  lambda c, weights: weights[0].reshape(c.convolution_size, c.embed_dim, -1).transpose(2, 1, 0),
+)
 
 
 def _read(hf):
@@ -25,6 +30,8 @@ def _read(hf):
   pooler = t.mlp_name(hf["pooler_hidden_act"], gated=False)
   return read_heads(hf, "DebertaV2", lm=mlp, sequence=pooler) | {
     "mlp": mlp,
+    "convolution_size": hf["conv_kernel_size"],
+    "convolution_activation": t.mlp_name(hf["conv_act"] if hf["conv_kernel_size"] else "tanh", gated=False),
     "position": "learned" if hf["position_biased_input"] else "none",
     "relative_buckets": hf["position_buckets"],
     "relative_max_distance": hf["max_position_embeddings"] if longest < 1 else longest,
@@ -36,6 +43,7 @@ def _write(c):
   hf = {"pos_att_type": ["p2c", "c2p"], "position_buckets": c.relative_buckets}
   hf |= ALWAYS | {"max_relative_positions": c.relative_max_distance, "position_biased_input": c.position == "learned"}
   hf |= {"hidden_act": t.activation_name(c.mlp), "pooler_hidden_act": t.activation_name(c.head_dense or "gelu")}
+  hf |= {"conv_kernel_size": c.convolution_size, "conv_act": t.activation_name(c.convolution_activation)}
   return hf | t.write_labels(c)
 
 
@@ -44,21 +52,17 @@ DEBERTA_V2 = dataclasses.replace(
   name="deberta-v2",
   architecture="DebertaV2ForMaskedLM",
   weights=(
-    t.embedding("embedding/tokens", "deberta.embeddings.word_embeddings"),
-    t.embedding("embedding/positions", "deberta.embeddings.position_embeddings"),
-    t.embedding("embedding/token_types", "deberta.embeddings.token_type_embeddings"),
-    *t.norm("embedding/norm", "deberta.embeddings.LayerNorm"),
+    *(w for w in weights("deberta") if w.ours[0].split("/")[-2] not in ("query", "key", "value")),
+    *t.linears("blocks/attention", f"{LAYER}.attention.self", query="query_proj", key="key_proj", value="value_proj"),
+    t.Weight(("convolution/taps/weight",), "deberta.encoder.conv.conv.weight", TAPS),
+    t.Weight(("convolution/taps/bias",), "deberta.encoder.conv.conv.bias"),
+    *t.norm("convolution/norm", "deberta.encoder.conv.LayerNorm"),
     t.embedding("relative_vectors", "deberta.encoder.rel_embeddings"),
     *t.norm("relative_norm", "deberta.encoder.LayerNorm"),
-    *t.linears("blocks/attention", f"{LAYER}.attention.self", query="query_proj", key="key_proj", value="value_proj"),
-    *t.linear("blocks/attention/output", f"{LAYER}.attention.output.dense"),
-    *t.norm("blocks/attention_post_norm", f"{LAYER}.attention.output.LayerNorm"),
-    *t.linear("blocks/mlp/up", f"{LAYER}.intermediate.dense"),
-    *t.linear("blocks/mlp/down", f"{LAYER}.output.dense"),
-    *t.norm("blocks/mlp_post_norm", f"{LAYER}.output.LayerNorm"),
   ),
   fields=POST_NORM | {"architecture": "encoder", "relative_bias": "disentangled"},
-  defaults={"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none", "conv_kernel_size": 0},
+  defaults={"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none"}
+  | {"conv_kernel_size": 0, "conv_act": "tanh", "conv_groups": 1},
   requires={},
   read=_read,
   write=_write,

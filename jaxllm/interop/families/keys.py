@@ -149,6 +149,9 @@ class Keys(TypedDict, total=False):
   ffn_dim: Size
   word_embed_proj_dim: Size | None
   do_layer_norm_before: bool
+  enable_bias: bool
+  layer_norm_elementwise_affine: bool
+  clip_qkv: Positive | None
   _remove_final_layer_norm: bool
   new_decoder_architecture: bool
   num_kv_heads: Size | None
@@ -173,6 +176,8 @@ class Keys(TypedDict, total=False):
   share_att_key: bool
   norm_rel_ebd: str
   conv_kernel_size: Count
+  conv_act: str
+  conv_groups: Count
   pos_att_type: list[str] | str | None
   position_buckets: Whole
   max_relative_positions: Whole

@@ -18,8 +18,6 @@ TRANSFORM = (*t.linear("head/dense", "head.dense"), *t.norm("head/norm", "head.n
 def _read(hf):
   fields = t.read_head(hf, ARCHITECTURES)
   head = fields["head"]
-  if head != "none" and hf["classifier_bias"] != hf["mlp_bias"]:
-    raise ConfigError("config.json has a classifier_bias other than its mlp_bias, which model.mlp_bias cannot express")
   if hf["classifier_pooling"] not in POOLING:
     raise ConfigError(f"config.json has classifier_pooling {shown(hf['classifier_pooling'])}; it can be cls or mean")
   every = hf["global_attn_every_n_layers"]
@@ -36,6 +34,7 @@ def _read(hf):
     "rope_theta": theta["full_attention"],
     "mlp": t.mlp_name(hf["hidden_activation"], gated=True),
     "head_dense": None if head == "none" else t.mlp_name(hf["classifier_activation"], gated=False),
+    "head_dense_bias": hf["classifier_bias"],
     "head_norm": head != "none",
     "head_bias": hf["decoder_bias"] if head == "lm" else head != "none",
     "pooling": POOLING[hf["classifier_pooling"]],
@@ -50,7 +49,7 @@ def _write(c):
     "local_rope_theta": c.rope_local_theta or c.rope_theta,
     "hidden_activation": t.activation_name(c.mlp),
     "classifier_activation": t.activation_name(c.head_dense or "gelu"),
-    "classifier_bias": c.mlp_bias,
+    "classifier_bias": c.has_dense_bias,
     "classifier_pooling": {"first": "cls", "mean": "mean"}[c.pooling],
     "decoder_bias": c.head_bias if c.head == "lm" else True,
   }

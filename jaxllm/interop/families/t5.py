@@ -53,8 +53,9 @@ def _read(hf, stem):
 
 
 def _write(c, stem):
-  name = t.activation_name(c.mlp)
-  kind = {"geglu_tanh": "gated-gelu", "reglu": "gated-relu", "swiglu": "gated-silu"}.get(c.mlp, name)
+  kind = t.activation_name(c.mlp)
+  if MLPS[c.mlp][1]:
+    kind = "gated-" + {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_python"}.get(kind, kind)
   if c.architecture == "encoder":
     layers = {"num_layers": c.num_layers, "num_decoder_layers": c.num_layers}
     return layers | {"architectures": [f"{stem}EncoderModel"], "feed_forward_proj": kind, "is_encoder_decoder": False}

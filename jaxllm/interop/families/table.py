@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import ConfigError, shown
-from jaxllm.models.config import MLPS, ModelConfig
+from jaxllm.models.config import ACTIVATIONS, GATED, MLPS, ModelConfig
 from jaxllm.models.parts import MAX_LAYERS
 
 Shape = tuple[int, ...]
@@ -200,35 +200,25 @@ def write_labels(c: ModelConfig) -> dict[str, Any]:
   return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-_ACTIVATIONS = {
-  "silu": "silu",
-  "swish": "silu",
-  "gelu": "gelu",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_new": "gelu_tanh",
-  "gelu_fast": "gelu_tanh",
-  "relu": "relu",
-  "relu2": "relu2",
-}
+# Names of transformers -> ours: the same, but for GELU's approximation and for names that mean what another one does.
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
+_ACTIVATIONS = {name: name for name in ACTIVATIONS if name != "gelu_tanh"} | dict.fromkeys(_TANH, "gelu_tanh")
+_ACTIVATIONS |= {"swish": "silu", "gelu_python": "gelu"}
 
 
 def mlp_name(activation: str, gated: bool) -> str:
   """`ModelConfig.mlp` of a Hugging Face activation name."""
-  for name, choice in MLPS.items():
-    if choice == (_ACTIVATIONS.get(activation), gated):
-      return name
-  known = ", ".join(_ACTIVATIONS)
-  raise ConfigError(f"config.json has the activation {shown(activation)} ({gated=}); those known are {known}")
+  if activation not in _ACTIVATIONS:
+    raise ConfigError(f"config.json has the activation {shown(activation)}; those known are {', '.join(_ACTIVATIONS)}")
+  return GATED[_ACTIVATIONS[activation]] if gated else _ACTIVATIONS[activation]
 
 
 def activation_name(mlp: str) -> str:
   """The Hugging Face activation name of a `ModelConfig.mlp`. Raises ConfigError where there is none."""
-  if mlp not in MLPS:
-    raise ConfigError(f"no config.json can say the activation {mlp!r} here")
-  for theirs, ours in _ACTIVATIONS.items():
-    if ours == MLPS[mlp][0]:
-      return theirs
-  raise ConfigError(f"no config.json of this family can say model.mlp = {mlp!r}")
+  names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  if mlp not in MLPS or MLPS[mlp][0] not in names:
+    raise ConfigError(f"no config.json of this family can say model.mlp = {mlp!r}")
+  return names[MLPS[mlp][0]]
 
 
 def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:

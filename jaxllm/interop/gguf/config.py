@@ -119,7 +119,11 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   numbers |= {key: full[theirs] for key, theirs in architecture.optional.items() if full.get(theirs)}
   numbers |= architecture.write(full)
   if architecture.activation:
-    numbers["hidden_activation"] = full[architecture.activation]
+    numbers["hidden_activation"] = said = full[architecture.activation]
+    if MLPS[c.mlp][0] not in architecture.activations:
+      raise ConfigError(
+        f"llama.cpp's {architecture.name} has no activation {said!r} (config.json's {architecture.activation})"
+      )
     if c.mlp in ("gelu", "geglu"):
       log.warning("GGUF: llama.cpp takes GELU's tanh approximation for its exact form; outputs differ by some 1e-3")
   extra: Tensors = {}

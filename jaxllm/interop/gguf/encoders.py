@@ -96,7 +96,6 @@ def _read_modernbert(m):
   local = m.number("rope.freq_base_swa", theta)
   return {
     "architectures": ["ModernBertModel"],
-    "hidden_activation": m.text("hidden_activation") or "gelu",  # which llama.cpp reads here
     "layer_types": types,
     "local_attention": window or 128,
     "rope_parameters": {"full_attention": {"rope_theta": theta}, "sliding_attention": {"rope_theta": local}},
@@ -107,7 +106,6 @@ def _write_modernbert(hf):
   numbers = {"rope.freq_base": hf["global_rope_theta"], "rope.freq_base_swa": hf["local_rope_theta"]}
   windows = {"attention.sliding_window": hf["local_attention"], "attention.sliding_window_pattern": 3}
   local = "sliding_attention" in hf["layer_types"]
-  numbers["hidden_activation"] = hf["hidden_activation"]
   return {"attention.causal": False, "rope.scaling.type": "none"} | numbers | (windows if local else {})
 
 
@@ -189,6 +187,8 @@ ENCODERS = (
     "modern-bert",
     "modernbert",
     rope=False,
+    activation="hidden_activation",
+    activations=("gelu", "gelu_tanh", "silu"),  # which llama.cpp reads here
     only={"attention_bias": False, "mlp_bias": False, "norm_bias": False},
     read=_read_modernbert,
     write=_write_modernbert,

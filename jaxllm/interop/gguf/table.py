@@ -90,7 +90,8 @@ class Architecture:
   rope: bool = True
   by_head: bool = False  # query, key and value take turns by key head in Hugging Face's one tensor, not in GGUF's
   windowless: bool = False  # llama.cpp has no window where the family can have one
-  activation: str | None = None  # the key of an activation of which llama.cpp has GELU's tanh approximation alone
+  activation: str | None = None  # the key of an activation, of which llama.cpp has not all, and GELU's approximation
+  activations: tuple[str, ...] = ("gelu", "gelu_tanh")  # that it has
   stems: Callable[[ModelConfig], Mapping[str, str]] = lambda c: {}  # in place of those of TENSORS
   splits: Mapping[str, Split] = dataclasses.field(default_factory=dict)  # by the first of the weights
   joined: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the same in older files, which do not split it
