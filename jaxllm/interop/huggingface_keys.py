@@ -92,13 +92,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
   lines = []
   if keys := unread(config):
     lines.append(f"config.json has keys that are not read here: {', '.join(map(shown, keys))}")
-  c, hf = read_config(config)
-  scaling = c.rope_scaling
-  if scaling and scaling.kind in ("longrope", "dynamic") and c.max_seq_len > scaling.original_max_seq_len:
-    lines.append(
-      f"{scaling.kind} RoPE: every text is read as one of {c.max_seq_len} tokens is; transformers reads those of up to "
-      f"{scaling.original_max_seq_len} in another way"
-    )
+  hf = read_config(config)[1]
   own, added = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
   by_kind = family_of(config).name in BY_KIND
   if by_kind and added.get("type", "default") != "default" and "rope_type" not in added:

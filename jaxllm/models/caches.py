@@ -33,6 +33,8 @@ class Cache(Protocol):
 
   def positions(self, shape: tuple[int, int]) -> Int[Array, "#B T"]: ...  # of a call's tokens among the keys
 
+  def text_lengths(self, positions: Int[Array, "B T"]) -> Int[Array, "#B #T"]: ...  # tokens of each token's text
+
   def num_keys(self, count: int) -> int: ...  # from position 0 on, for a relative bias; count: tokens of a row
 
   def attend(self, layer: int, query, key, value, options: AttentionOptions) -> tuple[Array, Self]:
@@ -67,6 +69,12 @@ class NoCache:
 
   def positions(self, shape):
     return jnp.arange(shape[1])[None]
+
+  def text_lengths(self, positions):
+    if self.segment_ids is None:
+      return positions.max(axis=1, keepdims=True) + 1
+    longest = lambda places, ids: jax.ops.segment_max(places, ids, places.shape[0] + 1)[ids]  # noqa: E731
+    return jax.vmap(longest)(positions, self.segment_ids) + 1
 
   def num_keys(self, count):
     return count
@@ -115,6 +123,9 @@ class KVCache:
   # is no page's: what would be written there is dropped. Behind the window of a "local" layer: any page without NaN.
   tables: dict[str, Int[Array, "B max_pages"]] = dataclasses.field(default_factory=dict)
   encoded: Encoded | None = None  # of an encoder_decoder
+  # Tokens that each row's text had when it was begun to be read: the rotation of a prompt that is read in several calls
+  # may hang on it (`ModelConfig.rope_switch`). None: those of this call's end.
+  known: Int[Array, " B"] | None = None
   keeps = True
   segment_ids = None
 
@@ -127,8 +138,18 @@ class KVCache:
         f"tokens {shape} for a cache of {rows} rows: give [{rows}, T], or with pages, after `expecting`, [1, T]"
       )
     ends, index = jnp.cumsum(self.count), jnp.arange(count)
-    row = jnp.clip(jnp.searchsorted(ends, index, side="right"), 0, rows - 1)
-    return jnp.where(index < ends[-1], (self.length + self.count - ends)[row] + index, 0)[None]
+    return jnp.where(index < ends[-1], (self.length + self.count - ends)[self._row_of(count)] + index, 0)[None]
+
+  def text_lengths(self, positions):
+    known = self.length + (positions.shape[1] if self.count is None else self.count)
+    known = (known if self.known is None else self.known)[:, None]
+    known = known if len(positions) == len(self.length) else known[self._row_of(positions.shape[1]), 0][None]
+    return jnp.maximum(positions + 1, known)
+
+  def _row_of(self, count: int) -> Int[Array, " T"]:
+    """The row of each of `count` tokens that stand back to back."""
+    row = jnp.searchsorted(jnp.cumsum(self.count), jnp.arange(count), side="right")
+    return jnp.clip(row, 0, len(self.length) - 1)
 
   def num_keys(self, count):
     return self.layers[0].num_keys(self)

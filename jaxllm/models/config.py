@@ -72,6 +72,8 @@ class ModelConfig:
   # Positions
   position: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
   position_offset: Count = 0  # learned, sinusoidal: the row of position 0 (RoBERTa, BART, M2M-100)
+  # learned, sinusoidal: tokens with this id are not counted, and stand at position -1 (RoBERTa, M2M-100)
+  position_pad_id: Count | None = None
   sinusoidal_theta: Positive = 10000.0  # sinusoidal: its slowest wave has this wavelength over 2 pi
   alibi_scale: Positive = 1.0  # of the slopes (Falcon: head_dim ** -0.5)
   # Beside positions of another kind. learned: as with "relative" ones (MPNet). disentangled: of an encoder, products of
@@ -251,6 +253,14 @@ class ModelConfig:
   def has_length_limit(self) -> bool:
     """Whether a text has at most max_seq_len tokens: where only distances count, it may have any number."""
     return self.position not in ("alibi", "relative", "none")
+
+  @property
+  def rope_switch(self) -> int | None:
+    """Tokens of the longest text that RoPE does not stretch, where it goes by the text's length and there are longer
+    ones: a token's rotation then hangs on how long its text is."""
+    s = self.rope_scaling if self.position == "rope" else None
+    by_length = s is not None and s.kind in ("dynamic", "longrope") and self.max_seq_len > s.original_max_seq_len
+    return s.original_max_seq_len if s is not None and by_length else None
 
   @property
   def token_dim(self) -> int:

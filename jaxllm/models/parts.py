@@ -25,9 +25,8 @@ class RopeScaling:
   is stretched by factor (bloc97, 2023). yarn: Peng et al., arXiv 2309.00071. llama3: Llama 3.1's
   smoothed per-frequency factor (arXiv 2407.21783).
 
-  Of two the model's max_seq_len decides, for texts of any length, so that what is cached stays true (transformers goes
-  by the longest text at hand): dynamic: ntk, with the factor that stretches the original context to max_seq_len (none
-  where it is no longer). longrope: a factor for each frequency, long ones where it is longer (arXiv 2402.13753).
+  Two go by the text's length (`ModelConfig.rope_switch`). dynamic: ntk, with the factor that stretches the original
+  context to it. longrope: a factor for each frequency, long ones where the text is longer than that (arXiv 2402.13753).
   """
 
   kind: Literal["linear", "ntk", "yarn", "llama3", "dynamic", "longrope"] = "linear"

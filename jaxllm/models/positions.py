@@ -11,14 +11,14 @@ from jaxllm.models.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(
-  dim: int, theta: float, scaling: RopeScaling | None, max_seq_len: int = 0
-) -> tuple[np.ndarray, float]:
-  """Angular frequencies [dim / 2] in radians per position, and the factor on cos and sin.
+  dim: int, theta: float, scaling: RopeScaling | None, lengths: Int[Array, "*B"] | None = None
+) -> tuple[Float[np.ndarray | Array, "*B dim/2"], float]:
+  """Angular frequencies in radians per position, and the factor on cos and sin.
 
   Su et al., arXiv 2104.09864; the scalings' sources stand at `RopeScaling`.
 
   Args:
-    max_seq_len: of the model.
+    lengths: of texts, for scalings that go by them; None: no text is longer than the original context.
   """
   exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
   if scaling is None:
@@ -29,13 +29,18 @@ def rope_frequencies(
     return (theta * scaling.factor ** (dim / (dim - 2))) ** -exponent, 1.0
   base, original = theta**-exponent, scaling.original_max_seq_len
   if scaling.kind == "dynamic":
-    grown = scaling.factor * max(max_seq_len, original) / original - (scaling.factor - 1)
-    return (theta * grown ** (dim / (dim - 2))) ** -exponent, 1.0
+    if lengths is None:
+      return base, 1.0
+    grown = scaling.factor * jnp.maximum(lengths, original)[..., None] / original - (scaling.factor - 1)
+    return jnp.asarray(base, jnp.float32) * grown ** -jnp.asarray(exponent * dim / (dim - 2), jnp.float32), 1.0
   if scaling.kind == "longrope":
     factor = scaling.attention_factor
     if factor is None:
       factor = math.sqrt(1 + math.log(scaling.factor) / math.log(original)) if scaling.factor > 1 else 1.0
-    return base / np.asarray(scaling.long_factors if max_seq_len > original else scaling.short_factors), factor
+    short = base / np.asarray(scaling.short_factors)
+    if lengths is None:
+      return short, factor
+    return jnp.where((lengths > original)[..., None], base / np.asarray(scaling.long_factors), short), factor
   if scaling.kind == "llama3":
     wavelength = 2 * math.pi / base
     low = scaling.original_max_seq_len / scaling.low_freq_factor
@@ -60,12 +65,15 @@ def rope_frequencies(
   return base / scaling.factor * ramp + base * (1 - ramp), factor
 
 
-def rope_table(c: ModelConfig, positions: Int[Array, "B T"], local: bool) -> tuple[Array, Array]:
-  """cos and sin [B, T, rotary_dim / 2] of every position's angles, float32."""
+def rope_table(
+  c: ModelConfig, positions: Int[Array, "B T"], local: bool, lengths: Int[Array, "#B #T"] | None = None
+) -> tuple[Array, Array]:
+  """cos and sin [B, T, rotary_dim / 2] of every position's angles, float32; `lengths` of the texts, where these matter
+  (`ModelConfig.rope_switch`)."""
   theta = c.rope_local_theta if local and c.rope_local_theta else c.rope_theta
   # Gemma 3 stretches its global layers only; a model with one theta stretches all.
   scaling = None if local and c.rope_local_theta else c.rope_scaling
-  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling, c.max_seq_len)
+  frequencies, factor = rope_frequencies(c.rotary_dim, theta, scaling, lengths)
   angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
   return factor * jnp.cos(angles), factor * jnp.sin(angles)
 

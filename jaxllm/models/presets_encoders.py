@@ -34,7 +34,7 @@ def bert_base() -> ModelConfig:
 
 def roberta_base() -> ModelConfig:
   """RoBERTa base: Liu et al., arXiv 1907.11692, appendix B, and config.json of FacebookAI/roberta-base."""
-  return replace(bert_base(), vocab_size=50265, num_token_types=1, norm_eps=1e-5, position_offset=2)
+  return replace(bert_base(), vocab_size=50265, num_token_types=1, norm_eps=1e-5, position_offset=2, position_pad_id=1)
 
 
 def modernbert_base() -> ModelConfig:

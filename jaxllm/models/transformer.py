@@ -64,7 +64,8 @@ class Embedding(nnx.Module):
       x = x + rows(self.positions.get_value(), positions + self.c.position_offset, x.dtype)
     elif self.c.position == "sinusoidal":
       places = positions + self.c.position_offset
-      x = x + pos.sinusoidal(places, self.dim, self.c.sinusoidal_theta).astype(x.dtype)
+      vectors = pos.sinusoidal(places, self.dim, self.c.sinusoidal_theta).astype(x.dtype)
+      x = x + jnp.where(positions[..., None] < 0, 0, vectors)
     x = x if self.norm is None else self.norm(x)
     return x if self.projection is None or self.tokens_first else self.projection(x)
 
@@ -139,7 +140,8 @@ class Transformer(nnx.Module):
     routers (`jaxllm.models.moe.router_losses`): the mean over the layers with experts, None if there are none.
 
     Args:
-      positions: of each token in its document; by default counted from 0, or from the cache's length.
+      positions: of each token in its document; by default counted from 0 (see `position_pad_id`), or from the cache's
+        length.
       segment_ids: packed documents see only themselves; 0 is padding. Not with a cache.
       token_types: which of the segments a token belongs to, 0 by default (BERT's token_type_ids).
       cache: earlier tokens; the new ones are written after them.
@@ -155,10 +157,16 @@ class Transformer(nnx.Module):
     nothing = NoCache(segment_ids, positions, encoded, encoded_segment_ids)
     held: Cache = nothing if cache is None else cache.reading(encoded, encoded_segment_ids)
     slots = held.positions(tokens.shape)
+    longest = tokens.shape[1] if positions is None and cache is None else c.max_seq_len  # that a text here may be
+    if positions is None and cache is None and c.position_pad_id is not None:
+      counted = tokens != c.position_pad_id
+      positions = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, -1)
     positions = jnp.broadcast_to(slots, tokens.shape) if positions is None else positions
-    rope, bias = {}, None
+    rope, bias, lengths = {}, None, None
+    if c.rope_switch is not None and longest > c.rope_switch:
+      lengths = held.text_lengths(positions)
     if c.position == "rope":
-      rope = {kind: pos.rope_table(c, positions, kind == "local") for kind in set(c.layer_kinds)}
+      rope = {kind: pos.rope_table(c, positions, kind == "local", lengths) for kind in set(c.layer_kinds)}
     distances = None
     if c.relative_bias == "disentangled":
       vectors_of = self.relative_norm(dense(self.relative_vectors.get_value()).astype(self.compute.dtype))

@@ -59,8 +59,6 @@ each side, and images or sound: of a model that sees only its language model is 
 The classes for texts in decoders read the state of the last token that is not padding: here by `segment_ids`, in
 transformers by `pad_token_id`. Labels of tokens are [B, T, labels] also where there is one (ELECTRA's discriminator,
 whose logits are [B, T] in transformers).
-
-LongRoPE and dynamic NTK go by the model's `max_seq_len`, where transformers goes by the longest text at hand.
 """
 SEEN: dict[str, dict] = {}
 

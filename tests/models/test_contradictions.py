@@ -163,14 +163,3 @@ def test_an_epsilon_that_short_vectors_do_not_have(name):
     want = model(torch.tensor(tokens)).logits.numpy()
   _, logits = decoders.forward(c)(params, tokens, jnp.ones(tokens.shape, jnp.int32))
   np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5)
-
-
-def test_what_goes_by_the_models_length_is_said():
-  """transformers goes by the text's, which no cache of keys survives."""
-  rope = {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
-  config = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
-  config |= {"max_position_embeddings": 64, "original_max_position_embeddings": 32, "pad_token_id": 0}
-  assert any(
-    "longrope RoPE" in line and "64" in line and "32" in line for line in remarks(config | {"rope_scaling": rope})
-  )
-  assert not any("RoPE" in line for line in remarks(config))

@@ -178,7 +178,7 @@ def test_padded_batch(name):
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_decoding_through_the_cache(name):
   model, _, _, config, params = case(name)
-  more = 12 if name == "phi3-long" else 0  # shorter texts have other frequencies there, see `RopeScaling`
+  more = 12 if name == "phi3-long" else 0  # longer than its original context
   lengths = (2, 9 + more), (3, 5 + more)
   prompts = [np.random.default_rng(seed).integers(3, V, length).tolist() for seed, length in lengths]
   completions = Model(config, params).generate(prompts, temperature=0.0, max_tokens=NEW)

@@ -275,6 +275,31 @@ def test_padded_batch(name):
   oracle.assert_close(logits, want_logits)
 
 
+def test_pads_inside_of_a_text_are_not_counted():
+  """In the families whose code finds positions by the token for padding; attention sees it."""
+  seen = []
+  for name in ENCODERS | ENCODER_DECODERS:
+    config = case(name)[2]
+    if config.position_pad_id is None or name in LIKE_OTHERS or config.head != "lm":
+      continue
+    seen.append(config.position)
+    batch = {key: np.array(x) for key, x in inputs(name).items()}
+    for key in batch:
+      if key.endswith("segment_ids"):
+        batch[key] = np.ones_like(batch[key])
+      else:
+        batch[key] = np.random.default_rng(5).integers(3, V, batch[key].shape)
+        batch[key][:, [0, 3, 4, 7]] = config.position_pad_id
+    with torch.no_grad():
+      ids = {key: torch.tensor(x).long() for key, x in batch.items()}
+      if "source" in ids:
+        want = case(name)[0](input_ids=ids["source"], decoder_input_ids=ids["tokens"]).logits.numpy()
+      else:
+        want = case(name)[0](ids["tokens"]).logits.numpy()
+    oracle.assert_close(np.asarray(forward(config)(case(name)[3], batch)[1]), want)
+  assert {"learned", "sinusoidal"} <= {*seen}
+
+
 @pytest.mark.parametrize("name", ENCODERS | ENCODER_DECODERS)
 def test_export(name, tmp_path):
   from safetensors.numpy import save_file

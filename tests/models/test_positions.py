@@ -1,9 +1,11 @@
 """RoPE scalings in closed form."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.models.caches import NoCache
 from jaxllm.models.config import ModelConfig, RopeScaling
 from jaxllm.models.positions import rope_frequencies
 
@@ -37,27 +39,8 @@ def test_scaling_without_its_length(kind):
     ModelConfig(rope_scaling=RopeScaling(kind, factor=2.0))
 
 
-def test_longrope_and_dynamic_go_by_the_models_length():
-  """Against transformers, for a text as long as the model reads."""
-  transformers = pytest.importorskip("transformers")
-  from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-  short, long = (1.0, 1.5, 2.0, 3.0), (2.0, 3.0, 5.0, 8.0)
-  theirs = {
-    "longrope": dict(short_factor=list(short), long_factor=list(long), original_max_position_embeddings=16),
-    "dynamic": dict(factor=3.0),
-  }
-  ours = {
-    "longrope": RopeScaling("longrope", 4.0, 16, short_factors=short, long_factors=long),
-    "dynamic": RopeScaling("dynamic", 3.0, 16),
-  }
-  for kind, longest in (("longrope", 64), ("dynamic", 16)):
-    rope = theirs[kind] | {"rope_type": kind, "rope_theta": 1e4}
-    config = transformers.LlamaConfig(
-      hidden_size=32, num_attention_heads=4, max_position_embeddings=longest, rope_parameters=rope
-    )
-    for length in (12, 64):
-      want, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=length)
-      got, got_factor = rope_frequencies(8, 1e4, ours[kind], length)
-      np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
-      assert got_factor == pytest.approx(factor)
+def test_lengths_of_packed_texts():
+  """Each text of a row by itself, its padding apart."""
+  held = NoCache(segment_ids=jnp.asarray([[1, 1, 1, 2, 2, 0]]))
+  got = held.text_lengths(jnp.asarray([[0, 1, 2, 0, 1, 0]]))
+  np.testing.assert_array_equal(got, [[3, 3, 3, 2, 2, 1]])

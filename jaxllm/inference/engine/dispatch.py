@@ -28,7 +28,7 @@ class Arranged:
   shape: Shape
   places: list[int]  # of each work
   wishes: list[int]
-  rows: Int[np.ndarray, "5 R"]
+  rows: Int[np.ndarray, "6 R"]
   tables: dict[str, Int[np.ndarray, "R max_pages"]]
   drafts: Int[np.ndarray, "R K"]
   allowed: UInt32[np.ndarray, "R K+1 W"] | None  # None: everything
@@ -41,10 +41,10 @@ def arrange(plan: Plan, sizes: Sizes, pages: Pages) -> Arranged:
   wishes = [_wishes(work) for work in plan.work]
   # A number that is no page's: what would be written there is dropped.
   tables = {k: np.full((shape.rows, sizes.max_pages), pool.count + 1, np.int32) for k, pool in pages.pools.items()}
-  rows, drafts = np.zeros((5, shape.rows), np.int32), np.full((shape.rows, shape.drafts), UNKNOWN, np.int32)
+  rows, drafts = np.zeros((6, shape.rows), np.int32), np.full((shape.rows, shape.drafts), UNKNOWN, np.int32)
   allowed = None
   for place, wish, work in zip(places, wishes, plan.work):
-    rows[:, place] = np.asarray([work.row.slot, work.start, work.count, wish, len(work.drafts)])
+    rows[:, place] = work.row.slot, work.start, work.count, wish, len(work.drafts), work.row.known
     drafts[place, : len(work.drafts)] = work.drafts
     for kind, held in work.row.held.pages.items():
       tables[kind][place, : len(held)] = held

@@ -56,12 +56,12 @@ def draft_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape, vocab_size: 
 
   def draft(params: Params, state: State, batch: Batch):
     model: Transformer = nnx.merge(graph, params)
-    slots, lengths, counts, _, drafted = batch.rows
+    slots, lengths, counts, _, drafted, known = batch.rows
     nowhere = state.tokens.shape[1]
 
     def read(layers, tokens, lengths, counts, shape):
       reading = Reading.of(counts, shape, sizes.packed)
-      cache = KVCache(layers, lengths, counts, batch.tables)
+      cache = KVCache(layers, lengths, counts, batch.tables, known=known)
       positions = cache.positions(reading.row_of.shape)
       inputs = tokens.at[slots[reading.row_of], positions].get(mode="clip")
       return model.hidden(jnp.clip(inputs, 0, model.config.vocab_size - 1), cache=cache)

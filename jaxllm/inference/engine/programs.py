@@ -181,7 +181,7 @@ class Programs:
     for shape, step in self._steps.items():
       tables = dict.fromkeys(self.sizes.pages, like((shape.rows, self.sizes.max_pages)))
       words = like((shape.rows, shape.drafts + 1, words_for(self.config.vocab_size)), np.uint32)
-      batch = Batch(like((5, shape.rows)), tables, like((shape.rows, shape.drafts)), words)
+      batch = Batch(like((6, shape.rows)), tables, like((shape.rows, shape.drafts)), words)
       yield ("step", shape), step, (params, state, batch)
       if self._drafts:
         yield ("draft", shape), self._drafts[shape], (draft_params, state, batch)

@@ -83,6 +83,7 @@ class Row:
     self.ends = self.eos | set(self.settings.stop_token_ids)
     self.tokens = [*first_tokens, *(int(token) for token in request.generated)]
     self.begins = len(first_tokens)  # tokens before the completion's first
+    self.known = self.begins  # tokens of the text as it is read, `KVCache.known`
     self.limit = limit  # of tokens in all
     self.computed = self.pending = 0
     self.scored = 1  # tokens whose log-probability is known or needs none, from the first on

@@ -47,6 +47,7 @@ class Scheduler:
     max_chunk: of a row in a step. What is more waits for the next one.
     facts: of a row, what its keys and values depend on besides tokens (`pages.first_key`).
     fits: whether a place on the device suits a row better than others.
+    reread_beyond: a text that grows longer than this is read again from its beginning; None: none is.
   """
 
   def __init__(
@@ -57,7 +58,9 @@ class Scheduler:
     max_chunk: int,
     facts: Callable[[Row], Sequence[str | int | Sequence[int]]] = lambda row: (),
     fits: Callable[[int, Row], bool] = lambda slot, row: False,
+    reread_beyond: int | None = None,
   ):
+    self._reread_beyond = reread_beyond
     self.pages, self.max_tokens, self.max_chunk, self._facts = pages, max_tokens, max_chunk, facts
     self.waiting: list[Row] = []  # both in order
     self.running: list[Row] = []
@@ -87,6 +90,8 @@ class Scheduler:
     plan = Plan([], [])
     for row in self.running:
       self.pages.slide(row.held, row.computed)
+    for row in [row for row in self.running if self._outgrown(row)]:
+      self._wait(row)
     preempted = self.preemptions
     for row in sorted(self.running, key=lambda row: row.left > 1):  # stable
       if row.slot is not None:
@@ -125,7 +130,12 @@ class Scheduler:
     if room >= 1:
       count = min(count, room)
       spare = min(self.max_tokens - plan.tokens, self.max_chunk, room) - count
+      if self._reread_beyond is not None and row.known <= self._reread_beyond:
+        spare = min(spare, self._reread_beyond - row.total)
       self._give(row, count, plan, row.drafts[: max(0, spare)])
+
+  def _outgrown(self, row: Row) -> bool:
+    return self._reread_beyond is not None and row.known <= self._reread_beyond < row.total
 
   def _admit(self, plan: Plan) -> bool:
     """Lets the first waiting row run, if there is room for all its tokens. It waits while some are not known."""
@@ -133,6 +143,9 @@ class Scheduler:
     if not self.waiting or not self._slots or budget < 1 or self.waiting[0].pending:
       return False
     row = self.waiting[0]
+    if self._outgrown(row):
+      row.keys.clear()
+      row.known = len(row.tokens)
     row.update_keys(self.pages.page_size, *self._facts(row))
     held = self.pages.begin([] if row.scores else row.keys, len(row.tokens))
     if held is None:

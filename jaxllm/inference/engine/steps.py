@@ -44,10 +44,10 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """A step as the host sends it: of each row its slot, tokens in the cache, tokens to compute, wishes, and how many of
-  the tokens to compute are drafts, its last ones."""
+  """A step as the host sends it: of each row its slot, tokens in the cache, tokens to compute, wishes, how many of the
+  tokens to compute are drafts, its last ones, and `Row.known`."""
 
-  rows: Int[Array | np.ndarray, "5 R"]
+  rows: Int[Array | np.ndarray, "6 R"]
   tables: dict[str, Int[Array | np.ndarray, "R max_pages"]]
   drafts: Int[Array | np.ndarray, "R K"]  # -1: the device has it already
   allowed: UInt32[Array | np.ndarray, "R K+1 W"]  # what grammars admit at each drawn position, packed
@@ -117,7 +117,7 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
 
   def step(params: Params, state: State, batch: Batch):
     adapters_of = lambda slots: None if state.adapters is None else state.adapters[slots]  # noqa: E731
-    slots, lengths, counts, wishes, drafted = batch.rows
+    slots, lengths, counts, wishes, drafted, known = batch.rows
     row, ahead = jnp.arange(len(slots))[:, None], jnp.arange(shape.drafts + 1)
     first = lengths + counts - drafted  # the first position that is drawn
     places = first[:, None] + ahead  # [R, K + 1]
@@ -126,7 +126,7 @@ def step_function(graph: nnx.GraphDef, sizes: Sizes, shape: Shape) -> Callable:
     tokens = state.tokens.at[slots[:, None], sent].set(batch.drafts, mode="drop")
 
     reading = Reading.of(counts, shape, sizes.packed)
-    cache = KVCache(state.layers, lengths, counts, batch.tables, state.encoded)
+    cache = KVCache(state.layers, lengths, counts, batch.tables, state.encoded, known)
     positions = cache.positions(reading.row_of.shape)
     at = lambda positions: tokens.at[slots[reading.row_of], positions].get(mode="clip")  # noqa: E731
     adapters = adapters_of(slots[reading.row_of])

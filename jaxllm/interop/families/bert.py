@@ -82,6 +82,7 @@ def _read_roberta(hf, name):
   return read_heads(hf, name, lm="gelu", sequence="tanh", none="tanh") | {
     "mlp": t.mlp_name(hf["hidden_act"], gated=False),
     "position_offset": offset,
+    "position_pad_id": hf["pad_token_id"],
     "max_seq_len": hf["max_position_embeddings"] - offset,
   }
 

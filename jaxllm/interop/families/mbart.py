@@ -11,9 +11,9 @@ PRE_NORM = t.BIASED | {"architecture": "encoder_decoder", "init": "normal"}
 
 def _read_m2m(hf):
   # Frequencies from 1 to 1 / 10000, both included, where ours leave the last out.
-  half, offset = hf["d_model"] // 2, hf["pad_token_id"] + 1
+  half, pad = hf["d_model"] // 2, hf["pad_token_id"]
   theta = 10000.0 ** (half / (half - 1))
-  return bart.read(hf) | {"sinusoidal_theta": theta, "position_offset": offset}
+  return bart.read(hf) | {"sinusoidal_theta": theta, "position_offset": pad + 1, "position_pad_id": pad}
 
 
 MBART = dataclasses.replace(

@@ -6,7 +6,7 @@ from jaxllm.interop.families import table as t
 from jaxllm.interop.families.bert import POST_NORM, ROBERTA, ROBERTA_HEADS, architectures, read_heads
 
 LAYER = "mpnet.encoder.layer.{layer}"
-# The table of positions begins after the padding's row, whatever token is the padding.
+# The code takes the token 1 for padding, whatever the config says.
 OFFSET = 2
 
 
@@ -38,7 +38,8 @@ MPNET = dataclasses.replace(
     *t.linear("blocks/mlp/down", f"{LAYER}.output.dense"),
     *t.norm("blocks/mlp_post_norm", f"{LAYER}.output.LayerNorm"),
   ),
-  fields=POST_NORM | {"architecture": "encoder", "relative_bias": "learned", "position_offset": OFFSET},
+  fields=POST_NORM
+  | {"architecture": "encoder", "relative_bias": "learned", "position_offset": OFFSET, "position_pad_id": OFFSET - 1},
   requires={"relative_attention_num_buckets": 32},  # the code has no other number
   read=_read,
   write=_write,

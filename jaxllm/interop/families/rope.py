@@ -55,7 +55,7 @@ def rope_by_kind(hf: Mapping[str, Any], kind: str, scaled: bool) -> dict[str, An
 
 
 def read_rope(hf: Mapping[str, Any], fraction: float | None = None) -> dict[str, Any]:
-  """The RoPE fields of a ModelConfig, and the length that YaRN stretches it to.
+  """The RoPE fields of a ModelConfig, and the length that YaRN and dynamic NTK stretch it to.
 
   Args:
     fraction: of a head that is rotated where nothing says it; None: all of it whatever is said, as in families whose
@@ -96,6 +96,8 @@ def read_rope(hf: Mapping[str, Any], fraction: float | None = None) -> dict[str,
     grow = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
     numbers.setdefault("attention_factor", grow(settings["mscale"]) / grow(settings["mscale_all_dim"]))
   fields["rope_scaling"] = RopeScaling(kind=kind, factor=float(factor), **numbers)
+  if kind == "dynamic":
+    fields["max_seq_len"] = round(max(factor, 1.0) * numbers["original_max_seq_len"])
   if kind == "yarn":  # files name the length before or after it
     fields["max_seq_len"] = max(hf["max_position_embeddings"], round(factor * numbers["original_max_seq_len"]))
   return fields
@@ -111,6 +113,8 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
       for ours, theirs in _NUMBERS[kind].items()
       if getattr(c.rope_scaling, ours) is not None and getattr(c.rope_scaling, ours) is not True  # `truncate`: if False
     }
+    if kind == "dynamic":
+      hf["max_position_embeddings"] = c.rope_scaling.original_max_seq_len
   return hf
 
 
@@ -154,6 +158,9 @@ def canonical_rope(c: ModelConfig) -> ModelConfig:
     theta = c.rope_theta * scaling.factor ** (c.rotary_dim / (c.rotary_dim - 2))
     return dataclasses.replace(c, rope_theta=theta, rope_scaling=None)
   used = {name: getattr(scaling, name) for name in _NUMBERS[scaling.kind]}
-  stretched = round(scaling.factor * scaling.original_max_seq_len) if scaling.kind == "yarn" else 0
+  stretched = round(max(scaling.factor, 1.0) * scaling.original_max_seq_len)
+  if scaling.kind == "dynamic":  # no file says how long its texts may be
+    c = dataclasses.replace(c, max_seq_len=stretched)
+  stretched = stretched if scaling.kind == "yarn" else 0
   scaling = RopeScaling(scaling.kind, scaling.factor, **used)
   return dataclasses.replace(c, rope_scaling=scaling, max_seq_len=max(c.max_seq_len, stretched))

@@ -155,10 +155,12 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
 
 
 def _within_reach(c: ModelConfig, architecture: Architecture) -> ModelConfig:
-  """The same model up to the length of a window that llama.cpp has not, where it sees everything; and without a growth
-  of RoPE's base that begins only behind its length."""
-  if c.rope_scaling and c.rope_scaling.kind == "dynamic" and c.max_seq_len <= c.rope_scaling.original_max_seq_len:
-    c = dataclasses.replace(c, rope_scaling=None)
+  """The same model up to the length of a window that llama.cpp has not, where it sees everything; and up to that from
+  which RoPE's base grows with a text."""
+  if c.rope_scaling and c.rope_scaling.kind == "dynamic":
+    if c.rope_switch is not None:
+      log.warning("GGUF: llama.cpp has no dynamic NTK, so the file says %d tokens of context", c.rope_switch)
+    c = dataclasses.replace(c, rope_scaling=None, max_seq_len=c.rope_switch or c.max_seq_len)
   if not architecture.windowless or c.sliding_window is None:
     return c
   if c.sliding_window < c.max_seq_len:

@@ -45,10 +45,10 @@ def reduced(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Mapping[str, Any],
     raise ConfigError("GGUF has no place for an embedding that is narrower than the model")
   bare = dataclasses.replace(c, logit_scale=None) if c.architecture == "encoder_decoder" else c
   if ranks:
-    target, bare = "bert", dataclasses.replace(bare, position_offset=0)
+    target, bare = "bert", dataclasses.replace(bare, position_offset=0, position_pad_id=None)
   elif encoder:
     none: dict[str, Any] = {"head": "none", "head_dense": None, "head_norm": False, "head_bias": False}
-    bare = dataclasses.replace(bare, **none, position_offset=0, pooling="first")
+    bare = dataclasses.replace(bare, **none, position_offset=0, position_pad_id=None, pooling="first")
   elif bare_decoder:
     log.warning("GGUF: the model has no head, and llama.cpp takes the embedding for one; the file is for embeddings")
     bare = dataclasses.replace(bare, head="lm", tie_embeddings=True)
