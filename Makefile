@@ -11,7 +11,7 @@ TESTS ?=
 TRAIN_FLAGS ?=
 RUN_DIR ?= runs/quickstart
 
-.PHONY: quickstart test test-fast lint format bench clean
+.PHONY: quickstart test test-slow lint format bench clean
 
 quickstart: $(VENV)/.package
 	$(RUN) -m jaxllm.prepare --config=$(CONFIG)
@@ -24,10 +24,10 @@ quickstart: $(VENV)/.package
 	@echo "  $(RUN) -m jaxllm.train --help"
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n $(WORKERS) $(TESTS)
-
-test-fast: $(VENV)/.test
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+
+test-slow: $(VENV)/.test
+	$(RUN) -m pytest -n $(WORKERS) -m slow $(TESTS)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
