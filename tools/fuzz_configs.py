@@ -86,6 +86,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "gpt_oss": LLAMA
   | WINDOWS
   | {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 7.0, "rope_scaling": YARN},
+  "olmo": LLAMA | {"clip_qkv": 8.0},
+  "camembert": ENCODER | {"pad_token_id": 1, "architectures": ["CamembertForSequenceClassification"]},
+  "data2vec-text": ENCODER | {"pad_token_id": 1, "architectures": ["Data2VecTextForQuestionAnswering"]},
+  "xlm-roberta-xl": ENCODER | {"pad_token_id": 1, "architectures": ["XLMRobertaXLForMaskedLM"]},
   "xlm-roberta": ENCODER | {"pad_token_id": 1, "architectures": ["XLMRobertaForTokenClassification"]},
   "distilbert": {"vocab_size": 300, "dim": 8, "hidden_dim": 12, "n_layers": 2, "n_heads": 2}
   | {"max_position_embeddings": 32, "architectures": ["DistilBertForQuestionAnswering"]},
@@ -93,6 +97,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "mpnet": ENCODER | {"relative_attention_num_buckets": 32, "architectures": ["MPNetForMaskedLM"]},
   "deberta-v2": ENCODER
   | {"relative_attention": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True}
-  | {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0}
+  | {"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0, "conv_kernel_size": 3}
   | {"architectures": ["DebertaV2ForMaskedLM"]},
 }

@@ -95,6 +95,7 @@ def bart_base() -> ModelConfig:
     architecture="encoder_decoder",
     num_layers=6,
     max_seq_len=1024,
+    position_pad_id=None,
     num_token_types=0,
     decoder_start_id=2,
     head_dense=None,

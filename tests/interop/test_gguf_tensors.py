@@ -63,7 +63,9 @@ def test_encoders_come_back_without_their_heads(tmp_path, name):
   if config.architecture == "encoder_decoder":
     assert found == dataclasses.replace(config, logit_scale=None)
   else:
-    same = dict(head=found.head, head_dense=None, head_norm=False, head_bias=False, position_offset=0)
+    same = dict(
+      head=found.head, head_dense=None, head_norm=False, head_bias=False, position_offset=0, position_pad_id=None
+    )
     assert found.head == "none" and found == dataclasses.replace(config, **same)
   assert numbers.keys() == {path for path in params if not path.startswith("head/") or found.head == "lm"}
   for path, tensor in numbers.items():
@@ -109,7 +111,7 @@ def test_classifiers_come_back_with_their_labels(tmp_path, name):
   kinds = {stem: stored(tmp_path / "x.gguf")[f"{stem}.weight"][0] for stem in ("cls", "cls.output", "blk.0.attn_q")}
   assert list(kinds.values()) == ["F32", "F32", "Q4_0"]
   back = open_model(tmp_path / "x.gguf")
-  assert back.config == dataclasses.replace(model[0], position_offset=0) and back.vectors is None
+  assert back.config == dataclasses.replace(model[0], position_offset=0, position_pad_id=None) and back.vectors is None
   for path in ("head/dense/weight", "head/dense/bias", "head/weight", "head/bias"):
     np.testing.assert_array_equal(back.tensors[path].read(), model[1][path].read())
   write_model(back, tmp_path / "hf", format="hf")
