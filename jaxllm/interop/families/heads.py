@@ -12,11 +12,11 @@ CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassifica
 WITHOUT = {
   "sequence": {"cohere", "cohere2", "granite"},
   "token": {
-    *("cohere", "cohere2", "deepseek_v2", "gemma3", "gemma3_text", "gptj", "granite", "olmo2", "olmo3", "opt"),
+    *("cohere", "cohere2", "deepseek_v2", "gemma3", "gemma3_text", "gptj", "granite", "olmo", "olmo2", "olmo3", "opt"),
   },
   "span": {
     *("cohere", "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4"),
-    *("gpt_oss", "granite", "olmo2", "olmo3", "phi3", "starcoder2"),
+    *("gpt_oss", "granite", "olmo", "olmo2", "olmo3", "phi3", "starcoder2"),
   },
 }
 STEMS = {"gemma3_text": "Gemma3Text"}  # of the classes' names, where they differ from the language model's
