@@ -39,7 +39,7 @@ def test_again(name, tmp_path):
   model.save_pretrained(tmp_path / "first")
   hf = json.loads((tmp_path / "first" / "config.json").read_text())
   if "T5" in hf["architectures"][0]:  # its class forgets it
-    hf["tie_word_embeddings"] = encoders.ENCODER_DECODERS[name][1].get("tie_word_embeddings", True)
+    hf["tie_word_embeddings"] = ENCODERS[name][1].get("tie_word_embeddings", True)
   classifies = any(word in hf["architectures"][0] for word in ("Sequence", "Token"))
   labels = len(hf.get("id2label") or NAMES[:2]) if classifies else 0
   if labels:
