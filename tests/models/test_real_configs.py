@@ -44,7 +44,7 @@ def saved(config, directory, seed):
   if config["model_type"] == "falcon":
     model.config._attn_implementation = "sdpa"  # its eager one adds ALiBi twice
   with torch.no_grad():
-    if config["model_type"] in ("t5", "mt5") and config.get("tie_word_embeddings") is False:
+    if hasattr(model, "lm_head") and "T5" in cls.__name__ and config.get("tie_word_embeddings") is False:
       # these classes tie a fresh model's in any case
       model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * config["d_model"] ** -0.5)
     elif hf.get_text_config().tie_word_embeddings:  # else the token itself is all that the head sees
@@ -66,7 +66,7 @@ def batch_of(model, vocab_size, seed):
     return batch
   if "Classification" in type(model).__name__:  # the decoder reads the same text, one place later, up to its end
     source = np.where(np.arange(TEXT) == mask.sum(-1, keepdims=True) - 1, model.config.eos_token_id, tokens)
-    tokens = np.concatenate([np.full((2, 1), model.config.decoder_start_token_id), source[:, :-1]], axis=1)
+    tokens = np.concatenate([np.full((2, 1), model.config.decoder_start_token_id or 0), source[:, :-1]], axis=1)
     return {"tokens": tokens, "segment_ids": mask, "source": source, "source_segment_ids": mask}
   return batch | {"source": tokens[::-1], "source_segment_ids": mask[::-1]}
 

@@ -50,7 +50,7 @@ def architectures(name):
 
 
 def read_heads(hf, name):
-  fields = t.read_head(hf, architectures(name), labels=3)
+  fields = t.read_head(hf, architectures(name), labels=3 if name == "Bart" else 2)
   return read(hf) | fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
 
 
