@@ -141,8 +141,10 @@ class SamplingParams:
 
   def named_tokens(self) -> dict[str, set[int]]:
     """The token ids that each setting names."""
-    lists = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "logit_bias", "allowed_token_ids")
-    lists += ("forced_bos_token_id", "forced_eos_token_id")
+    lists = (
+      *("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "logit_bias", "allowed_token_ids"),
+      *("forced_bos_token_id", "forced_eos_token_id"),
+    )
     named = {name: set(_listed(getattr(self, name))) for name in lists}
     for name in ("bad_words_ids", "sequence_bias"):
       named[name] = {i for ids in getattr(self, name) or () for i in ids}
