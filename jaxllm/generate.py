@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
   if args.system is not None and not chats:
     raise ConfigError("--system is for a chat: the model has no chat template, or --raw turns it off")
   opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-  if "max_new_tokens" not in model.generation:
+  if not any(model.generation.get(name) for name in ("max_new_tokens", "max_tokens", "max_length")):
     settings.setdefault("max_tokens", REPLY_TOKENS if chats else MAX_TOKENS)
   sampling = model.sampling(**settings)
   if not prompts:

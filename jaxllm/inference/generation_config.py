@@ -18,6 +18,7 @@ SETTINGS = {
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
     *("sequence_bias", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "max_length", "min_length"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
     *("num_beams", "length_penalty", "early_stopping", "renormalize_logits", "exponential_decay_length_penalty"),
   )
 } | {
@@ -26,8 +27,8 @@ SETTINGS = {
   "num_return_sequences": "n",
   "stop_strings": "stop",
 }
-# Settings that mean something else in another architecture, or together with others: see `default_settings`.
-READ_HERE = frozenset({"do_sample", "forced_bos_token_id", "forced_eos_token_id", "cache_implementation"})
+# Settings that mean something else together with others: see `default_settings`.
+READ_HERE = frozenset({"do_sample", "cache_implementation"})
 # What other parts of the program read.
 READ_ELSEWHERE = frozenset({"eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"})
 # How a text is computed, or what transformers' `generate` returns beside it; the text is the same.
@@ -99,16 +100,9 @@ def default_settings(generation: Mapping[str, Any], architecture: str = "decoder
       said.append(f"{least} = {low} is over {most} = {high}, where texts end")
   if generation.get("do_sample") and settings.get("num_beams", 1) > 1:
     said.append("do_sample = True is not honoured: beam search draws nothing")
-  for name in ("forced_bos_token_id", "forced_eos_token_id"):
-    forced = generation.get(name)
-    if isinstance(forced, list) and len(forced) == 1:
-      forced = forced[0]
-    if isinstance(forced, list):
-      said.append(f"{name} = {shown(forced)} is not honoured: there can be one such token")
-    elif forced is not None and name == "forced_bos_token_id" and architecture == "decoder":
-      said.append(f"{name} = {shown(forced)} is not honoured: a decoder's text begins with its prompt")
-    elif forced is not None:
-      settings[name] = forced
+  if architecture == "decoder" and settings.pop("forced_bos_token_id", None) is not None:
+    forced = shown(generation["forced_bos_token_id"])
+    said.append(f"forced_bos_token_id = {forced} is not honoured: a decoder's text begins with its prompt")
   ends = generation.get("eos_token_id")
   ends = ends if isinstance(ends, list) else [ends]
   if settings.get("bad_words_ids"):  # transformers never bans an end

@@ -40,8 +40,8 @@ class LogitRules:
   decay_from: Int32[Array, " B"]  # behind this one
   normalize: Bool[Array, " B"]  # the results are log-probabilities
   ngram: Int32[Array, " B"]  # 0: any may come again
-  forced_first: Int32[Array, " B"]  # -1: none is forced
-  forced_last: Int32[Array, " B"]
+  forced_first: UInt32[Array, "B W"]  # one of these; empty: none is forced
+  forced_last: UInt32[Array, "B W"]
   allowed: UInt32[Array, "B W"]
   allowed_first: UInt32[Array, "B W"]  # at the first position at which no token is forced
   ends: UInt32[Array, "B W"]
@@ -67,18 +67,19 @@ class LogitRules:
       history: each row's tokens, read before `positions` only.
       allowed: further tokens that may come, from a grammar for example.
     """
-    first, forces_first = positions == self.begins, self.forced_first >= 0
-    words = self.allowed & jnp.where((positions == self.begins + forces_first)[:, None], self.allowed_first, EVERYTHING)
+    own_first = self.begins + jnp.any(self.forced_first != 0, axis=1)  # that is not forced
+    words = self.allowed & jnp.where((positions == own_first)[:, None], self.allowed_first, EVERYTHING)
     words &= jnp.where((positions < self.ends_from)[:, None], ~self.ends, EVERYTHING)
     words = words if allowed is None else words & allowed
-    forced = jnp.where(positions == self.last, self.forced_last, -1)
-    forced = jnp.where(first & forces_first, self.forced_first, forced)
+    forced = jnp.where((positions == self.last)[:, None], self.forced_last, 0)
+    first = (positions == self.begins)[:, None] & ~jnp.any(forced != 0, axis=1, keepdims=True)
+    forced = jnp.where(first, self.forced_first, forced)
 
     biased, repeats = jnp.any(self.bias != 0), jnp.any(self.ngram > 0)
     penalized = jnp.any((self.repetition != 1) | (self.presence != 0) | (self.frequency != 0))
     of_source = jnp.any(self.source_penalty != 1)
     grown = jnp.where(self.decay == 1, 0, jnp.maximum(positions - self.decay_from, 0))
-    masked, forces, grows = jnp.any(words != EVERYTHING), jnp.any(forced >= 0), jnp.any(grown > 0)
+    masked, forces, grows = jnp.any(words != EVERYTHING), jnp.any(forced != 0), jnp.any(grown > 0)
     normal = jnp.any(self.normalize)
 
     def change(logits):
@@ -89,8 +90,8 @@ class LogitRules:
       logits = _where(repeats, lambda x: jnp.where(self._repeated(vocab, positions, history), -jnp.inf, x), logits)
       logits = _where(grows, lambda x: self._grow_ends(x, grown), logits)
       logits = _where(masked, lambda x: jnp.where(unpack(words, vocab), x, -jnp.inf), logits)
-      only = jnp.where(jnp.arange(vocab) == forced[:, None], 0.0, -jnp.inf)
-      logits = jnp.where((forced >= 0)[:, None], only, logits)
+      only = jnp.where(unpack(forced, vocab), 0.0, -jnp.inf)
+      logits = jnp.where(jnp.any(forced != 0, axis=1, keepdims=True), only, logits)
       own = lambda x: jnp.where(self.normalize[:, None], jax.nn.log_softmax(x), x)  # noqa: E731
       return _where(normal, own, logits)
 
@@ -202,7 +203,7 @@ def logit_rules(
   if sequences is None:
     sequences = _power(max(map(len, biased))), _power(max((len(ids) for row in biased for ids, _ in row), default=1))
   column = lambda name, dtype: np.asarray([getattr(one, name) for one in settings], dtype)  # noqa: E731
-  token = lambda name: np.asarray([-1 if (i := getattr(s, name)) is None else i for s in settings], np.int32)  # noqa: E731
+  packed = lambda name: np.stack([pack(one.named_tokens()[name], vocab_size) for one in settings])  # noqa: E731
   starts = np.asarray(begins, np.int32)
   tables = [_table(row, *sequences) for row in biased]
   decays = [one.exponential_decay_length_penalty or (0, 1.0) for one in settings]
@@ -219,10 +220,10 @@ def logit_rules(
     decay_from=starts + np.asarray([start for start, _ in decays], np.int32),
     normalize=column("renormalize_logits", bool),
     ngram=np.minimum(column("no_repeat_ngram_size", np.int64), 2**31 - 1).astype(np.int32),
-    forced_first=token("forced_bos_token_id"),
-    forced_last=token("forced_eos_token_id"),
+    forced_first=packed("forced_bos_token_id"),
+    forced_last=packed("forced_eos_token_id"),
     allowed=np.stack([_allowed(one, source, vocab_size) for one, source in zip(settings, sources)]),
-    allowed_first=np.stack([~pack(one.begin_suppress_tokens, vocab_size) for one in settings]),
+    allowed_first=~packed("begin_suppress_tokens"),
     ends=np.stack([pack(one, vocab_size) for one in ends]),
     source=np.stack([pack(one, vocab_size) for one in read]),
     sequences=np.stack([tokens for tokens, _ in tables]),

@@ -82,8 +82,9 @@ class SamplingParams:
   allowed_token_ids: Sequence[int] | None = None  # only these
   suppress_tokens: Sequence[int] = ()  # never these
   begin_suppress_tokens: Sequence[int] = ()  # not these as the first token
-  forced_bos_token_id: int | None = None  # the completion's first token
-  forced_eos_token_id: int | None = None  # its last one, if it reaches max_tokens
+  # The completion's first token, and its last one if it reaches max_tokens; of several any, all equally likely.
+  forced_bos_token_id: int | Sequence[int] | None = None
+  forced_eos_token_id: int | Sequence[int] | None = None
   # (start, factor): behind the completion's first `start` tokens the logits of what ends it grow by factor ** tokens.
   exponential_decay_length_penalty: tuple[int, float] | None = None
   min_tokens: int = 0  # nothing ends a completion before it has so many
@@ -140,12 +141,13 @@ class SamplingParams:
 
   def named_tokens(self) -> dict[str, set[int]]:
     """The token ids that each setting names."""
-    lists = ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "logit_bias", "allowed_token_ids")
-    named = {name: set(getattr(self, name) or ()) for name in lists}
+    lists = (
+      *("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "logit_bias", "allowed_token_ids"),
+      *("forced_bos_token_id", "forced_eos_token_id"),
+    )
+    named = {name: set(_listed(getattr(self, name))) for name in lists}
     for name in ("bad_words_ids", "sequence_bias"):
       named[name] = {i for ids in getattr(self, name) or () for i in ids}
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-      named[name] = set() if getattr(self, name) is None else {getattr(self, name)}
     return named
 
 
@@ -211,6 +213,11 @@ def _optional(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda value: value is None or good(value)
 
 
+def _forced(value: Any) -> Any:
+  several = None if value is None else _listed(value)
+  return several[0] if several is not None and len(several) == 1 else several
+
+
 def _listed(value: Any) -> tuple:
   return () if value is None else (value,) if isinstance(value, str | int) else tuple(value)
 
@@ -245,6 +252,8 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
   "bad_words": _listed,
   "bad_words_ids": lambda value: tuple(map(tuple, value or ())),
   "allowed_token_ids": lambda value: None if value is None else _listed(value),
+  "forced_bos_token_id": _forced,
+  "forced_eos_token_id": _forced,
   "logit_bias": _biases,
   "sequence_bias": _sequence_biases,
   "structured_outputs": lambda value: StructuredOutputsParams(**value) if isinstance(value, Mapping) else value,
@@ -252,7 +261,8 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
   "exponential_decay_length_penalty": _decay,
 }
 _IDS = (_ids, "token ids of at least 0")
-_ONE_ID = (_optional(lambda x: _whole(x, 0)), "a token id of at least 0")
+_SOME_IDS = (_optional(lambda x: x and _ids(x)), "token ids of at least 0, at least one of them")
+_FORCED = (lambda x: _SOME_IDS[0](None if x is None else _listed(x)), "a token id of at least 0, or several")
 _COUNT = (_optional(lambda x: _whole(x, 0)), "a whole number of at least 0")
 _AT_LEAST_ONE = (_optional(lambda x: _whole(x, 1)), "a whole number of at least 1")
 _SHARE = (lambda x: _number(x, 0, 1) and x > 0, "over 0 and at most 1")
@@ -297,11 +307,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     lambda x: all(isinstance(ids, tuple) and ids and _ids(ids) for ids in x),
     "lists of token ids of at least 0, none of them empty",
   ),
-  "allowed_token_ids": (_optional(lambda x: x and _ids(x)), "token ids of at least 0, at least one of them"),
+  "allowed_token_ids": _SOME_IDS,
   "suppress_tokens": _IDS,
   "begin_suppress_tokens": _IDS,
-  "forced_bos_token_id": _ONE_ID,
-  "forced_eos_token_id": _ONE_ID,
+  "forced_bos_token_id": _FORCED,
+  "forced_eos_token_id": _FORCED,
   "min_tokens": (lambda x: _whole(x, 0), "a whole number of at least 0"),
   "max_tokens": _AT_LEAST_ONE,
   "min_length": (lambda x: _whole(x, 0), "a whole number of at least 0"),

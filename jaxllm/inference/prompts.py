@@ -104,7 +104,8 @@ def room_for(settings: SamplingParams, first: Sequence[int], longest: int) -> in
   if settings.max_length is not None:
     room = min(room, settings.max_length - len(first))
   if room < 1:
-    raise ConfigError(f"the prompt has {len(first)} tokens and max_length is {settings.max_length}; raise it")
+    told = f"the prompt has {len(first)} tokens and max_length is {settings.max_length}"
+    raise ConfigError(f"{told}; raise it or give max_tokens")
   return min(room, settings.max_tokens or room)
 
 

@@ -34,7 +34,7 @@ VALUES = {
   "begin_suppress_tokens": [[1, 17, 30], [4, 28]],
   "exponential_decay_length_penalty": [[0, 1.3], [2, 2.5], [1, 0.5]],
   "renormalize_logits": [True],
-  "forced_eos_token_id": [1, [7]],
+  "forced_eos_token_id": [1, [7], [7, 1]],
   "forced_bos_token_id": [8],
   "eos_token_id": [1, [1, 17, 30], None],
   "pad_token_id": [0, None],

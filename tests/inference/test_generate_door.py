@@ -1,7 +1,9 @@
 """`python -m jaxllm.generate`: what it prints where, and its exit codes."""
 
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 import tiny_models as tiny
 
+from jaxllm.base.digests import seal
 from jaxllm.base.errors import ConfigError
 from jaxllm.cli import run_door
 from jaxllm.generate import main
@@ -68,6 +71,19 @@ def test_settings_reach_the_sampler(door):
   assert door("--prompt=abc", *beams)[1] == want + "\n"
   whole = expected("abc")[0]
   assert door("--prompt=abc", *GREEDY, f"--stop={whole[3:5]}")[1] == whole[: whole.find(whole[3:5])] + "\n"
+
+
+@pytest.mark.parametrize("settings", [dict(max_length=12), dict(max_new_tokens=9), dict(max_tokens=9)], ids=str)
+def test_a_text_is_as_long_as_the_models_file_says(saved, tmp_path, capsys, settings):
+  shutil.copytree(saved, tmp_path / "m")
+  (tmp_path / "m" / "generation_config.json").write_text(
+    json.dumps({"do_sample": False, "eos_token_id": []} | settings)
+  )
+  seal(tmp_path / "m")
+  assert main([f"--model={tmp_path / 'm'}", "--prompt=ab"]) == 0  # which <bos> precedes
+  assert capsys.readouterr().out == expected("ab", max_tokens=9)[0] + "\n"
+  assert main([f"--model={tmp_path / 'm'}", "--prompt=ab", "--max-tokens=4"]) == 0
+  assert capsys.readouterr().out == expected("ab", max_tokens=4)[0] + "\n"
 
 
 def test_interactive_reads_a_prompt_a_line(door):

@@ -60,7 +60,7 @@ def expected(settings, history, begins, position, logits, limit):
   chain += [hf.MinLengthLogitsProcessor(s.min_length, list(ENDS))] if s.min_length else []
   chain += [hf.MinNewTokensLengthLogitsProcessor(int(begins), s.min_tokens, list(ENDS))] if s.min_tokens else []
   if s.forced_eos_token_id is not None:
-    chain += [hf.ForcedEOSTokenLogitsProcessor(int(limit), s.forced_eos_token_id)]
+    chain += [hf.ForcedEOSTokenLogitsProcessor(int(limit), torch.tensor(s.forced_eos_token_id).reshape(-1))]
   if s.exponential_decay_length_penalty:
     chain += [hf.ExponentialDecayLengthPenalty(s.exponential_decay_length_penalty, list(ENDS), int(begins))]
   chain += [hf.SuppressTokensLogitsProcessor(list(s.suppress_tokens))] if s.suppress_tokens else []
@@ -85,6 +85,7 @@ SETTINGS = [
   dict(suppress_tokens=[0, 33, 69]),
   dict(begin_suppress_tokens=[1, 2]),
   dict(forced_eos_token_id=41),
+  dict(forced_eos_token_id=[41, 3]),
   dict(encoder_repetition_penalty=2.5, repetition_penalty=1.3),
   *(dict(encoder_no_repeat_ngram_size=n) for n in (1, 2, 3)),
   *(dict(exponential_decay_length_penalty=(start, factor)) for start, factor in ((0, 1.5), (4, 0.6))),
@@ -153,6 +154,8 @@ def test_forced_first_and_last_tokens():
   finite = [np.flatnonzero(np.isfinite(row)).tolist() for row in got]
   usual = [i for i in range(V) if i != 9]
   assert finite == [[9], usual, usual, [3]]
+  only = applied([one], history[:1], np.array([5]), np.array([5]), logits[:1], np.array([6]))  # the first is the last
+  assert np.flatnonzero(np.isfinite(only[0])).tolist() == [3]
   # What may not begin a text does not follow the forced token either, as in transformers.
   one = SamplingParams(forced_bos_token_id=9, begin_suppress_tokens=[7])
   got = applied([one] * 3, history[:3], np.full(3, 5), np.array([5, 6, 7]), logits[:3])

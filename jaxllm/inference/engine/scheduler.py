@@ -69,8 +69,9 @@ class Scheduler:
 
   @property
   def steady(self) -> bool:
-    """Whether the next step only draws: no row is in its prompt, and none can come in."""
-    return all(row.left <= 1 for row in self.running) and not (self.waiting and self._slots)
+    """Whether the next step only draws: no row is in its prompt or read again, and none can come in."""
+    draws = all(row.left <= 1 and not self._outgrown(row) for row in self.running)
+    return draws and not (self.waiting and self._slots)
 
   def add(self, row: Row) -> None:
     """Lets a row wait for its turn.
