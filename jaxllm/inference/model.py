@@ -105,15 +105,23 @@ class Model:
     self.__dict__.pop("_generator", None)
 
   def __call__(
-    self, tokens: Int[Array, "B T"], encoder_inputs: Int[Array, "B S"] | None = None
+    self,
+    tokens: Int[Array, "B T"],
+    encoder_inputs: Int[Array, "B S"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    encoder_segment_ids: Int[Array, "B S"] | None = None,
   ) -> Float[Array, "B T V"]:
     """float32 logits of token ids; of a classifier those of the labels, for each token or for each row.
 
     Args:
       encoder_inputs: what an encoder_decoder's encoder reads.
+      segment_ids, encoder_segment_ids: 0 where there is padding, 1 where there is text (transformers'
+        `attention_mask`); None: all is text, whatever its ids.
 
     Raises:
-      ConfigError: the tokens are not [B, T], too long, or not in the vocabulary; or the model has no head.
+      ConfigError: the tokens are not [B, T], too long, or not in the vocabulary; the segments are of another shape; or
+        the model has no head.
     """
     reads_two = self.config.architecture == "encoder_decoder"
     if reads_two != (encoder_inputs is not None):
@@ -121,7 +129,11 @@ class Model:
     if self.config.head == "none":
       raise ConfigError("the model has no head and so no logits; `encode` gives its hidden states")
     source = None if encoder_inputs is None else self._checked(encoder_inputs)
-    return _forward(self.graph)(self._weights, self._checked(tokens), source)
+    tokens, segments = self._checked(tokens), (segment_ids, encoder_segment_ids)
+    for name, ids, of in (("segment_ids", segment_ids, tokens), ("encoder_segment_ids", encoder_segment_ids, source)):
+      if ids is not None and (of is None or np.shape(ids) != of.shape):
+        raise ConfigError(f"{name} is of shape {np.shape(ids)}; it must be that of the tokens")
+    return _forward(self.graph)(self._weights, tokens, source, *segments)
 
   def _checked(self, tokens) -> np.ndarray:
     ids = np.asarray(tokens)
@@ -349,8 +361,11 @@ def _loss_sums(graph):
 
 @functools.lru_cache(maxsize=8)
 def _forward(graph):
-  def forward(weights, tokens, source):
+  def forward(weights, tokens, source, segments, source_segments):
     model = nnx.merge(graph, weights)
-    return model(tokens, encoded=None if source is None else model.encode(source))[0]
+    if source is None:
+      return model(tokens, segment_ids=segments)[0]
+    encoded = model.encode(source, segment_ids=source_segments)
+    return model(tokens, segment_ids=segments, encoded=encoded, encoded_segment_ids=source_segments)[0]
 
   return jax.jit(forward)

@@ -56,6 +56,21 @@ def test_logits_are_the_transformers(saved):
   np.testing.assert_allclose(model(tokens), want, atol=1e-5)
 
 
+def test_padding_is_where_segment_ids_are_zero():
+  """A classifier of the last token's state reads that of the text, and padding changes nothing."""
+  more = dict(head="sequence", num_labels=3, pooling="last", tie_embeddings=False)
+  config = ModelConfig(vocab_size=50, embed_dim=32, num_layers=2, num_heads=2, max_seq_len=16, **more)
+  model = Model(config, init_params(config, jax.random.key(0)))
+  tokens = np.arange(1, 13).reshape(2, 6)
+  segments = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+  padded = model(tokens, segment_ids=segments)
+  np.testing.assert_allclose(padded[1], model(tokens[1:, :3])[0], atol=1e-5)
+  np.testing.assert_allclose(padded[0], model(tokens)[0], atol=1e-5)
+  assert np.abs(padded[1] - model(tokens)[1]).max() > 1e-3
+  with pytest.raises(ConfigError, match=r"segment_ids is of shape \(2, 5\)"):
+    model(tokens, segment_ids=segments[:, :5])
+
+
 def test_a_config_with_everything_in_it_survives(tmp_path):
   config = ModelConfig(
     vocab_size=11,

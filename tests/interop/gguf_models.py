@@ -44,6 +44,8 @@ CONFIGS = {
     rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
   ),
   "qwen3": SMALL | dict(model_type="qwen3", head_dim=32),
+  "olmo": SMALL | dict(model_type="olmo"),
+  "olmo-clipped": SMALL | dict(model_type="olmo", clip_qkv=1.5, tie_word_embeddings=True),
   "olmo2": SMALL | dict(model_type="olmo2"),
   "smollm3": SMALL | dict(model_type="smollm3", num_hidden_layers=4),
   "gemma": SMALL | dict(model_type="gemma", head_dim=32),
@@ -99,6 +101,8 @@ ENCODERS = {
   "bert": ENCODER | dict(model_type="bert", max_position_embeddings=128),
   "bert-bare": ENCODER | dict(model_type="bert", architectures=["BertModel"], max_position_embeddings=128),
   "roberta": ENCODER | dict(model_type="roberta", max_position_embeddings=130, type_vocab_size=1),
+  "camembert": ENCODER | dict(model_type="camembert", max_position_embeddings=130, type_vocab_size=1),
+  "data2vec-text": ENCODER | dict(model_type="data2vec-text", max_position_embeddings=130, type_vocab_size=1),
   "xlm-roberta": ENCODER
   | dict(model_type="xlm-roberta", max_position_embeddings=130, type_vocab_size=1, architectures=["XLMRobertaModel"]),
   "electra": ENCODER | dict(model_type="electra", embedding_size=64, max_position_embeddings=128),

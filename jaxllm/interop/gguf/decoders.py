@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxllm.base.errors import ConfigError
+from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.interop.gguf.table import Architecture, Metadata
 
 
@@ -63,6 +63,18 @@ def _read_falcon(m):
     "new_decoder_architecture": new,
     "num_ln_in_parallel_attn": 1 + two if new else None,
   }
+
+
+_OLMO_EPS = 1e-5  # which its config.json cannot say
+
+
+def _read_olmo(m):
+  eps = m.number("attention.layer_norm_epsilon", _OLMO_EPS)
+  if not np.isclose(eps, _OLMO_EPS, rtol=1e-3):
+    raise CheckpointError(
+      f"the GGUF file says attention.layer_norm_epsilon = {eps}; an olmo model here has {_OLMO_EPS}"
+    )
+  return {"clip_qkv": m.number("attention.clamp_kqv") or None}
 
 
 def _falcon_stems(c):
@@ -131,6 +143,16 @@ DECODERS = (
   Architecture("cohere2", "cohere2", only=UNBIASED | {"tie_word_embeddings": True}, **_windows(4)),
   Architecture("chatglm", "glm", write=_check_glm),
   Architecture("glm4", "glm4"),
+  Architecture(
+    "olmo",
+    "olmo",
+    interleaved=True,
+    only=UNBIASED,
+    read=_read_olmo,
+    write=lambda hf: (
+      {"attention.layer_norm_epsilon": _OLMO_EPS} | ({"attention.clamp_kqv": hf["clip_qkv"]} if hf["clip_qkv"] else {})
+    ),
+  ),
   Architecture("olmo2", "olmo2", only=UNBIASED | {"tie_word_embeddings": False}),
   Architecture("olmo2", "olmo3", only=UNBIASED | {"tie_word_embeddings": False}, **_windows(4)),
   Architecture("gemma", "gemma", norm_offset=True, only=UNBIASED | {"tie_word_embeddings": True}),
