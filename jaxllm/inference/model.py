@@ -129,11 +129,11 @@ class Model:
     if self.config.head == "none":
       raise ConfigError("the model has no head and so no logits; `encode` gives its hidden states")
     source = None if encoder_inputs is None else self._checked(encoder_inputs)
-    tokens, segments = self._checked(tokens), (segment_ids, encoder_segment_ids)
-    for name, ids, of in (("segment_ids", segment_ids, tokens), ("encoder_segment_ids", encoder_segment_ids, source)):
+    own = self._checked(tokens)
+    for name, ids, of in (("segment_ids", segment_ids, own), ("encoder_segment_ids", encoder_segment_ids, source)):
       if ids is not None and (of is None or np.shape(ids) != of.shape):
         raise ConfigError(f"{name} is of shape {np.shape(ids)}; it must be that of the tokens")
-    return _forward(self.graph)(self._weights, tokens, source, *segments)
+    return _forward(self.graph)(self._weights, own, source, segment_ids, encoder_segment_ids)
 
   def _checked(self, tokens) -> np.ndarray:
     ids = np.asarray(tokens)

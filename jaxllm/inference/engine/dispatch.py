@@ -44,7 +44,8 @@ def arrange(plan: Plan, sizes: Sizes, pages: Pages) -> Arranged:
   rows, drafts = np.zeros((6, shape.rows), np.int32), np.full((shape.rows, shape.drafts), UNKNOWN, np.int32)
   allowed = None
   for place, wish, work in zip(places, wishes, plan.work):
-    rows[:, place] = work.row.slot, work.start, work.count, wish, len(work.drafts), work.row.known
+    facts = [work.row.slot, work.start, work.count, wish, len(work.drafts), work.row.known]
+    rows[:, place] = np.asarray(facts)
     drafts[place, : len(work.drafts)] = work.drafts
     for kind, held in work.row.held.pages.items():
       tables[kind][place, : len(held)] = held
