@@ -81,7 +81,8 @@ def ranks(file, hf, tensors, tokenizer, answers, pairs):
   (answer,) = ask(file, ("/rerank", {"query": "The quick brown fox", "documents": answers}), embedding="rank")
   theirs = {found["index"]: found["relevance_score"] for found in answer["results"]}
   model, _ = _model(hf, tensors)
-  ours = [float(model(np.array([pair], np.int32))[0][0, 0]) for pair in pairs]
+  # Their positions are said: the end of these texts has the number of the model's padding, which is not counted here.
+  ours = [float(model(np.array([pair], np.int32), positions=np.arange(len(pair))[None])[0][0, 0]) for pair in pairs]
   return [theirs[i] for i in range(len(answers))], ours
 
 
