@@ -25,8 +25,8 @@ ACTIVATIONS = (
   *("silu", "gelu", "gelu_tanh", "quick_gelu", "gelu_10", "relu", "relu2", "relu6", "leaky_relu", "mish", "tanh"),
   *("sigmoid", "hardswish", "laplace", "linear"),
 )
-GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
-GATED = {name: GATED.get(name, f"gated_{name}") for name in ACTIVATIONS} | {"silu_clamped": "swiglu_clamped"}
+_OWN_NAMES = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+GATED = {name: _OWN_NAMES.get(name, f"gated_{name}") for name in ACTIVATIONS} | {"silu_clamped": "swiglu_clamped"}
 # `ModelConfig.mlp` -> (activation, gated)
 MLPS = {gated: (name, True) for name, gated in GATED.items()} | {name: (name, False) for name in ACTIVATIONS}
 

@@ -134,8 +134,8 @@ class Engine:
     self._pages = Pages(sizes.pages, page_size, share=prefix_cache, **window)
     limits = max_num_seqs, sizes.step_tokens, sizes.tokens[-1]
     scaling = config.rope_scaling
-    reread = config.rope_switch if scaling is not None and scaling.kind == "longrope" else None
-    self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in, reread)
+    self._reread_beyond = config.rope_switch if scaling is not None and scaling.kind == "longrope" else None
+    self._scheduler = Scheduler(self._pages, *limits, self._facts, self._encoded_in, self._reread_beyond)
     self._speculator = None if speculative is None else Speculator(speculative, sizes, timed=not self._lockstep)
     self._draft_params: Params | None = None
     draft = None if speculative is None else speculative.draft
@@ -398,10 +398,10 @@ class Engine:
 
   def _facts(self, row: Row) -> tuple:
     source = row.request.prompt if self.config.architecture == "encoder_decoder" else ()
-    switch, scaling = self.config.rope_switch, self.config.rope_scaling
-    length = 0 if switch is None or row.known <= switch else row.known  # on which keys of longer texts hang
-    if scaling is not None and scaling.kind == "longrope":
-      length = min(length, 1)  # and there only on that they are longer
+    switch = self.config.rope_switch
+    stretched = switch is not None and row.known > switch
+    # Keys of longer texts hang on their length, or (LongRoPE) on that they are longer.
+    length = row.known if stretched and self._reread_beyond is None else int(stretched)
     return self.version, row.request.salt, row.adapter, source, length
 
   def _afforded(self, sizes: Sizes, place: jax.Device | Mesh, pages: Pages) -> dict[str, int]:

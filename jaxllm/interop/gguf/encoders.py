@@ -15,8 +15,7 @@ from jaxllm.interop.tensors import LazyTensor, Tensors
 
 log = logging.getLogger("jaxllm")
 # llama.cpp has no heads of encoders: ELECTRA's bare model is BERT's without a pooler.
-WRITTEN_AS = {"bert": "electra", "roberta": "electra", "xlm-roberta": "electra", "electra": "electra"}
-WRITTEN_AS |= {"camembert": "electra", "data2vec-text": "electra"}
+WRITTEN_AS = dict.fromkeys(("bert", "camembert", "data2vec-text", "electra", "roberta", "xlm-roberta"), "electra")
 WRITTEN_AS |= {"distilbert": "distilbert", "modernbert": "modernbert", "t5": "t5", "mt5": "t5", "gemma3": "gemma3_text"}
 _DISTILBERT_EPS = 1e-12  # which its config.json cannot say
 TYPE_TABLE, LABELS = "token_types.weight", "cls.output.weight"

@@ -2,6 +2,8 @@
 
 import functools
 
+import harness
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -13,8 +15,11 @@ transformers = pytest.importorskip("transformers")
 
 from checkpoint_arrays import params_from_huggingface  # noqa: E402
 
+from jaxllm.inference.engine import Engine  # noqa: E402
 from jaxllm.inference.engine.speculation import Speculation  # noqa: E402
 from jaxllm.models.build import unstack_layers  # noqa: E402
+from jaxllm.parallel.config import MeshConfig  # noqa: E402
+from jaxllm.parallel.mesh import make_mesh  # noqa: E402
 
 V, ORIGINAL = 60, 16
 SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -71,6 +76,14 @@ def test_packed_texts_are_read_as_if_alone(kind):
   for text, at in ((long, 0), (short, 30)):
     want = run(params, text[None])[0]
     np.testing.assert_allclose(got[at : at + len(text)], want, rtol=0, atol=2e-5 * np.ptp(want))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_texts_on_a_mesh(kind):
+  _, config, params = models(kind)
+  mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+  engine = Engine(config, unstack_layers(params), compute=oracle.XLA, mesh=mesh, **harness.SMALL)
+  assert serve(engine, [greedy(prompt, 20) for prompt in PROMPTS]) == [continued(kind, p, 20) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
