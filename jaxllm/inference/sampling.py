@@ -75,7 +75,9 @@ def _logprobs(logits: Float[Array, "B V"]) -> tuple[Float[Array, "B V"], Float[A
 
 
 def _by_entropy(logits: Float[Array, "B V"], share: Float[Array, " B"]) -> Float[Array, "B V"]:
-  top = jax.lax.top_k(logits, min(MOST_BY_ENTROPY, logits.shape[1]))[0]
+  # Values by their places: over several TPUs XLA (libtpu 0.0.48) dies of a top-k whose places nobody reads.
+  places = jax.lax.top_k(logits, min(MOST_BY_ENTROPY, logits.shape[1]))[1]
+  top = jnp.take_along_axis(logits, places, axis=-1)
   logprobs, weights, entropy = _logprobs(top)
   reached = jnp.cumsum(jnp.where(weights > 0, -weights * logprobs, 0.0), axis=-1)
   count = jnp.maximum((reached <= (entropy * share)[:, None]).sum(-1), 1)

@@ -289,6 +289,8 @@ def by_experts(
   specs = jax.tree.map(lambda _, of_array: spec(of_array), matrices, axes)
   exchanged = tuple(axis for axis in rules.expert if axis in rules.batch)
   summed = tuple(axis for axis in (*rules.expert, *rules.mlp) if axis not in exchanged)
+  # Where the matrices' `embed` is split and the tokens are not, as in the engine, all devices compute the same.
+  same = tuple(axis for axis in rules.embed if axis not in rules.batch)
 
   def local(x, weights, experts, matrices):
     held = next(matrix.shape[0] for matrix in matrices if matrix is not None)
@@ -296,8 +298,10 @@ def by_experts(
     if exchanged:
       x, weights, experts = (lax.all_gather(a, exchanged, tiled=True) for a in (x, weights, experts))
     y = compute(x, weights, experts, matrices, first, rules.embed)
-    if summed:
-      y = lax.psum(y, summed)
+    if same:
+      y = jnp.where(lax.axis_index(same) == 0, y, 0)
+    if summed or same:
+      y = lax.psum(y, (*summed, *same))
     return lax.psum_scatter(y, exchanged, tiled=True) if exchanged else y
 
   # Grouped products do say what varies, from which their gradients' sums follow.

@@ -24,7 +24,7 @@ from jaxllm.models.build import Params, declare
 from jaxllm.models.caches import Encoded, init_paged_cache
 from jaxllm.models.config import Compute, ModelConfig
 from jaxllm.parallel.config import AxisRules
-from jaxllm.parallel.sharding import activation_sharding, replicated
+from jaxllm.parallel.sharding import activation_sharding, constrain, replicated
 
 log = logging.getLogger("jaxllm")
 
@@ -91,7 +91,8 @@ class Programs:
       sampling = jax.tree.map(jnp.asarray, self.settings([SamplingParams(temperature=0, seed=0)] * s.slots))
       small = self._draft_model
       drafts = () if small is None else draft_layers(small.config, c, s, small.compute)
-      tokens = jnp.zeros((s.slots, s.max_model_len), jnp.int32)
+      # Whatever the pages are, this is on all devices of a mesh, and so all that the program makes.
+      tokens = constrain(jnp.zeros((s.slots, s.max_model_len), jnp.int32), None, None)
       return State(cache.layers, drafts, tokens, sampling, encoded, tokens[:, 0] if self._adapters else None)
 
     # Over several devices its parts lie as they are constrained to.

@@ -19,6 +19,7 @@ from jaxllm.inference.sampling import sampling_rows
 from jaxllm.kernels import cpu_ffi, cpu_layers
 from jaxllm.models.build import unstack_layers
 from jaxllm.models.config import AdapterConfig, Compute, ModelConfig
+from jaxllm.models.parts import MLAConfig, MoEConfig
 from jaxllm.parallel.config import MeshConfig
 from jaxllm.parallel.mesh import make_mesh
 
@@ -349,6 +350,27 @@ def test_on_a_mesh(sizes):
   assert serve(served, map(greedy, PROMPTS)) == serve(alone, map(greedy, PROMPTS))
   pages = served._state.layers[0].pages.keys
   assert pages.sharding.shard_shape(pages.shape) == (13, 1, 4, 8)
+
+
+MIXTURES = {
+  "experts": dict(moe=MoEConfig(num_experts=8, mlp_dim=16, bias=True)),
+  "latent": dict(
+    moe=MoEConfig(num_experts=8, mlp_dim=16, shared_mlp_dim=16, first_dense_layers=1, num_groups=4, top_groups=2),
+    mla=MLAConfig(kv_lora_rank=16, q_lora_rank=16, nope_head_dim=8, rope_head_dim=4, value_head_dim=8),
+  ),
+}
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "expert"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_on_a_mesh(kind, axis):
+  """The tokens of a step are whole on all devices, wherever the experts' matrices lie."""
+  config = ModelConfig(vocab_size=104, embed_dim=32, num_layers=2, num_heads=4, max_seq_len=48, **MIXTURES[kind])
+  params = unstack_layers(oracle.random_params(config))
+  mesh = make_mesh(MeshConfig(data=1, tensor=2, **{axis: 2}), jax.devices()[:4])
+  served = Poisoned(config, params, compute=oracle.XLA, mesh=mesh, num_pages=12)
+  alone = Poisoned(config, params, compute=oracle.XLA, num_pages=12)
+  assert serve(served, map(greedy, PROMPTS)) == serve(alone, map(greedy, PROMPTS))
 
 
 @pytest.mark.parametrize("dtype, kv_dtype", [("float32", "int8"), ("bfloat16", None)])
