@@ -48,6 +48,12 @@ def pytest_addoption(parser):
   )
 
 
+def pytest_generate_tests(metafunc):
+  """Sets are in another order in every process, and processes that share the tests must name the same ones."""
+  for mark in metafunc.definition.iter_markers("parametrize"):
+    assert not isinstance(mark.args[1], set | frozenset), f"{metafunc.definition.nodeid}: sort the set of its cases"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_go_with_their_module():
   """Compiled programs stay in memory, some in a dozen maps each, and a process may have 65,530 maps."""
