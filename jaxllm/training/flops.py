@@ -37,6 +37,7 @@ def matmul_parameters(config: ModelConfig) -> int:
   crossing = config.architecture == "encoder_decoder"
   layers = config.num_layers * (2 if crossing else 1) * attention + len(config.layers_with("mlp")) * mlp
   layers += config.num_encoder_layers * (attention + mlp)
+  layers += config.convolution_size * D * D
   if moe is not None:
     experts = moe.num_experts * D + matrices * D * (moe.top_k * moe.mlp_dim + moe.shared_mlp_dim)
     layers += len(config.moe_layers) * experts

@@ -68,6 +68,8 @@ def test_an_encoder_sees_all_of_a_row_and_labels_take_the_place_of_the_vocabular
   assert masked == training_flops(ModelConfig(**sizes), 32, causal=False)
   labels = row_flops(ModelConfig(**sizes, head="sequence", num_labels=3), 32)
   assert labels.matmul == masked.matmul - 6 * 64 * (100 - 3) and labels.attention == masked.attention
+  taps = row_flops(ModelConfig(**sizes, convolution_size=3), 32)  # multiply a token and its two neighbours
+  assert taps.matmul == masked.matmul + 6 * 3 * 64 * 64
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
