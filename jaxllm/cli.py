@@ -80,6 +80,29 @@ def _say(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     stopping.leave(2, f"error: {line}\n".encode(errors="replace"))
 
 
+LEAST_FILES = 64  # that a door may need to have open
+# Below which JAX aborts, or waits for threads that could not start: of private memory, and of addresses
+LEAST_MEMORY = {resource.RLIMIT_DATA: ("d", 1 << 30), resource.RLIMIT_AS: ("v", 4 << 30)}
+
+
+def check_limits() -> None:
+  """Allows this program as many open files as its parent lets it, and ends it where its limits are too low to begin:
+  C++ just aborts where there are too few files or too little memory."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  if soft != hard:
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+  wrong = ""
+  if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+    wrong = f"{hard} open files is too low; raise it (ulimit -n {LEAST_FILES})"
+  for kind, (flag, least) in LEAST_MEMORY.items():
+    soft, _ = resource.getrlimit(kind)
+    if soft != resource.RLIM_INFINITY and soft < least:
+      wrong = f"{soft >> 20} MiB of memory is too low for JAX; raise it (ulimit -{flag} {least >> 10})"
+  if wrong:
+    stopping.leave(2, f"error: a limit of {wrong}\n".encode())
+
+
 if stopping.runs_a_door():  # before anything that takes long is imported
   sys.excepthook = _say
   if "--debug" not in sys.argv:
@@ -87,9 +110,9 @@ if stopping.runs_a_door():  # before anything that takes long is imported
     sys.unraisablehook = lambda raised: logging.getLogger("jaxllm").debug("%s", raised)
   open_standard_streams()
   stopping.install()
+  check_limits()
 
 MODEL_FORMS = "a model directory, training run, Hugging Face directory, LoRA adapter or .gguf file"
-LEAST_FILES = 64  # that a door may need to have open
 
 
 def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -99,8 +122,6 @@ def run_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | 
   error does not return: it ends this process at once, and the others with it.
   """
   is_program = stopping.runs_a_door()
-  if is_program:
-    _raise_limit_of_files()
   argv = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in argv
   argv = [a for a in argv if a != "--debug"]
@@ -185,17 +206,6 @@ def _raised_by(error: BaseException, file: str) -> bool:
   """Whether it is a file whose code has raised an error."""
   frames = traceback.extract_tb(error.__traceback__)
   return bool(frames) and frames[-1].filename.endswith(file)
-
-
-def _raise_limit_of_files() -> None:
-  """Allows this program as many open files as its parent lets it: C++ just aborts where there are too few."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if soft != hard:
-    with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-  if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
-    print(f"error: a limit of {hard} open files is too low; raise it (ulimit -n {LEAST_FILES})", file=sys.stderr)
-    stopping.leave(2)
 
 
 def _to_nowhere(stream: TextIO) -> None:

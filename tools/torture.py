@@ -24,11 +24,8 @@ import sides
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "reliability.md"
 RECORD = ROOT / "experiments" / "benchmarks" / "torture.json"
-HEAD = (
-  "| what | trials | refused in a line | as if nothing were | other state, said "
-  "| crash or hang of a library without memory, mended after | faults |"
-)
-COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "finished": 1, "loaded": 1, "said": 2, "recovered": 3}
+HEAD = "| what | trials | refused in a line | as if nothing were | other state, said | faults |"
+COLUMNS = {"refused": 0, "stopped": 0, "same": 1, "finished": 1, "loaded": 1, "said": 2}
 
 
 def torments(scale: float) -> dict[str, Callable]:
@@ -62,9 +59,9 @@ def table(rows: list) -> list[str]:
   for row in rows:
     groups[row.category, row.what].append(row)
   for (category, what), group in groups.items():
-    counts = [0] * 4
+    counts = [0] * 3
     if all(row.result == "not possible here" for row in group):
-      lines.append(f"| {category}: {what} | not possible here | | | | | |")
+      lines.append(f"| {category}: {what} | not possible here | | | | |")
       continue
     for row in group:
       if not row.fault:

@@ -37,6 +37,14 @@ def shell(line: str, **environment):
     ("jaxllm.train --config={job} --print-config > /dev/full", "cannot write stdout: the disk is full"),
     ("jaxllm.train --config={job} --print-config >&- <&-", "cannot write stdout: it is closed"),
     ("ulimit -n 12; jaxllm --help", "a limit of 12 open files is too low; raise it"),
+    (
+      "ulimit -d 500000; jaxllm --help",
+      "a limit of 488 MiB of memory is too low for JAX; raise it (ulimit -d 1048576)",
+    ),
+    (
+      "ulimit -v 2000000; jaxllm --help",
+      "a limit of 1953 MiB of memory is too low for JAX; raise it (ulimit -v 4194304)",
+    ),
     ("jaxllm.train --config={job} --workdir={job}/x", "a part of the path is a file and no folder; check the path"),
     ("jaxllm.train --config={job} --workdir={job}", "cannot create the run directory {job}: it is there already"),
     ("jaxllm.train --config=" + "n" * 300 + ".py", "the name is too long; choose a shorter one"),

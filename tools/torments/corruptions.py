@@ -15,7 +15,7 @@ from torments import readings
 from torments.trials import Outcome, trial
 from torments.world import World, write_job
 
-FINE = ("refused", "same", "said", "stopped", "recovered", "loaded", "finished", "not possible here")
+FINE = ("refused", "same", "said", "stopped", "loaded", "finished", "not possible here")
 SAID = ("using checkpoint step", "damaged", "is missing", "has changed", "has no manifest")
 
 

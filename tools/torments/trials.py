@@ -87,9 +87,10 @@ def door(name: str, *argv: Any, limits: Limits = Limits(), timeout_s: float = HA
 
 
 def _run_door(name: str, argv: Sequence[str]) -> int:
-  from jaxllm.cli import run_door
+  from jaxllm.cli import check_limits, run_door
 
   sys.unraisablehook = lambda raised: None  # as a door has it that is a program of its own
+  check_limits()
   return run_door(importlib.import_module(f"jaxllm.{name}").main, argv)
 
 
