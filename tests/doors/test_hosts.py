@@ -74,12 +74,15 @@ def test_two_processes_and_then_one_train_as_one_does(job, tmp_path):
   assert two_bits == pytest.approx(one_bits, rel=1e-4)
 
 
-def test_two_processes_that_share_the_weights_write_samples(job, tmp_path):
-  """Each holds half of every matrix; the text is what the finished model writes alone."""
+@pytest.mark.parametrize(
+  "shared", [["--config.mesh.fsdp=2"], ["--config.mesh.expert=2", "--config.model.moe.num_experts=4"]]
+)
+def test_two_processes_that_share_the_weights_write_samples(job, tmp_path, shared):
+  """Each holds half of every matrix, or half of the experts; the text is what the finished model writes alone."""
   from jaxllm import SamplingParams, load_model
 
   prompts = '--config.training.sample_prompts=("ab", "c d")'
-  flags = ["--config.training.steps=2", "--config.training.sample_every=1", "--config.mesh.fsdp=2", prompts]
+  flags = ["--config.training.steps=2", "--config.training.sample_every=1", *shared, prompts]
   ends(start_two(job, tmp_path / "run", *flags, data=1))
   model = load_model(tmp_path / "run")
   sampling = SamplingParams(temperature=0.8, max_tokens=8, seed=0)
