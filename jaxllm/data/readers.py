@@ -18,6 +18,7 @@ from jaxllm.data.units import Unit, byte_ranges, files_in_groups, unit_bytes
 # Its number (of a whole file None), its fields or what is wrong with it, and what errors call it
 Row = tuple[int | None, Any, str]
 Marks = collections.Counter[str]  # byte order marks that were met
+_UNPACKED = 4  # times as many bytes as a packed file has, at a guess
 
 
 def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
@@ -29,14 +30,13 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
   with file_errors("the corpus", kind=DataError):
     sizes = [_text_bytes(file, config) for file in files]
     most = unit_bytes(sum(sizes))
-    by_path = dict(zip(files, sizes))
 
-    def split(file: File) -> list[Unit]:
+    def split(file: File, size: int) -> list[Unit]:
       if config.kind == "parquet":
         return _row_groups(file, config, most)
       if config.kind == "jsonl" and is_plain(file.path, config.encoding):
-        return byte_ranges(file, by_path[file], most)
-      return [Unit((file,), size=by_path[file])]
+        return byte_ranges(file, size, most)
+      return [Unit((file,), size=size)]
 
     return files_in_groups(files, sizes, split)
 
@@ -44,7 +44,7 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
 def _text_bytes(file: File, config: SourceConfig) -> int:
   """About how much text a file holds."""
   packed = file.path.endswith(COMPRESSED) or config.kind == "parquet"
-  return file.size * (4 if packed else 1)
+  return file.size * (_UNPACKED if packed else 1)
 
 
 def rows_of(unit: Unit, config: SourceConfig, marks: Marks) -> Iterator[tuple[str, Any, str]]:
@@ -182,26 +182,24 @@ def _not_parquet(path: str, error: BaseException) -> DataError:
 def _parquet(path, relative, config, unit, marks) -> Iterator[Row]:
   pyarrow = import_library("pyarrow")
   parquet = import_library("pyarrow.parquet")
-  columns = list(config.fields or (config.field,))
+  columns = list(config.fields) or [config.field] * bool(config.field)  # none: whole rows
+  row = unit.first
   try:
     with parquet.ParquetFile(path) as file:
       groups = None if unit.stop is None else list(range(unit.start, unit.stop))
-      row = 0 if unit.stop is None else unit.first
-      if columns == [""]:
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
-          for values in batch.to_pylist():
-            yield row, without_none(values), f"{path} row {row}"
-            row += 1
-        return
       for column in columns:
         if column not in file.schema_arrow.names:
           raise missing_field(path, column, file.schema_arrow.names)
-      for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
-        # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
-        texts = {name: not config.fields or _is_text(batch.schema.field(name).type) for name in columns}
-        values = [(_binary(batch.column(n), pyarrow) if texts[n] else batch.column(n)).to_pylist() for n in columns]
-        for fields in zip(*values):
-          yield row, dict(zip(columns, fields)), f"{path} row {row}"
+      for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns or None):
+        if columns:
+          # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
+          texts = [not config.fields or _is_text(batch.schema.field(name).type) for name in columns]
+          values = [_binary(batch.column(n), pyarrow) if text else batch.column(n) for n, text in zip(columns, texts)]
+          rows = (dict(zip(columns, fields)) for fields in zip(*(column.to_pylist() for column in values)))
+        else:
+          rows = map(without_none, batch.to_pylist())
+        for fields in rows:
+          yield row, fields, f"{path} row {row}"
           row += 1
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise _not_parquet(path, error) from error

@@ -12,7 +12,6 @@ from jaxllm.data.paths import File
 
 _SMALLEST, _LARGEST = 16 << 20, 256 << 20  # bytes of a unit, where the source can be cut
 _MOST_UNITS = 1024  # of a source whose units are not of the largest size yet
-_UNPACKED = 4  # times as many bytes as a compressed file has, at a guess
 
 
 class Unit(NamedTuple):
@@ -37,34 +36,29 @@ def unit_bytes(total: int) -> int:
   return min(max(total // _MOST_UNITS, _SMALLEST), _LARGEST)
 
 
-def files_in_groups(files: Sequence[File], sizes: Sequence[int], split: Callable[[File], list[Unit]]) -> list[Unit]:
+def files_in_groups(
+  files: Sequence[File], sizes: Sequence[int], split: Callable[[File, int], list[Unit]]
+) -> list[Unit]:
   """Neighbouring files together up to the size of a unit; larger ones as `split` cuts them.
 
   Args:
     sizes: bytes of each.
-    split: the units of a file that is larger than a unit.
+    split: the units of a file, of that many bytes, that is larger than a unit.
   """
-  most, units = unit_bytes(sum(sizes)), []
+  most = unit_bytes(sum(sizes))
+  units: list[Unit] = []
   group: list[File] = []
   held = 0
-
-  def flush() -> None:
-    nonlocal held
-    if group:
-      units.append(Unit(tuple(group), size=held))
-    group.clear()
-    held = 0
-
   for file, size in zip(files, sizes):
-    if held + size > most:
-      flush()
+    if group and held + size > most:
+      units.append(Unit(tuple(group), size=held))
+      group, held = [], 0
     if size > most:
-      units += split(file)
-      continue
-    group.append(file)
-    held += size
-  flush()
-  return units
+      units += split(file, size)
+    else:
+      group.append(file)
+      held += size
+  return [*units, Unit(tuple(group), size=held)] if group else units
 
 
 def byte_ranges(file: File, size: int, most: int) -> list[Unit]:
