@@ -8,6 +8,7 @@ done again.
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -46,8 +47,10 @@ class Job:
     return [(number, unit) for number, source in enumerate(self.sources) for unit in source.units]
 
   @property
-  def total_bytes(self) -> int:
-    return sum(unit.size for _, unit in self.units)
+  def numbers(self) -> list[list[int]]:
+    """Of each source the numbers of its units among all."""
+    ends = itertools.accumulate((len(source.units) for source in self.sources), initial=0)
+    return [list(range(start, end)) for start, end in itertools.pairwise(ends)]
 
   @property
   def tokenizer(self) -> Path:
@@ -64,7 +67,7 @@ class Job:
 
   def write(self) -> None:
     """Lets other processes open it; what is there of a job with other units goes."""
-    units = [[[list(map(list, unit.files)), *unit[1:]] for unit in source.units] for source in self.sources]
+    units = [source.units for source in self.sources]
     names = [source.name for source in self.sources]
     facts = {"config": settings.to_mapping(self.config), "names": names, "slugs": self.slugs, "units": units}
     if (self.root / _FILE).exists() and (self.root / _FILE).read_bytes() != json.dumps(facts).encode():
@@ -109,10 +112,7 @@ def claimed(path: Path) -> Iterator[bool]:
   try:
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      yield False
-      return
-    except PermissionError:  # what some systems say of a lock that is held
+    except (BlockingIOError, PermissionError):  # the latter is what some systems say of a lock that is held
       yield False
       return
     except OSError:

@@ -38,9 +38,8 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   facts = [job.facts("tokenize", number) for number in range(len(job.units))]
   survey = surveyed(job).facts
   infos = []
-  for index, slug in enumerate(job.slugs):
-    mine = [number for number, (owner, _) in enumerate(job.units) if owner == index]
-    _report_skipped(job.sources[index].name, [places[n] for n in mine], root, log)
+  for source, slug, mine in zip(job.sources, job.slugs, job.numbers):
+    _report_skipped(source.name, [places[n] for n in mine], root, log)
     splits = {}
     for split in SPLITS:
       splits[split] = _split(root, slug, split, [places[n] for n in mine], [facts[n][split] for n in mine])
@@ -48,7 +47,7 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
     bad = sum(facts[n]["bad"] for n in mine)
     if bad == documents:
       first = next(line for n in mine for line in _lines(places[n] / "skipped.txt"))
-      raise DataError(f"all {bad} examples of data source {job.sources[index].name!r} are bad: {first}")
+      raise DataError(f"all {bad} examples of data source {source.name!r} are bad: {first}")
     write_metadata(
       root / "shards",
       slug,

@@ -58,10 +58,11 @@ class Source:
 
   def documents(self) -> Iterator[Document]:
     """All documents up to `max_documents`, the empty ones too."""
-    units, count, limit = number_lines(self.units), 0, self.config.max_documents
+    count, limit = 0, self.config.max_documents
     skipped: list[str] = []
     nulls, marks = 0, Marks()
-    for unit in units:
+    lines = (count_lines(unit) for unit in self.units if unit.first is None)
+    for unit in numbered(self.units, lines):
       for document in self.read(unit, None if limit is None else limit - count):
         yield document
         count += 1
@@ -105,11 +106,6 @@ class Source:
       return self._content(row, self.config)
     except DataError as error:
       raise DataError(f"{where}: {error}") from error
-
-
-def number_lines(units: Sequence[Unit]) -> list[Unit]:
-  """The units with the numbers of their first lines, for which files are read where they are cut."""
-  return numbered(units, [count_lines(unit) for unit in units if unit.first is None])
 
 
 def stdlib_sources() -> SourceConfig:

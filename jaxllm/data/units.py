@@ -5,7 +5,7 @@ have the ids that they would have without units.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxllm.data.paths import File
@@ -89,18 +89,18 @@ def count_lines(unit: Unit) -> int:
   return lines
 
 
-def numbered(units: Sequence[Unit], lines: Sequence[int]) -> list[Unit]:
+def numbered(units: Sequence[Unit], lines: Iterator[int]) -> list[Unit]:
   """The units with the number of their first line.
 
   Args:
-    lines: of each whose `first` is None, in order.
+    lines: of each whose `first` is None, in order; of no other is one taken.
   """
-  counts, known, number = iter(lines), [], 0
+  known, number = [], 0
   for unit in units:
     if unit.first is None:
       number = 1 if unit.start == 0 else number
       unit = unit._replace(first=number)
-      here = next(counts)
+      here = next(lines)
       number += here
       if not here:  # a line from before goes through it
         unit = unit._replace(stop=unit.start)
