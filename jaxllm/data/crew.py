@@ -118,9 +118,11 @@ def _run_crew(job: Job, stage: str, count: int, progress: Progress) -> None:
 
   def listen(process: subprocess.Popen) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-      said.put(json.loads(line))
-    said.put({"ended": process.wait()})
+    try:
+      for line in process.stdout:
+        said.put(json.loads(line))
+    finally:
+      said.put({"ended": process.wait()})
 
   with contextlib.ExitStack() as stack:
     for _ in range(count):

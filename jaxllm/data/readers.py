@@ -12,7 +12,7 @@ from jaxllm.data.config import SourceConfig
 from jaxllm.data.libraries import first_line, import_library
 from jaxllm.data.paths import File
 from jaxllm.data.python_functions import python_functions
-from jaxllm.data.streams import COMPRESSED, MOST_BYTES, is_plain, lines_of, opened
+from jaxllm.data.streams import COMPRESSED, MOST_BYTES, is_plain, opened
 from jaxllm.data.units import Unit, byte_ranges, files_in_groups, unit_bytes
 
 # Its number (of a whole file None), its fields or what is wrong with it, and what errors call it
@@ -81,7 +81,7 @@ def _whole(file: Any, path: str) -> bytes:
 def _jsonl(path, relative, config, unit, marks) -> Iterator[Row]:
   if unit.stop is None:
     with opened(path, config.encoding, marks) as file:
-      yield from _json_lines(lines_of(file), path, 1, 0, None)
+      yield from _json_lines(file, path, 1, 0, None)
     return
   if unit.start == unit.stop:
     return
