@@ -56,7 +56,7 @@ class DiskBatches:
     self.heldout: Iterable[Batch] | None = heldout
     self._parts: list[Any] = list(rows.sources)
     if heldout is not None:
-      self._parts.append(heldout.every_row)
+      self._parts += heldout.parts
 
   @property
   def epochs(self) -> float:
