@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxllm.base import digests, settings
 from jaxllm.base.files import write_atomically
+from jaxllm.data.arrays import flush
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import content_of, example_sources
 from jaxllm.data.paths import File
@@ -160,14 +161,12 @@ def _fill(place: Path, do: Callable[[Path], None]) -> None:
     do(partial)
     digests.seal(partial)
     for path in partial.iterdir():
-      with open(path, "rb") as file:
-        os.fsync(file.fileno())
+      flush(path)
     with contextlib.suppress(FileExistsError):
       partial.rename(place)
-  except OSError as error:
+  except OSError:
     if not place.is_dir():  # somebody else may have done it, where there are no locks
       raise
-    del error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 from jaxllm.base.errors import DataError
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.config import SourceConfig
-from jaxllm.data.libraries import first_line, import_library
+from jaxllm.data.libraries import first_line, import_library, without_none
 from jaxllm.data.paths import File
 from jaxllm.data.python_functions import python_functions
 from jaxllm.data.streams import COMPRESSED, MOST_BYTES, is_plain, opened
@@ -189,7 +189,7 @@ def _parquet(path, relative, config, unit, marks) -> Iterator[Row]:
       groups = None if unit.stop is None else list(range(unit.start, unit.stop))
       for column in columns:
         if column not in file.schema_arrow.names:
-          raise missing_field(path, column, file.schema_arrow.names)
+          raise DataError(f"{path}: {no_field(column, file.schema_arrow.names)}")
       for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns or None):
         if columns:
           # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
@@ -228,12 +228,5 @@ def _python(path, relative, config, unit, marks) -> Iterator[Row]:
 _READERS = {"text": _text, "jsonl": _jsonl, "json": _json, "parquet": _parquet, "python": _python}
 
 
-def without_none(value: Any) -> Any:
-  """Without the keys that Arrow gives to all objects of a column because one of them has it."""
-  if isinstance(value, dict):
-    return {name: without_none(item) for name, item in value.items() if item is not None}
-  return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def missing_field(where: str, field: str, names: Any) -> DataError:
-  return DataError(f"{where}: no field {field!r}; set the source's `field` to one of: {', '.join(map(str, names))}")
+def no_field(field: str, names: Any) -> str:
+  return f"no field {field!r}; set the source's `field` to one of: {', '.join(map(str, names))}"

@@ -20,6 +20,7 @@ from jaxtyping import Int, Int32
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.os_errors import MISSING, explain, number_of
+from jaxllm.data.arrays import flush
 
 VERSION = "1.0.0"
 PIECE_TOKENS = 1 << 16
@@ -72,8 +73,7 @@ class ShardWriter:
     if not self.records:
       self.path.unlink()
       return
-    with open(self.path, "rb") as file:
-      os.fsync(file.fileno())
+    flush(self.path)
 
 
 @contextlib.contextmanager

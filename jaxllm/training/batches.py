@@ -54,7 +54,7 @@ class DiskBatches:
   def __init__(self, rows: TrainBatches, heldout: HeldoutBatches | None):
     self._rows = rows
     self.heldout: Iterable[Batch] | None = heldout
-    self._parts: list[Any] = list(rows.sources)
+    self._parts: list[Any] = list(rows.sources.values())
     if heldout is not None:
       self._parts += heldout.parts
 
