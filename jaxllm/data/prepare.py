@@ -32,7 +32,16 @@ from jaxllm.data.job import Job, drop_damaged, open_job
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.publish import publish
 from jaxllm.data.sources import open_source
-from jaxllm.data.survey import Heldout, choose_heldout, is_held_out, number_units, surveyed, uncounted, warnings_of
+from jaxllm.data.survey import (
+  Heldout,
+  choose_heldout,
+  is_held_out,
+  number_units,
+  read_again,
+  surveyed,
+  uncounted,
+  warnings_of,
+)
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.data.train_tokenizer import train_sentencepiece
 
@@ -179,17 +188,17 @@ def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None])
     before = manifests.read_manifest(directory, missing_ok=True)
   except DataError:  # it is damaged, and about to be written anew
     before = None
-  prepared = before if _is_whole(before, key) else None
-  already = prepared is not None
+  already = _is_whole(before, key)
   _remove(directory, _PARTIAL, None if already else job.root.name, log)
   kept = before
   try:
-    if prepared is None:
-      kept = prepared = _build(job, key, processes, log)
+    if not already:
+      kept = _build(job, key, processes, log)
       _remove(directory, _PARTIAL, None, log)
   finally:
     _remove(directory, _BUILD, kept.build if kept else None, log)
-  return prepared, already
+  assert kept is not None
+  return kept, already
 
 
 def _remove(directory: Path, pattern: re.Pattern[str], keep: str | None, log: Callable[[str], None]) -> None:
@@ -269,9 +278,7 @@ def _make_tokenizer(job: Job, facts: dict[int, dict], heldout: Heldout) -> Token
 
   def texts() -> Iterator[bytes]:
     for number in numbers:
-      source, unit = job.sources[job.units[number][0]], job.units[number][1]
-      limit = facts[number]["documents"] + facts[number]["empty"] if source.config.max_documents is not None else None
-      for document in source.read(unit, limit):
+      for document in read_again(job, number, facts[number]):
         if document.data and not is_held_out(document, config.task, heldout.hashes):
           yield from texts_of(document, config.task)
 

@@ -119,6 +119,13 @@ def id_bytes(document: Document) -> bytes:
   return document.id.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
 
 
+def read_again(job: Job, number: int, facts: dict) -> Iterator[Document]:
+  """The documents of a unit of which the survey has found these facts: no more than it has read."""
+  index, unit = job.units[number]
+  source = job.sources[index]
+  return source.read(unit, None if source.config.max_documents is None else facts["documents"] + facts["empty"])
+
+
 class Surveyed(NamedTuple):
   """What the survey found, by unit."""
 

@@ -15,7 +15,7 @@ from jaxllm.data.examples import CHAT, PARTS, make_encoder, unpacked
 from jaxllm.data.job import Job, write_facts
 from jaxllm.data.shards import Record, ShardWriter
 from jaxllm.data.sources import Document
-from jaxllm.data.survey import id_bytes, is_held_out, surveyed, witness
+from jaxllm.data.survey import id_bytes, is_held_out, read_again, surveyed, witness
 from jaxllm.data.tokenizers import load_tokenizer
 
 _BATCH_BYTES = 4 << 20  # tokenized at once
@@ -37,12 +37,11 @@ class Tokenize:
     job, expected = self._job, self._facts[number]
     index, unit = job.units[number]
     source = job.sources[index]
-    limit = None if source.config.max_documents is None else expected["documents"] + expected["empty"]
     seen, content = hashlib.sha256(), hashlib.sha256()
     with (directory / "heldout.bin").open("wb") as raw:
       texts = {"train": None, "heldout": raw}
       splits = {name: _Split(name, directory, job.config, self._encode, text) for name, text in texts.items()}
-      for document in source.read(unit, limit):
+      for document in read_again(job, number, expected):
         witness(seen, unit, document)
         content.update(f"{document.id!r} {len(document.data)}\n".encode())
         content.update(document.data)
