@@ -106,10 +106,10 @@ def _zstd(raw: IO[bytes], path: str) -> Any:
 class _Recoded(io.RawIOBase):
   """A stream in UTF-8 of one in another encoding."""
 
-  def __init__(self, file: IO[bytes], encoding: str, path: str):
-    self._file, self._encoding, self._path, self._left, self._ended = file, encoding, path, b"", False
+  def __init__(self, file: io.BufferedReader, encoding: str, path: str):
+    self._encoding, self._path, self._left = encoding, path, b""
     try:
-      self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+      self._text = io.TextIOWrapper(file, encoding, "strict", newline="")
     except LookupError as error:
       raise DataError(f"a source's encoding is {encoding!r}, which Python does not know; 'latin-1', say") from error
 
@@ -117,11 +117,9 @@ class _Recoded(io.RawIOBase):
     return True
 
   def readinto(self, buffer: Any) -> int:
-    while not self._left and not self._ended:
-      data = self._file.read(1 << 16)
-      self._ended = not data
+    if not self._left:
       try:
-        self._left = self._decoder.decode(data, self._ended).encode("utf-8", "surrogatepass")
+        self._left = self._text.read(1 << 16).encode("utf-8", "surrogatepass")
       except UnicodeDecodeError as error:
         raise DataError(
           f"{self._path} is not in the encoding {self._encoding}: {error.reason}; set the source's `encoding`"
