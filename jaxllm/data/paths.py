@@ -2,6 +2,7 @@
 still what they were when they were listed."""
 
 import glob
+import itertools
 import os
 import re
 from typing import NamedTuple
@@ -95,12 +96,8 @@ def match_files(config: SourceConfig) -> list[File]:
 
 def root_of(patterns: list[str]) -> str:
   """The deepest directory above everything that the globs can match."""
-  fixed = []
-  for pattern in patterns:
-    parts = _parts(pattern)
-    magic = next((i for i, (_, wild) in enumerate(parts) if wild), len(parts) - 1)
-    fixed.append(os.sep.join(part for part, _ in parts[:magic]) or os.sep)
-  return os.path.commonpath(fixed)
+  fixed = [itertools.takewhile(lambda folder: not folder[1], _parts(pattern)[:-1]) for pattern in patterns]
+  return os.path.commonpath([os.sep.join(part for part, _ in folders) or os.sep for folders in fixed])
 
 
 def _parts(pattern: str) -> list[tuple[str, bool]]:
