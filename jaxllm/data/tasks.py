@@ -28,6 +28,7 @@ from jaxllm.data.packing import (
   make_plan,
   order_of,
 )
+from jaxllm.data.shards import TokenDocuments
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.data.words import Words, words_of
 
@@ -36,19 +37,10 @@ Counts = Int[np.ndarray, " documents *parts"]  # tokens of each document, or of 
 Ids = Int[np.ndarray, " tokens"]
 
 
-class Documents(Protocol):
-  """Where a task reads from."""
-
-  # Start token, tokens, EOS; of these positions [start, stop)
-  def framed(self, index: int, start: int = 0, stop: int | None = None) -> Ids: ...
-
-  def parts(self, index: int) -> list[Ids]: ...  # without special tokens; of a text there is one
-
-
 class Task(Protocol):
   def plan(self, counts: Counts, packing: Packing, seed: int | None) -> Plan: ...
 
-  def row(self, pieces: list[Piece], documents: Documents, rng: np.random.Generator) -> Row: ...
+  def row(self, pieces: list[Piece], documents: TokenDocuments, rng: np.random.Generator) -> Row: ...
 
 
 def empty_row(config: DataConfig, seq_len: int) -> Row:
@@ -163,7 +155,7 @@ class EncoderDecoderTask:
     """Positions of the encoder and of the decoder."""
     return len(self.empty["encoder_inputs"]), len(self.empty["inputs"])
 
-  def pair(self, piece: Piece, documents: Documents, rng: np.random.Generator) -> tuple[Ids, Ids]:
+  def pair(self, piece: Piece, documents: TokenDocuments, rng: np.random.Generator) -> tuple[Ids, Ids]:
     """What is read and what is written, each with its special tokens."""
     raise NotImplementedError
 
@@ -430,7 +422,7 @@ def _first_sentinel(tokenizer: Tokenizer) -> int | None:
   return int(ids[0]) if len(ids) == 1 and int(ids[0]) in tokenizer.special_ids else None
 
 
-def text_of(piece: Piece, documents: Documents) -> Ids:
+def text_of(piece: Piece, documents: TokenDocuments) -> Ids:
   """The tokens of a piece of a text, without special ones."""
   return documents.framed(piece.document, 1 + piece.start, 1 + piece.start + piece.size)
 
