@@ -49,7 +49,7 @@ def patterns_of(path: str) -> tuple[list[str], list[str]]:
       name = f"{name},{piece}"
       if len(name) > _LONGEST:
         break
-      real = end if _is_file(name.strip()) else real
+      real = end if os.path.isfile(os.path.expanduser(name.strip())) else real
     parts.append(",".join(pieces[:real]).strip())
     pieces = pieces[real:]
   parts = [part for part in parts if part]
@@ -57,13 +57,6 @@ def patterns_of(path: str) -> tuple[list[str], list[str]]:
   if not include:
     raise DataError(f"data source path {path!r} names no file: add a glob without a leading '!'")
   return include, [os.path.expanduser(part[1:]) for part in parts if part.startswith("!")]
-
-
-def _is_file(name: str) -> bool:
-  try:
-    return os.path.isfile(os.path.expanduser(name))
-  except ValueError:  # a NUL in it
-    return False
 
 
 def match_files(config: SourceConfig) -> list[File]:

@@ -15,7 +15,7 @@ from jaxllm.data.arrays import flush, join_arrays
 from jaxllm.data.job import Job
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import file_sizes, shard_directory, shard_path, write_metadata
-from jaxllm.data.survey import Duplicates, count_duplicates, surveyed
+from jaxllm.data.survey import count_duplicates, surveyed
 from jaxllm.data.tokenize import SPLITS
 from jaxllm.data.tokenizers import load_tokenizer
 
@@ -71,7 +71,11 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   _concatenate([place / "heldout.bin" for place in places], root / "heldout.bin")
   join_arrays([place / "heldout_lengths.npy" for place in places], root / "heldout_lengths.npy")
   duplicates = count_duplicates([place / "texts.npy" for place in places])
-  _report_duplicates(duplicates, log)
+  if duplicates.heldout:
+    log(
+      f"warning: {duplicates.heldout} held-out documents stand in the training split too, word for word: remove "
+      "duplicates from the corpus, or what is measured on them is memory"
+    )
   sizes = file_sizes(root)
   (root / manifests.READERS).touch()
   prepared = Prepared(
@@ -149,11 +153,3 @@ def _report_skipped(source: str, places: list[Path], root: Path, log: Callable[[
     log(f"skipped: {count - _SHOWN} more rows of {source}, all listed in {root / 'skipped.txt'}")
   if not (root / "skipped.txt").stat().st_size:
     (root / "skipped.txt").unlink()
-
-
-def _report_duplicates(duplicates: Duplicates, log: Callable[[str], None]) -> None:
-  if duplicates.heldout:
-    log(
-      f"warning: {duplicates.heldout} held-out documents stand in the training split too, word for word: remove "
-      "duplicates from the corpus, or what is measured on them is memory"
-    )

@@ -28,7 +28,8 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
     DataError: one is no readable Parquet file.
   """
   with file_errors("the corpus", kind=DataError):
-    sizes = [_text_bytes(file, config) for file in files]
+    packed = [config.kind == "parquet" or file.path.endswith(COMPRESSED) for file in files]
+    sizes = [file.size * (_UNPACKED if one else 1) for file, one in zip(files, packed)]
     most = unit_bytes(sum(sizes))
 
     def split(file: File, size: int) -> list[Unit]:
@@ -39,12 +40,6 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
       return [Unit((file,), size=size)]
 
     return files_in_groups(files, sizes, split)
-
-
-def _text_bytes(file: File, config: SourceConfig) -> int:
-  """About how much text a file holds."""
-  packed = file.path.endswith(COMPRESSED) or config.kind == "parquet"
-  return file.size * (_UNPACKED if packed else 1)
 
 
 def rows_of(unit: Unit, config: SourceConfig, marks: Marks) -> Iterator[tuple[str, Any, str]]:

@@ -196,11 +196,8 @@ class TokenDocuments:
     self._cached_tokens = 0
     self._lock = threading.Lock()
 
-  def __getstate__(self):
-    return self._state
-
-  def __setstate__(self, state):
-    self.__init__(*state)
+  def __reduce__(self):
+    return TokenDocuments, self._state
 
   def __len__(self) -> int:
     return len(self._counts)

@@ -25,13 +25,7 @@ _ENDOFTEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>"}
 _ROBERTA |= {"pad_token": "<pad>", "mask_token": "<mask>"}
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
-_GEMMA = {
-  "unk_token": "<unk>",
-  "bos_token": "<bos>",
-  "eos_token": "<eos>",
-  "pad_token": "<pad>",
-  "mask_token": "<mask>",
-}
+_GEMMA = {f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")}
 _COHERE = {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}
 _COHERE |= {"cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
 _LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -186,9 +180,7 @@ CLASSES: dict[str, Class] = {
   "GPT2Tokenizer": _GPT2,
   "CodeGenTokenizer": _GPT2,
   "GPTNeoXTokenizer": Class(_ENDOFTEXT | {"pad_token": "<|padding|>"}, _neox, _BPE),
-  "Qwen2Tokenizer": Class(
-    {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, _qwen, _BPE
-  ),
+  "Qwen2Tokenizer": Class(dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"), _qwen, _BPE),
   "CohereTokenizer": Class(_COHERE | _LEFT, _cohere, _BPE),
   "RobertaTokenizer": _ROBERTAS,
   "BartTokenizer": _ROBERTAS,
