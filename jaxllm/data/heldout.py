@@ -1,7 +1,7 @@
 """Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -11,10 +11,9 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, PARTS
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.packing import TablePlan, random_order
-from jaxllm.data.pipeline import Batch, checked_rows
+from jaxllm.data.pipeline import Batch, PackedRows, checked_rows
 from jaxllm.data.plans import plan_of
-from jaxllm.data.shards import TokenDocuments
-from jaxllm.data.tasks import Task, empty_row, make_task, stacked
+from jaxllm.data.tasks import empty_row, make_task, stacked
 
 
 class HeldoutBatches:
@@ -29,7 +28,7 @@ class HeldoutBatches:
 
   def __init__(
     self,
-    parts: Sequence["HeldoutRows"],
+    parts: Sequence["HeldoutPart"],
     empty: Batch,
     *,
     batch_size: int,
@@ -56,7 +55,7 @@ class HeldoutBatches:
     """
     found = []
     for number, part in enumerate(self.parts):
-      order = random_order(len(part), 0, 0)
+      order = random_order(len(part.rows), 0, 0)
       count = -(-len(order) // self._batch_size)
       for batch in range(count):
         rows = order[batch * self._batch_size : (batch + 1) * self._batch_size]
@@ -73,28 +72,18 @@ class HeldoutBatches:
 
   def __iter__(self) -> Iterator[Batch]:
     for number, batch in self._batches:
-      rows = [self.parts[number][batch[row]] for row in self._rows if row < len(batch)]
+      rows = [self.parts[number].rows[int(batch[row])] for row in self._rows if row < len(batch)]
       rows += [self._empty] * (len(self._rows) - len(rows))
       yield stacked(rows)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HeldoutRows(Sequence):
-  """The rows of one source, in the data's order; each is made when it is asked for."""
+class HeldoutPart(NamedTuple):
+  """What of one source is held out."""
 
   name: str
-  documents: TokenDocuments
+  rows: PackedRows  # all, in the data's order; what they draw is counted on from the sources before
   plan: TablePlan
   lengths: Int[np.ndarray, " documents"]  # bytes of each document
-  task: Task
-  first: int  # row of all sources' rows, which are numbered on
-
-  def __len__(self) -> int:
-    return self.plan.num_rows
-
-  def __getitem__(self, row):
-    pieces = self.plan.pieces(0, row)
-    return self.task.row(pieces, self.documents, np.random.default_rng([0, self.first + int(row)]))
 
   def scored(self, rows: Int[np.ndarray, " rows"]) -> tuple[int, float]:
     """Positions in these rows, and the bytes that they stand for.
@@ -131,7 +120,7 @@ def heldout_batches(
   prepared_as = (prepared.config.get("examples") or [None])[0]
   if prepared_as != (config.task if config.task in PARTS else None):
     raise DataError(f"{prepared.dir} was prepared for data.task {prepared_as or 'text'!r}, not for {config.task!r}")
-  parts: list[HeldoutRows] = []
+  parts: list[HeldoutPart] = []
   lengths, failures, first_length, first_row = prepared.heldout_lengths(), [], 0, 0
   for info in prepared.sources:
     last = first_length + info.heldout.documents
@@ -146,7 +135,8 @@ def heldout_batches(
         failures.append(error)
       else:
         assert isinstance(plan, TablePlan)
-        parts.append(HeldoutRows(info.name, documents, plan, lengths[first_length:last], task, first_row))
+        rows_here = PackedRows(documents, plan, task, 0, first_row)
+        parts.append(HeldoutPart(info.name, rows_here, plan, lengths[first_length:last]))
         first_row += plan.num_rows
     first_length = last
   if not parts and failures:

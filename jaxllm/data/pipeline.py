@@ -31,20 +31,20 @@ Batch = dict[str, Any]  # arrays [rows, ...] by name, or such dicts: what `jaxll
 class PackedRows(grain.MapDataset):
   """The rows of one source; index // len(self) is the epoch, as in grain's own datasets.
 
-  What a row draws depends on the seed and its index alone, and is another in each epoch.
+  What a row draws depends on the seed and its index, counted from `first`, alone, and is another in each epoch.
   """
 
-  def __init__(self, documents: TokenDocuments, plan: Plan, task: Task, seed: int):
+  def __init__(self, documents: TokenDocuments, plan: Plan, task: Task, seed: int, first: int = 0):
     super().__init__()
     self.plan = plan
-    self._documents, self._task, self._seed = documents, task, seed
+    self._documents, self._task, self._seed, self._first = documents, task, seed, first
 
   def __len__(self) -> int:
     return self.plan.num_rows
 
   def __getitem__(self, index):
     epoch, row = divmod(index, self.plan.num_rows)
-    rng = np.random.default_rng([self._seed, index])
+    rng = np.random.default_rng([self._seed, self._first + index])
     return self._task.row(self.plan.pieces(epoch, row), self._documents, rng)
 
 

@@ -56,7 +56,7 @@ class DiskBatches:
     self.heldout: Iterable[Batch] | None = heldout
     self._parts: list[Any] = list(rows.sources.values())
     if heldout is not None:
-      self._parts += heldout.parts
+      self._parts += [part.rows for part in heldout.parts]
 
   @property
   def epochs(self) -> float:
