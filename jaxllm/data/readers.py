@@ -3,7 +3,7 @@
 import collections
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxllm.base.errors import DataError
@@ -186,6 +186,7 @@ def _parquet(path, relative, config, unit, marks) -> Iterator[Row]:
         if column not in file.schema_arrow.names:
           raise DataError(f"{path}: {no_field(column, file.schema_arrow.names)}")
       for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns or None):
+        rows: Iterable[Any]
         if columns:
           # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
           texts = [not config.fields or _is_text(batch.schema.field(name).type) for name in columns]

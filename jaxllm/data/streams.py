@@ -43,7 +43,7 @@ def without_suffix(path: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str, encoding: str = "", marks: collections.Counter | None = None) -> Iterator[IO[bytes]]:
+def opened(path: str, encoding: str, marks: collections.Counter) -> Iterator[IO[bytes]]:
   """The file's text as bytes of UTF-8, unpacked; without a byte order mark.
 
   Args:
@@ -59,7 +59,7 @@ def opened(path: str, encoding: str = "", marks: collections.Counter | None = No
       start = file.peek(4)[:4]
       mark = encoding_of(start) if len(start) > 3 or start == codecs.BOM_UTF8 else ""
       name = encoding or mark
-      if marks is not None and mark:
+      if mark:
         marks[mark] += 1
       if name == "utf-8-sig" and start.startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))

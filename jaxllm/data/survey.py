@@ -180,7 +180,7 @@ class Heldout(NamedTuple):
   bytes: int
 
 
-def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT_ONCE) -> Heldout:
+def choose_heldout(files: Sequence[Path], config: DataConfig) -> Heldout:
   """Which documents are held out: those that hash below the fraction, lowest first up to the limit.
 
   With a fraction above 0 and two hashes or more, the lowest is held out whatever the fraction. Documents with one hash
@@ -188,7 +188,6 @@ def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT
 
   Args:
     files: sorted hashes and the documents' sizes, as the survey writes them.
-    at_once: about how many hashes are in memory together, besides those that are held out.
   """
   ends = [(one.shape[1], one[0, 0], one[0, -1]) for one in _opened(files)]
   total = sum(count for count, _, _ in ends)
@@ -200,7 +199,7 @@ def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT
   chosen: list[np.ndarray] = []
   documents = size = 0
   met = False  # a group that may be held out
-  for part in _ranges(files, total, at_once):
+  for part in _ranges(files, total, _AT_ONCE):
     hashes, first, counts = np.unique(part[0], return_index=True, return_counts=True)
     sizes = np.add.reduceat(part[1], first)
     few = counts <= most
@@ -251,14 +250,14 @@ class Duplicates(NamedTuple):
   heldout: int  # of held-out documents: that stand in the training split too
 
 
-def count_duplicates(files: Sequence[Path], at_once: int = 4 * _AT_ONCE) -> Duplicates:
+def count_duplicates(files: Sequence[Path]) -> Duplicates:
   """How often documents repeat, by a hash of 8 bytes of their text.
 
   Args:
     files: sorted hashes, and 1 for each that is of a held-out document.
   """
   repeated = heldout = 0
-  for hashes, held in _ranges(files, sum(one.shape[1] for one in _opened(files)), at_once):
+  for hashes, held in _ranges(files, sum(one.shape[1] for one in _opened(files)), 4 * _AT_ONCE):
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     kept = np.add.reduceat(held, first)
     repeated += len(hashes) - len(counts)

@@ -61,7 +61,8 @@ def train_sentencepiece(
 
   def run() -> None:
     try:
-      trained.set_result(train())
+      train()
+      trained.set_result(None)
     except Exception as error:
       trained.set_exception(error)
 
