@@ -4,6 +4,7 @@ What the units are and how they follow each other is decided by the source alone
 have the ids that they would have without units.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -72,9 +73,8 @@ def row_ranges(rows: int, size: int) -> list[Unit]:
   """The rows of a data set of `size` bytes in equal parts."""
   step = max(1, math.ceil(rows / max(1, math.ceil(size / unit_bytes(size)))))
   each = size / max(rows, 1)
-  return [
-    Unit((), at, min(at + step, rows), at, round(each * (min(at + step, rows) - at))) for at in range(0, rows, step)
-  ]
+  edges = itertools.pairwise([*range(0, rows, step), rows])
+  return [Unit((), start, stop, start, round(each * (stop - start))) for start, stop in edges]
 
 
 def count_lines(unit: Unit) -> int:
