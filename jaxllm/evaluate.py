@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
   if args.tasks is not None:
     return _verify(args)
 
-  from jaxllm.data.heldout import HeldoutBatches
+  from jaxllm.data.config import DataConfig
+  from jaxllm.data.heldout import heldout_batches
   from jaxllm.data.manifest import open_any
   from jaxllm.evaluation.baselines import ByteNGram, gzip_bits_per_byte, xz_bits_per_byte
   from jaxllm.inference.load import read_weights
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
   if seq_len > stored.config.max_seq_len:
     raise ConfigError(f"--seq-len {seq_len} is over the model's limit of {stored.config.max_seq_len}")
   model = read_weights(stored)
-  heldout = HeldoutBatches(prepared, batch_size=args.batch_size, seq_len=seq_len)
+  heldout = heldout_batches(DataConfig(), prepared=prepared, batch_size=args.batch_size, seq_len=seq_len)
   metrics = heldout_metrics(CausalLM(), lambda batch: {"nll": model.loss_sums(batch)}, heldout)
 
   rows = {"this model": metrics["eval/bits_per_byte"]}

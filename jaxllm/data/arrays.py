@@ -1,20 +1,19 @@
 """Arrays in files: mapped instead of read, joined, and made once for all processes that need them."""
 
+import collections
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import shutil
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from jaxllm.base import digests
 from jaxllm.base.errors import UserError
+from jaxllm.base.files import new_directory
 from jaxllm.base.locks import hold
 
 log = logging.getLogger("jaxllm")
@@ -100,50 +99,32 @@ def kept_arrays(place: Path, make: Callable[[], Iterator[dict[str, np.ndarray]]]
 
 
 def _open(place: Path) -> dict[str, np.ndarray] | None:
+  """The arrays that lie there, where all are as they were written."""
   try:
-    facts = json.loads((place / "facts.json").read_bytes())
-    for name, digest in facts.items():
-      with (place / name).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-          return None
-    return {name.removesuffix(".npy"): mapped(place / name) for name in facts}
-  except (OSError, ValueError, AttributeError):
+    files = digests.files_of(digests.read_signed(place / digests.NAME), place)
+    digests.verify(place, files)
+    return {name.removesuffix(".npy"): mapped(place / name) for name in files}
+  except (OSError, UserError, digests.DamagedError):
     return None
 
 
 def _make(place: Path, make: Callable[[], Iterator[dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
-  for old in place.parent.glob(f"{place.name}.partial-*"):  # of a process that has died
-    shutil.rmtree(old, ignore_errors=True)
-  partial = place.with_name(f"{place.name}.partial-{uuid.uuid4().hex}")
-  partial.mkdir()
-  try:
-    lengths: dict[str, int] = {}
-    dtypes: dict[str, np.dtype] = {}
+  with new_directory(place, may_replace=lambda damaged: True) as new:
     with contextlib.ExitStack() as stack:
       files: dict[str, BinaryIO] = {}
+      kinds: dict[str, np.dtype] = {}
+      lengths: collections.Counter[str] = collections.Counter()
       for part in make():
         for name, values in part.items():
           if name not in files:
-            files[name] = stack.enter_context((partial / f"{name}.raw").open("wb"))
-            lengths[name], dtypes[name] = 0, values.dtype
-          files[name].write(np.ascontiguousarray(values, dtypes[name]).tobytes())
+            files[name], kinds[name] = stack.enter_context((new / f"{name}.npy").open("wb")), values.dtype
+            _write_header(files[name], values.dtype, (0,))
+          files[name].write(np.ascontiguousarray(values, kinds[name]).tobytes())
           lengths[name] += len(values)
-    facts = {}
-    for name, length in lengths.items():
-      with (partial / f"{name}.npy").open("wb") as file, (partial / f"{name}.raw").open("rb") as raw:
-        _write_header(file, dtypes[name], (length,))
-        shutil.copyfileobj(raw, file, 1 << 22)
-      (partial / f"{name}.raw").unlink()
-      with (partial / f"{name}.npy").open("rb") as file:
-        facts[f"{name}.npy"] = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    (partial / "facts.json").write_text(json.dumps(facts))
-    flush(partial / "facts.json")
-    if place.is_dir():  # damaged
-      shutil.rmtree(place)
-    partial.rename(place)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+      for name, file in files.items():
+        file.seek(0)  # numpy's headers have room for any length
+        _write_header(file, kinds[name], (lengths[name],))
+    digests.seal(new)
   found = _open(place)
   if found is None:
     raise OSError(5, "what was written reads back otherwise", str(place))

@@ -74,7 +74,7 @@ def render_chat(
   return _cut_at_mark(text, final) if continue_final_message else text
 
 
-def _message(message: dict[str, Any], kept: Collection[str] = ()) -> dict[str, Any]:
+def _message(message: dict[str, Any], kept: Collection[str]) -> dict[str, Any]:
   """The message without fields of None but for those `kept` (most templates test whether a field is there, or write
   the word None), reasoning by every name."""
   message = {name: value for name, value in message.items() if value is not None or name in kept}

@@ -211,14 +211,8 @@ def _renamed(row: Any, columns: Mapping[str, str]) -> tuple[dict[str, Any], dict
 
 def _format(row: Mapping[str, Any], format: str, columns: Sequence[str]) -> str:
   """The format's name: the one given, or that of the first of `columns` that is there."""
-  names = dict(
-    messages="openai",
-    conversations="sharegpt",
-    instruction="alpaca",
-    completion="prompt_completion",
-    prompt="prompt_completion",
-    text="text",
-  )
+  names = {"messages": "openai", "conversations": "sharegpt", "instruction": "alpaca", "text": "text"}
+  names |= dict.fromkeys(("prompt", "completion"), "prompt_completion")
   if format != "auto":
     return format
   found = next((names[column] for column in columns if row.get(column) is not None), None)

@@ -1,8 +1,10 @@
 """The processes that do a stage of a prepare on this machine, and the line that says how far they are."""
 
 import contextlib
+import functools
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -25,16 +27,19 @@ def default_processes() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def stage_of(job: Job, stage: str) -> tuple[int, Callable[[int, Path], None], Callable[[int], int]]:
-  """How many units a stage has, what does one, and how many bytes of text it has."""
+def sizes_of(job: Job, stage: str) -> list[int]:
+  """Bytes of text of each unit of a stage."""
   if stage == "lines":
-    sizes = [unit.size for _, unit in job.units if unit.first is None]
-    return uncounted(job), lambda number, place: count_unit(job, number, place), sizes.__getitem__
+    return [unit.size for unit in uncounted(job)]
   sizes = [unit.size for _, unit in job.units]
-  if stage == "survey":
-    groups = groups_of(job)
-    return len(groups), lambda n, place: survey_group(job, n, place), lambda n: sum(sizes[u] for u in groups[n])
-  return len(sizes), Tokenize(job), sizes.__getitem__
+  return [sum(sizes[unit] for unit in group) for group in groups_of(job)] if stage == "survey" else sizes
+
+
+def do_units(job: Job, stage: str, done: Callable[[int], None]) -> None:
+  """Does in this process what of a stage nobody else does; `done` is told the number of each unit."""
+  by_stage = {"lines": count_unit, "survey": survey_group}
+  do = functools.partial(by_stage[stage], job) if stage in by_stage else Tokenize(job)
+  work_through(job, stage, len(sizes_of(job, stage)), do, done)
 
 
 def do_stage(job: Job, stage: str, processes: int | None, log: Callable[[str], None]) -> None:
@@ -46,16 +51,14 @@ def do_stage(job: Job, stage: str, processes: int | None, log: Callable[[str], N
   Raises:
     UserError: what a process has found wrong; the others are stopped.
   """
-  units = {"lines": uncounted(job), "survey": len(groups_of(job)), "tokenize": len(job.units)}[stage]
-  places = [job.place(stage, number) for number in range(units)]
-  if all(place.is_dir() for place in places):
+  units = len(sizes_of(job, stage))
+  if all(job.place(stage, number).is_dir() for number in range(units)):
     return
-  small = job.total_bytes < _SMALL and processes is None
+  small = sum(unit.size for _, unit in job.units) < _SMALL and processes is None
   count = 1 if small else min(default_processes() if processes is None else processes, units)
   with contextlib.closing(Progress(job, stage, log)) as progress:
     if count == 1:
-      total, do, _ = stage_of(job, stage)
-      work_through(job, stage, total, do, progress.done)
+      do_units(job, stage, progress.done)
     else:
       _run_crew(job, stage, count, progress)
 
@@ -64,9 +67,7 @@ class Progress:
   """Bytes done, per second, and when the rest will be; one line that stays in place on a terminal."""
 
   def __init__(self, job: Job, stage: str, log: Callable[[str], None]):
-    self._sizes: list[int] = [unit.size for _, unit in job.units if stage != "lines" or unit.first is None]
-    if stage == "survey":
-      self._sizes = [sum(self._sizes[unit] for unit in group) for group in groups_of(job)]
+    self._sizes = sizes_of(job, stage)
     self._job, self._stage, self._log = job, stage, log
     self._terminal = sys.stderr.isatty()
     self._started = self._said = time.monotonic()
@@ -113,59 +114,45 @@ def _run_crew(job: Job, stage: str, count: int, progress: Progress) -> None:
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
   environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # the others have the other cores
   command = [sys.executable, "-m", "jaxllm.data.worker", str(job.root), stage]
-  crew: list[subprocess.Popen] = []
-  said: list[dict] = []
+  said: queue.Queue[dict] = queue.Queue()
 
   def listen(process: subprocess.Popen) -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-      said.append(json.loads(line))
+    try:
+      for line in process.stdout:
+        said.put(json.loads(line))
+    finally:
+      said.put({"ended": process.wait()})
 
-  try:
+  with contextlib.ExitStack() as stack:
     for _ in range(count):
       # In sessions of their own, so that Ctrl-C reaches this process alone; the pipe to them ends with it.
-      crew.append(
-        subprocess.Popen(  # noqa: S603  (a program of ours)
-          command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
-        )
+      process = subprocess.Popen(  # noqa: S603  (a program of ours)
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
       )
-    threads = [threading.Thread(target=listen, args=(process,), daemon=True) for process in crew]
-    for thread in threads:
-      thread.start()
-    heard = 0
-    while any(process.poll() is None for process in crew) or any(thread.is_alive() for thread in threads):
-      time.sleep(_POLL_S)
+      stack.enter_context(process)
+      listener = threading.Thread(target=listen, args=(process,), daemon=True)
+      listener.start()
+      stack.callback(listener.join)
+      stack.callback(process.kill)  # the first of the three at the end
+    while count:
       progress.tick()
-      heard = _hear(said, heard, progress)
-      for process in crew:
-        if process.poll():
-          threads[crew.index(process)].join()
-          _hear(said, heard, progress)
-          raise _death(process.returncode)
-    heard = _hear(said, heard, progress)
-    for process in crew:  # all may have ended between two looks
-      if process.returncode:
-        raise _death(process.returncode)
-  finally:
-    for process in crew:
-      process.kill()
-    for process in crew:
-      process.wait()
-      for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-          pipe.close()
+      with contextlib.suppress(queue.Empty):
+        message = said.get(timeout=_POLL_S)
+        _hear(message, progress)
+        count -= "ended" in message
 
 
-def _hear(said: list[dict], heard: int, progress: Progress) -> int:
-  """Takes note of what the processes said; raises the errors."""
-  for message in said[heard:]:
-    if "done" in message:
-      progress.done(message["done"])
-    elif "errno" in message:
-      raise OSError(message["errno"], message["error"], message["file"])
-    else:
-      raise DataError(message["error"])
-  return len(said)
+def _hear(message: dict, progress: Progress) -> None:
+  """Takes note of what a process said; raises its error."""
+  if "done" in message:
+    progress.done(message["done"])
+  elif "errno" in message:
+    raise OSError(message["errno"], message["error"], message["file"])
+  elif "error" in message:
+    raise DataError(message["error"])
+  elif message["ended"]:
+    raise _death(message["ended"])
 
 
 def _death(code: int) -> UserError:

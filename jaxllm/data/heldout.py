@@ -1,6 +1,6 @@
 """Batches for evaluation: every held-out token once, always the same, with the bytes that they stand for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,8 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, PARTS
 from jaxllm.data.manifest import Prepared, open_prepared
 from jaxllm.data.packing import TablePlan, random_order
-from jaxllm.data.pipeline import Batch, checked_rows
+from jaxllm.data.pipeline import Batch, PackedRows, checked_rows
 from jaxllm.data.plans import plan_of
-from jaxllm.data.shards import TokenDocuments
 from jaxllm.data.tasks import empty_row, make_task, stacked
 
 
@@ -29,60 +28,25 @@ class HeldoutBatches:
 
   def __init__(
     self,
-    prepared: Prepared,
+    parts: Sequence["HeldoutPart"],
+    empty: Batch,
     *,
     batch_size: int,
-    seq_len: int,
-    max_batches: int = 0,
-    source: str = "",
-    rows: Sequence[int] | None = None,
-    config: DataConfig = DataConfig(),
-    decoder_start_id: int = 0,
+    max_batches: int,
+    rows: Sequence[int],
+    all_is_scored: bool,
   ):
-    self._batch_size, self._rows = batch_size, checked_rows(rows, batch_size)
-    self._task, self._empty = make_task(config, seq_len, prepared, decoder_start_id), empty_row(config, seq_len)
-    prepared_as = (prepared.config.get("examples") or [None])[0]
-    if prepared_as != (config.task if config.task in PARTS else None):
-      raise DataError(f"{prepared.dir} was prepared for data.task {prepared_as or 'text'!r}, not for {config.task!r}")
-    self._parts: list[_Part] = []  # sources one after another, documents and rows numbered on
-    lengths, failures, first_length = prepared.heldout_lengths(), [], 0
-    for info in prepared.sources:
-      last = first_length + info.heldout.documents
-      if info.heldout.documents and source in ("", info.name):
-        documents = prepared.documents(info, "heldout")  # what is damaged is an error of its own
-        try:
-          plan = plan_of(
-            self._task, prepared, info, "heldout", config=config, packing="best_fit", seq_len=seq_len, seed=None,
-            decoder_start_id=decoder_start_id,
-          )  # fmt: skip
-        except DataError as error:
-          failures.append(error)
-        else:
-          assert isinstance(plan, TablePlan)
-          self._parts.append(_Part(info.name, documents, plan, lengths[first_length:last]))
-      first_length = last
-    if not self._parts and failures:
-      raise DataError(f"of the held-out rows {failures[0]}") from failures[0]
-    if not self._parts:
-      raise DataError(
-        f"no held-out documents{f' of source {source!r}' if source else ''} in {prepared.dir}: raise "
-        "data.heldout_fraction and prepare again"
-      )
-    self._first_rows = np.cumsum([0, *(part.plan.num_rows for part in self._parts)])
-    self._first_documents = np.cumsum([0, *(len(part.documents) for part in self._parts)])
-    if not self._first_rows[-1]:
-      raise DataError(f"each held-out row in {prepared.dir} is bad, see {prepared.skipped_path}")
+    self.parts = parts
+    self._empty, self._batch_size, self._rows = empty, batch_size, rows
     self._batches = self._ordered()[: max_batches or None]
     read: list[np.ndarray] = [
       np.concatenate([np.zeros(0, np.int64), *(rows for n, rows in self._batches if n == number)])
-      for number in range(len(self._parts))
+      for number in range(len(parts))
     ]
-    scored = [part.scored(rows) for part, rows in zip(self._parts, read)]
+    scored = [part.scored(rows) for part, rows in zip(parts, read)]
     self.tokens = sum(tokens for tokens, _ in scored)
-    self.source_bytes = (
-      {part.name: size for part, (_, size) in zip(self._parts, scored)} if config.task not in CHAT else {}
-    )
-    self.bytes = sum(self.source_bytes.values()) if config.task not in CHAT else None
+    self.source_bytes = {part.name: size for part, (_, size) in zip(parts, scored)} if all_is_scored else {}
+    self.bytes = sum(self.source_bytes.values()) if all_is_scored else None
 
   def _ordered(self) -> list[tuple[int, np.ndarray]]:
     """The rows of each batch, with the number of their source, which is one.
@@ -90,8 +54,8 @@ class HeldoutBatches:
     In a fixed shuffled order, so that the first batches are a fair sample; sources take turns by their sizes.
     """
     found = []
-    for number, part in enumerate(self._parts):
-      order = random_order(part.plan.num_rows, 0, 0)
+    for number, part in enumerate(self.parts):
+      order = random_order(len(part.rows), 0, 0)
       count = -(-len(order) // self._batch_size)
       for batch in range(count):
         rows = order[batch * self._batch_size : (batch + 1) * self._batch_size]
@@ -101,50 +65,23 @@ class HeldoutBatches:
   @property
   def sources(self) -> list[str]:
     """Whose rows each batch holds."""
-    return [self._parts[number].name for number, _ in self._batches]
+    return [self.parts[number].name for number, _ in self._batches]
 
   def __len__(self) -> int:
     return len(self._batches)
 
   def __iter__(self) -> Iterator[Batch]:
     for number, batch in self._batches:
-      first = int(self._first_rows[number])
-      rows = [self._row(first + int(batch[row])) for row in self._rows if row < len(batch)]
+      rows = [self.parts[number].rows[int(batch[row])] for row in self._rows if row < len(batch)]
       rows += [self._empty] * (len(self._rows) - len(rows))
       yield stacked(rows)
 
-  def _row(self, row: int) -> Batch:
-    number = int(np.searchsorted(self._first_rows, row, "right")) - 1
-    first = int(self._first_documents[number])
-    pieces = self._parts[number].plan.pieces(0, row - int(self._first_rows[number]))
-    pieces = [piece._replace(document=piece.document + first) for piece in pieces]
-    return self._task.row(pieces, self, np.random.default_rng([0, row]))
 
-  @property
-  def every_row(self) -> Sequence[Batch]:
-    """All rows that there are, beyond `max_batches` too, in the data's order; each is made when it is asked for."""
-    return _Rows(self._row, int(self._first_rows[-1]))
-
-  def _find(self, document: int) -> tuple[TokenDocuments, int]:
-    number = int(np.searchsorted(self._first_documents, document, "right")) - 1
-    return self._parts[number].documents, document - int(self._first_documents[number])
-
-  def framed(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """As `TokenDocuments.framed`, sources numbered on."""
-    documents, index = self._find(document)
-    return documents.framed(index, start, stop)
-
-  def parts(self, document: int) -> list[np.ndarray]:
-    """As `TokenDocuments.parts`, sources numbered on."""
-    documents, index = self._find(document)
-    return documents.parts(index)
-
-
-class _Part(NamedTuple):
+class HeldoutPart(NamedTuple):
   """What of one source is held out."""
 
   name: str
-  documents: TokenDocuments
+  rows: PackedRows  # all, in the data's order; what they draw is counted on from the sources before
   plan: TablePlan
   lengths: Int[np.ndarray, " documents"]  # bytes of each document
 
@@ -159,19 +96,6 @@ class _Part(NamedTuple):
     scored = np.bincount(plan.documents[here], plan.sizes[here], count)
     whole = np.bincount(plan.documents, plan.sizes, count)
     return int(scored.sum()), float((self.lengths * (scored / np.maximum(whole, 1))).sum())
-
-
-class _Rows(Sequence):
-  """Rows by number."""
-
-  def __init__(self, make: Callable[[int], Batch], count: int):
-    self._make, self._count = make, count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, row):
-    return self._make(row)
 
 
 def heldout_batches(
@@ -190,13 +114,45 @@ def heldout_batches(
   `max_batches` 0 takes everything, `source` "" all sources. Raises DataError when nothing is held out, ConfigError
   when `rows` are not rows of a batch.
   """
+  prepared = open_prepared(config) if prepared is None else prepared
+  rows = checked_rows(rows, batch_size)
+  task = make_task(config, seq_len, prepared, decoder_start_id)
+  prepared_as = (prepared.config.get("examples") or [None])[0]
+  if prepared_as != (config.task if config.task in PARTS else None):
+    raise DataError(f"{prepared.dir} was prepared for data.task {prepared_as or 'text'!r}, not for {config.task!r}")
+  parts: list[HeldoutPart] = []
+  lengths, failures, first_length, first_row = prepared.heldout_lengths(), [], 0, 0
+  for info in prepared.sources:
+    last = first_length + info.heldout.documents
+    if info.heldout.documents and source in ("", info.name):
+      documents = prepared.documents(info, "heldout")  # what is damaged is an error of its own
+      try:
+        plan = plan_of(
+          task, prepared, info, "heldout", config=config, packing="best_fit", seq_len=seq_len, seed=None,
+          decoder_start_id=decoder_start_id,
+        )  # fmt: skip
+      except DataError as error:
+        failures.append(error)
+      else:
+        assert isinstance(plan, TablePlan)
+        rows_here = PackedRows(documents, plan, task, 0, first_row)
+        parts.append(HeldoutPart(info.name, rows_here, plan, lengths[first_length:last]))
+        first_row += plan.num_rows
+    first_length = last
+  if not parts and failures:
+    raise DataError(f"of the held-out rows {failures[0]}") from failures[0]
+  if not parts:
+    raise DataError(
+      f"no held-out documents{f' of source {source!r}' if source else ''} in {prepared.dir}: raise "
+      "data.heldout_fraction and prepare again"
+    )
+  if not first_row:
+    raise DataError(f"each held-out row in {prepared.dir} is bad, see {prepared.skipped_path}")
   return HeldoutBatches(
-    open_prepared(config) if prepared is None else prepared,
+    parts,
+    empty_row(config, seq_len),
     batch_size=batch_size,
-    seq_len=seq_len,
     max_batches=max_batches,
-    source=source,
     rows=rows,
-    config=config,
-    decoder_start_id=decoder_start_id,
+    all_is_scored=config.task not in CHAT,
   )

@@ -8,6 +8,7 @@ done again.
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 from jaxllm.base import digests, settings
 from jaxllm.base.files import write_atomically
+from jaxllm.data.arrays import flush
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import content_of, example_sources
 from jaxllm.data.paths import File
@@ -46,8 +48,10 @@ class Job:
     return [(number, unit) for number, source in enumerate(self.sources) for unit in source.units]
 
   @property
-  def total_bytes(self) -> int:
-    return sum(unit.size for _, unit in self.units)
+  def numbers(self) -> list[list[int]]:
+    """Of each source the numbers of its units among all."""
+    ends = itertools.accumulate((len(source.units) for source in self.sources), initial=0)
+    return [list(range(start, end)) for start, end in itertools.pairwise(ends)]
 
   @property
   def tokenizer(self) -> Path:
@@ -64,7 +68,7 @@ class Job:
 
   def write(self) -> None:
     """Lets other processes open it; what is there of a job with other units goes."""
-    units = [[[list(map(list, unit.files)), *unit[1:]] for unit in source.units] for source in self.sources]
+    units = [source.units for source in self.sources]
     names = [source.name for source in self.sources]
     facts = {"config": settings.to_mapping(self.config), "names": names, "slugs": self.slugs, "units": units}
     if (self.root / _FILE).exists() and (self.root / _FILE).read_bytes() != json.dumps(facts).encode():
@@ -109,10 +113,7 @@ def claimed(path: Path) -> Iterator[bool]:
   try:
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      yield False
-      return
-    except PermissionError:  # what some systems say of a lock that is held
+    except (BlockingIOError, PermissionError):  # the latter is what some systems say of a lock that is held
       yield False
       return
     except OSError:
@@ -160,14 +161,12 @@ def _fill(place: Path, do: Callable[[Path], None]) -> None:
     do(partial)
     digests.seal(partial)
     for path in partial.iterdir():
-      with open(path, "rb") as file:
-        os.fsync(file.fileno())
+      flush(path)
     with contextlib.suppress(FileExistsError):
       partial.rename(place)
-  except OSError as error:
+  except OSError:
     if not place.is_dir():  # somebody else may have done it, where there are no locks
       raise
-    del error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

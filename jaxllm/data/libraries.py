@@ -36,16 +36,17 @@ class Library:
   def read(self, unit: Unit) -> Iterator[tuple[str, Any, str]]:
     """Key behind the source's name, fields and place of each row."""
     config = self._config
+    kept = (lambda row: row) if config.field or config.fields else without_none
     try:
       if config.streaming:
         assert unit.stop is not None
         part = self.rows.shard(unit.stop, unit.start) if unit.stop > 1 else self.rows
         for row, example in enumerate(part):
-          yield f":{unit.start}:{row}", example, f"{config.path} part {unit.start} row {row}"
+          yield f":{unit.start}:{row}", kept(example), f"{config.path} part {unit.start} row {row}"
         return
       row = unit.start
       for row in range(unit.start, len(self.rows) if unit.stop is None else unit.stop):
-        yield f":{row}", self.rows[row], f"{config.path} row {row}"
+        yield f":{row}", kept(self.rows[row]), f"{config.path} row {row}"
     except (DataError, GeneratorExit):
       raise
     except Exception as error:  # whatever the library raises for a damaged record
@@ -59,6 +60,13 @@ def import_library(module: str) -> Any:
   except ImportError as error:
     package = module.split(".")[0]
     raise DataError(f"{package} is not installed: pip install 'jaxllm[data]'") from error
+
+
+def without_none(value: Any) -> Any:
+  """Without the keys that Arrow gives to all objects of a column because one of them has it."""
+  if isinstance(value, dict):
+    return {name: without_none(item) for name, item in value.items() if item is not None}
+  return [without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def first_line(error: BaseException) -> str:

@@ -11,15 +11,16 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
 from jaxllm.data.arrays import kept_arrays
 
 Packing = Literal["split", "first_fit", "best_fit", "none"]
 Order = Int[np.ndarray, " documents"]
+Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]  # of each its document, start and size
 _KEPT_EPOCHS = 3  # on the disk
 _BLOCK = 1 << 20  # random numbers drawn together
 _OPEN_ROWS = 512  # rows that the fits keep filling; textbook first-fit keeps all, in time quadratic in documents
@@ -33,13 +34,25 @@ class Piece(NamedTuple):
   size: int
 
 
-class Plan(Protocol):
-  num_rows: int
-  dropped_tokens: int  # targets per epoch that no row holds
-  dropped_documents: int  # that no row holds any of
-  cut_documents: int  # of which rows hold a part
+@dataclasses.dataclass(kw_only=True)
+class Plan:
+  """Which pieces stand in each row of an epoch, and what stands in none."""
 
-  def pieces(self, epoch: int, row: int) -> list[Piece]: ...
+  dropped_tokens: int = 0  # targets per epoch that no row holds
+  dropped_documents: int = 0  # that no row holds any of
+  cut_documents: int = 0  # of which rows hold a part
+
+  @property
+  def num_rows(self) -> int:
+    raise NotImplementedError
+
+  @property
+  def lost(self) -> dict[str, int]:
+    """What stands in no row, by name."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(Plan)}
+
+  def pieces(self, epoch: int, row: int) -> list[Piece]:
+    raise NotImplementedError
 
 
 def make_plan(
@@ -58,9 +71,15 @@ def make_plan(
     documents = np.arange(len(lengths))
     sizes = np.minimum(lengths, seq_len)
     dropped = int(np.sum(lengths) - np.sum(sizes))
-    return TablePlan(documents, np.zeros_like(documents), sizes, np.arange(len(lengths) + 1), dropped)
-  order = np.arange(len(lengths)) if seed is None else random_order(len(lengths), seed, 0)
-  return _fit(lengths, order, seq_len, tightest=packing == "best_fit")
+    return TablePlan(documents, np.zeros_like(documents), sizes, np.arange(len(lengths) + 1), dropped_tokens=dropped)
+  pieces = cut_documents(lengths, order_of(lengths, seed), seq_len)
+  return fit_pieces(pieces, pieces[2][:, None], (seq_len,), packing)
+
+
+def order_of(counts: Int[np.ndarray, " documents *parts"], seed: int | None) -> Order:
+  """The documents in the order in which they are packed, without examples that were skipped, which have no tokens."""
+  order = np.arange(len(counts)) if seed is None else random_order(len(counts), seed, 0)
+  return order if counts.ndim == 1 else order[counts.sum(1)[order] > 0]
 
 
 def random_order(count: int, seed: int, stream: int) -> Order:
@@ -85,7 +104,7 @@ def order_in_parts(count: int, seed: int, stream: int, at_once: int = 1 << 24) -
 
 
 @dataclasses.dataclass
-class SplitPlan:
+class SplitPlan(Plan):
   """One stream of all documents per epoch, cut every seq_len; only the last row may have padding.
 
   With a seed, each epoch has its own document order, and the first row starts at its own place in the stream
@@ -97,13 +116,9 @@ class SplitPlan:
   seed: int | None
   frame: int = 0
   store: Path | None = None  # where each epoch's order is kept; None: in memory
-  dropped_tokens: int = 0
-  dropped_documents: int = 0
-  cut_documents: int = 0
 
   def __post_init__(self):
     self._total = int(self.lengths.sum(dtype=np.int64)) + self.frame * len(self.lengths)
-    self.num_rows = -(-self._total // self.seq_len)
     self._epoch: Callable = functools.lru_cache(maxsize=2)(self._make_epoch)  # two: reading ahead
 
   def __getstate__(self):
@@ -111,6 +126,10 @@ class SplitPlan:
 
   def __setstate__(self, state):
     self.__init__(**state)
+
+  @property
+  def num_rows(self) -> int:
+    return -(-self._total // self.seq_len)
 
   def _make_epoch(self, epoch: int) -> tuple[Order, Int[np.ndarray, " documents_plus_1"], int]:
     """Document order, where in the stream each starts (the last entry: where it ends), and the first cut."""
@@ -156,19 +175,17 @@ class SplitPlan:
 
 
 @dataclasses.dataclass
-class TablePlan:
+class TablePlan(Plan):
   """Rows spelled out; each epoch has the same ones in another order, since segments see only themselves."""
 
   documents: Int[np.ndarray, " pieces"]
   starts: Int[np.ndarray, " pieces"]
   sizes: Int[np.ndarray, " pieces"]
   row_offsets: Int[np.ndarray, " rows_plus_1"]
-  dropped_tokens: int = 0
-  dropped_documents: int = 0
-  cut_documents: int = 0
 
-  def __post_init__(self):
-    self.num_rows = len(self.row_offsets) - 1
+  @property
+  def num_rows(self) -> int:
+    return len(self.row_offsets) - 1
 
   def pieces(self, epoch, row):
     first, last = self.row_offsets[row], self.row_offsets[row + 1]
@@ -178,16 +195,8 @@ class TablePlan:
     ]
 
 
-def _fit(lengths: Int[np.ndarray, " documents"], order: Order, seq_len: int, tightest: bool) -> TablePlan:
-  """Documents cut into pieces of seq_len and a rest, and packed."""
-  documents, starts, sizes = cut_documents(lengths, order, seq_len)
-  return fit_pieces(documents, starts, sizes, sizes[:, None], (seq_len,), tightest)
-
-
-def cut_documents(
-  lengths: Int[np.ndarray, " documents"], order: Order, most: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(document, start, size) of the pieces, each at most `most` long."""
+def cut_documents(lengths: Int[np.ndarray, " documents"], order: Order, most: int) -> Pieces:
+  """Documents in pieces that are each at most `most` long."""
   counts = -(-lengths[order] // most)
   documents = np.repeat(order, counts)
   within = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -196,21 +205,29 @@ def cut_documents(
 
 
 def fit_pieces(
-  documents: Int[np.ndarray, " pieces"],
-  starts: Int[np.ndarray, " pieces"],
-  sizes: Int[np.ndarray, " pieces"],
-  costs: Int[np.ndarray, "pieces sides"],
-  capacity: tuple[int, ...],
-  tightest: bool,
+  pieces: Pieces, costs: Int[np.ndarray, "pieces sides"], capacity: tuple[int, ...], packing: Packing
 ) -> TablePlan:
-  """First-fit, or best-fit (the fullest row that has room), over the last `_OPEN_ROWS` opened rows.
+  """First-fit, or best-fit (the fullest row that has room), over the last `_OPEN_ROWS` opened rows; "none": one a row.
 
   A row holds `capacity` positions on each of its sides (of an encoder-decoder there are two), and a piece
   costs that many of them.
   """
-  if tightest and len(capacity) == 1:
-    return _in_rows(documents, starts, sizes, *_best_fit(costs[:, 0], capacity[0]))
-  rows = np.empty(len(documents), np.int64)
+  if packing == "none":
+    return TablePlan(*pieces, np.arange(len(costs) + 1))
+  if packing == "best_fit" and len(capacity) == 1:
+    rows, num_rows = _best_fit(costs[:, 0], capacity[0])
+  else:
+    rows, num_rows = _fit(costs, capacity, tightest=packing == "best_fit")
+  by_row = np.argsort(rows, kind="stable")
+  offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+  return TablePlan(*(part[by_row] for part in pieces), offsets)
+
+
+def _fit(
+  costs: Int[np.ndarray, "pieces sides"], capacity: tuple[int, ...], tightest: bool
+) -> tuple[Int[np.ndarray, " pieces"], int]:
+  """The row of each piece and how many rows there are."""
+  rows = np.empty(len(costs), np.int64)
   room = np.zeros((_OPEN_ROWS, len(capacity)), np.int64)
   row_of_slot = np.zeros(_OPEN_ROWS, np.int64)
   num_rows, next_slot = 0, 0
@@ -230,11 +247,11 @@ def fit_pieces(
       slot = slots[np.argmin(row_of_slot[slots])]
     room[slot] -= cost
     rows[piece] = row_of_slot[slot]
-  return _in_rows(documents, starts, sizes, rows, num_rows)
+  return rows, num_rows
 
 
 def _best_fit(costs: Int[np.ndarray, " pieces"], capacity: int) -> tuple[Int[np.ndarray, " pieces"], int]:
-  """The row of each piece and how many rows there are: what the loop in `fit_pieces` does, ten times as fast."""
+  """What `_fit` does with one side and `tightest`, ten times as fast."""
   rows = np.empty(len(costs), np.int64)
   free: list[tuple[int, int]] = []  # (room, slot) of the open rows, sorted
   room, row_of_slot = [0] * _OPEN_ROWS, [0] * _OPEN_ROWS
@@ -259,30 +276,3 @@ def _best_fit(costs: Int[np.ndarray, " pieces"], capacity: int) -> tuple[Int[np.
         bisect.insort(free, (room[slot], slot))
       rows[piece] = row_of_slot[slot]
   return rows, num_rows
-
-
-def _in_rows(documents, starts, sizes, rows: Int[np.ndarray, " pieces"], num_rows: int) -> TablePlan:
-  """The pieces sorted by their rows."""
-  by_row = np.argsort(rows, kind="stable")
-  offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
-  return TablePlan(documents[by_row], starts[by_row], sizes[by_row], offsets)
-
-
-def fill_row(
-  pieces: list[Piece], framed: Callable[[int, int, int], Int32[np.ndarray, " positions"]], seq_len: int
-) -> dict[str, np.ndarray]:
-  """One row of a batch, each entry [seq_len]; `framed(document, start, stop)` is a part of start token, tokens, EOS.
-
-  Segments count from 1 in each row, positions from 0 in each segment; segment 0 is padding, with weight 0.
-  """
-  row = {name: np.zeros(seq_len, np.int32) for name in ("inputs", "targets", "positions", "segment_ids")}
-  at = 0
-  for segment, (document, start, size) in enumerate(pieces, 1):
-    ids = framed(document, start, start + size + 1)
-    row["inputs"][at : at + size] = ids[:-1]
-    row["targets"][at : at + size] = ids[1:]
-    row["positions"][at : at + size] = np.arange(size)
-    row["segment_ids"][at : at + size] = segment
-    at += size
-  row["loss_weights"] = (row["segment_ids"] > 0).astype(np.float32)
-  return row

@@ -2,6 +2,7 @@
 still what they were when they were listed."""
 
 import glob
+import itertools
 import os
 import re
 from typing import NamedTuple
@@ -48,7 +49,7 @@ def patterns_of(path: str) -> tuple[list[str], list[str]]:
       name = f"{name},{piece}"
       if len(name) > _LONGEST:
         break
-      real = end if _is_file(name.strip()) else real
+      real = end if os.path.isfile(os.path.expanduser(name.strip())) else real
     parts.append(",".join(pieces[:real]).strip())
     pieces = pieces[real:]
   parts = [part for part in parts if part]
@@ -56,13 +57,6 @@ def patterns_of(path: str) -> tuple[list[str], list[str]]:
   if not include:
     raise DataError(f"data source path {path!r} names no file: add a glob without a leading '!'")
   return include, [os.path.expanduser(part[1:]) for part in parts if part.startswith("!")]
-
-
-def _is_file(name: str) -> bool:
-  try:
-    return os.path.isfile(os.path.expanduser(name))
-  except ValueError:  # a NUL in it
-    return False
 
 
 def match_files(config: SourceConfig) -> list[File]:
@@ -95,12 +89,8 @@ def match_files(config: SourceConfig) -> list[File]:
 
 def root_of(patterns: list[str]) -> str:
   """The deepest directory above everything that the globs can match."""
-  fixed = []
-  for pattern in patterns:
-    parts = _parts(pattern)
-    magic = next((i for i, (_, wild) in enumerate(parts) if wild), len(parts) - 1)
-    fixed.append(os.sep.join(part for part, _ in parts[:magic]) or os.sep)
-  return os.path.commonpath(fixed)
+  fixed = [itertools.takewhile(lambda folder: not folder[1], _parts(pattern)[:-1]) for pattern in patterns]
+  return os.path.commonpath([os.sep.join(part for part, _ in folders) or os.sep for folders in fixed])
 
 
 def _parts(pattern: str) -> list[tuple[str, bool]]:

@@ -31,20 +31,21 @@ Batch = dict[str, Any]  # arrays [rows, ...] by name, or such dicts: what `jaxll
 class PackedRows(grain.MapDataset):
   """The rows of one source; index // len(self) is the epoch, as in grain's own datasets.
 
-  What a row draws depends on the seed and its index alone, and is another in each epoch.
+  What a row draws depends on the seed and its index, counted from `first`, alone, and is another in each epoch.
   """
 
-  def __init__(self, documents: TokenDocuments, plan: Plan, task: Task, seed: int):
+  def __init__(self, documents: TokenDocuments, plan: Plan, task: Task, seed: int, first: int = 0):
     super().__init__()
-    self._documents, self._plan, self._task, self._seed = documents, plan, task, seed
+    self.plan = plan
+    self._documents, self._task, self._seed, self._first = documents, task, seed, first
 
   def __len__(self) -> int:
-    return self._plan.num_rows
+    return self.plan.num_rows
 
   def __getitem__(self, index):
-    epoch, row = divmod(index, self._plan.num_rows)
-    rng = np.random.default_rng([self._seed, index])
-    return self._task.row(self._plan.pieces(epoch, row), self._documents, rng)
+    epoch, row = divmod(index, self.plan.num_rows)
+    rng = np.random.default_rng([self._seed, self._first + index])
+    return self._task.row(self.plan.pieces(epoch, row), self._documents, rng)
 
 
 class HostBatches(grain.MapDataset):
@@ -68,9 +69,7 @@ class HostBatches(grain.MapDataset):
       return self.slice(index)
     first = self._start + index * self._batch_size
     rows = [self._parent[first + row] for row in self._rows if first + row < self._end]
-    if len(rows) < len(self._rows):
-      rows += [self._empty] * (len(self._rows) - len(rows))
-    return stacked(rows)
+    return stacked(rows + [self._empty] * (len(self._rows) - len(rows)))
 
 
 class TrainBatches(grain.DatasetIterator[Batch]):
@@ -84,17 +83,16 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     batch_size: int,
     rows: Sequence[int],
     config: DataConfig,
-    plans: dict[str, Plan],
+    sources: dict[str, PackedRows],
     shares: dict[str, float],
     empty: Batch,
-    sources: Sequence[PackedRows] = (),
   ):
     super().__init__()
     self.sources = sources  # the rows of each
     self._dataset, self._key, self._config, self._empty = dataset, key, config, empty
     self._batch_size, self._rows = batch_size, rows
-    self._plans, self._shares = plans, shares
-    self.rows_per_epoch = sum(plan.num_rows for plan in plans.values())
+    self._shares = shares
+    self.rows_per_epoch = sum(map(len, sources.values()))
     self._end = sys.maxsize if config.epochs is None else math.ceil(config.epochs * self.rows_per_epoch)
     self._consumed = 0
     self._iterator: grain.DatasetIterator | None = None
@@ -108,12 +106,12 @@ class TrainBatches(grain.DatasetIterator[Batch]):
   def source_epochs(self) -> dict[str, float]:
     """Passes over each source so far; unlike `epochs` where weights are not in proportion to size."""
     rows = min(self._consumed, self._end)
-    return {name: rows * self._shares[name] / plan.num_rows for name, plan in self._plans.items()}
+    return {name: rows * self._shares[name] / len(source) for name, source in self.sources.items()}
 
   @property
   def dropped_tokens(self) -> dict[str, int]:
     """Tokens per epoch that no row holds, by source: what "none" truncates, and what is left out of chat."""
-    return {name: plan.dropped_tokens for name, plan in self._plans.items()}
+    return {name: source.plan.dropped_tokens for name, source in self.sources.items()}
 
   def __next__(self) -> Batch:
     self._assert_not_closed()
@@ -211,7 +209,7 @@ def train_batches(
   prepared = open_prepared(config) if prepared is None else prepared
   weights = _weights(config, prepared)
   task = make_task(config, seq_len, prepared, decoder_start_id)
-  datasets, plans, rows_of_sources = [], {}, []
+  datasets, sources = [], {}
   for index, source in enumerate(prepared.sources):
     if source.name not in weights:
       continue
@@ -232,8 +230,7 @@ def train_batches(
       raise DataError(f"no row of data source {source.name!r} is left to train on: each is bad, or held out")
     packed = PackedRows(prepared.documents(source, "train"), plan, task, source_seed)
     datasets.append((packed.shuffle(source_seed) if config.shuffle else packed).repeat())
-    plans[source.name] = plan
-    rows_of_sources.append(packed)
+    sources[source.name] = packed
   shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
   mixture = grain.MapDataset.mix(datasets, list(shares.values())) if len(datasets) > 1 else datasets[0]
   facts = [prepared.content, config.packing, config.shuffle, seq_len, seed, weights]
@@ -247,10 +244,9 @@ def train_batches(
     batch_size=batch_size,
     rows=rows,
     config=config,
-    plans=plans,
+    sources=sources,
     shares=shares,
     empty=empty_row(config, seq_len),
-    sources=rows_of_sources,
   )
 
 

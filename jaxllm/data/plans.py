@@ -13,7 +13,6 @@ from jaxllm.data.packing import Packing, Plan, SplitPlan, TablePlan
 
 _FORMAT = 1  # of the files, and of the rules by which rows are filled
 _SMALL = 1 << 16  # documents of which a plan is made faster than it is looked up
-_COUNTS = ("dropped_tokens", "dropped_documents", "cut_documents")
 
 
 def plan_of(
@@ -39,7 +38,7 @@ def plan_of(
   kept = kept_arrays(place, lambda: _arrays(lambda: task.plan(counts, packing, seed), made))
   if kept is None:
     return made[0] if made else task.plan(counts, packing, seed)
-  rest = dict(zip(_COUNTS, kept["lost"].tolist()))
+  rest = dict(zip(Plan().lost, kept["lost"].tolist()))
   return TablePlan(kept["documents"], kept["starts"], kept["sizes"], kept["row_offsets"], **rest)
 
 
@@ -52,5 +51,5 @@ def _arrays(make: Callable[[], TablePlan], made: list[TablePlan]) -> Iterator[di
     "starts": plan.starts.astype(np.int64 if plan.starts.max(initial=0) >= 2**31 else np.int32),
     "sizes": plan.sizes.astype(np.int32),
     "row_offsets": plan.row_offsets.astype(np.int64),
-    "lost": np.array([getattr(plan, name) for name in _COUNTS], np.int64),
+    "lost": np.array(list(plan.lost.values()), np.int64),
   }

@@ -32,7 +32,16 @@ from jaxllm.data.job import Job, drop_damaged, open_job
 from jaxllm.data.manifest import Prepared
 from jaxllm.data.publish import publish
 from jaxllm.data.sources import open_source
-from jaxllm.data.survey import Heldout, choose_heldout, key_of, number_units, surveyed, uncounted, warnings_of
+from jaxllm.data.survey import (
+  Heldout,
+  choose_heldout,
+  is_held_out,
+  number_units,
+  read_again,
+  surveyed,
+  uncounted,
+  warnings_of,
+)
 from jaxllm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxllm.data.train_tokenizer import train_sentencepiece
 
@@ -90,8 +99,8 @@ def prepare(
       if not helps:
         log(f"another process prepares {directory}: helping it")
       helps = True
-      prepared, already = _finished(directory, key), False
-      if prepared is not None:
+      prepared, already = manifests.read_manifest(directory, missing_ok=True), False
+      if _is_whole(prepared, key):
         break
       _help(job, processes, log)
   assert prepared is not None
@@ -168,10 +177,9 @@ def _errors_in(directory: Path) -> Iterator[None]:
     raise DataError(f"{line}; the same command then goes on from what is done") from error
 
 
-def _finished(directory: Path, key: str) -> Prepared | None:
-  """The build of this key, where it is whole."""
-  prepared = manifests.read_manifest(directory, missing_ok=True)
-  return prepared if prepared is not None and prepared.key == key and not manifests.damaged_files(prepared) else None
+def _is_whole(prepared: Prepared | None, key: str) -> bool:
+  """Whether there is a build of this key, and all of it."""
+  return prepared is not None and prepared.key == key and not manifests.damaged_files(prepared)
 
 
 def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None]) -> tuple[Prepared, bool]:
@@ -180,17 +188,17 @@ def _lead(job: Job, key: str, processes: int | None, log: Callable[[str], None])
     before = manifests.read_manifest(directory, missing_ok=True)
   except DataError:  # it is damaged, and about to be written anew
     before = None
-  prepared = before if before is not None and before.key == key and not manifests.damaged_files(before) else None
-  already = prepared is not None
+  already = _is_whole(before, key)
   _remove(directory, _PARTIAL, None if already else job.root.name, log)
   kept = before
   try:
-    if prepared is None:
-      kept = prepared = _build(job, key, processes, log)
+    if not already:
+      kept = _build(job, key, processes, log)
       _remove(directory, _PARTIAL, None, log)
   finally:
     _remove(directory, _BUILD, kept.build if kept else None, log)
-  return prepared, already
+  assert kept is not None
+  return kept, already
 
 
 def _remove(directory: Path, pattern: re.Pattern[str], keep: str | None, log: Callable[[str], None]) -> None:
@@ -267,21 +275,11 @@ def _make_tokenizer(job: Job, facts: dict[int, dict], heldout: Heldout) -> Token
   step = max(1, total // max(wanted, 1))  # units that are passed over, of a corpus much larger than what is needed
   numbers = [number for number in range(0, len(job.units), step) if facts[number]["documents"]]
   taken = sum(facts[number]["bytes"] for number in numbers) - (heldout.bytes if step == 1 else 0)
-  held = set(heldout.hashes.tolist()) if len(heldout.hashes) < 1 << 20 else heldout.hashes
 
   def texts() -> Iterator[bytes]:
     for number in numbers:
-      source, unit = job.sources[job.units[number][0]], job.units[number][1]
-      limit = facts[number]["documents"] + facts[number]["empty"] if source.config.max_documents is not None else None
-      for document in source.read(unit, limit):
-        if document.data and not _in(held, key_of(document, config.task)):
+      for document in read_again(job, number, facts[number]):
+        if document.data and not is_held_out(document, config.task, heldout.hashes):
           yield from texts_of(document, config.task)
 
   return train_sentencepiece(texts(), config.tokenizer, taken)
-
-
-def _in(held: set[int] | np.ndarray, key: int) -> bool:
-  if isinstance(held, set):
-    return key in held
-  at = np.searchsorted(held, np.uint64(key))
-  return bool(at < len(held) and held[at] == np.uint64(key))

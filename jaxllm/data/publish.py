@@ -15,7 +15,7 @@ from jaxllm.data.arrays import flush, join_arrays
 from jaxllm.data.job import Job
 from jaxllm.data.manifest import Prepared, SourceInfo, SplitInfo
 from jaxllm.data.shards import file_sizes, shard_directory, shard_path, write_metadata
-from jaxllm.data.survey import Duplicates, count_duplicates, surveyed
+from jaxllm.data.survey import count_duplicates, surveyed
 from jaxllm.data.tokenize import SPLITS
 from jaxllm.data.tokenizers import load_tokenizer
 
@@ -38,9 +38,8 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   facts = [job.facts("tokenize", number) for number in range(len(job.units))]
   survey = surveyed(job).facts
   infos = []
-  for index, slug in enumerate(job.slugs):
-    mine = [number for number, (owner, _) in enumerate(job.units) if owner == index]
-    _report_skipped(job.sources[index].name, [places[n] for n in mine], root, log)
+  for source, slug, mine in zip(job.sources, job.slugs, job.numbers):
+    _report_skipped(source.name, [places[n] for n in mine], root, log)
     splits = {}
     for split in SPLITS:
       splits[split] = _split(root, slug, split, [places[n] for n in mine], [facts[n][split] for n in mine])
@@ -48,7 +47,7 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
     bad = sum(facts[n]["bad"] for n in mine)
     if bad == documents:
       first = next(line for n in mine for line in _lines(places[n] / "skipped.txt"))
-      raise DataError(f"all {bad} examples of data source {job.sources[index].name!r} are bad: {first}")
+      raise DataError(f"all {bad} examples of data source {source.name!r} are bad: {first}")
     write_metadata(
       root / "shards",
       slug,
@@ -72,7 +71,11 @@ def publish(job: Job, key: str, masks: str, log: Callable[[str], None]) -> Prepa
   _concatenate([place / "heldout.bin" for place in places], root / "heldout.bin")
   join_arrays([place / "heldout_lengths.npy" for place in places], root / "heldout_lengths.npy")
   duplicates = count_duplicates([place / "texts.npy" for place in places])
-  _report_duplicates(duplicates, log)
+  if duplicates.heldout:
+    log(
+      f"warning: {duplicates.heldout} held-out documents stand in the training split too, word for word: remove "
+      "duplicates from the corpus, or what is measured on them is memory"
+    )
   sizes = file_sizes(root)
   (root / manifests.READERS).touch()
   prepared = Prepared(
@@ -150,11 +153,3 @@ def _report_skipped(source: str, places: list[Path], root: Path, log: Callable[[
     log(f"skipped: {count - _SHOWN} more rows of {source}, all listed in {root / 'skipped.txt'}")
   if not (root / "skipped.txt").stat().st_size:
     (root / "skipped.txt").unlink()
-
-
-def _report_duplicates(duplicates: Duplicates, log: Callable[[str], None]) -> None:
-  if duplicates.heldout:
-    log(
-      f"warning: {duplicates.heldout} held-out documents stand in the training split too, word for word: remove "
-      "duplicates from the corpus, or what is measured on them is memory"
-    )

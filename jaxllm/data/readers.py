@@ -3,21 +3,22 @@
 import collections
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.os_errors import file_errors
 from jaxllm.data.config import SourceConfig
-from jaxllm.data.libraries import first_line, import_library
+from jaxllm.data.libraries import first_line, import_library, without_none
 from jaxllm.data.paths import File
 from jaxllm.data.python_functions import python_functions
-from jaxllm.data.streams import COMPRESSED, MOST_BYTES, is_plain, lines_of, opened
+from jaxllm.data.streams import COMPRESSED, MOST_BYTES, is_plain, opened
 from jaxllm.data.units import Unit, byte_ranges, files_in_groups, unit_bytes
 
 # Its number (of a whole file None), its fields or what is wrong with it, and what errors call it
 Row = tuple[int | None, Any, str]
 Marks = collections.Counter[str]  # byte order marks that were met
+_UNPACKED = 4  # times as many bytes as a packed file has, at a guess
 
 
 def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
@@ -27,24 +28,18 @@ def units_of_files(files: list[File], config: SourceConfig) -> list[Unit]:
     DataError: one is no readable Parquet file.
   """
   with file_errors("the corpus", kind=DataError):
-    sizes = [_text_bytes(file, config) for file in files]
+    packed = [config.kind == "parquet" or file.path.endswith(COMPRESSED) for file in files]
+    sizes = [file.size * (_UNPACKED if one else 1) for file, one in zip(files, packed)]
     most = unit_bytes(sum(sizes))
-    by_path = dict(zip(files, sizes))
 
-    def split(file: File) -> list[Unit]:
+    def split(file: File, size: int) -> list[Unit]:
       if config.kind == "parquet":
         return _row_groups(file, config, most)
       if config.kind == "jsonl" and is_plain(file.path, config.encoding):
-        return byte_ranges(file, by_path[file], most)
-      return [Unit((file,), size=by_path[file])]
+        return byte_ranges(file, size, most)
+      return [Unit((file,), size=size)]
 
     return files_in_groups(files, sizes, split)
-
-
-def _text_bytes(file: File, config: SourceConfig) -> int:
-  """About how much text a file holds."""
-  packed = file.path.endswith(COMPRESSED) or config.kind == "parquet"
-  return file.size * (4 if packed else 1)
 
 
 def rows_of(unit: Unit, config: SourceConfig, marks: Marks) -> Iterator[tuple[str, Any, str]]:
@@ -81,7 +76,7 @@ def _whole(file: Any, path: str) -> bytes:
 def _jsonl(path, relative, config, unit, marks) -> Iterator[Row]:
   if unit.stop is None:
     with opened(path, config.encoding, marks) as file:
-      yield from _json_lines(lines_of(file), path, 1, 0, None)
+      yield from _json_lines(file, path, 1, 0, None)
     return
   if unit.start == unit.stop:
     return
@@ -182,26 +177,25 @@ def _not_parquet(path: str, error: BaseException) -> DataError:
 def _parquet(path, relative, config, unit, marks) -> Iterator[Row]:
   pyarrow = import_library("pyarrow")
   parquet = import_library("pyarrow.parquet")
-  columns = list(config.fields or (config.field,))
+  columns = list(config.fields) or [config.field] * bool(config.field)  # none: whole rows
+  row = unit.first
   try:
     with parquet.ParquetFile(path) as file:
       groups = None if unit.stop is None else list(range(unit.start, unit.stop))
-      row = 0 if unit.stop is None else unit.first
-      if columns == [""]:
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
-          for values in batch.to_pylist():
-            yield row, without_none(values), f"{path} row {row}"
-            row += 1
-        return
       for column in columns:
         if column not in file.schema_arrow.names:
-          raise missing_field(path, column, file.schema_arrow.names)
-      for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
-        # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
-        texts = {name: not config.fields or _is_text(batch.schema.field(name).type) for name in columns}
-        values = [(_binary(batch.column(n), pyarrow) if texts[n] else batch.column(n)).to_pylist() for n in columns]
-        for fields in zip(*values):
-          yield row, dict(zip(columns, fields)), f"{path} row {row}"
+          raise DataError(f"{path}: {no_field(column, file.schema_arrow.names)}")
+      for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns or None):
+        rows: Iterable[Any]
+        if columns:
+          # Text as binary, because pyarrow refuses to make a str of bytes that are not UTF-8.
+          texts = [not config.fields or _is_text(batch.schema.field(name).type) for name in columns]
+          values = [_binary(batch.column(n), pyarrow) if text else batch.column(n) for n, text in zip(columns, texts)]
+          rows = (dict(zip(columns, fields)) for fields in zip(*(column.to_pylist() for column in values)))
+        else:
+          rows = map(without_none, batch.to_pylist())
+        for fields in rows:
+          yield row, fields, f"{path} row {row}"
           row += 1
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise _not_parquet(path, error) from error
@@ -230,12 +224,5 @@ def _python(path, relative, config, unit, marks) -> Iterator[Row]:
 _READERS = {"text": _text, "jsonl": _jsonl, "json": _json, "parquet": _parquet, "python": _python}
 
 
-def without_none(value: Any) -> Any:
-  """Without the keys that Arrow gives to all objects of a column because one of them has it."""
-  if isinstance(value, dict):
-    return {name: without_none(item) for name, item in value.items() if item is not None}
-  return [without_none(item) for item in value] if isinstance(value, list) else value
-
-
-def missing_field(where: str, field: str, names: Any) -> DataError:
-  return DataError(f"{where}: no field {field!r}; set the source's `field` to one of: {', '.join(map(str, names))}")
+def no_field(field: str, names: Any) -> str:
+  return f"no field {field!r}; set the source's `field` to one of: {', '.join(map(str, names))}"

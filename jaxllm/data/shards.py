@@ -8,6 +8,7 @@ its length, those behind have 0 bytes and the same id.
 import collections
 import contextlib
 import errno
+import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from jaxtyping import Int, Int32
 
 from jaxllm.base.errors import DataError
 from jaxllm.base.os_errors import MISSING, explain, number_of
+from jaxllm.data.arrays import flush
 
 VERSION = "1.0.0"
 PIECE_TOKENS = 1 << 16
@@ -71,8 +73,7 @@ class ShardWriter:
     if not self.records:
       self.path.unlink()
       return
-    with open(self.path, "rb") as file:
-      os.fsync(file.fileno())
+    flush(self.path)
 
 
 @contextlib.contextmanager
@@ -152,24 +153,6 @@ def write_metadata(directory: Path, name: str, splits: dict[str, tuple[list[int]
   )
 
 
-class _Readers:
-  """The shards that this process holds open, the most recently used ones."""
-
-  def __init__(self) -> None:
-    self._open: collections.OrderedDict[tuple[int, str], Any] = collections.OrderedDict()
-    self._lock = threading.Lock()
-
-  def __call__(self, path: Path) -> Any:
-    key = os.getpid(), str(path)
-    with self._lock:
-      if key not in self._open:
-        self._open[key] = _open(path)
-      self._open.move_to_end(key)
-      if len(self._open) > _MOST_READERS:
-        self._open.popitem(last=False)
-      return self._open[key]
-
-
 def _open(path: Path) -> Any:
   from array_record.python import array_record_module
 
@@ -178,7 +161,10 @@ def _open(path: Path) -> Any:
   )
 
 
-_readers = _Readers()
+@functools.lru_cache(maxsize=_MOST_READERS)
+def _kept_open(path: Path, process: int) -> Any:
+  """The shard as this process holds it open: the most recently used ones are."""
+  return _open(path)
 
 
 class TokenDocuments:
@@ -210,11 +196,8 @@ class TokenDocuments:
     self._cached_tokens = 0
     self._lock = threading.Lock()
 
-  def __getstate__(self):
-    return self._state
-
-  def __setstate__(self, state):
-    self.__init__(*state)
+  def __reduce__(self):
+    return TokenDocuments, self._state
 
   def __len__(self) -> int:
     return len(self._counts)
@@ -231,7 +214,7 @@ class TokenDocuments:
         return self._cache[number]
     shard = int(np.searchsorted(self._first, number, "right")) - 1
     try:
-      record = _decoded(_readers(self._paths[shard]).read([number - int(self._first[shard])])[0])
+      record = _decoded(_kept_open(self._paths[shard], os.getpid()).read([number - int(self._first[shard])])[0])
     except Exception as error:  # array_record and protobuf raise many kinds
       path = self._paths[min(shard, len(self._paths) - 1)]
       if number_of(error) not in (None, *MISSING):

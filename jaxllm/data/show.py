@@ -11,6 +11,7 @@ from jaxllm.data.manifest import Prepared
 from jaxllm.data.tasks import Row, make_task
 from jaxllm.data.tokenizers import Tokenizer
 
+_MOST = 1200  # characters of an example at the start of a run, of which the middle goes
 _COLOUR, _PLAIN = ("\x1b[1;32m", "\x1b[0m"), ("[[", "]]")
 
 
@@ -69,12 +70,8 @@ def first_row(tokenizer: Tokenizer, batch: Row, colour: bool = False) -> str:
   return marked_row(tokenizer, first(batch), colour)
 
 
-def example_rows(config: DataConfig, prepared: Prepared, seq_len: int, most: int = 1200) -> list[tuple[str, str]]:
-  """(name, value) of instruction data: what training.seq_len cuts of each source, and the first example.
-
-  Args:
-    most: characters of the example, of which the middle goes.
-  """
+def example_rows(config: DataConfig, prepared: Prepared, seq_len: int) -> list[tuple[str, str]]:
+  """(name, value) of instruction data: what training.seq_len cuts of each source, and the first example."""
   if config.task not in CHAT:
     return []
   rows, example = [], ""
@@ -87,6 +84,6 @@ def example_rows(config: DataConfig, prepared: Prepared, seq_len: int, most: int
     if plan.num_rows and not example:
       row = task.row(plan.pieces(0, 0), prepared.documents(source, "train"), np.random.default_rng(0))
       example = marked_row(prepared.tokenizer(), row)
-  if len(example) > most:
-    example = f"{example[: most // 2]} … {example[-most // 2 :]}"
+  if len(example) > _MOST:
+    example = f"{example[: _MOST // 2]} … {example[-_MOST // 2 :]}"
   return [*rows, ("example", example)] if example else rows

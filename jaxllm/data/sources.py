@@ -17,7 +17,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.libraries import Library, import_library, stamp_of
 from jaxllm.data.paths import match_files, patterns_of, root_of
-from jaxllm.data.readers import Marks, missing_field, rows_of, units_of_files, without_none
+from jaxllm.data.readers import Marks, no_field, rows_of, units_of_files
 from jaxllm.data.streams import MOST_BYTES, without_suffix
 from jaxllm.data.text import to_bytes
 from jaxllm.data.units import Unit, count_lines, numbered
@@ -29,7 +29,7 @@ class Document(NamedTuple):
   where: str = ""  # what errors call it: file and line
 
 
-Content = Callable[[Any, SourceConfig], bytes]  # a document's bytes from a row
+Content = Callable[[Any, SourceConfig], bytes | None]  # a document's bytes from a row; None: it has none of its fields
 
 
 class Source:
@@ -43,7 +43,7 @@ class Source:
     self, config: SourceConfig, name: str, units: Sequence[Unit], content: Content | None, on_bad_row: str, stamp: str
   ):
     self.config, self.name, self.units, self.stamp = config, name, list(units), stamp
-    self._content, self._on_bad_row = content, on_bad_row
+    self._content, self._on_bad_row = content or _fields, on_bad_row
     self._clear()
 
   def _clear(self) -> None:
@@ -58,10 +58,11 @@ class Source:
 
   def documents(self) -> Iterator[Document]:
     """All documents up to `max_documents`, the empty ones too."""
-    units, count, limit = number_lines(self.units), 0, self.config.max_documents
+    count, limit = 0, self.config.max_documents
     skipped: list[str] = []
     nulls, marks = 0, Marks()
-    for unit in units:
+    lines = (count_lines(unit) for unit in self.units if unit.first is None)
+    for unit in numbered(self.units, lines):
       for document in self.read(unit, None if limit is None else limit - count):
         yield document
         count += 1
@@ -73,19 +74,13 @@ class Source:
   def read(self, unit: Unit, limit: int | None = None) -> Iterator[Document]:
     """The documents of a unit, whose lines are numbered, up to a limit."""
     self._clear()
-    config, count = self.config, 0
+    count = 0
     if limit == 0:
       return
-    rows = rows_of(unit, config, self.marks) if unit.files else self.library.read(unit)
+    rows = rows_of(unit, self.config, self.marks) if unit.files else self.library.read(unit)
     for key, row, where in rows:
       try:
-        if isinstance(row, DataError):
-          raise row
-        if not unit.files and not (config.field or config.fields):
-          row = without_none(row)
-        data = _content(row, config, where) if self._content is None else self._converted(row, where)
-        if data is not None and len(data) > MOST_BYTES:
-          raise DataError(f"{where} is a document of over {MOST_BYTES >> 20} MiB; split it into several")
+        data = self._converted(row, where)
       except DataError as error:
         if self._on_bad_row == "error":
           raise
@@ -99,17 +94,16 @@ class Source:
       if count == limit:
         return
 
-  def _converted(self, row: Any, where: str) -> bytes:
-    assert self._content is not None
+  def _converted(self, row: Any, where: str) -> bytes | None:
+    if isinstance(row, DataError):
+      raise row
     try:
-      return self._content(row, self.config)
+      data = self._content(row, self.config)
     except DataError as error:
       raise DataError(f"{where}: {error}") from error
-
-
-def number_lines(units: Sequence[Unit]) -> list[Unit]:
-  """The units with the numbers of their first lines, for which files are read where they are cut."""
-  return numbered(units, [count_lines(unit) for unit in units if unit.first is None])
+    if data is not None and len(data) > MOST_BYTES:
+      raise DataError(f"{where} is a document of over {MOST_BYTES >> 20} MiB; split it into several")
+    return data
 
 
 def stdlib_sources() -> SourceConfig:
@@ -165,9 +159,14 @@ def open_source(config: SourceConfig, content: Content | None = None, on_bad_row
   return Source(config, source_name(config), units_of_files(files, config), content, on_bad_row, stamp)
 
 
-def _content(row: Any, config: SourceConfig, where: str) -> bytes | None:
+def _fields(row: Any, config: SourceConfig) -> bytes | None:
   """A document's bytes: of an example its fields as a JSON list. None: a field is not there, and is to be skipped."""
-  values = [_field(row, name, config, where) for name in config.fields or (config.field,)]
+  if not isinstance(row, dict):
+    raise DataError(f"a JSON object is needed, this is {type(row).__name__}")
+  names = config.fields or (config.field,)
+  if config.on_null == "error" and (missing := [name for name in names if name not in row]):
+    raise DataError(no_field(missing[0], row))
+  values = [row.get(name) for name in names]
   if config.on_null == "skip" and any(value is None for value in values):
     return None
   if config.on_null == "keep":
@@ -180,20 +179,10 @@ def _content(row: Any, config: SourceConfig, where: str) -> bytes | None:
         if values[0] is None
         else f" ({str(values[0])[:40]}); write it as a string, or set data.on_bad_row to 'skip'"
       )
-      raise DataError(f"{where}: field {config.field!r} must be text, this is {kind}{advice}")
+      raise DataError(f"field {config.field!r} must be text, this is {kind}{advice}")
     return to_bytes(values[0])
   plain = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values]
   try:
     return json.dumps(plain).encode()
   except TypeError as error:
-    raise DataError(f"{where}: an example's fields must be text, numbers or lists of them") from error
-
-
-def _field(row: Any, field: str, config: SourceConfig, where: str) -> Any:
-  if not isinstance(row, dict):
-    raise DataError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
-  if field not in row:
-    if config.on_null == "error":
-      raise missing_field(where, field, row)
-    return None
-  return row[field]
+    raise DataError("an example's fields must be text, numbers or lists of them") from error

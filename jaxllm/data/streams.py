@@ -43,7 +43,7 @@ def without_suffix(path: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str, encoding: str = "", marks: collections.Counter | None = None) -> Iterator[IO[bytes]]:
+def opened(path: str, encoding: str, marks: collections.Counter) -> Iterator[IO[bytes]]:
   """The file's text as bytes of UTF-8, unpacked; without a byte order mark.
 
   Args:
@@ -54,19 +54,17 @@ def opened(path: str, encoding: str = "", marks: collections.Counter | None = No
     DataError: it is cut short or damaged, nothing here can unpack it, or the text is in no such encoding.
   """
   with open(path, "rb") as raw:
-    file = _unpacked(raw, path)
     try:
-      start = file.read(4)
+      file = io.BufferedReader(_unpacked(raw, path), 1 << 20)
+      start = file.peek(4)[:4]
       mark = encoding_of(start) if len(start) > 3 or start == codecs.BOM_UTF8 else ""
       name = encoding or mark
-      if marks is not None and mark:
+      if mark:
         marks[mark] += 1
-      if name.lower() in ("", "utf-8", "utf8"):
-        yield _Again(start, file)
-      elif name == "utf-8-sig":
-        yield _Again(start.removeprefix(codecs.BOM_UTF8), file)
-      else:
-        yield _Recoded(_Again(start, file), name, path)
+      if name == "utf-8-sig" and start.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+      plain = name == "utf-8-sig" or name.lower() in ("", "utf-8", "utf8")
+      yield file if plain else io.BufferedReader(_Recoded(file, name, path), 1 << 20)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
       raise DataError(f"{path} is damaged or cut short: {error}") from error
     except OSError as error:
@@ -97,7 +95,7 @@ def _zstd(raw: IO[bytes], path: str) -> Any:
   with contextlib.suppress(ImportError):
     import zstandard  # type: ignore[import-not-found]
 
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
   with contextlib.suppress(ImportError):
     import pyarrow
 
@@ -105,29 +103,13 @@ def _zstd(raw: IO[bytes], path: str) -> Any:
   raise DataError(f"{path} needs a reader of zstd: pip install zstandard")
 
 
-class _Again(io.RawIOBase):
-  """A stream with the bytes that were read of it put back in front."""
-
-  def __init__(self, start: bytes, file: Any):
-    self._start, self._file = start, file
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer: Any) -> int:
-    data, self._start = (self._start[: len(buffer)], self._start[len(buffer) :]) if self._start else (b"", b"")
-    data = data or self._file.read(len(buffer))
-    buffer[: len(data)] = data
-    return len(data)
-
-
 class _Recoded(io.RawIOBase):
   """A stream in UTF-8 of one in another encoding."""
 
-  def __init__(self, file: io.RawIOBase, encoding: str, path: str):
-    self._file, self._encoding, self._path, self._left, self._ended = file, encoding, path, b"", False
+  def __init__(self, file: io.BufferedReader, encoding: str, path: str):
+    self._encoding, self._path, self._left = encoding, path, b""
     try:
-      self._decoder = codecs.getincrementaldecoder(encoding)("strict")
+      self._text = io.TextIOWrapper(file, encoding, "strict", newline="")
     except LookupError as error:
       raise DataError(f"a source's encoding is {encoding!r}, which Python does not know; 'latin-1', say") from error
 
@@ -135,11 +117,9 @@ class _Recoded(io.RawIOBase):
     return True
 
   def readinto(self, buffer: Any) -> int:
-    while not self._left and not self._ended:
-      data = self._file.read(1 << 16) or b""
-      self._ended = not data
+    if not self._left:
       try:
-        self._left = self._decoder.decode(data, self._ended).encode("utf-8", "surrogatepass")
+        self._left = self._text.read(1 << 16).encode("utf-8", "surrogatepass")
       except UnicodeDecodeError as error:
         raise DataError(
           f"{self._path} is not in the encoding {self._encoding}: {error.reason}; set the source's `encoding`"
@@ -147,8 +127,3 @@ class _Recoded(io.RawIOBase):
     part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
     buffer[: len(part)] = part
     return len(part)
-
-
-def lines_of(file: IO[bytes]) -> io.BufferedReader:
-  """The stream with a buffer, to read line by line."""
-  return io.BufferedReader(file, 1 << 20)  # type: ignore[arg-type, type-var]

@@ -2,7 +2,6 @@
 
 import array
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from jaxllm.base.errors import DataError
 from jaxllm.data.config import DataConfig
 from jaxllm.data.examples import CHAT, question_of
 from jaxllm.data.job import Job, write_facts
+from jaxllm.data.readers import Marks
 from jaxllm.data.sources import Document
 from jaxllm.data.text import is_utf8
 from jaxllm.data.units import Unit, count_lines, numbered
@@ -22,34 +22,28 @@ _AT_ONCE = 1 << 20  # hashes that are looked at together; what a merge holds in 
 Hashes = UInt64[np.ndarray, " documents"]
 
 
+def uncounted(job: Job) -> list[Unit]:
+  """The units of the stage "lines": parts of files whose lines nobody has counted yet."""
+  return [unit for _, unit in job.units if unit.first is None]
+
+
 def count_unit(job: Job, number: int, directory: Path) -> None:
   """The lines of a part of a file; stage "lines"."""
-  write_facts(directory, {"lines": count_lines(_uncounted(job)[number])})
-
-
-def _uncounted(job: Job) -> list:
-  return [unit for source in job.sources for unit in source.units if unit.first is None]
-
-
-def uncounted(job: Job) -> int:
-  """How many units the stage "lines" has."""
-  return len(_uncounted(job))
+  write_facts(directory, {"lines": count_lines(uncounted(job)[number])})
 
 
 def number_units(job: Job) -> None:
   """Numbers the units' lines, once the stage "lines" is done."""
-  lines = iter([job.facts("lines", number)["lines"] for number in range(uncounted(job))])
+  lines = iter([job.facts("lines", number)["lines"] for number in range(len(uncounted(job)))])
   for source in job.sources:
-    source.units = numbered(source.units, [next(lines) for unit in source.units if unit.first is None])
+    source.units = numbered(source.units, lines)
 
 
 def groups_of(job: Job) -> list[list[int]]:
   """The units that are surveyed together: of a source with `max_documents` all, one after another."""
-  groups, number = [], 0
-  for source in job.sources:
-    numbers = list(range(number, number + len(source.units)))
+  groups = []
+  for source, numbers in zip(job.sources, job.numbers):
     groups += [[n] for n in numbers] if source.config.max_documents is None else [numbers] if numbers else []
-    number += len(source.units)
   return groups
 
 
@@ -114,8 +108,22 @@ def key_of(document: Document, task: str) -> int:
   return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
+def is_held_out(document: Document, task: str, hashes: Hashes) -> bool:
+  """Whether a document's hash is among the sorted ones of what is held out."""
+  key = np.uint64(key_of(document, task))
+  at = np.searchsorted(hashes, key)
+  return bool(at < len(hashes) and hashes[at] == key)
+
+
 def id_bytes(document: Document) -> bytes:
   return document.id.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+
+
+def read_again(job: Job, number: int, facts: dict) -> Iterator[Document]:
+  """The documents of a unit of which the survey has found these facts: no more than it has read."""
+  index, unit = job.units[number]
+  source = job.sources[index]
+  return source.read(unit, None if source.config.max_documents is None else facts["documents"] + facts["empty"])
 
 
 class Surveyed(NamedTuple):
@@ -134,11 +142,10 @@ def surveyed(job: Job) -> Surveyed:
   facts: dict[int, dict] = {}
   keys = []
   for number, group in enumerate(groups_of(job)):
-    found = json.loads((job.place("survey", number) / "facts.json").read_bytes())
-    facts |= {int(unit): one for unit, one in found.items()}
+    facts |= {int(unit): one for unit, one in job.facts("survey", number).items()}
     keys += [job.place("survey", number) / f"{unit}.npy" for unit in group]
-  for index, source in enumerate(job.sources):
-    mine = [facts[number] for number, (owner, _) in enumerate(job.units) if owner == index]
+  for source, numbers in zip(job.sources, job.numbers):
+    mine = [facts[number] for number in numbers]
     if sum(one["documents"] for one in mine):
       continue
     skipped, empty = sum(one["skipped"] for one in mine), sum(one["empty"] for one in mine)
@@ -154,16 +161,13 @@ def surveyed(job: Job) -> Surveyed:
 def warnings_of(job: Job, facts: dict[int, dict]) -> list[str]:
   """What a person should know of the sources."""
   lines = []
-  for index, source in enumerate(job.sources):
-    mine = [facts[number] for number, (owner, _) in enumerate(job.units) if owner == index]
+  for source, numbers in zip(job.sources, job.numbers):
+    mine = [facts[number] for number in numbers]
     bad = sum(one["not_utf8"] for one in mine)
     if bad:
       first = next(one["first"] for one in mine if one["first"])
       lines.append(f"{bad} documents of {source.name!r} are not UTF-8, the first is {first!r}; their bytes are kept")
-    marks: dict[str, int] = {}
-    for one in mine:
-      for name, count in one["marks"].items():
-        marks[name] = marks.get(name, 0) + count
+    marks = sum((Marks(one["marks"]) for one in mine), Marks())
     for name, count in marks.items():
       if name != "utf-8-sig":
         lines.append(f"{count} files of {source.name!r} are {name.upper()} by their byte order mark, and read as such")
@@ -176,7 +180,7 @@ class Heldout(NamedTuple):
   bytes: int
 
 
-def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT_ONCE) -> Heldout:
+def choose_heldout(files: Sequence[Path], config: DataConfig) -> Heldout:
   """Which documents are held out: those that hash below the fraction, lowest first up to the limit.
 
   With a fraction above 0 and two hashes or more, the lowest is held out whatever the fraction. Documents with one hash
@@ -184,7 +188,6 @@ def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT
 
   Args:
     files: sorted hashes and the documents' sizes, as the survey writes them.
-    at_once: about how many hashes are in memory together, besides those that are held out.
   """
   ends = [(one.shape[1], one[0, 0], one[0, -1]) for one in _opened(files)]
   total = sum(count for count, _, _ in ends)
@@ -196,7 +199,7 @@ def choose_heldout(files: Sequence[Path], config: DataConfig, at_once: int = _AT
   chosen: list[np.ndarray] = []
   documents = size = 0
   met = False  # a group that may be held out
-  for part in _ranges(files, total, at_once):
+  for part in _ranges(files, total, _AT_ONCE):
     hashes, first, counts = np.unique(part[0], return_index=True, return_counts=True)
     sizes = np.add.reduceat(part[1], first)
     few = counts <= most
@@ -247,14 +250,14 @@ class Duplicates(NamedTuple):
   heldout: int  # of held-out documents: that stand in the training split too
 
 
-def count_duplicates(files: Sequence[Path], at_once: int = 4 * _AT_ONCE) -> Duplicates:
+def count_duplicates(files: Sequence[Path]) -> Duplicates:
   """How often documents repeat, by a hash of 8 bytes of their text.
 
   Args:
     files: sorted hashes, and 1 for each that is of a held-out document.
   """
   repeated = heldout = 0
-  for hashes, held in _ranges(files, sum(one.shape[1] for one in _opened(files)), at_once):
+  for hashes, held in _ranges(files, sum(one.shape[1] for one in _opened(files)), 4 * _AT_ONCE):
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
     kept = np.add.reduceat(held, first)
     repeated += len(hashes) - len(counts)

@@ -20,14 +20,15 @@ from jaxllm.data.manifest import Prepared
 from jaxllm.data.packing import (
   Packing,
   Piece,
+  Pieces,
   Plan,
   TablePlan,
   cut_documents,
-  fill_row,
   fit_pieces,
   make_plan,
-  random_order,
+  order_of,
 )
+from jaxllm.data.shards import TokenDocuments
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.data.words import Words, words_of
 
@@ -36,19 +37,10 @@ Counts = Int[np.ndarray, " documents *parts"]  # tokens of each document, or of 
 Ids = Int[np.ndarray, " tokens"]
 
 
-class Documents(Protocol):
-  """Where a task reads from."""
-
-  # Start token, tokens, EOS; of these positions [start, stop)
-  def framed(self, index: int, start: int = 0, stop: int | None = None) -> Ids: ...
-
-  def parts(self, index: int) -> list[Ids]: ...  # without special tokens; of a text there is one
-
-
 class Task(Protocol):
   def plan(self, counts: Counts, packing: Packing, seed: int | None) -> Plan: ...
 
-  def row(self, pieces: list[Piece], documents: Documents, rng: np.random.Generator) -> Row: ...
+  def row(self, pieces: list[Piece], documents: TokenDocuments, rng: np.random.Generator) -> Row: ...
 
 
 def empty_row(config: DataConfig, seq_len: int) -> Row:
@@ -111,7 +103,10 @@ class TextTask:
     return make_plan(packing, counts, len(self.empty["inputs"]), seed, 1)
 
   def row(self, pieces, documents, rng):
-    return fill_row(pieces, documents.framed, len(self.empty["inputs"]))
+    row = copy(self.empty)
+    for segment, (document, start, size) in enumerate(pieces, 1):
+      put_example(row, segment, documents.framed(document, start, start + size + 1), 1)
+    return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +155,7 @@ class EncoderDecoderTask:
     """Positions of the encoder and of the decoder."""
     return len(self.empty["encoder_inputs"]), len(self.empty["inputs"])
 
-  def pair(self, piece: Piece, documents: Documents, rng: np.random.Generator) -> tuple[Ids, Ids]:
+  def pair(self, piece: Piece, documents: TokenDocuments, rng: np.random.Generator) -> tuple[Ids, Ids]:
     """What is read and what is written, each with its special tokens."""
     raise NotImplementedError
 
@@ -169,16 +164,8 @@ class EncoderDecoderTask:
     for segment, piece in enumerate(pieces, 1):
       source, target = self.pair(piece, documents, rng)
       put(row, "encoder_", segment, source)
-      at = put(row, "", segment, np.concatenate([[self.special.decoder_start], target[:-1]]))
-      row["targets"][at] = target
-      row["loss_weights"][at] = 1
+      put_example(row, segment, np.concatenate([[self.special.decoder_start], target]), 1)
     return row
-
-  def pack(self, pieces: tuple[np.ndarray, np.ndarray, np.ndarray], costs: np.ndarray, packing: Packing) -> TablePlan:
-    documents, starts, sizes = pieces
-    if packing == "none":
-      return TablePlan(documents, starts, sizes, np.arange(len(costs) + 1))
-    return fit_pieces(documents, starts, sizes, costs, self.capacity, tightest=packing == "best_fit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +179,7 @@ class SpanCorruptionTask(EncoderDecoderTask):
     most = corruption.tokens_that_fill(self.capacity[0], rate, mean_span)
     pieces = cut_documents(counts, order_of(counts, seed), most)
     lengths = np.array([(0, 0)] + [corruption.span_lengths(n, rate, mean_span) for n in range(1, most + 1)])
-    return self.pack(pieces, lengths[pieces[2]], packing)
+    return fit_pieces(pieces, lengths[pieces[2]], self.capacity, packing)
 
   def pair(self, piece, documents, rng):
     tokens = text_of(piece, documents)
@@ -210,7 +197,8 @@ class DenoisingTask(EncoderDecoderTask):
 
   def plan(self, counts, packing, seed):
     pieces = cut_documents(counts, order_of(counts, seed), self.capacity[0] - self.special.frame)
-    return self.pack(pieces, np.stack([pieces[2] + self.special.frame, pieces[2] + 1], axis=1), packing)
+    costs = np.stack([pieces[2] + self.special.frame, pieces[2] + 1], axis=1)
+    return fit_pieces(pieces, costs, self.capacity, packing)
 
   def pair(self, piece, documents, rng):
     c, original = self.config, text_of(piece, documents)
@@ -234,8 +222,8 @@ class PairsTask(EncoderDecoderTask):
     order = order_of(counts, seed)
     wanted = counts + [self.special.frame, 1]
     costs = np.minimum(wanted, self.capacity)
-    pieces = order, np.zeros_like(order), np.ones_like(order)
-    return dataclasses.replace(self.pack(pieces, costs[order], packing), dropped_tokens=int((wanted - costs).sum()))
+    plan = fit_pieces(whole(order), costs[order], self.capacity, packing)
+    return dataclasses.replace(plan, dropped_tokens=int((wanted - costs).sum()))
 
   def pair(self, piece, documents, rng):
     source, target = documents.parts(piece.document)
@@ -255,7 +243,7 @@ class ClassificationTask:
 
   def plan(self, counts, packing, seed):
     order = order_of(counts, seed)
-    return TablePlan(order, np.zeros_like(order), np.ones_like(order), np.arange(len(order) + 1))
+    return TablePlan(*whole(order), np.arange(len(order) + 1))
 
   def row(self, pieces, documents, rng):
     row, (T,) = copy(self.empty), self.empty["inputs"].shape
@@ -292,18 +280,14 @@ class ChatTask:
     plan = _whole_or_cut(
       before + trained + behind - 1, before - 1, before + trained - 2, T, self.truncation, order_of(counts, seed)
     )
-    if packing == "none":
-      return plan
-    pieces = plan.documents, plan.starts, plan.sizes
-    fitted = fit_pieces(*pieces, plan.sizes[:, None], (T,), tightest=packing == "best_fit")
-    lost = ("dropped_tokens", "dropped_documents", "cut_documents")
-    return dataclasses.replace(fitted, **{name: getattr(plan, name) for name in lost})
+    fitted = fit_pieces((plan.documents, plan.starts, plan.sizes), plan.sizes[:, None], (T,), packing)
+    return dataclasses.replace(fitted, **plan.lost)
 
   def row(self, pieces, documents, rng):
     row = copy(self.empty)
     for segment, piece in enumerate(pieces, 1):
       *ids, runs = documents.parts(piece.document)
-      put_example(row, segment, np.concatenate(ids), unpacked(runs), piece)
+      put_piece(row, segment, piece, np.concatenate(ids), runs)
     return row
 
 
@@ -331,7 +315,7 @@ class PreferenceTask:
     for segment, piece in enumerate(pieces, 1):
       prompt, shared, *rest = documents.parts(piece.document)
       for row, ids, runs in zip(rows.values(), rest[:2], rest[2:]):
-        put_example(row, segment, np.concatenate([prompt, shared, ids]), unpacked(runs), piece)
+        put_piece(row, segment, piece, np.concatenate([prompt, shared, ids]), runs)
     return rows
 
 
@@ -438,22 +422,26 @@ def _first_sentinel(tokenizer: Tokenizer) -> int | None:
   return int(ids[0]) if len(ids) == 1 and int(ids[0]) in tokenizer.special_ids else None
 
 
-def order_of(counts: Counts, seed: int | None) -> Ids:
-  """The documents in the order in which they are packed, without those that were skipped, which have no tokens."""
-  order = np.arange(len(counts)) if seed is None else random_order(len(counts), seed, 0)
-  return order if counts.ndim == 1 else order[counts.sum(1)[order] > 0]
-
-
-def text_of(piece: Piece, documents: Documents) -> Ids:
+def text_of(piece: Piece, documents: TokenDocuments) -> Ids:
   """The tokens of a piece of a text, without special ones."""
   return documents.framed(piece.document, 1 + piece.start, 1 + piece.start + piece.size)
 
 
-def put_example(row: Row, segment: int, ids: Ids, weights: np.ndarray, piece: Piece) -> None:
-  """Writes the piece's positions of an example, in which each token is predicted with its weight."""
-  begin, end = piece.start, min(piece.start + piece.size, len(ids) - 1)
-  at = put(row, "", segment, ids[begin:end])
-  row["targets"][at], row["loss_weights"][at] = ids[begin + 1 : end + 1], weights[begin + 1 : end + 1]
+def whole(order: Ids) -> Pieces:
+  """Examples, which are never cut, as pieces."""
+  return order, np.zeros_like(order), np.ones_like(order)
+
+
+def put_example(row: Row, segment: int, ids: Ids, weights: np.ndarray | float) -> None:
+  """Writes a segment in which each token but the first is predicted from those before it, with its weight."""
+  at = put(row, "", segment, ids[:-1])
+  row["targets"][at], row["loss_weights"][at] = ids[1:], weights
+
+
+def put_piece(row: Row, segment: int, piece: Piece, ids: Ids, runs: Ids) -> None:
+  """Writes the piece's positions of an example whose weights are `packed`."""
+  at = slice(piece.start, piece.start + piece.size + 1)
+  put_example(row, segment, ids[at], unpacked(runs)[at][1:])
 
 
 def stacked(rows: Sequence[Row]) -> Row:

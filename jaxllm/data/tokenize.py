@@ -15,7 +15,7 @@ from jaxllm.data.examples import CHAT, PARTS, make_encoder, unpacked
 from jaxllm.data.job import Job, write_facts
 from jaxllm.data.shards import Record, ShardWriter
 from jaxllm.data.sources import Document
-from jaxllm.data.survey import id_bytes, key_of, surveyed, witness
+from jaxllm.data.survey import id_bytes, is_held_out, read_again, surveyed, witness
 from jaxllm.data.tokenizers import load_tokenizer
 
 _BATCH_BYTES = 4 << 20  # tokenized at once
@@ -37,17 +37,16 @@ class Tokenize:
     job, expected = self._job, self._facts[number]
     index, unit = job.units[number]
     source = job.sources[index]
-    limit = None if source.config.max_documents is None else expected["documents"] + expected["empty"]
     seen, content = hashlib.sha256(), hashlib.sha256()
     with (directory / "heldout.bin").open("wb") as raw:
       texts = {"train": None, "heldout": raw}
       splits = {name: _Split(name, directory, job.config, self._encode, text) for name, text in texts.items()}
-      for document in source.read(unit, limit):
+      for document in read_again(job, number, expected):
         witness(seen, unit, document)
         content.update(f"{document.id!r} {len(document.data)}\n".encode())
         content.update(document.data)
         if document.data:
-          splits[SPLITS[self._is_held_out(document)]].add(document)
+          splits[SPLITS[is_held_out(document, job.config.task, self._heldout)]].add(document)
       if seen.hexdigest() != expected["seen"]:
         raise DataError(f"{unit.where} changed while it was being read: run python -m jaxllm.prepare again")
       facts = {name: split.finish() for name, split in splits.items()}
@@ -55,11 +54,6 @@ class Tokenize:
     _write_hashes(directory, splits)
     (directory / "skipped.txt").write_text("".join(f"{error}\n" for error in (*source.skipped, *bad)), "utf-8")
     write_facts(directory, {**facts, "content": content.hexdigest(), "skipped": len(source.skipped), "bad": len(bad)})
-
-  def _is_held_out(self, document: Document) -> bool:
-    key = np.uint64(key_of(document, self._job.config.task))
-    at = np.searchsorted(self._heldout, key)
-    return bool(at < len(self._heldout) and self._heldout[at] == key)
 
 
 class _Split:

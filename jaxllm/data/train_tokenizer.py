@@ -1,5 +1,6 @@
 """Trains a lossless SentencePiece tokenizer on a sample of a corpus."""
 
+import concurrent.futures
 import io
 import re
 import threading
@@ -35,7 +36,7 @@ def train_sentencepiece(
   share = 1.0 if total_bytes is None else min(1.0, config.train_bytes / max(total_bytes, 1))
   model = io.BytesIO()
   sample = list(_sample(documents, share))  # what goes wrong with the documents is no failure of SentencePiece's
-  failed: list[Exception] = []
+  trained: concurrent.futures.Future[None] = concurrent.futures.Future()
 
   def train() -> None:
     sentencepiece.SentencePieceTrainer.train(
@@ -61,18 +62,16 @@ def train_sentencepiece(
   def run() -> None:
     try:
       train()
+      trained.set_result(None)
     except Exception as error:
-      failed.append(error)
+      trained.set_exception(error)
 
   # In a thread, for which this one waits: signals such as Ctrl-C are seen while SentencePiece computes.
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  while thread.is_alive():
-    thread.join(0.1)
-  if failed:
-    if isinstance(failed[0], RuntimeError | OSError):
-      raise _explain(failed[0], config.vocab_size) from failed[0]
-    raise failed[0]
+  threading.Thread(target=run, daemon=True).start()
+  try:
+    trained.result()
+  except (RuntimeError, OSError) as error:
+    raise _explain(error, config.vocab_size) from error
   return SentencePieceTokenizer(model.getvalue())
 
 

@@ -4,15 +4,15 @@ What the units are and how they follow each other is decided by the source alone
 have the ids that they would have without units.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxllm.data.paths import File
 
 _SMALLEST, _LARGEST = 16 << 20, 256 << 20  # bytes of a unit, where the source can be cut
 _MOST_UNITS = 1024  # of a source whose units are not of the largest size yet
-_UNPACKED = 4  # times as many bytes as a compressed file has, at a guess
 
 
 class Unit(NamedTuple):
@@ -37,34 +37,29 @@ def unit_bytes(total: int) -> int:
   return min(max(total // _MOST_UNITS, _SMALLEST), _LARGEST)
 
 
-def files_in_groups(files: Sequence[File], sizes: Sequence[int], split: Callable[[File], list[Unit]]) -> list[Unit]:
+def files_in_groups(
+  files: Sequence[File], sizes: Sequence[int], split: Callable[[File, int], list[Unit]]
+) -> list[Unit]:
   """Neighbouring files together up to the size of a unit; larger ones as `split` cuts them.
 
   Args:
     sizes: bytes of each.
-    split: the units of a file that is larger than a unit.
+    split: the units of a file, of that many bytes, that is larger than a unit.
   """
-  most, units = unit_bytes(sum(sizes)), []
+  most = unit_bytes(sum(sizes))
+  units: list[Unit] = []
   group: list[File] = []
   held = 0
-
-  def flush() -> None:
-    nonlocal held
-    if group:
-      units.append(Unit(tuple(group), size=held))
-    group.clear()
-    held = 0
-
   for file, size in zip(files, sizes):
-    if held + size > most:
-      flush()
+    if group and held + size > most:
+      units.append(Unit(tuple(group), size=held))
+      group, held = [], 0
     if size > most:
-      units += split(file)
-      continue
-    group.append(file)
-    held += size
-  flush()
-  return units
+      units += split(file, size)
+    else:
+      group.append(file)
+      held += size
+  return [*units, Unit(tuple(group), size=held)] if group else units
 
 
 def byte_ranges(file: File, size: int, most: int) -> list[Unit]:
@@ -78,9 +73,8 @@ def row_ranges(rows: int, size: int) -> list[Unit]:
   """The rows of a data set of `size` bytes in equal parts."""
   step = max(1, math.ceil(rows / max(1, math.ceil(size / unit_bytes(size)))))
   each = size / max(rows, 1)
-  return [
-    Unit((), at, min(at + step, rows), at, round(each * (min(at + step, rows) - at))) for at in range(0, rows, step)
-  ]
+  edges = itertools.pairwise([*range(0, rows, step), rows])
+  return [Unit((), start, stop, start, round(each * (stop - start))) for start, stop in edges]
 
 
 def count_lines(unit: Unit) -> int:
@@ -95,18 +89,18 @@ def count_lines(unit: Unit) -> int:
   return lines
 
 
-def numbered(units: Sequence[Unit], lines: Sequence[int]) -> list[Unit]:
+def numbered(units: Sequence[Unit], lines: Iterator[int]) -> list[Unit]:
   """The units with the number of their first line.
 
   Args:
-    lines: of each whose `first` is None, in order.
+    lines: of each whose `first` is None, in order; of no other is one taken.
   """
-  counts, known, number = iter(lines), [], 0
+  known, number = [], 0
   for unit in units:
     if unit.first is None:
       number = 1 if unit.start == 0 else number
       unit = unit._replace(first=number)
-      here = next(counts)
+      here = next(lines)
       number += here
       if not here:  # a line from before goes through it
         unit = unit._replace(stop=unit.start)

@@ -11,8 +11,8 @@ import threading
 from pathlib import Path
 
 from jaxllm.base.errors import UserError
-from jaxllm.data.crew import stage_of
-from jaxllm.data.job import open_job, work_through
+from jaxllm.data.crew import do_units
+from jaxllm.data.job import open_job
 from jaxllm.data.survey import number_units
 from jaxllm.data.tokenizers import sentencepiece
 
@@ -32,8 +32,7 @@ def main(root: str, stage: str) -> int:
     job = open_job(Path(root))
     if stage != "lines":
       number_units(job)
-    count, do, _ = stage_of(job, stage)
-    work_through(job, stage, count, do, lambda number: say(done=number))
+    do_units(job, stage, lambda number: say(done=number))
   except UserError as error:
     say(error=str(error))
   except OSError as error:

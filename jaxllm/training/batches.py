@@ -54,9 +54,9 @@ class DiskBatches:
   def __init__(self, rows: TrainBatches, heldout: HeldoutBatches | None):
     self._rows = rows
     self.heldout: Iterable[Batch] | None = heldout
-    self._parts: list[Any] = list(rows.sources)
+    self._parts: list[Any] = list(rows.sources.values())
     if heldout is not None:
-      self._parts.append(heldout.every_row)
+      self._parts += [part.rows for part in heldout.parts]
 
   @property
   def epochs(self) -> float:

@@ -1,12 +1,15 @@
 """Plans and rows against a plain reading of the rules."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.data.packing import Piece, fill_row, make_plan, random_order
+from jaxllm.data.config import DataConfig
+from jaxllm.data.packing import Piece, make_plan, random_order
+from jaxllm.data.tasks import TextTask, empty_row
 
 PACKINGS = ("split", "first_fit", "best_fit")
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -116,14 +119,14 @@ GOLDEN_ORDER = [4, 2, 0, 6, 1, 5, 7, 3]
 def test_row_by_hand():
   """Start 9, EOS 8: documents [1 2 3] and [4 5 6 7], the second cut after three positions."""
   framed = {0: np.array([9, 1, 2, 3, 8], np.int32), 1: np.array([9, 4, 5, 6, 7, 8], np.int32)}
-  part = lambda document, start, stop: framed[document][start:stop]  # noqa: E731
-  row = fill_row([Piece(0, 0, 4), Piece(1, 0, 3)], part, 8)
+  documents = SimpleNamespace(framed=lambda document, start, stop: framed[document][start:stop])
+  row = TextTask(empty_row(DataConfig(), 8)).row([Piece(0, 0, 4), Piece(1, 0, 3)], documents, None)
   assert row["inputs"].tolist() == [9, 1, 2, 3, 9, 4, 5, 0]
   assert row["targets"].tolist() == [1, 2, 3, 8, 4, 5, 6, 0]
   assert row["segment_ids"].tolist() == [1, 1, 1, 1, 2, 2, 2, 0]
   assert row["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
   assert row["loss_weights"].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
-  rest = fill_row([Piece(1, 3, 2)], part, 3)
+  rest = TextTask(empty_row(DataConfig(), 3)).row([Piece(1, 3, 2)], documents, None)
   assert rest["inputs"].tolist() == [6, 7, 0]
   assert rest["targets"].tolist() == [7, 8, 0]
   assert rest["positions"].tolist() == [0, 1, 0]

@@ -93,8 +93,9 @@ def test_wrong_encodings(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfd\x81")
   with pytest.raises(DataError, match=r"a.txt is not in the encoding ascii: .*; set the source's `encoding`"):
     texts(path=f"{tmp_path}/a.txt", encoding="ascii")
-  with pytest.raises(DataError, match="encoding is 'klingon', which Python does not know"):
-    texts(path=f"{tmp_path}/a.txt", encoding="klingon")
+  for encoding in ("klingon", "hex"):  # the latter is a codec, and none of text
+    with pytest.raises(DataError, match=f"encoding is '{encoding}', which Python does not know"):
+      texts(path=f"{tmp_path}/a.txt", encoding=encoding)
 
 
 def test_utf16_is_said(tmp_path, byte_tokenizer):

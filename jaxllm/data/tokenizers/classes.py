@@ -25,13 +25,7 @@ _ENDOFTEXT = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>"}
 _ROBERTA |= {"pad_token": "<pad>", "mask_token": "<mask>"}
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
-_GEMMA = {
-  "unk_token": "<unk>",
-  "bos_token": "<bos>",
-  "eos_token": "<eos>",
-  "pad_token": "<pad>",
-  "mask_token": "<mask>",
-}
+_GEMMA = {f"{role}_token": f"<{role}>" for role in ("unk", "bos", "eos", "pad", "mask")}
 _COHERE = {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>"}
 _COHERE |= {"cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
 _LLAMA = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -66,37 +60,31 @@ def _parts(normalizer: Any, pre_tokenizer: Any, decoder: Any) -> Json:
   return {name: rust if isinstance(rust, dict) else _part(rust) for name, rust in named.items()}
 
 
-def _byte_level(settings: Json, own: Json) -> Json:
-  from tokenizers import decoders, pre_tokenizers
+def _byte_level(settings: Json, own: Json, cutter: Any = None, use_regex: bool = True, nfc: bool = False) -> Json:
+  """Characters that stand for bytes, as in GPT-2; `cutter`: what cuts a text before GPT-2's regular expression does,
+  or, without `use_regex`, in its place."""
+  from tokenizers import decoders, normalizers, pre_tokenizers
 
-  space = bool(settings.get("add_prefix_space"))
-  return _parts(None, pre_tokenizers.ByteLevel(add_prefix_space=space), decoders.ByteLevel())
+  level = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=use_regex)
+  cut = level if cutter is None else pre_tokenizers.Sequence([cutter, level])
+  return _parts(normalizers.NFC() if nfc else None, cut, decoders.ByteLevel())
 
 
 def _neox(settings: Json, own: Json) -> Json:
-  from tokenizers import normalizers
-
   # Its class puts nothing around texts, whatever the file says.
-  return _byte_level(settings, own) | {"normalizer": _part(normalizers.NFC()), "post_processor": None}
+  return _byte_level(settings, own, nfc=True) | {"post_processor": None}
 
 
 def _cohere(settings: Json, own: Json) -> Json:
-  from tokenizers import decoders, normalizers
-  from tokenizers import pre_tokenizers as cut
+  from tokenizers import pre_tokenizers
 
-  space = bool(settings.get("add_prefix_space"))
-  digits = cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=space, trim_offsets=True)])
-  return _parts(normalizers.NFC(), digits, decoders.ByteLevel())
+  return _byte_level(settings, own, pre_tokenizers.Digits(individual_digits=True), nfc=True)
 
 
 def _qwen(settings: Json, own: Json) -> Json:
-  from tokenizers import Regex, decoders, normalizers
-  from tokenizers import pre_tokenizers as cut
+  from tokenizers import Regex, pre_tokenizers
 
-  space = bool(settings.get("add_prefix_space"))
-  words = cut.Split(Regex(_QWEN), behavior="isolated")
-  cutter = cut.Sequence([words, cut.ByteLevel(add_prefix_space=space, use_regex=False)])
-  return _parts(normalizers.NFC(), cutter, decoders.ByteLevel())
+  return _byte_level(settings, own, pre_tokenizers.Split(Regex(_QWEN), behavior="isolated"), use_regex=False, nfc=True)
 
 
 def _wordpiece(settings: Json, own: Json) -> Json:
@@ -141,30 +129,15 @@ def _words(settings: Json, own: Json) -> Json:
   return _parts(_table(own.get("normalizer")), cut.Sequence([cut.WhitespaceSplit(), metaspace]), decoder)
 
 
-def _always_words(settings: Json, own: Json) -> Json:
-  return _words({}, own)
-
-
-def _plain_words(settings: Json, own: Json) -> Json:
-  return _words({}, {})
-
-
-def _nllb(settings: Json, own: Json) -> Json:
+def _nllb(settings: Json, own: Json, always: bool = False) -> Json:
+  """SentencePiece's table of characters, then U+2581 for spaces; `always`: many become one without a table too."""
   from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
   table = _table(own.get("normalizer"))
-  spaces = _part(normalizers.Replace(Regex(" {2,}"), " "))
+  steps = [*[table] * (table is not None), _part(normalizers.Replace(Regex(" {2,}"), " "))]
   metaspace = {"replacement": SPACE, "prepend_scheme": "always", "split": True}
-  found = table and {"type": "Sequence", "normalizers": [table, spaces]}
-  return _parts(found, pre_tokenizers.Metaspace(**metaspace), decoders.Metaspace(**metaspace))
-
-
-def _mbart50(settings: Json, own: Json) -> Json:
-  from tokenizers import Regex, normalizers
-
-  spaces = _part(normalizers.Replace(Regex(" {2,}"), " "))
-  parts = _nllb(settings, own)
-  return parts if parts["normalizer"] else parts | {"normalizer": {"type": "Sequence", "normalizers": [spaces]}}
+  normalizer = {"type": "Sequence", "normalizers": steps} if table or always else None
+  return _parts(normalizer, pre_tokenizers.Metaspace(**metaspace), decoders.Metaspace(**metaspace))
 
 
 def _table(normalizer: Json | None) -> Json | None:
@@ -192,6 +165,7 @@ _NLLB = {"type": "BPE", "fuse_unk": True, "byte_fallback": False}
 _UNIGRAM = {"type": "Unigram", "byte_fallback": False}
 _CLS_SEP = ("cls_token $A sep_token", "cls_token $A sep_token $B:1 sep_token:1")
 _SEP_SEP = ("cls_token $A sep_token", "cls_token $A sep_token sep_token $B sep_token")
+_EOS_LAST = ("$A eos_token", "$A eos_token $B eos_token")
 _LANGUAGE_LAST = ("$A eos_token src_lang", "$A $B eos_token src_lang")
 _LANGUAGE_FIRST = ("src_lang $A eos_token", "src_lang $A $B eos_token")
 _MBART = _ROBERTA | {"src_lang": "en_XX"}
@@ -200,14 +174,13 @@ _GPT2 = Class(_ENDOFTEXT, _byte_level, _BPE)
 _XLM_R = Class(_ROBERTA, _words, _UNIGRAM, ("bos_token $A eos_token", "bos_token $A eos_token eos_token $B eos_token"))
 _BERTS = Class(_BERT, _wordpiece, {"type": "WordPiece"}, _CLS_SEP)
 _ROBERTAS = Class(_ROBERTA, _byte_level, _BPE, _SEP_SEP)
-_MBARTS = Class(_MBART, _plain_words, _UNIGRAM, _LANGUAGE_LAST)
+_MBARTS = Class(_MBART, lambda settings, own: _words({}, {}), _UNIGRAM, _LANGUAGE_LAST)
+_T5S = Class(_T5, lambda settings, own: _words({}, own), _UNIGRAM, _EOS_LAST)
 CLASSES: dict[str, Class] = {
   "GPT2Tokenizer": _GPT2,
   "CodeGenTokenizer": _GPT2,
   "GPTNeoXTokenizer": Class(_ENDOFTEXT | {"pad_token": "<|padding|>"}, _neox, _BPE),
-  "Qwen2Tokenizer": Class(
-    {"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, _qwen, _BPE
-  ),
+  "Qwen2Tokenizer": Class(dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"), _qwen, _BPE),
   "CohereTokenizer": Class(_COHERE | _LEFT, _cohere, _BPE),
   "RobertaTokenizer": _ROBERTAS,
   "BartTokenizer": _ROBERTAS,
@@ -217,52 +190,36 @@ CLASSES: dict[str, Class] = {
   "MPNetTokenizer": Class(_ROBERTA | {"unk_token": "[UNK]"}, _wordpiece, {"type": "WordPiece"}, _SEP_SEP),
   "LlamaTokenizer": Class(_LLAMA | _LEFT | {"legacy": False}, _llama, _FALLBACK),
   "GemmaTokenizer": Class(_GEMMA | _LEFT, _gemma, _FALLBACK),
-  "T5Tokenizer": Class(_T5, _always_words, _UNIGRAM, ("$A eos_token", "$A eos_token $B eos_token")),
+  "T5Tokenizer": _T5S,
   "XLMRobertaTokenizer": _XLM_R,
   "CamembertTokenizer": _XLM_R,
   "DebertaV2Tokenizer": Class(_BERT | {"bos_token": "[CLS]", "eos_token": "[SEP]"}, _deberta, _UNIGRAM, _CLS_SEP),
   "MBartTokenizer": _MBARTS,
-  "MBart50Tokenizer": Class(_MBART, _mbart50, _UNIGRAM, _LANGUAGE_FIRST),
+  "MBart50Tokenizer": Class(_MBART, lambda settings, own: _nllb(settings, own, always=True), _UNIGRAM, _LANGUAGE_FIRST),
   "NllbTokenizer": Class(_ROBERTA | {"src_lang": "eng_Latn"}, _nllb, _NLLB, _LANGUAGE_FIRST),
 }
-# AutoTokenizer's class of each kind of model; None: the tokenizer.json as it is, whatever is declared.
-_OF_MODELS: dict[str, str | None] = {
-  "bart": "RobertaTokenizer",
-  "roberta": "RobertaTokenizer",
-  "data2vec-text": "RobertaTokenizer",
-  "camembert": "CamembertTokenizer",
-  "bert": "BertTokenizer",
-  "distilbert": "BertTokenizer",
-  "electra": "BertTokenizer",
-  "mpnet": "MPNetTokenizer",
-  "deberta-v2": "DebertaV2Tokenizer",
-  "xlm-roberta": "XLMRobertaTokenizer",
-  "mbart": "MBartTokenizer",
-  "m2m_100": "M2M100Tokenizer",
-  "t5": "T5Tokenizer",
-  "mt5": "T5Tokenizer",
-  "gpt2": "GPT2Tokenizer",
-  "gpt_neo": "GPT2Tokenizer",
-  "gptj": "GPT2Tokenizer",
-  "opt": "GPT2Tokenizer",
-  "phi": "GPT2Tokenizer",
-  "starcoder2": "GPT2Tokenizer",
-  "gpt_neox": "GPTNeoXTokenizer",
-  "olmo": "GPTNeoXTokenizer",
-  "olmoe": "GPTNeoXTokenizer",
-  "cohere": "CohereTokenizer",
-  "cohere2": "CohereTokenizer",
-  "gemma": "GemmaTokenizer",
-  "gemma2": "GemmaTokenizer",
-  "gemma3": "GemmaTokenizer",
-  "gemma3_text": "GemmaTokenizer",
-  "qwen2": "Qwen2Tokenizer",
-  "qwen2_moe": "Qwen2Tokenizer",
-  "qwen3": "Qwen2Tokenizer",
-  "qwen3_moe": "Qwen2Tokenizer",
-  **dict.fromkeys(("mistral", "mixtral", "olmo2", "olmo3", "granite", "granitemoe", "glm", "glm4", "glm4_moe")),
-  **dict.fromkeys(("modernbert", "phi3", "phimoe", "stablelm", "umt5", "gpt_bigcode", "nemotron", "xlm-roberta-xl")),
+# AutoTokenizer's class of kinds of models; None: the tokenizer.json as it is, whatever is declared.
+_MODELS: dict[str | None, str] = {
+  "RobertaTokenizer": "bart roberta data2vec-text",
+  "CamembertTokenizer": "camembert",
+  "BertTokenizer": "bert distilbert electra",
+  "MPNetTokenizer": "mpnet",
+  "DebertaV2Tokenizer": "deberta-v2",
+  "XLMRobertaTokenizer": "xlm-roberta",
+  "MBartTokenizer": "mbart",
+  "M2M100Tokenizer": "m2m_100",
+  "T5Tokenizer": "t5 mt5",
+  "GPT2Tokenizer": "gpt2 gpt_neo gptj opt phi starcoder2",
+  "GPTNeoXTokenizer": "gpt_neox olmo olmoe",
+  "CohereTokenizer": "cohere cohere2",
+  "GemmaTokenizer": "gemma gemma2 gemma3 gemma3_text",
+  "Qwen2Tokenizer": "qwen2 qwen2_moe qwen3 qwen3_moe",
+  None: """
+    mistral mixtral olmo2 olmo3 granite granitemoe glm glm4 glm4_moe modernbert phi3 phimoe stablelm umt5 gpt_bigcode
+    nemotron xlm-roberta-xl
+  """,
 }
+_OF_MODELS = {model: name for name, models in _MODELS.items() for model in models.split()}
 _MISDECLARED = {"qwen2", "phi3", "phimoe", "modernbert", "nemotron"}  # whose published files name wrong classes
 
 

@@ -45,9 +45,8 @@ def as_huggingface(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
   for token in tokenizer.added_tokens.values():
     rust.add_tokens([AddedToken(token["content"], special=token["special"], normalized=False)])
 
-  begin = tokenizer.settings.get("add_bos_token", tokenizer.bos_id is not None) and tokenizer.bos_id is not None
-  end = tokenizer.settings.get("add_eos_token", tokenizer.bos_id is None) and tokenizer.eos_id is not None
-  roles = [role for role, used in (("bos_token", begin), ("eos_token", end)) if used]
+  used = zip(("bos_token", "eos_token"), tokenizer.frame_ids)
+  roles = [role for role, id in used if id is not None]
   ends = {tokenizer.special_tokens[role]: rust.token_to_id(tokenizer.special_tokens[role]) for role in roles}
   first, last = (tokenizer.special_tokens[r] + " " if r in roles else "" for r in ("bos_token", "eos_token"))
   if ends:

@@ -112,25 +112,20 @@ class HuggingFaceTokenizer(Tokenizer):
   @functools.cached_property
   def _plain(self):
     """Another `tokenizers` object for documents, in which "<|endoftext|>" is text."""
-    with damaged("not a tokenizer.json, or a damaged one"):
-      return self._built_plain()
-
-  def _built_plain(self):
     import tokenizers
 
-    tokenizer = self._build()
-    tokenizer.encode_special_tokens = True
-    definition = json.loads(tokenizer.to_str())
-    if definition["model"]["type"] == "Unigram":  # finds any piece in text, "</s>" too, unless it has another name
-      pieces = definition["model"]["vocab"]
-      for i in self.special_ids & set(range(len(pieces))) - {definition["model"]["unk_id"]}:
-        pieces[i][0] = f"\U0010fffe{i}\U0010fffe"  # no character, so in no text
-      definition["added_tokens"] = [
-        token for token in definition["added_tokens"] if token["id"] not in self.special_ids
-      ]
-      definition["post_processor"] = None
-      tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
-    return tokenizer
+    with damaged("not a tokenizer.json, or a damaged one"):
+      tokenizer = self._build()
+      tokenizer.encode_special_tokens = True
+      definition = json.loads(tokenizer.to_str())
+      if definition["model"]["type"] == "Unigram":  # finds any piece in text, "</s>" too, unless it has another name
+        pieces, added = definition["model"]["vocab"], definition["added_tokens"]
+        for i in self.special_ids & set(range(len(pieces))) - {definition["model"]["unk_id"]}:
+          pieces[i][0] = f"\U0010fffe{i}\U0010fffe"  # no character, so in no text
+        definition["added_tokens"] = [token for token in added if token["id"] not in self.special_ids]
+        definition["post_processor"] = None
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+      return tokenizer
 
   def _roles(self, vocabulary: dict[str, int]) -> dict[str, str | None]:
     """The token of each role, None where it has none."""

@@ -144,17 +144,22 @@ class SentencePieceTokenizer(Tokenizer):
       return self.as_class._encode_run(text, follows)
     return (self._continuation if follows else self._processor).encode(text)
 
+  @property
+  def frame_ids(self) -> tuple[int | None, int | None]:
+    """What stands before a text and behind it: Llama's rule; T5's where there is no BOS."""
+    begins = self.settings.get("add_bos_token", self.bos_id is not None)
+    ends = self.settings.get("add_eos_token", self.bos_id is None)
+    return self.bos_id if begins else None, self.eos_id if ends else None
+
   def encode_pair(self, first, second=None, *, add_special=True):
     if self.as_class is not None:
       return self.as_class.encode_pair(first, second, add_special=add_special)
-    # T5's rule where there is no BOS; else Llama's.
-    bos = [self.bos_id] if self.settings.get("add_bos_token", self.bos_id is not None) else []
-    eos = [self.eos_id] if self.settings.get("add_eos_token", self.bos_id is None) else []
+    bos, eos = ([] if id is None else [id] for id in self.frame_ids)
     ids = []
     for text in (first,) if second is None else (first, second):
       with damaged(CANNOT):
         parsed = self._encode_parsing(text)
-      ids += [i for i in (*bos, *parsed, *eos) if i is not None] if add_special else parsed
+      ids += [*bos, *parsed, *eos] if add_special else parsed
     return np.array(ids, np.int32), np.zeros(len(ids), np.int32)
 
   def _encode_parsing(self, text: str, tokens: re.Pattern | None = None) -> list[int]:
