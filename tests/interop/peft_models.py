@@ -42,16 +42,16 @@ def save(name: str, directory: Path) -> Path:
   return directory
 
 
-def logits(model) -> np.ndarray:
+def logits(model, ids: np.ndarray = IDS) -> np.ndarray:
   """Of the same ids: by a Model here, or by a module of torch's."""
   if hasattr(model, "named_parameters"):
     import torch
 
-    ids = torch.from_numpy(IDS)
+    ids = torch.from_numpy(ids)
     two = getattr(model.config, "is_encoder_decoder", False)
     more = {"decoder_input_ids": ids[:, ::2].contiguous()} if two else {}
     with torch.no_grad():
       return model.eval()(input_ids=ids, **more).logits.numpy()
-  ids = jnp.asarray(IDS, jnp.int32)
+  ids = jnp.asarray(ids, jnp.int32)
   two = model.config.architecture == "encoder_decoder"
   return np.asarray(model(ids[:, ::2], encoder_inputs=ids) if two else model(ids))
