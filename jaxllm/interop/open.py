@@ -37,16 +37,13 @@ from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, family_to_write, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
-from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
+from jaxllm.interop.peft_config import base_of, is_adapter
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
-
-TABLE = "embedding/tokens"
-
 
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
@@ -153,7 +150,6 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   with file_errors(directory):
     recover(directory)
     digests.check(directory, READ_IF_THERE, quiet=not (directory.parent / CHECKPOINTS).is_dir())
-  read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
   if not families:
     as_checkpoint(base.config, base.tensors)  # says why
@@ -161,8 +157,7 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   if base.config.tie_embeddings and read.head:
     read = read.of_tied()
     if not read.tied:
-      changed = any(TABLE in adapter.changes for adapter in base.apart)
-      base = (base.merged() if changed else base).untied()
+      base = base.untied()
   if rows := read.vocabulary:  # it may have been trained on a model with new tokens
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))
   adapter = peft.open_adapter(read, base.config, base.tensors).weighted(weight)

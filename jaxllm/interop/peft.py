@@ -22,6 +22,7 @@ from jaxllm.models.config import ModelConfig
 
 WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+NOT_USED = (".original_module.", ".trainable_tokens_original", ".lora_velora_embed")  # the base's; for training alone
 TABLE = "embedding/tokens"
 # The endings of a module's factors A [r, inputs] and B [outputs, r], and of DoRA's magnitude [outputs]
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
@@ -133,7 +134,7 @@ def read_adapter(directory: Path, config: ModelConfig, families: Sequence[str]) 
       modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
     elif name.endswith(ROWS):
       rows[name.removesuffix(ROWS)] = tensor
-    elif not any(part in name for part in (".original_module.", ".trainable_tokens_original")):  # as it was before
+    elif not any(part in name for part in NOT_USED):
       full[re.sub(r"\.(token_adapter|base_layer|modules_to_save)(?=\.)", "", name)] = tensor
   wanted = [*(f"{name}.weight" for name in (*modules, *rows)), *full]
   if not wanted:
@@ -253,14 +254,14 @@ def _check_targets(read: PeftAdapter, known: Mapping[str, Place]) -> None:
   extra = [m for m in read.modules if m not in (read.table, read.head) and not settings.means(m)]
   if extra and settings.targets is not None:
     raise CheckpointError(f"{here} has weights of {listed(extra)}, which its target_modules do not name")
-  matrices = {  # what PEFT has an adapter for
-    name.removesuffix(".weight")
-    for name, place in known.items()
-    if name.endswith(".weight") and len(place.shape) == 2 and "/moe/" not in place.weight.ours[0]
-  }
-  missing = [module for module in matrices if settings.means(module) and module not in read.modules]
-  saved = [name for name in known if name.endswith(".weight") and ends(settings.saved, name.removesuffix(".weight"))]
-  missing += [name for name in saved if name not in read.full]
+  missing = []
+  for name, place in known.items():
+    module, kind = name.rpartition(".")[::2]
+    if kind == "weight" and module != read.head:  # which has another name in other versions of transformers
+      matrix = len(place.shape) == 2 and "/moe/" not in place.weight.ours[0]
+      saved = ends(settings.saved, module)
+      if name not in read.full if saved else matrix and settings.means(module) and module not in read.modules:
+        missing.append(module)
   if missing:
     raise CheckpointError(f"{here} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names")
 

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from peft_models import IDS, MODELS, logits, save
+from peft_models import MODELS, changed, load_base, logits, made, save
 
 from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.inference.load import load_model
@@ -59,25 +59,7 @@ SETTINGS = {
     "tied",
     dict(r=4, use_dora=True, target_modules=["embed_tokens", "lm_head", "q_proj"], ensure_weight_tying=True),
   ),
-  "scales that are not tied": (
-    "tied",
-    dict(r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, alpha_pattern={"lm_head": 20}),
-  ),
-  "a saved table among the targets": (
-    "tied",
-    dict(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], modules_to_save=["embed_tokens"]),
-  ),
-  "targets that the model has not": ("llama", dict(r=4, target_modules=[*QV, "c_attn", "embed_out"])),
-  "a layer, and a whole name": (
-    "llama",
-    dict(r=4, target_modules=["q_proj", "lm_head"], layers_to_transform=[1], layers_pattern="layers"),
-  ),
-  "GPT-2's table, not tied": (
-    "gpt2",
-    dict(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, ensure_weight_tying=True),
-  ),
   "biases of the factors": ("gpt2", dict(r=4, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True)),
-  "biases of both": ("bert", dict(r=4, lora_alpha=6, target_modules=["query"], lora_bias=True, bias="all")),
   "rows of tokens": ("llama", dict(r=4, target_modules=QV, trainable_token_indices=[3, 5])),
   "rows of tokens for both": ("tied", dict(r=4, target_modules=QV, trainable_token_indices=[3, 5])),
   "rows of each table": (
@@ -91,31 +73,6 @@ SETTINGS = {
   "a classifier": ("bert", dict(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")),
   "an encoder and a decoder": ("t5", dict(r=4, target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")),
 }
-
-
-def made(family, folder, **settings):
-  """The directories of a base and of a random adapter by PEFT; and the adapted model's logits."""
-  save(family, folder / "base")
-  model = changed(peft.get_peft_model(load_base(folder / "base"), peft.LoraConfig(**settings)))
-  model.save_pretrained(folder / "adapter")
-  return folder / "base", folder / "adapter", logits(model)
-
-
-def changed(model):
-  """The model with noise in all that it trains."""
-  torch.manual_seed(1)
-  with torch.no_grad():
-    for name, parameter in model.named_parameters():
-      if parameter.requires_grad:
-        noise = 0.1 * torch.randn_like(parameter)
-        scaled = any(part in name for part in ("magnitude", "modules_to_save"))
-        parameter.copy_(parameter * (1 + noise) if scaled else parameter + 2 * noise)
-  return model
-
-
-def load_base(directory):
-  name = json.loads((directory / "config.json").read_text())["architectures"][0]
-  return getattr(transformers, name).from_pretrained(directory, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -151,27 +108,6 @@ def test_on_a_mesh(tmp_path, agrees, name):
   agrees(f"{name} of PEFT's, 8 devices", "logits of its params", logits(again), want)
 
 
-@pytest.mark.parametrize(
-  "family, init, settings",
-  [
-    ("llama", "pissa", dict(target_modules=[*QV, "down_proj"], use_rslora=True)),
-    ("llama", "olora", dict(target_modules=[*QV, "down_proj"], lora_alpha=6)),
-    ("llama", "pissa", dict(target_modules=["q_proj", "lm_head"], use_dora=True)),
-    ("gpt2", "pissa", dict(target_modules=["c_attn"], fan_in_fan_out=True)),
-    ("tied", "pissa", dict(target_modules=["lm_head"])),
-  ],
-)
-def test_factors_of_peft_that_began_as_a_part_of_the_base(tmp_path, agrees, family, init, settings):
-  """PEFT takes that part off the base, when the adapter is made and when it is read."""
-  base = save(family, tmp_path / "base")
-  model = peft.get_peft_model(load_base(base), peft.LoraConfig(r=4, init_lora_weights=init, **settings))
-  changed(model).save_pretrained(tmp_path / "adapter")
-  again = peft.PeftModel.from_pretrained(load_base(base), tmp_path / "adapter")
-  ours = load_model(base, adapter=tmp_path / "adapter")
-  agrees(f"{init} of PEFT's, {family}", "logits", logits(ours), logits(again))
-  np.testing.assert_allclose(logits(again), logits(model), atol=1e-4)
-
-
 def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
   base = save("llama", tmp_path / "base")
   config = peft.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa")
@@ -185,71 +121,6 @@ def test_pissa_that_peft_made_and_saved_as_lora(tmp_path, agrees):
     open_model(base, adapter=tmp_path / "pissa")
   model.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
   agrees("PiSSA of PEFT's as LoRA", "logits", logits(load_model(base, adapter=tmp_path / "lora")), want)
-
-
-TABLES = dict(target_modules=["embed_tokens", "lm_head"])
-
-
-def resized(tmp_path, family, size, how="auto", **settings):
-  """The directories of a base and of an adapter for it with another vocabulary, and the adapted model."""
-  base = save(family, tmp_path / "base")
-  model = load_base(base)
-  model.resize_token_embeddings(size)
-  model = changed(peft.get_peft_model(model, peft.LoraConfig(**dict(r=4, target_modules=QV) | settings)))
-  model.save_pretrained(tmp_path / "adapter", save_embedding_layers=how)
-  return base, tmp_path / "adapter", model
-
-
-@pytest.mark.parametrize(
-  "family, size, settings",
-  [
-    ("llama", 44, dict(modules_to_save=["embed_tokens", "lm_head"])),
-    ("llama", 44, dict()),
-    ("llama", 44, dict(trainable_token_indices=[40, 43, 7])),
-    ("llama", 44, TABLES),
-    ("llama", 44, TABLES | dict(modules_to_save=["embed_tokens"])),
-    ("llama", 36, dict(target_modules=["q_proj", "lm_head"])),
-    ("tied", 44, dict()),
-    ("tied", 44, dict(how=True)),
-    ("tied", 44, dict(modules_to_save=["embed_tokens"])),
-    ("tied", 44, dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
-    ("tied", 44, dict(trainable_token_indices=[40, 43, 7])),
-    ("tied", 44, dict(trainable_token_indices={"embed_tokens": [40, 43, 7]})),
-    ("tied", 44, dict(target_modules=["q_proj", "lm_head"])),
-    ("tied", 44, dict(target_modules=".*(q_proj|embed_tokens)")),
-    ("tied", 44, TABLES | dict(use_dora=True, ensure_weight_tying=True)),
-    ("tied", 44, TABLES | dict(ensure_weight_tying=True)),
-    ("gpt2", 44, dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True)),
-  ],
-  ids=str,
-)
-def test_an_adapter_with_new_tokens_that_peft_made(tmp_path, agrees, family, size, settings):
-  """Trained on a model whose vocabulary had grown or shrunk: the rows are in the adapter, the base has others."""
-  base, adapter, model = resized(tmp_path, family, size, **settings)
-  ours = load_model(base, adapter=adapter)
-  assert ours.config.vocab_size == size
-  ids = np.minimum(IDS, size - 1)
-  ids[0, :3] = [size - 1, size - 2, 7]
-  what = f"{size} tokens of PEFT's, {family}{''.join(f', {name}' for name in settings)}"
-  agrees(what, "logits", logits(ours, ids), logits(model, ids))
-
-
-@pytest.mark.parametrize("settings", [TABLES | dict(how=False), dict(target_modules=["q_proj", "lm_head"])], ids=str)
-def test_a_peft_adapter_without_the_rows_of_new_tokens_is_refused(tmp_path, settings):
-  """Whose beginning was drawn: who has the model with new tokens can save that."""
-  base, adapter, model = resized(tmp_path, "llama", 44, **settings)
-  with pytest.raises(CheckpointError, match="trained on a model with 44 tokens and has no model.embed_tokens of"):
-    open_model(base, adapter=adapter)
-  model.unload().save_pretrained(tmp_path / "resized")
-  ours = load_model(tmp_path / "resized", adapter=adapter)
-  again = peft.PeftModel.from_pretrained(load_base(tmp_path / "resized"), adapter)
-  np.testing.assert_allclose(logits(ours), logits(again), atol=1e-5)
-
-
-def test_a_bias_of_factors_where_the_base_has_none_is_refused(tmp_path):
-  base, adapter, _ = made("llama", tmp_path, r=4, target_modules=QV, lora_bias=True)
-  with pytest.raises(CheckpointError, match="layers.0.self_attn.q_proj has no bias in the base, and its factors have"):
-    open_model(base, adapter=adapter)
 
 
 def test_a_weighted_sum_is_that_of_peft(tmp_path, agrees):
