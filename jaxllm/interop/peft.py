@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
+
+log = logging.getLogger("jaxllm")
 
 WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -152,17 +155,17 @@ def read_adapter(directory: Path, config: ModelConfig, families: Sequence[str]) 
   (known, names), head = found[family], heads[family]
   settings.check_patterns({name.rpartition(".")[0] for name in (*known, head)}, f"the adapter in {directory}")
   module_of = lambda name: names[f"{name}.weight"].removesuffix(".weight")  # noqa: E731
-  return PeftAdapter(
-    directory,
-    raw,
-    settings,
-    family,
-    {module_of(name): parts for name, parts in modules.items()},
-    {names[name]: tensor for name, tensor in full.items()},
-    {module_of(name): tensor for name, tensor in rows.items()},
-    next(name for name, place in known.items() if place.weight.ours == (TABLE,)).removesuffix(".weight"),
-    head.removesuffix(".weight"),
-  )
+  of_module = {module_of(name): parts for name, parts in modules.items()}
+  whole = {names[name]: tensor for name, tensor in full.items()}
+  table = next(name for name, place in known.items() if place.weight.ours == (TABLE,)).removesuffix(".weight")
+  if config.architecture == "encoder_decoder" and (table in of_module or ends(settings.saved, table)):
+    log.warning(
+      "the adapter in %s changes %s, which PEFT's model looks nothing up in: that is left out", directory, table
+    )
+    of_module.pop(table, None)
+    whole.pop(f"{table}.weight", None)
+  of_rows = {module_of(name): tensor for name, tensor in rows.items()}
+  return PeftAdapter(directory, raw, settings, family, of_module, whole, of_rows, table, head.removesuffix(".weight"))
 
 
 def open_adapter(read: PeftAdapter, config: ModelConfig, tensors: Tensors) -> StoredAdapter:
@@ -257,7 +260,7 @@ def _check_targets(read: PeftAdapter, known: Mapping[str, Place]) -> None:
   missing = []
   for name, place in known.items():
     module, kind = name.rpartition(".")[::2]
-    if kind == "weight" and module != read.head:  # which has another name in other versions of transformers
+    if kind == "weight" and module not in (read.table, read.head):  # with names of their own in some transformers
       matrix = len(place.shape) == 2 and "/moe/" not in place.weight.ours[0]
       saved = ends(settings.saved, module)
       if name not in read.full if saved else matrix and settings.means(module) and module not in read.modules:

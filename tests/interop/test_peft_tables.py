@@ -37,6 +37,7 @@ SETTINGS = {
     dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True, ensure_weight_tying=True),
   ),
   "projections for training alone": ("llama", dict(target_modules=QV, velora_config={"num_groups": 4})),
+  "a table that no one looks up": ("t5", dict(target_modules=["q", "shared", "lm_head"])),
   "biases of both": ("bert", dict(lora_alpha=6, target_modules=["query"], lora_bias=True, bias="all")),
 }
 
