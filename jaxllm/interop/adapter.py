@@ -122,8 +122,8 @@ class StoredAdapter:
     if not math.isfinite(weight):
       raise ConfigError(f"the weight of the adapter in {self.path} is {weight}; it must be a number")
     if self.full or self.kind == "dora":
-      has = "modules that are saved whole" if self.full else "magnitudes (DoRA)"
-      raise ConfigError(f"the adapter in {self.path} has {has}, so it cannot be taken with a weight of {weight:g}")
+      what = f"replaces {min(self.full)}" if self.full else "has magnitudes (DoRA)"
+      raise ConfigError(f"the adapter in {self.path} {what}, so it cannot be taken with a weight of {weight:g}")
     changes = {path: dataclasses.replace(c, scales=c.scales * weight) for path, c in self.changes.items()}
     return dataclasses.replace(self, changes=changes)
 

@@ -37,16 +37,13 @@ from jaxllm.interop.huggingface import from_huggingface
 from jaxllm.interop.huggingface_directory import as_checkpoint, families_of, family_to_write, open_huggingface
 from jaxllm.interop.model_directory import open_model_directory, read_model_config
 from jaxllm.interop.peft_config import CONFIG_FILE as ADAPTER_FILE
-from jaxllm.interop.peft_config import base_of, is_adapter, read_settings
+from jaxllm.interop.peft_config import base_of, is_adapter
 from jaxllm.interop.stored import Form, StoredModel, check_shapes, param_shapes
 from jaxllm.interop.tensors import LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.quantization import quantize_matrix
 from jaxllm.models.weights import dense, is_quantizable
 from jaxllm.storage.reading import open_params
-
-TABLE = "embedding/tokens"
-
 
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]] | None
 
@@ -153,18 +150,17 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   with file_errors(directory):
     recover(directory)
     digests.check(directory, READ_IF_THERE, quiet=not (directory.parent / CHECKPOINTS).is_dir())
-  read_settings(directory)  # says what is wrong there, before the weights do
   families = _families(base)
-  if base.config.tie_embeddings and families and peft.changes_tied_table(directory, families[0]):
-    changed = any(TABLE in adapter.changes for adapter in base.apart)
-    base = (base.merged() if changed else base).untied()
-    families = _families(base)
   if not families:
     as_checkpoint(base.config, base.tensors)  # says why
-  rows = peft.vocabulary_of(directory, families[0])
-  if rows and rows != base.config.vocab_size:  # it was trained on a model with new tokens
+  read = peft.read_adapter(directory, base.config, families)
+  if base.config.tie_embeddings and read.head:
+    read = read.of_tied()
+    if not read.tied:
+      base = base.untied()
+  if rows := read.vocabulary:  # it may have been trained on a model with new tokens
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))
-  adapter = peft.open_adapter(directory, base.config, base.tensors, families).weighted(weight)
+  adapter = peft.open_adapter(read, base.config, base.tensors).weighted(weight)
   for other in base.apart:
     if both := sorted(other.full.keys() & adapter.full.keys()):
       raise ConfigError(f"the adapters in {other.path} and {directory} both replace {both[0]}; leave one out")

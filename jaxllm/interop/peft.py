@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
+import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxllm.base.errors import CheckpointError, shown
+from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
-from jaxllm.interop.families.table import Family
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings
 from jaxllm.interop.safetensors import read_safetensors
@@ -20,11 +21,16 @@ from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig
 
+log = logging.getLogger("jaxllm")
+
 WEIGHTS_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+NOT_USED = (".original_module.", ".trainable_tokens_original", ".lora_velora_embed")  # the base's; for training alone
+TABLE = "embedding/tokens"
 # The endings of a module's factors A [r, inputs] and B [outputs, r], and of DoRA's magnitude [outputs]
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
+BIAS = ".lora_B.bias"  # [outputs], of a module that has a bias of its own
 ROWS = ".token_adapter.trainable_tokens_delta"  # of a table, which are trained without the others
 
 
@@ -41,153 +47,226 @@ def read_weights(directory: Path) -> dict[str, LazyTensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
-  """The tensors of an adapter: the factors of each module, by their endings; of modules that are saved whole; and rows
-  of a table, by its module."""
+class PeftAdapter:
+  """An adapter's tensors, none of them read, by the names that a family has for modules and what is in them.
 
+  modules: factors by their endings. full: what is saved whole. rows: of tables, by module. table, head: the modules of
+  the embedding and of a head over the vocabulary ("": there is none). tied: what was one matrix for both stays one, and
+  there is nothing of the head here.
+  """
+
+  directory: Path
+  raw: dict[str, Any]
+  settings: Settings
+  family: str
   modules: Mapping[str, Mapping[str, LazyTensor]]
   full: Tensors
   rows: Tensors
+  table: str
+  head: str
+  tied: bool = False
 
-  @classmethod
-  def of(cls, tensors: Tensors) -> "_Found":
-    modules: dict[str, dict[str, LazyTensor]] = {}
-    full, rows = {}, {}
-    for name, tensor in tensors.items():
-      name = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
-      ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE) if name.endswith(end)), None)
-      if ending:
-        modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
-      elif name.endswith(ROWS):
-        rows[name.removesuffix(ROWS)] = tensor
-      elif not any(part in name for part in (".original_module.", ".trainable_tokens_original")):  # as it was before
-        full[re.sub(r"\.(token_adapter|base_layer|modules_to_save)(?=\.)", "", name)] = tensor
-    return cls(modules, full, rows)
+  @property
+  def vocabulary(self) -> int | None:
+    """The rows of a table that it has whole, as one with new tokens does; None: it has none."""
+    return next((self.full[name].shape[0] for name in self._whole()), None)
 
-  def without(self, modules: Collection[str]) -> "_Found":
-    """The same but for these modules."""
-    keep = lambda tensors: {name: t for name, t in tensors.items() if name.removesuffix(".weight") not in modules}  # noqa: E731
-    return _Found(keep(self.modules), keep(self.full), keep(self.rows))
+  def copies(self) -> set[str]:
+    """Tensors that are a table of the base as it was trained on: PEFT saves them beside what was trained."""
+    return {name for name in self._whole() if not ends(self.settings.saved, name.removesuffix(".weight"))}
+
+  def tokens_of(self, module: str) -> tuple[int, ...]:
+    """The tokens whose rows of a module are trained; a head's copies of the embedding's rows go by no name."""
+    return self.settings.tokens_of(module) or self.settings.tokens_of(self.table)
+
+  def of_tied(self) -> "PeftAdapter":
+    """The same for a model with one matrix for embedding and head."""
+    table, head = f"{self.table}.weight", f"{self.head}.weight"
+    full = dict(self.full)
+    for name in self.copies():  # a copy of one is one of the other
+      full |= {other: full[name] for other in (table, head) if other not in full}
+    both = dataclasses.replace(self, full=full)
+    if not both._alike():
+      return both
+    without = lambda tensors: {name: t for name, t in tensors.items() if name not in (head, self.head)}  # noqa: E731
+    modules, full, rows = without(both.modules), without(full), without(both.rows)
+    return dataclasses.replace(both, modules=modules, full=full, rows=rows, tied=True)
+
+  def _whole(self) -> list[str]:
+    names = (f"{module}.weight" for module in (self.table, self.head))
+    return [name for name in names if name in self.full and len(self.full[name].shape) == 2]
+
+  def _alike(self) -> bool:
+    """Whether it makes the same of the embedding and of the head."""
+    both = self.table, self.head
+    whole, rows = [self.full.get(f"{module}.weight") for module in both], [self.rows.get(module) for module in both]
+    if not _same(*whole) or (rows[1] and not (_same(*rows) and len({self.tokens_of(module) for module in both}) == 1)):
+      return False
+    ours, theirs = (self.modules.get(module, {}) for module in both)
+    if not ours and not theirs:
+      return True
+    if self.settings.dora or len({self.settings.scale_of(module) for module in both}) > 1:
+      return False
+    pairs = [(ours.get(end), theirs.get(other)) for end, other in zip(EMBEDDING, reversed(LINEAR))]
+    return all(x and y and np.array_equal(x.read(), y.read().T) for x, y in pairs)
 
 
-def changes_tied_table(directory: Path, family: str) -> bool:
-  """Whether an adapter changes the embedding or the head alone, of a model that has one matrix for both."""
-  config, settings = read_settings(directory)
-  if settings.tied:
-    return False
-  found = _Found.of(read_weights(directory))
-  own = FAMILIES[family]
-  tied = {_table(own).removesuffix(".weight"), own.head.removesuffix(".weight")}
-  of_head = [name for name in found.rows if ends((own.head.removesuffix(".weight"),), name)]  # else both have them
-  names = {*found.modules, *of_head, *(name.removesuffix(".weight") for name in found.full)}
-  return any(own.prefix + name in tied or name in tied for name in names)
+def _same(first: LazyTensor | None, second: LazyTensor | None) -> bool:
+  if first is None or second is None or first is second:
+    return first is second
+  return first.shape == second.shape and np.array_equal(first.read(), second.read())
 
 
-def vocabulary_of(directory: Path, family: str) -> int | None:
-  """The rows of the embedding that an adapter has whole, as one with new tokens does; None: it has none."""
-  full = _Found.of(read_weights(directory)).full
-  own = FAMILIES[family]
-  table = full.get(_table(own)) or full.get(_table(own).removeprefix(own.prefix))
-  return table.shape[0] if table is not None and len(table.shape) == 2 else None
-
-
-def _table(family: Family) -> str:
-  return next(weight.theirs for weight in family.weights if weight.ours == ("embedding/tokens",))
-
-
-def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, families: Sequence[str]) -> StoredAdapter:
-  """The adapter in a directory, for a model with these parameters.
+def read_adapter(directory: Path, config: ModelConfig, families: Sequence[str]) -> PeftAdapter:
+  """The adapter in a directory, for a model of this config.
 
   Args:
     families: by whose names of modules it may have been trained; the first that knows all of them is taken.
 
   Raises:
-    ConfigError: see `read_settings`. CheckpointError: its weights are missing, damaged, or are not those that its
-      config and the model call for; the message lists them.
+    ConfigError: see `read_settings`; or a pattern takes too long. CheckpointError: its weights are missing, damaged, or
+      of modules that the model has not; the message lists them.
   """
   raw, settings = read_settings(directory)
-  found = _Found.of(read_weights(directory))
-  if found == _Found({}, {}, {}):
+  modules: dict[str, dict[str, LazyTensor]] = {}
+  full, rows = {}, {}
+  for name, tensor in read_weights(directory).items():
+    name = name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
+    ending = next((end for end in (*LINEAR, *EMBEDDING, MAGNITUDE, BIAS) if name.endswith(end)), None)
+    if ending:
+      modules.setdefault(name.removesuffix(ending), {})[ending] = tensor
+    elif name.endswith(ROWS):
+      rows[name.removesuffix(ROWS)] = tensor
+    elif not any(part in name for part in NOT_USED):
+      full[re.sub(r"\.(token_adapter|base_layer|modules_to_save)(?=\.)", "", name)] = tensor
+  wanted = [*(f"{name}.weight" for name in (*modules, *rows)), *full]
+  if not wanted:
     raise CheckpointError(f"{directory / WEIGHTS_FILE} is empty")
-  if settings.tied and config.tie_embeddings:  # the head's copies of what changes the embedding
-    head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
-    found, settings = found.without(head), settings.without(head)
-  modules, full = found.modules, dict(found.full)
-  wanted = [*(f"{name}.weight" for name in (*modules, *found.rows)), *full]
-  fewest: list[str] | None = None
-  for family in families:
-    known, names = places(config, family, wanted)
-    unknown = [name for name in wanted if names[name] not in known]
-    if not unknown:
-      break
-    fewest = min(fewest or unknown, unknown, key=len)
-  else:
-    lacking = [name.removesuffix(".weight") for name in fewest or wanted]
+  heads = {f: FAMILIES[f].named(FAMILIES[f].head, config.head) if config.head == "lm" else "" for f in families}
+  found = {f: places(config, f, wanted) for f in families}
+
+  def unknown(family: str) -> list[str]:
+    known, names = found[family]
+    return [name for name in wanted if names[name] not in known and names[name] != heads[family]]
+
+  family = min(families, key=lambda f: len(unknown(f)))
+  if lacking := [name.removesuffix(".weight") for name in unknown(family)]:
     raise CheckpointError(f"the adapter in {directory} does not fit its base model, which has no {listed(lacking)}")
-  ours = {names[f"{name}.weight"].removesuffix(".weight"): parts for name, parts in modules.items()}
-  settings.check_patterns({name.rpartition(".")[0] for name in known}, f"the adapter in {directory}")
-  _check_targets(directory, settings, ours, known, {names[name] for name in full})
-  for module, rows in found.rows.items():
-    name, tokens = f"{module}.weight", settings.tokens_of(module)
-    check = functools.partial(_fits, directory, module)
-    full[name] = _with_rows(config, tensors, known[names[name]], full.get(name), rows, tokens, check)
+  (known, names), head = found[family], heads[family]
+  settings.check_patterns({name.rpartition(".")[0] for name in (*known, head)}, f"the adapter in {directory}")
+  module_of = lambda name: names[f"{name}.weight"].removesuffix(".weight")  # noqa: E731
+  of_module = {module_of(name): parts for name, parts in modules.items()}
+  whole = {names[name]: tensor for name, tensor in full.items()}
+  table = next(name for name, place in known.items() if place.weight.ours == (TABLE,)).removesuffix(".weight")
+  if config.architecture == "encoder_decoder" and (table in of_module or ends(settings.saved, table)):
+    log.warning(
+      "the adapter in %s changes %s, which PEFT's model looks nothing up in: that is left out", directory, table
+    )
+    of_module.pop(table, None)
+    whole.pop(f"{table}.weight", None)
+  of_rows = {module_of(name): tensor for name, tensor in rows.items()}
+  return PeftAdapter(directory, raw, settings, family, of_module, whole, of_rows, table, head.removesuffix(".weight"))
+
+
+def open_adapter(read: PeftAdapter, config: ModelConfig, tensors: Tensors) -> StoredAdapter:
+  """The adapter, for a model with these parameters, whose vocabulary is the adapter's but for the tensors.
+
+  Raises:
+    CheckpointError: its weights are not those that its config and the model call for; the message lists them.
+  """
+  directory, settings, modules, full = read.directory, read.settings, read.modules, {**read.full}
+  here = f"the adapter in {directory}"
+  known, _ = places(config, read.family, [*(f"{name}.weight" for name in (*modules, *read.rows)), *full])
   shapes = param_shapes(config)
+
+  def before(name: str) -> LazyTensor:
+    """Their tensor as it is before what is trained apart: the adapter's own, else the base's."""
+    place = known[name]
+    dtype = np.result_type(*(tensors[path].dtype for path in place.weight.ours))
+    base = lambda: place.weight.transform.write(config, [tensors[path].part(place.at) for path in place.weight.ours])  # noqa: E731
+    return full.get(name) or LazyTensor(place.shape, dtype, base)
+
+  _check_targets(read, known)
+  for name in _fewer_tokens(read, config, tensors, known):
+    longer = before(name)
+    full[name] = LazyTensor(known[name].shape, longer.dtype, lambda x=longer: x.read()[: config.vocab_size])
+  for module, rows in read.rows.items():
+    name = f"{module}.weight"
+    full[name] = _with_rows(read, module, known[name], before(name), rows)
   pieces: dict[str, dict[Index, _Piece]] = {}
-  for module, parts in ours.items():
-    place = known[f"{module}.weight"]
-    for path, piece in _pieces(directory, config, settings, shapes, module, parts, place):
-      pieces.setdefault(path, {})[place.at] = piece
+  for module, parts in modules.items():
+    name, bias, check = f"{module}.weight", f"{module}.bias", functools.partial(_fits, directory, module)
+    if BIAS in parts:
+      check(bias in known, "has no bias in the base, and its factors have one")
+      check(parts[BIAS].shape == known[bias].shape, f"has a bias of shape {parts[BIAS].shape}")
+      total = lambda x=before(bias), y=parts[BIAS], s=settings.scale_of(module): x.read() + np.float32(s) * y.read()  # noqa: E731
+      full[bias] = LazyTensor(known[bias].shape, np.dtype(np.float32), total)
+    start = None
+    if settings.start and LINEAR[0] in parts and name not in read.full:  # else what is saved is without it
+      check(module != read.head, "may be the embedding too, whose change at the start is not saved")
+      start = before(name).read
+    for path, piece in _pieces(directory, config, settings, shapes, module, parts, known[name], start):
+      pieces.setdefault(path, {})[known[name].at] = piece
   changes = {path: _stacked(shapes[path], each, settings.dropout) for path, each in pieces.items()}
   replaced: dict[str, dict[Index, LazyTensor]] = {}
   for name, tensor in full.items():
-    place = known[names[name]]
+    place = known[name]
     if tensor.shape != place.shape:
       raise CheckpointError(
-        f"the adapter in {directory} does not fit its base model: {name} has shape {tensor.shape}, there it is "
-        f"{place.shape}"
+        f"{here} does not fit its base model: {name} has shape {tensor.shape}, there it is {place.shape}"
       )
     own = [shapes[path][len(place.at) :] for path in place.weight.ours]
     for i, path in enumerate(place.weight.ours):
-      read = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
-      replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, read)
-  copies = {path for name in full if name.removesuffix(".weight") in modules for path in known[names[name]].weight.ours}
+      part = lambda t=tensor, w=place.weight, parts=own, i=i: w.transform.read(config, t.read(), parts)[i]  # noqa: E731
+      replaced.setdefault(path, {})[place.at] = LazyTensor(own[i], tensor.dtype, part)
+  copies = {known[name].weight.ours[0] for name in read.copies() if name.removesuffix(".weight") not in read.rows}
   whole = {path: _replaced(tensors[path], each) for path, each in replaced.items()}
   whole = {path: new for path, new in whole.items() if not (path in copies and _same(new, tensors[path]))}
   partly = sorted(p for p, each in replaced.items() if len(each) < math.prod(shapes[p][: len(next(iter(each)))]))
-  return StoredAdapter(raw, changes, whole, directory, tuple(partly))
+  return StoredAdapter(read.raw, changes, whole, directory, tuple(partly))
 
 
-def _check_targets(
-  directory: Path,
-  settings: Settings,
-  modules: Mapping[str, Mapping[str, LazyTensor]],
-  known: Mapping[str, Place],
-  full: Collection[str],
-) -> None:
+def _fewer_tokens(
+  read: PeftAdapter, config: ModelConfig, tensors: Tensors, known: Mapping[str, Place]
+) -> Iterator[str]:
+  """The tables that the adapter has not, and that have more tokens than its vocabulary.
+
+  Raises:
+    CheckpointError: it was trained on tables of more tokens, which are neither here nor in the base.
+  """
+  for module, end, axis in ((read.table, EMBEDDING[0], 1), (read.head, LINEAR[1], 0)):
+    name, factor = f"{module}.weight", read.modules.get(module, {}).get(end)
+    if name in known and name not in read.full:
+      ours = known[name].weight.ours[0]
+      there = tensors[ours].shape[ours != TABLE]
+      wanted = factor.shape[axis] if factor and len(factor.shape) == 2 else config.vocab_size
+      if wanted != config.vocab_size or there < wanted:
+        raise CheckpointError(
+          f"the adapter in {read.directory} was trained on a model with {wanted} tokens and has no {module} of that "
+          f"size, its base has {there}: resize the base in the same way, save it, and name it as the adapter's base"
+        )
+      if there > wanted:
+        yield name
+
+
+def _check_targets(read: PeftAdapter, known: Mapping[str, Place]) -> None:
   """That the weights are those of the modules that the config names, all of them and no others."""
+  settings, here = read.settings, f"the adapter in {read.directory}"
   if isinstance(settings.targets, str) and settings.targets.lower() == "all-linear":
     return
-  matrices = {name.removesuffix(".weight"): place for name, place in known.items() if name.endswith(".weight")}
-  tables = tuple(place for place in matrices.values() if place.weight.ours[0].startswith("embedding/"))
-  extra = [m for m in modules if settings.targets is not None and not settings.means(m) and matrices[m] not in tables]
-  if extra:
-    raise CheckpointError(
-      f"the adapter in {directory} has weights of {listed(extra)}, which its target_modules do not name"
-    )
-  of_layers = [
-    m for m, p in matrices.items() if p.weight.ours[0].endswith("/weight") and "/moe/" not in p.weight.ours[0]
-  ]
-  missing = [m for m in of_layers if settings.means(m) and m not in modules]
-  saved = [name for name in known if name.endswith(".weight") and ends(settings.saved, name.removesuffix(".weight"))]
-  missing += [name for name in saved if name not in full]
+  extra = [m for m in read.modules if m not in (read.table, read.head) and not settings.means(m)]
+  if extra and settings.targets is not None:
+    raise CheckpointError(f"{here} has weights of {listed(extra)}, which its target_modules do not name")
+  missing = []
+  for name, place in known.items():
+    module, kind = name.rpartition(".")[::2]
+    if kind == "weight" and module not in (read.table, read.head):  # with names of their own in some transformers
+      matrix = len(place.shape) == 2 and "/moe/" not in place.weight.ours[0]
+      saved = ends(settings.saved, module)
+      if name not in read.full if saved else matrix and settings.means(module) and module not in read.modules:
+        missing.append(module)
   if missing:
-    raise CheckpointError(
-      f"the adapter in {directory} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names"
-    )
-  for target in settings.targets if isinstance(settings.targets, tuple) else ():
-    named = [module for module in {*matrices, *modules} if ends((target,), module)]
-    if not set(named) & set(modules) and not (named and all(ends(settings.excluded, module) for module in named)):
-      raise CheckpointError(f"the adapter in {directory} has no weights of {shown(target)}, one of its target_modules")
+    raise CheckpointError(f"{here} lacks the weights of {listed(missing)}, which its {CONFIG_FILE} names")
 
 
 def _fits(directory: Path, module: str, holds: bool, problem: str) -> None:
@@ -195,29 +274,22 @@ def _fits(directory: Path, module: str, holds: bool, problem: str) -> None:
     raise CheckpointError(f"the adapter in {directory} does not fit its base model: {module} {problem}")
 
 
-def _with_rows(
-  config: ModelConfig,
-  tensors: Tensors,
-  place: Place,
-  whole: LazyTensor | None,
-  rows: LazyTensor,
-  tokens: Sequence[int],
-  check: Callable[[bool, str], None],
-) -> LazyTensor:
-  """Their tensor of a table with some rows replaced; `whole`: the adapter's own table, else it is the base's."""
+def _with_rows(read: PeftAdapter, module: str, place: Place, before: LazyTensor, rows: LazyTensor) -> LazyTensor:
+  """Their tensor of a table with some rows replaced."""
+  tokens, check = read.tokens_of(module), functools.partial(_fits, read.directory, module)
   wanted = (len(tokens), place.shape[-1])
   check(len(place.shape) == 2, "is no table of tokens")
   check(rows.shape == wanted, f"has rows of shape {rows.shape}, but {wanted} are called for")
   check(max(tokens, default=0) < place.shape[0], f"has no token {max(tokens, default=0)}, whose row was trained")
-  dtype = np.result_type(rows.dtype, *(tensors[path].dtype for path in place.weight.ours))
 
-  def read() -> np.ndarray:
-    own = [tensors[path].part(place.at) for path in place.weight.ours]
-    table = (place.weight.transform.write(config, own) if whole is None else whole.read()).astype(dtype)
-    table[list(tokens)] = rows.read()
-    return table
+  dtype = np.result_type(before.dtype, rows.dtype)
 
-  return LazyTensor(place.shape, dtype, read)
+  def table() -> np.ndarray:
+    x = before.read().astype(dtype)
+    x[list(tokens)] = rows.read()
+    return x
+
+  return LazyTensor(place.shape, dtype, table)
 
 
 # Factors
@@ -240,8 +312,12 @@ def inputs_first(config: ModelConfig, place: Place, outputs: Sequence[int]) -> b
   return place.weight.transform.write(config, blanks).shape[0] == 1
 
 
-def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterator[tuple[str, _Piece]]:
-  """(parameter, its change) of a module: of a fused one, several, each with all of A and its own columns of B."""
+def _pieces(directory, config, settings, shapes, module, parts, place, start) -> Iterator[tuple[str, _Piece]]:
+  """(parameter, its change) of a module: of a fused one, several, each with all of A and its own columns of B.
+
+  Args:
+    start: reads the base's matrix, of which the factors began as a part that PEFT takes off it; None: they did not.
+  """
   check = functools.partial(_fits, directory, module)
   first, second = EMBEDDING if EMBEDDING[0] in parts else LINEAR
   check(first in parts and second in parts, f"lacks {first if first not in parts else second}")
@@ -252,16 +328,18 @@ def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterat
   table = place.weight.ours[0].startswith("embedding/")
   check(table == (first == EMBEDDING[0]), f"has {first}, which {'is not' if table else 'is'} an embedding's")
   inputs, outputs = ours[0][0], [shape[1] for shape in ours]
-  rank = settings.rank_of(module)
+  rank, scale = settings.rank_of(module), settings.scale_of(module)
   for name, tensor, shape in ((first, A, (rank, inputs)), (second, B, (sum(outputs), rank))):
     check(tensor.shape == shape, f"has {name[1:]} of shape {tensor.shape}, but {shape} are called for")
   lying = inputs_first(config, place, outputs)
+  if start is not None:
+    check(rank <= min(inputs, sum(outputs)), f"has a rank of {rank}, above that of its matrix")
+    A, B, rank = *_without_start(settings.start, start, lying, A, B, scale), 2 * rank
 
   def columns(tensor: LazyTensor, i: int) -> np.ndarray:
     x = tensor.read()
-    rows = [shape if x.ndim == 1 else (rank, shape) for shape in outputs]
-    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
-    return place.weight.transform.read(config, x.T if x.ndim > 1 and lying else x, rows)[i]
+    shapes = [(*x.shape[1:], count) for count in outputs]
+    return place.weight.transform.read(config, x.T if x.ndim > 1 and lying else x, shapes)[i]
 
   magnitude = parts.get(MAGNITUDE)
   if magnitude is not None:
@@ -271,10 +349,30 @@ def _pieces(directory, config, settings, shapes, module, parts, place) -> Iterat
     magnitude = LazyTensor(wanted, magnitude.dtype, lambda: flat().reshape(-1))
   for i, path in enumerate(place.weight.ours):
     lengths = None if magnitude is None else (lambda i=i, m=magnitude: columns(m, i))
-    yield (
-      path,
-      _Piece(lambda: A.read().T, lambda i=i: columns(B, i), lengths, rank, settings.scale(module, rank)),
-    )
+    yield path, _Piece(lambda: A.read().T, lambda i=i: columns(B, i), lengths, rank, scale)
+
+
+def _without_start(
+  kind: str, matrix: Callable[[], np.ndarray], lying: bool, a: LazyTensor, b: LazyTensor, scale: float
+) -> tuple[LazyTensor, LazyTensor]:
+  """Factors [2 r, inputs], [outputs, 2 r] that are theirs without those with which they began, as PEFT has them when it
+  takes these off the base: the largest singular values ("pissa") or the first columns of QR ("olora")."""
+  rank = a.shape[0]
+
+  @functools.cache
+  def first() -> tuple[np.ndarray, np.ndarray]:
+    w = matrix().astype(np.float32)
+    if kind == "olora":
+      q, r = np.linalg.qr(w)
+      return (q[:, :rank].T, r[:rank].T) if lying else (r[:rank], q[:, :rank])
+    u, values, v = np.linalg.svd(w.T if lying else w, full_matrices=False)
+    roots = np.sqrt(values[:rank] / np.float32(scale))
+    return roots[:, None] * v[:rank], u[:, :rank] * roots
+
+  return (
+    LazyTensor((2 * rank, a.shape[1]), np.dtype(np.float32), lambda: np.concatenate([a.read(), first()[0]])),
+    LazyTensor((b.shape[0], 2 * rank), np.dtype(np.float32), lambda: np.concatenate([b.read(), -first()[1]], 1)),
+  )
 
 
 def _stacked(shape: tuple[int, ...], pieces: Mapping[Index, _Piece], dropout: float) -> Change:
@@ -297,11 +395,6 @@ def _stacked(shape: tuple[int, ...], pieces: Mapping[Index, _Piece], dropout: fl
 
   magnitude = tensor("magnitude", (outputs,)) if next(iter(pieces.values())).magnitude else None
   return Change(tensor("a", (inputs, rank)), tensor("b", (rank, outputs)), scales, where, magnitude, dropout)
-
-
-def _same(first: LazyTensor, second: LazyTensor) -> bool:
-  """Whether what PEFT saves beside the factors of an embedding or a head is what the base has."""
-  return first.shape == second.shape and np.array_equal(first.read(), second.read())
 
 
 def _replaced(tensor: LazyTensor, pieces: Mapping[Index, LazyTensor]) -> LazyTensor:

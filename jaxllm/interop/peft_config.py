@@ -15,15 +15,17 @@ CONFIG_FILE = "adapter_config.json"
 UNSUPPORTED = (
   "layer_replication",
   "alora_invocation_tokens",
-  "lora_bias",
   "use_bdlora",
   "use_qalora",
   "target_parameters",
   "arrow_config",
   "monteclora_config",
+  "kasa_config",
 )
 KEY_START = r"(.*\.)?"  # of a key of rank_pattern and alpha_pattern, as PEFT has it
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights, or their beginning
+# Values of init_lora_weights, or their beginning: what is taken off the base when an adapter is opened; and what no one
+# can compute from the base alone
+STARTS, CHANGES_BASE = ("pissa", "olora"), ("pissa_niter_", "corda", "loftq", "lora_ga")
 
 
 class Adapter(TypedDict, total=False):
@@ -41,7 +43,6 @@ class Adapter(TypedDict, total=False):
   trainable_token_indices: list[Count] | dict[str, list[Count]]
   use_dora: bool
   use_rslora: bool
-  ensure_weight_tying: bool
   lora_dropout: Annotated[float, Range(0, below=1)]
 
 
@@ -101,21 +102,12 @@ class Settings:
   tokens: tuple[int, ...] | Mapping[str, Sequence[int]]  # whose rows are, of the embedding or of modules by name
   dora: bool
   rslora: bool
-  tied: bool  # a tied embedding is changed as the head too
+  start: str | None  # one of STARTS
   dropout: float
 
-  def without(self, modules: Collection[str]) -> "Settings":
-    """The same without these among its targets."""
-    listed = (
-      self.targets
-      if isinstance(self.targets, str) or self.targets is None
-      else tuple(target for target in self.targets if target not in modules)
-    )
-    return dataclasses.replace(self, targets=listed, saved=tuple(name for name in self.saved if name not in modules))
-
-  def scale(self, module: str, rank: int) -> float:
+  def scale_of(self, module: str) -> float:
     """What a module's product is multiplied by."""
-    alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
+    rank, alpha = self.rank_of(module), _of_pattern(self.alpha_pattern, module, self.alpha)
     return alpha / (math.sqrt(rank) if self.rslora else rank)
 
   def rank_of(self, module: str) -> int:
@@ -133,7 +125,7 @@ class Settings:
       return False
     if not ends(self.targets, module):
       return False
-    if self.layers is None or isinstance(self.targets, str):
+    if self.layers is None or isinstance(self.targets, str) or module in self.targets:
       return True
     numbers = (patterns.find(pattern, module, "match") for pattern in self._layer_patterns())
     number = next((number for number in numbers if number is not None), "")
@@ -206,7 +198,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
     tokens=tokens if isinstance(tokens, dict) else tuple(tokens),
     dora=found.get("use_dora", False),
     rslora=found.get("use_rslora", False),
-    tied=found.get("ensure_weight_tying", False),
+    start=init if init in STARTS else None,
     dropout=found.get("lora_dropout", 0.0),
   )
 

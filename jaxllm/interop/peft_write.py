@@ -17,7 +17,7 @@ from jaxllm.interop.directory_files import write_json
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.huggingface_directory import families_of
-from jaxllm.interop.peft import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, WEIGHTS_FILE, inputs_first
+from jaxllm.interop.peft import EMBEDDING, LINEAR, MAGNITUDE, PREFIX, TABLE, WEIGHTS_FILE, inputs_first
 from jaxllm.interop.peft_config import CONFIG_FILE, ends, is_adapter
 from jaxllm.interop.safetensors import write_safetensors
 from jaxllm.interop.stored import param_shapes
@@ -25,7 +25,6 @@ from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.lora import trimmed
 
-TABLE = "embedding/tokens"
 TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS", "none": "FEATURE_EXTRACTION"}
 
 

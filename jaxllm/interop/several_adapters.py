@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from jaxllm.base.errors import CheckpointError, ConfigError, UserError
 from jaxllm.interop.adapter import StoredAdapter, place
-from jaxllm.interop.open import TABLE, Adapters, open_model, weighted, with_adapter
-from jaxllm.interop.peft_config import base_of, read_settings
+from jaxllm.interop.open import Adapters, open_model, weighted, with_adapter
+from jaxllm.interop.peft import TABLE
+from jaxllm.interop.peft_config import base_of
 from jaxllm.interop.stored import StoredModel
 from jaxllm.models.build import declare
 from jaxllm.models.config import ModelConfig
@@ -46,13 +47,8 @@ def open_adapters(
   """
   directories = {name: weighted(adapter) for name, adapter in adapters.items()}
   opened = {name: _over(base, name, several) for name, several in directories.items()}
-  if untied := [name for name, model in opened.items() if model.config.tie_embeddings != base.config.tie_embeddings]:
-    for name, several in directories.items():
-      if any(read_settings(directory)[1].tied for directory, _ in several):
-        raise ConfigError(
-          f"the adapter {name!r} changes embedding and head as one, {untied[0]!r} one of them alone; load them apart"
-        )
-    base = (base.merged() if any(TABLE in adapter.changes for adapter in base.apart) else base).untied()
+  if any(model.config.tie_embeddings != base.config.tie_embeddings for model in opened.values()):
+    base = base.untied()
     opened = {name: _over(base, name, several) for name, several in directories.items()}
   found = {name: model.apart[len(base.apart) :] for name, model in opened.items()}
   for name, own in found.items():

@@ -90,11 +90,11 @@ class StoredModel:
     return dataclasses.replace(self, tensors=tensors, apart=())
 
   def untied(self) -> "StoredModel":
-    """The same model with a head of its own, where it was the embedding."""
-    config = dataclasses.replace(self.config, tie_embeddings=False)
-    table = self.tensors["embedding/tokens"]
+    """The same model with a head of its own, where it was the embedding; merged, if an adapter changes both."""
+    model = self.merged() if any("embedding/tokens" in adapter.changes for adapter in self.apart) else self
+    config, table = dataclasses.replace(model.config, tie_embeddings=False), model.tensors["embedding/tokens"]
     head = LazyTensor(table.shape[::-1], table.dtype, lambda: table.read().T)
-    return dataclasses.replace(self, config=config, tensors=dict(self.tensors) | {"head/weight": head})
+    return dataclasses.replace(model, config=config, tensors=dict(model.tensors) | {"head/weight": head})
 
   def params(
     self,

@@ -175,12 +175,14 @@ def test_adapters_of_another_base_are_refused(two, tmp_path):
 def test_what_cannot_be_mixed_is_refused_by_name(tmp_path):
   settings = {"table": SETTINGS["table"], "saved": dict(r=2, target_modules=QV, modules_to_save=["norm"])}
   settings["both"] = dict(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
-  base, adapters, _ = made(tmp_path, "tied", settings)
+  base, adapters, module = made(tmp_path, "tied", settings)
   with pytest.raises(ConfigError, match="'saved' replaces .*norm/scale, which cannot differ within a batch"):
     LLM(base, adapters={"saved": adapters["saved"]}, **SIZES)
-  with pytest.raises(ConfigError, match="'both' changes embedding and head as one, 'table' one of them alone"):
-    LLM(base, adapters={name: adapters[name] for name in ("table", "both")}, **SIZES)
   LLM(base, adapters={"both": adapters["both"]}, **SIZES)
+  mixed = LLM(base, adapters={name: adapters[name] for name in ("table", "both")}, **SIZES)
+  for name in ("table", "both"):  # the one changes the embedding alone, the other the head too
+    want = after(module, name, PROMPTS[2])[np.arange(12), PROMPTS[2][1:]]
+    np.testing.assert_allclose(mixed.score(PROMPTS[2], adapter=name)[0], want, atol=1e-4)
   with pytest.raises(CheckpointError, match="'x': .* is no adapter"):
     LLM(base, adapters={"x": base}, **SIZES)
   file = adapters["table"] / "adapter_config.json"

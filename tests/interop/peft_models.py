@@ -1,5 +1,6 @@
-"""Small random models of transformers, and logits of a model of any program."""
+"""Small random models of transformers, adapters of PEFT's, and logits of a model of any program."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,16 +43,49 @@ def save(name: str, directory: Path) -> Path:
   return directory
 
 
-def logits(model) -> np.ndarray:
+def load_base(directory: Path):
+  """A module of torch's."""
+  import torch
+  import transformers
+
+  name = json.loads((directory / "config.json").read_text())["architectures"][0]
+  return getattr(transformers, name).from_pretrained(directory, dtype=torch.float32)
+
+
+def changed(model):
+  """A module of PEFT's with noise in all that it trains."""
+  import torch
+
+  torch.manual_seed(1)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      if parameter.requires_grad:
+        noise = 0.1 * torch.randn_like(parameter)
+        scaled = any(part in name for part in ("magnitude", "modules_to_save"))
+        parameter.copy_(parameter * (1 + noise) if scaled else parameter + 2 * noise)
+  return model
+
+
+def made(family: str, folder: Path, **settings) -> tuple[Path, Path, np.ndarray]:
+  """The directories of a base and of a random adapter by PEFT; and the adapted model's logits."""
+  import peft
+
+  save(family, folder / "base")
+  model = changed(peft.get_peft_model(load_base(folder / "base"), peft.LoraConfig(**settings)))
+  model.save_pretrained(folder / "adapter")
+  return folder / "base", folder / "adapter", logits(model)
+
+
+def logits(model, ids: np.ndarray = IDS) -> np.ndarray:
   """Of the same ids: by a Model here, or by a module of torch's."""
   if hasattr(model, "named_parameters"):
     import torch
 
-    ids = torch.from_numpy(IDS)
+    ids = torch.from_numpy(ids)
     two = getattr(model.config, "is_encoder_decoder", False)
     more = {"decoder_input_ids": ids[:, ::2].contiguous()} if two else {}
     with torch.no_grad():
       return model.eval()(input_ids=ids, **more).logits.numpy()
-  ids = jnp.asarray(IDS, jnp.int32)
+  ids = jnp.asarray(ids, jnp.int32)
   two = model.config.architecture == "encoder_decoder"
   return np.asarray(model(ids[:, ::2], encoder_inputs=ids) if two else model(ids))

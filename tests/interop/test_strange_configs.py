@@ -66,7 +66,7 @@ def test_config_json(tmp_path, key):
 def test_adapter_config_json(tmp_path, key):
   def read():
     settings = read_settings(tmp_path)[1]
-    return settings.means("model.layers.0.q_proj"), settings.scale("model.layers.0.q_proj", 4)
+    return settings.means("model.layers.0.q_proj"), settings.scale_of("model.layers.0.q_proj")
 
   for raw in STRANGE:
     (tmp_path / "adapter_config.json").write_text(with_value(ADAPTER, key, raw))
