@@ -7,7 +7,6 @@ cache, recomputed in the backward pass.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +60,7 @@ def gradients(query, key, value, options: Options, out, lse: Float[Array, "B N T
 # ---------------------------------------------------------------- C++
 
 
-def arguments(options: Options) -> tuple[tuple[tuple[str, Any], ...], tuple[Array, ...]]:
+def arguments(options: Options):
   """The kernel's attributes by name, and its arrays that say where tokens stand."""
   window, scale = np.int64(options.visibility.window or 0), np.float32(options.scale)
   attributes = ("causal", options.visibility.causal), ("window", window), ("scale", scale)
