@@ -59,8 +59,9 @@ def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
 
 def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
   """x [M, D] W -> [M, F]."""
-  dtype, x_scale = x.dtype, []
+  dtype = x.dtype
   t = tuning.tiles("quantized_matmul", call.target, _tiles(x.shape[0], weight), **_facts(x, weight))
+  x_scale = []
   if weight.dynamic:
     x, scale = reference.quantize_rows(x, weight.values.dtype)
     x_scale = [scale[:, None]]
