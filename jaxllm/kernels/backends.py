@@ -57,6 +57,12 @@ def has_bfloat16(target: str) -> bool:
   return target != "gpu"  # of some other GPU nothing is known
 
 
+def _family(target: str) -> str:
+  if target not in TARGETS:
+    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+  return TARGETS[target]
+
+
 def choose(
   op: str,
   requested: str | None,
@@ -93,9 +99,7 @@ def choose(
       raise ConfigError(f"{op} has no backend {requested!r}; choose one of {', '.join(sorted(known))}")
     _take(op, requested, target, refuses)
     return requested
-  if target not in TARGETS:
-    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
-  available = BACKENDS[op][TARGETS[target]]
+  available = BACKENDS[op][_family(target)]
   if requested in ("auto", "pallas"):
     backend, passed = _best(op, requested, target, refuses, quadratic)
   elif requested in available:
@@ -117,10 +121,9 @@ def check_pallas(target: str) -> None:
   Raises:
     ConfigError: an unknown target, one that no Pallas kernel of ours is for, or a jax that is too old for them.
   """
-  if target not in TARGETS:
-    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
+  of_target = _family(target)
   ours = {family: set(PALLAS) & {n for rows in BACKENDS.values() for n in rows[family]} for family in TARGETS.values()}
-  names = ours[TARGETS[target]]
+  names = ours[of_target]
   if not names:
     chips = ", ".join(chip for chip, family in TARGETS.items() if ours[family])
     raise ConfigError(
@@ -136,10 +139,8 @@ def check_invariant(target: str, dtype: str) -> None:
   Raises:
     ConfigError: it is not, and why.
   """
-  if target not in TARGETS:
-    raise ConfigError(f"unknown target {target!r}; choose one of {', '.join(TARGETS)}")
-  reason = cpu_ffi.why_unavailable()
-  if TARGETS[target] != "cpu":
+  of_target, reason = _family(target), cpu_ffi.why_unavailable()
+  if of_target != "cpu":
     reason = f"it is of CPUs only, and compute.target is {target!r}"
   elif reason is None and dtype not in ("float32", "bfloat16"):
     reason = f"it is for compute.dtype 'float32' and 'bfloat16', not {dtype!r}"

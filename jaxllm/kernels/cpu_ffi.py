@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,28 +24,12 @@ from jaxllm.kernels.cpu_library import SOURCES, BuildError, cache_dir, cpu_flags
 __all__ = ["SOURCES", "BuildError", "available", "cache_dir", "call", "cpu_flags", "missing", "why_unavailable"]
 
 log = logging.getLogger("jaxllm")
-TARGETS = (
-  "cpu_matmul",
-  "cpu_matmul_plus",
-  "cpu_matmul_in_order",
-  "cpu_attention",
-  "cpu_attention_grad",
-  "cpu_attention_in_order",
-  "cpu_cross_entropy",
-  "cpu_logit_statistics",
-  "cpu_decode",
-  "cpu_few",
-  "cpu_layers",
-  "cpu_quantized_matmul",
-  "cpu_quantized_matmul_in_order",
-  "cpu_layer_norm",
-  "cpu_copy",
-  "cpu_rms_norm",
-  "cpu_rms_norm_grad",
-  "cpu_swiglu",
-  "cpu_swiglu_grad",
-  "cpu_rope",
-)
+
+
+def targets() -> tuple[str, ...]:
+  """The kernels' names, as the sources define them."""
+  sources = (path.read_text() for path in sorted(SOURCES.glob("*.cc")))
+  return tuple(name for source in sources for name in re.findall(r"^HANDLER\((\w+)", source, re.MULTILINE))
 
 
 @functools.cache
@@ -52,8 +37,9 @@ def load() -> None:
   """Builds (if need be), loads and registers every kernel once per process. Raises BuildError or RuntimeError."""
   if reason := why_unavailable():
     raise RuntimeError(reason)
-  library = cpu_library.load(TARGETS)
-  for name in TARGETS:
+  names = targets()
+  library = cpu_library.load(names)
+  for name in names:
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
 
 
@@ -119,7 +105,7 @@ class _MallocFigures(ctypes.Structure):
 
 
 def call(name: str, result: Any, *args: Array, aliases: Mapping[int, int] | None = None, **attributes: Any) -> Any:
-  """`jax.ffi.ffi_call` of one of TARGETS; `result`: ShapeDtypeStruct(s). vmap runs it once per element.
+  """`jax.ffi.ffi_call` of one of `targets`; `result`: ShapeDtypeStruct(s). vmap runs it once per element.
 
   Args:
     aliases: which argument's memory a result takes.

@@ -77,7 +77,7 @@ def run(
       kind = _kind(w)
       assert kind is not None
       kinds.append(kind)
-      arguments += _parts(w)
+      arguments += parts(w)
     for pages in (layer.pages.keys, layer.pages.values):
       aliases[fixed + len(arguments)] = len(results)
       arguments.append(pages)
@@ -116,7 +116,7 @@ def few(x: Float[Array, "M D"], w: QuantizedWeight) -> Float[Array, "M F"]:
     "cpu_few",
     jax.ShapeDtypeStruct((x.shape[0], w.shape[-1]), jnp.float32),
     x.astype(jnp.float32),
-    *_parts(w),
+    *parts(w),
     jnp.asarray(np.stack(TABLES), jnp.float32),
     kind=np.int64(kind[0]),
     group=np.int64(kind[2]),
@@ -124,7 +124,8 @@ def few(x: Float[Array, "M D"], w: QuantizedWeight) -> Float[Array, "M F"]:
   )
 
 
-def _parts(w: Array | QuantizedWeight) -> tuple[Array, Array, Array]:
+def parts(w: Array | QuantizedWeight) -> tuple[Array, Array, Array]:
+  """A matrix, its scales and its zero points as the C++ kernels take them: empty where there are none."""
   none = jnp.zeros(0, jnp.float32)
   if not isinstance(w, QuantizedWeight):
     return w, none, none

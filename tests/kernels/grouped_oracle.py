@@ -1,12 +1,13 @@
 """Grouped products by their definition, in float64, and cases to compare with."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.kernels import grouped_matmul
+from jaxllm.kernels import grouped_matmul, tuning
 
 
 def oracle(x, weights, sizes, dy):
@@ -32,14 +33,17 @@ def case(sizes, M, D, F, dtype=jnp.float32, seed=0):
   return x, jax.random.normal(keys[2], (len(sizes), D, F), dtype) * D**-0.5, jnp.asarray(sizes), dy
 
 
-def run(x, weights, sizes, dy, **options):
-  """(y, dx, dweights) of `grouped_matmul`."""
+def run(x, weights, sizes, dy, tiles=None, **options):
+  """(y, dx, dweights) of `grouped_matmul`; tiles: the fields to set of the backend's."""
 
   def both(x, weights, sizes, dy):
     y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, **options), x, weights)
     return y, *pull(dy)
 
-  return jax.jit(both)(x, weights, sizes, dy)
+  with contextlib.ExitStack() as stack:
+    for op in ("grouped_matmul", "grouped_gradient", "grouped_matmul_xla") if tiles else ():
+      stack.enter_context(tuning.trying(op, tiles))
+    return jax.jit(both)(x, weights, sizes, dy)
 
 
 def check(arrays, run=run, **options):

@@ -38,7 +38,7 @@ def test_any_sizes(sizes, seed):
 
 @pytest.mark.parametrize("tile", [1, 7, 16, 64])
 def test_tiles_do_not_matter(tile):
-  check(case([3, 0, 41, 7], 60, 8, 12), tiles=(tile,) * 3)
+  check(case([3, 0, 41, 7], 60, 8, 12), tiles=dict(rows=tile))
 
 
 def test_sizes_past_the_rows_are_cut_off():

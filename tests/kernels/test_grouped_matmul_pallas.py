@@ -32,24 +32,20 @@ needs_cuda = pytest.mark.skipif(
 REAL = {"mixtral": (16384, 8, 4096, 14336), "qwen3": (32768, 128, 2048, 768)}
 
 
-def tpu(rows=32, inner=128, columns=128, part=16):
-  from jaxllm.kernels.grouped.pallas_tpu import Tiles
-
-  return (Tiles(rows, inner, columns, part),) * 3
+def tpu(rows=32, columns=128, part=16, **inner):
+  return dict(rows=rows, columns=columns, part=part, **inner)
 
 
 def hopper(columns=128, stages=2, strip=2, blocks=2):
-  from jaxllm.kernels.grouped.mosaic_gpu import Tiles
-
-  return (Tiles(columns, stages, strip, blocks),) * 3
+  return dict(columns=columns, stages=stages, strip=strip, blocks=blocks)
 
 
 # ---------------------------------------------------------------- TPU
 
 # (sizes, rows, D, F, tiles): straddled tiles, empty groups, tails, one group with all rows, none with any
 TPU = {
-  "ragged": ([13, 0, 51, 7], 80, 256, 128, tpu()),
-  "short last tile, columns past the end": ([13, 0, 51, 7], 75, 128, 200, (*tpu()[:1], *tpu(inner=200)[:1], tpu()[0])),
+  "ragged": ([13, 0, 51, 7], 80, 256, 128, tpu(inner=128)),
+  "short last tile, columns past the end": ([13, 0, 51, 7], 75, 128, 200, tpu()),
   "whole tiles": ([32, 0, 64], 128, 128, 128, tpu()),
   "one group": ([0, 0, 70, 0], 70, 128, 128, tpu()),
   "no rows": ([0, 0], 20, 128, 128, tpu(rows=20, part=20)),

@@ -72,9 +72,8 @@ def test_gpu(kind):
   """Two slots, so that few steps use them again."""
   from jaxllm.kernels.quantized import mosaic_gpu_backward
 
-  two = functools.partial(mosaic_gpu_backward.BackwardTiles, steps=2)
   with (
-    mock.patch.object(mosaic_gpu_backward, "BackwardTiles", two),
+    mock.patch.object(mosaic_gpu_backward, "STEPS", 2),
     tuning.trying("quantized_matmul", {"steps": 2, "row_bytes": 64}),
   ):
     check(gpu_emulator, "mosaic_gpu", kind, 5, 512 if kind[0] == "int4" else 320, 136, "bfloat16", 1.5e-2)

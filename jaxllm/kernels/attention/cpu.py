@@ -7,7 +7,6 @@ cache, recomputed in the backward pass.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ def forward(
   same = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.float32, jnp.bfloat16)
   if not (same and cpu_ffi.available()):
     return _by_groups(query, key, value, options), None
-  attributes, places = _arguments(options)
+  attributes, places = arguments(options)
   return _native(attributes, query, key, value, *places), None
 
 
@@ -54,26 +53,17 @@ def gradients(query, key, value, options: Options, out, lse: Float[Array, "B N T
   Args:
     lse: of the scores; inf where a query sees nothing.
   """
-  attributes, places = _arguments(options)
+  attributes, places = arguments(options)
   return _backward(attributes, (query, key, value, *places, out, lse), d_out)[:3]
 
 
 # ---------------------------------------------------------------- C++
 
 
-class _Attributes(NamedTuple):
-  causal: bool
-  window: int  # 0: none
-  scale: float
-
-  def native(self):
-    return {"causal": self.causal, "window": np.int64(self.window), "scale": np.float32(self.scale)}
-
-
-def _arguments(options: Options):
-  """The kernel's attributes, and its arrays that say where tokens stand."""
-  window, scale = int(options.visibility.window or 0), float(options.scale)
-  attributes = _Attributes(causal=options.visibility.causal, window=window, scale=scale)
+def arguments(options: Options):
+  """The kernel's attributes by name, and its arrays that say where tokens stand."""
+  window, scale = np.int64(options.visibility.window or 0), np.float32(options.scale)
+  attributes = ("causal", options.visibility.causal), ("window", window), ("scale", scale)
   empty = jnp.zeros((0, 0), jnp.int32)
   segments = (empty, empty) if options.query_segments is None else (options.query_segments, options.key_segments)
   offset = jnp.zeros(0, jnp.int32) if options.query_offset is None else options.query_offset
@@ -88,14 +78,14 @@ def _native(attributes, *arrays):
 def _kept(attributes, q, *others):
   B, T, N, _ = q.shape
   out = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32))
-  o, lse = cpu_ffi.call("cpu_attention", out, q, *others, **attributes.native())
+  o, lse = cpu_ffi.call("cpu_attention", out, q, *others, **dict(attributes))
   return o, (q, *others, o, lse)
 
 
 def _backward(attributes, kept, do):
   out = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in kept[:3])
   arrays = *kept, do.astype(kept[0].dtype)
-  return *cpu_ffi.call("cpu_attention_grad", out, *arrays, **attributes.native()), None, None, None
+  return *cpu_ffi.call("cpu_attention_grad", out, *arrays, **dict(attributes)), None, None, None
 
 
 _native.defvjp(_kept, _backward)

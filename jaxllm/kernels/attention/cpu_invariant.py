@@ -45,20 +45,18 @@ def forward(
 
 def _kept(call, query, key, value, options):
   B, T, N, _ = query.shape
-  none, slopes = jnp.zeros(0, jnp.float32), options.alibi_slopes
-  whole = lambda x: none.astype(jnp.int32) if x is None else x.astype(jnp.int32)  # noqa: E731
+  attributes, (segments, _, offset) = cpu.arguments(options)
+  slopes = jnp.zeros(0) if options.alibi_slopes is None else options.alibi_slopes
   out, lse = cpu_ffi.call(
     "cpu_attention_in_order",
     (jax.ShapeDtypeStruct(query.shape, jnp.float32), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
     query.astype(jnp.float32),
     key,
     value,
-    whole(options.query_segments),
-    whole(options.query_offset),
-    none if slopes is None else slopes.astype(jnp.float32),
-    causal=options.visibility.causal,
-    window=np.int64(options.visibility.window or 0),
-    scale=np.float32(options.scale),
+    segments,
+    offset,
+    slopes.astype(jnp.float32),
+    **dict(attributes),
     softcap=np.float32(options.softcap or 0),
   )
   out = out.astype(query.dtype)

@@ -142,9 +142,7 @@ def _kernel(options, tiles, names, sizes, *refs, **scratch):
 
   def work():
     row, tile, _ = where()
-    offset = gmem["offset"][row] if "offset" in gmem else 0
-    prefix = gmem["prefix"][row] if "prefix" in gmem else None
-    ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+    offset, prefix, ranges = common.scalars(gmem, row, tile)
     last = jnp.minimum((tile + 1) * rows, T) - 1
     visits = common.key_visits(options, offset + tile * rows, offset + last, S, tiles.block_kv, prefix, ranges)
     # A tile that sees nothing goes through one block all the same, wholly masked.
@@ -176,7 +174,7 @@ def _copy(
 
   @pl.loop(0, count)
   def _(step):
-    slot = lax.rem(step, jnp.int32(tiles.stages))
+    slot = common.slot_of(step, tiles.stages)
     keys = pl.ds(block_of(step) * tiles.block_kv, tiles.block_kv)
     plgpu.barrier_wait(key_done.at[slot])
     plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
@@ -229,9 +227,6 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
     seen = common.seen(options, *pair, S, tiles.block_kv, of_row)
     return jnp.where(seen, values, -jnp.inf)
 
-  def slot_of(index):
-    return lax.rem(index, jnp.int32(tiles.stages))
-
   def softmax(raw, index, top, total, masked):
     """Probabilities against the new maximum, this and the new sum, and by how much what came before shrinks."""
     block = block_of(index)
@@ -239,7 +234,7 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
       options, raw, lambda: iota(0) + (offset + first), lambda: iota(1) + block * tiles.block_kv, slope
     )
     if masked:
-      values = mask(values, block, slot_of(index))
+      values = mask(values, block, common.slot_of(index, tiles.stages))
     new_top = jnp.maximum(top, values.max(axis=1) * factor)
     # A row that has seen nothing yet keeps -inf; against 0 its exponentials are 0 and not NaN.
     against = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
@@ -275,7 +270,7 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
 
     def step(index, carry, masked):
       p16, top, total = carry
-      slot, before = slot_of(index), slot_of(index - 1)
+      slot, before = common.slot_of(index, tiles.stages), common.slot_of(index - 1, tiles.stages)
 
       def multiply(scores):
         plgpu.barrier_wait(key_ready.at[slot])
@@ -308,7 +303,7 @@ def _compute(options, tiles, S, gmem, where, work, **scratch):
     if maskable:
       carry = lax.fori_loop(plain, count, functools.partial(step, masked=True), carry)
     p16, top, total = carry
-    last = slot_of(count - 1)
+    last = common.slot_of(count - 1, tiles.stages)
     plgpu.barrier_wait(value_ready.at[last])
     plgpu.wgmma(acc, p16, value_smem.at[last])
     return acc[...], top, total

@@ -145,7 +145,7 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
   @pl.when(warpgroup < tiles.warpgroups)
   def _():
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    offset, prefix, ranges = shared.scalars(gmem, row, tile)
+    offset, prefix, ranges = common.scalars(gmem, row, tile)
     place = (row, head, warpgroup, tile * size + warpgroup * ROWS, offset, prefix)
     _query_compute(options, tiles, S, gmem, place, visits(offset, prefix, ranges), **scratch)
 
@@ -153,7 +153,7 @@ def _query_kernel(options, tiles, sizes, gmem, **scratch):
   def _():
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     plgpu.copy_gmem_to_smem(gmem["counting"], scratch["counting_smem"], scratch["counting_ready"])
-    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits(*shared.scalars(gmem, row, tile)), **scratch)
+    _query_copy(tiles, gmem, row, lax.div(head, jnp.int32(group)), visits(*common.scalars(gmem, row, tile)), **scratch)
 
 
 def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_ready, value_ready, **rest):
@@ -162,7 +162,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
   @pl.loop(0, visits.count)
   def _(step):
     keys = pl.ds(visits.block(step) * tiles.keys, tiles.keys)
-    slot = shared.slot_of(step, tiles.key_slots)
+    slot = common.slot_of(step, tiles.key_slots)
 
     @pl.when(step >= tiles.key_slots)
     def _():
@@ -171,7 +171,7 @@ def _query_copy(tiles, gmem, row, head, visits, *, key_smem, value_smem, key_rea
     plgpu.copy_gmem_to_smem(gmem["key"].at[row, keys, head], key_smem.at[slot], key_ready.at[slot])
     if "of_keys" in gmem:
       plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], rest["of_keys_smem"].at[slot], key_ready.at[slot])
-    slot = shared.slot_of(step, tiles.value_slots)
+    slot = common.slot_of(step, tiles.value_slots)
 
     @pl.when(step >= tiles.value_slots)
     def _():
@@ -213,7 +213,7 @@ def _query_compute(options, tiles, S, gmem, place, visits, **scratch):
   def step(d_query, index):
     block = visits.block(index)
     query_smem, d_out_smem = shared.mine(scratch, "query_smem", "d_out_smem", warpgroup)
-    key_slot, value_slot = shared.slot_of(index, tiles.key_slots), shared.slot_of(index, tiles.value_slots)
+    key_slot, value_slot = common.slot_of(index, tiles.key_slots), common.slot_of(index, tiles.value_slots)
 
     scores = shared.Block(
       options,
@@ -307,7 +307,7 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
 
   def compute(part, wanted):
     plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-    offset, prefix, ranges = shared.scalars(gmem, row, tile)
+    offset, prefix, ranges = common.scalars(gmem, row, tile)
     place = (row, head, part, tile * size + part * ROWS, offset, prefix)
     _key_compute(options, tiles, (S, group), gmem, place, visits(offset, prefix, ranges), wanted, **scratch)
 
@@ -328,7 +328,7 @@ def _key_kernel(options, tiles, sizes, gmem, **scratch):
         plgpu.copy_gmem_to_smem(gmem[name].at[row, keys, head], scratch[f"{name}_smem"].at[part], ready)
       if "of_keys" in gmem:
         plgpu.copy_gmem_to_smem(gmem["of_keys"].at[row, :, keys], scratch["of_keys_smem"].at[part], ready)
-    _key_copy(tiles, gmem, row, head * group, group, visits(*shared.scalars(gmem, row, tile)), **scratch)
+    _key_copy(tiles, gmem, row, head * group, group, visits(*common.scalars(gmem, row, tile)), **scratch)
 
 
 def _each_query_block(visits, group, do):
@@ -350,7 +350,7 @@ def _key_copy(tiles, gmem, row, first_head, group, visits, *, query_ready, d_out
   def _(step, visit, head):
     head += first_head
     queries = pl.ds(visits.block(visit) * tiles.queries, tiles.queries)
-    slot = shared.slot_of(step, tiles.query_slots)
+    slot = common.slot_of(step, tiles.query_slots)
 
     @pl.when(step >= tiles.query_slots)
     def _():
@@ -394,7 +394,7 @@ def _key_compute(options, tiles, sizes, gmem, place, visits, wanted, **scratch):
     block = visits.block(visit)
     key_smem, value_smem = shared.mine(scratch, "key_smem", "value_smem", part)
     slope = gmem["slope"][head * group + head_of_group] if "slope" in gmem else None
-    slot = shared.slot_of(index, tiles.query_slots)
+    slot = common.slot_of(index, tiles.query_slots)
     query_smem, d_out_smem = scratch["query_smem"].at[slot], scratch["d_out_smem"].at[slot]
     rows_smem = scratch["rows_smem"].at[slot]
 

@@ -197,6 +197,22 @@ def query_arrays(options: Options, block: int) -> Int[Array, "B T"] | None:
   return pad_to(options.query_segments.astype(jnp.int32), 1, block, "edge")
 
 
+def scalars(gmem, row, tile):
+  """(place of the row's first query among the keys, its prefix length or None, the tile's segment ranges or None).
+
+  Each role asks for itself: what all know beforehand has to fit the copying warpgroup's few registers.
+  """
+  offset = gmem["offset"][row] if "offset" in gmem else 0
+  prefix = gmem["prefix"][row] if "prefix" in gmem else None
+  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
+  return offset, prefix, ranges
+
+
+def slot_of(step, slots):
+  """Where the block of a step lies."""
+  return lax.rem(step, jnp.int32(slots))
+
+
 # ---------------------------------------------------------------- scores
 
 

@@ -42,27 +42,11 @@ def call(kernel, name, options, tiles, sizes, inputs, outputs, scratch, grid):
   )(*inputs.values())
 
 
-def slot_of(step, slots):
-  """Where the block of a step lies."""
-  return lax.rem(step, jnp.int32(slots))
-
-
 def mine(scratch, first, second, part):
   """A warpgroup's own blocks, for use in a loop: without the barrier the compiler works out where each wgmma finds its
   operand before the loop, and keeps these addresses in registers that the products need."""
   part = lax.optimization_barrier(jnp.int32(part))
   return scratch[first].at[part], scratch[second].at[part]
-
-
-def scalars(gmem, row, tile):
-  """(place of the row's first query among the keys, its prefix length or None, the tile's segment ranges or None).
-
-  Each role asks for itself: what all know beforehand has to fit the copying warpgroup's few registers.
-  """
-  offset = gmem["offset"][row] if "offset" in gmem else 0
-  prefix = gmem["prefix"][row] if "prefix" in gmem else None
-  ranges = tuple(gmem["ranges"][row, tile, i] for i in range(4)) if "ranges" in gmem else None
-  return offset, prefix, ranges
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ Shape letters: B batch, T queries, S keys, N query heads, K key/value heads, G =
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -26,27 +25,14 @@ class Visibility:
   sink_tokens: int = 0
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=(
-    "query_offset",
-    "query_segments",
-    "key_segments",
-    "key_positions",
-    "prefix_lengths",
-    "alibi_slopes",
-    "sinks",
-    "bias",
-  ),
-  meta_fields=("visibility", "scale", "softcap", "lse"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
   """The options of one call, as every backend gets them. None: not asked for."""
 
-  visibility: Visibility
-  scale: float
-  softcap: float | None = None
+  visibility: Visibility = dataclasses.field(metadata={"static": True})
+  scale: float = dataclasses.field(metadata={"static": True})
+  softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
   query_offset: Int[Array, " B"] | None = None
   query_segments: Int[Array, "B T"] | None = None  # both segments or neither
   key_segments: Int[Array, "B S"] | None = None
@@ -55,7 +41,7 @@ class Options:
   alibi_slopes: Float[Array, " N"] | None = None
   sinks: Float[Array, " N"] | None = None
   bias: Float[Array, "#B N T S"] | None = None
-  lse: bool = False  # whether the log-sum-exp is wanted
+  lse: bool = dataclasses.field(default=False, metadata={"static": True})  # whether the log-sum-exp is wanted
 
   @property
   def asked(self) -> frozenset[str]:

@@ -19,17 +19,8 @@ from jaxtyping import Array, Float
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, unfused
 from jaxllm.kernels.attention.pallas_tpu_backward import backward
-from jaxllm.kernels.attention.pallas_tpu_call import (
-  LANES,
-  LOG2E,
-  Call,
-  Tiles,
-  along_lanes,
-  default_tiles,
-  iota,
-  lanes,
-  scaled,
-)
+from jaxllm.kernels.attention.pallas_tpu_call import LOG2E, Call, Tiles, along_lanes, default_tiles, iota, lanes, scaled
+from jaxllm.kernels.tpu import LANES
 
 __all__ = ["Tiles", "backward", "forward", "refuses"]
 

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from jaxllm.kernels.attention.options import Options
-from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LANES, LOG2E, Call, dot, scaled
+from jaxllm.kernels.attention.pallas_tpu_call import DEFAULT_VMEM, LOG2E, Call, scaled
+from jaxllm.kernels.tpu import LANES, dot
 
 
 def backward(

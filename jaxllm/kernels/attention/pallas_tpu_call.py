@@ -13,8 +13,8 @@ from jaxllm.base.errors import ConfigError
 from jaxllm.kernels import tuning
 from jaxllm.kernels.attention import pallas_tpu_blocks as blocks
 from jaxllm.kernels.attention.options import Options, visible
+from jaxllm.kernels.tpu import LANES, VMEM, dot
 
-LANES = 128
 LARGEST_PART = 512  # queries or keys: where some scores are hidden, parts of this size that nobody sees are left out
 DEFAULT_VMEM = 16 << 20  # bytes, what the compiler lends a kernel that asks for nothing
 MATRIX_UNIT = {"v6e": 256, "v7": 256}  # columns of a result that come at once; LANES elsewhere
@@ -61,7 +61,7 @@ def default_tiles(target: str | None, H: int, dtype, backward: bool = False) -> 
   length of the compiler's schedules at T = 4096 and 16384.
   """
   wide = H * jnp.dtype(dtype).itemsize > 256
-  vmem = {"v5e": 64 << 20, "v6e": 64 << 20, "v5p": 48 << 20, "v7": 48 << 20}.get(target or "")
+  vmem = VMEM.get(target or "")
   if vmem is None:
     return Tiles(256 if wide else 512, 512, 256), None
   # Where the matrix unit is done sooner, the vector unit is better off with fewer maxima.
@@ -329,9 +329,3 @@ def along_lanes(x):
 
 def iota(shape, axis):
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def dot(a, b, axes):
-  """Product over an axis of each, in float32; float32 operands are multiplied as such."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision, jnp.float32)

@@ -17,7 +17,6 @@ struct Shape {
 };
 
 constexpr int64_t BQ = 64;
-static int64_t up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 
 // Keys [lo, hi) that some query of rows [i0, i0 + n) may see; lo is a multiple of 32, and below S.
 static void key_range(const Shape& s, int64_t b, int64_t i0, int64_t n, int64_t* lo, int64_t* hi) {
@@ -52,7 +51,6 @@ static inline __mmask16 visible(const Shape& s, int64_t b, int64_t i, int64_t j,
   return m;
 }
 
-
 // Scores [n, hi-lo] -> probabilities in place (unnormalised rows scaled by 1/sum) and lse. Masked entries become 0.
 static void softmax_rows(const Shape& s, int64_t b, int64_t i0, int64_t n, int64_t lo, int64_t hi, float* p, int64_t ld,
                          float* lse) {
@@ -60,7 +58,7 @@ static void softmax_rows(const Shape& s, int64_t b, int64_t i0, int64_t n, int64
     int64_t i = i0 + r, rlo, rhi;
     row_range(s, b, i, &rlo, &rhi);
     __m512 sc = _mm512_set1_ps(s.scale), neg = _mm512_set1_ps(-INFINITY), mx = neg;
-    int64_t width = up(hi - lo, 32), c_end = std::min(width, up(std::max<int64_t>(rhi - lo, 0), 16));
+    int64_t width = round_up(hi - lo, 32), c_end = std::min(width, round_up(std::max<int64_t>(rhi - lo, 0), 16));
     for (int64_t c = 0; c < c_end; c += 16) {
       __mmask16 m = visible(s, b, i, lo + c, rlo, rhi);
       __m512 v = _mm512_mask_mul_ps(neg, m, _mm512_load_ps(p + c), sc);
@@ -96,27 +94,34 @@ static const bf16* operand(const float* p, int64_t ld, int64_t rows, int64_t wid
 }
 static const float* operand(const float* p, int64_t, int64_t, int64_t, float*) { return p; }
 
+// x [S, H] for products that sum over S, up to a multiple of 32: zeros past S.
+template <typename G, typename T>
+static void pack_rows(T* dst, const T* x, int64_t ld, int64_t S, int64_t H) {
+  const int64_t Sp = round_up(S, 32);
+  for (int64_t n = 0; n < H; n += NR, dst += G::panel(Sp)) {
+    if constexpr (std::is_same_v<T, float>) {
+      f32_pack_panel(dst, x, ld, false, S, H, n);
+      memset(dst + S * NR, 0, (Sp - S) * NR * sizeof(float));
+    } else {
+      bf16_pack_panel(dst, x, ld, false, S, H, n);
+    }
+  }
+}
+
 template <typename G>
 static void attend(const Shape& s, const void* q_, const void* k_, const void* v_, void* o_, float* lse, int64_t b,
                    int64_t kh) {
   using T = typename G::T;
   static thread_local Scratch sk, sv, sp, sp2, so;
   AmxScope amx;
-  const int64_t G_ = s.N / s.K, H = s.H, Sp = up(s.S, 32), qs = s.N * H, ks = s.K * H;
+  const int64_t G_ = s.N / s.K, H = s.H, Sp = round_up(s.S, 32), qs = s.N * H, ks = s.K * H;
   const T *q = (const T*)q_ + b * s.T * qs, *k = (const T*)k_ + b * s.S * ks + kh * H;
   const T* v = (const T*)v_ + b * s.S * ks + kh * H;
   T* o = (T*)o_ + b * s.T * qs;
   const int64_t kt_stride = G::panel(H), v_stride = G::panel(Sp);
-  T *kt = sk.get<T>(Sp / NR * kt_stride), *vp = sv.get<T>(up(H, NR) / NR * v_stride);
+  T *kt = sk.get<T>(Sp / NR * kt_stride), *vp = sv.get<T>(round_up(H, NR) / NR * v_stride);
   G::pack(kt, k, ks, true, H, s.S);  // [H, S]
-  for (int64_t n = 0; n < H; n += NR) {
-    if constexpr (std::is_same_v<T, float>) {
-      f32_pack_panel(vp + n / NR * v_stride, v, ks, false, s.S, H, n);
-      memset(vp + n / NR * v_stride + s.S * NR, 0, (Sp - s.S) * NR * sizeof(float));
-    } else {
-      bf16_pack_panel(vp + n / NR * v_stride, v, ks, false, s.S, H, n);
-    }
-  }
+  pack_rows<G>(vp, v, ks, s.S, H);
   float* p = sp.get<float>(BQ * Sp);
   T* p2 = sp2.get<T>(BQ * Sp);
   for (int64_t g = 0; g < G_; g++) {
@@ -124,7 +129,7 @@ static void attend(const Shape& s, const void* q_, const void* k_, const void* v
     for (int64_t i0 = 0; i0 < s.T; i0 += BQ) {
       int64_t n = std::min(BQ, s.T - i0), lo, hi;
       key_range(s, b, i0, n, &lo, &hi);
-      int64_t w = up(hi - lo, 32);
+      int64_t w = round_up(hi - lo, 32);
       const T* qi = q + i0 * qs + head * H;
       G::block(n, w, H, qi, qs, false, kt + lo / NR * kt_stride, kt_stride, p, Sp, false);
       softmax_rows(s, b, i0, n, lo, hi, p, Sp, lse + (b * s.N + head) * s.T + i0);
@@ -140,7 +145,7 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
   using T = typename G::T;
   static thread_local Scratch skt, svt, sk, sdk, sdv, sp, sd, sp2, sq2, sdo2;
   AmxScope amx;
-  const int64_t G_ = s.N / s.K, H = s.H, Hp = up(H, 32), Sp = up(s.S, 32), qs = s.N * H, ks = s.K * H;
+  const int64_t G_ = s.N / s.K, H = s.H, Hp = round_up(H, 32), Sp = round_up(s.S, 32), qs = s.N * H, ks = s.K * H;
   const T *q = (const T*)q_ + b * s.T * qs, *k = (const T*)k_ + b * s.S * ks + kh * H;
   const T *v = (const T*)v_ + b * s.S * ks + kh * H, *o = (const T*)o_ + b * s.T * qs;
   const T* d_o = (const T*)do_ + b * s.T * qs;
@@ -148,14 +153,7 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
   T *kt = skt.get<T>(Sp / NR * t_stride), *vt = svt.get<T>(Sp / NR * t_stride), *kp = sk.get<T>(Hp / NR * s_stride);
   G::pack(kt, k, ks, true, H, s.S);
   G::pack(vt, v, ks, true, H, s.S);
-  for (int64_t n = 0; n < H; n += NR) {
-    if constexpr (std::is_same_v<T, float>) {
-      f32_pack_panel(kp + n / NR * s_stride, k, ks, false, s.S, H, n);
-      memset(kp + n / NR * s_stride + s.S * NR, 0, (Sp - s.S) * NR * sizeof(float));
-    } else {
-      bf16_pack_panel(kp + n / NR * s_stride, k, ks, false, s.S, H, n);
-    }
-  }
+  pack_rows<G>(kp, k, ks, s.S, H);
   float *dk = sdk.get<float>(Sp * Hp), *dv = sdv.get<float>(Sp * Hp), *p = sp.get<float>(BQ * Sp);
   float* ds = sd.get<float>(BQ * Sp);
   memset(dk, 0, Sp * Hp * sizeof(float));
@@ -166,7 +164,7 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
     for (int64_t i0 = 0; i0 < s.T; i0 += BQ) {
       int64_t n = std::min(BQ, s.T - i0), lo, hi;
       key_range(s, b, i0, n, &lo, &hi);
-      int64_t w = up(hi - lo, 32), at = i0 * qs + head * H;
+      int64_t w = round_up(hi - lo, 32), at = i0 * qs + head * H;
       if (w == 0) {
         for (int64_t r = 0; r < n; r++) memset((T*)dq_ + b * s.T * qs + at + r * qs, 0, H * sizeof(T));
         continue;
@@ -211,16 +209,13 @@ static void attend_grad(const Shape& s, const void* q_, const void* k_, const vo
     }
 }
 
-static Shape shape_of(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks,
-                      ffi::Buffer<ffi::S32> offset, bool causal, int64_t window, float scale) {
+static Shape shape_of(Any q, Any k, Ints qs, Ints ks, Ints offset, bool causal, int64_t window, float scale) {
   auto a = q.dimensions(), b = k.dimensions();
-  const auto given = [](ffi::Buffer<ffi::S32> x) { return x.element_count() ? x.typed_data() : nullptr; };
   return {a[0], a[1], b[1], a[2], b[2], a[3], window, causal, scale, given(qs), given(ks), given(offset)};
 }
 
-static ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks, ffi::Buffer<ffi::S32> offset,
-                                ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool causal, int64_t window, float scale) {
+static ffi::Error AttentionImpl(ffi::ThreadPool pool, Any q, Any k, Any v, Ints qs, Ints ks, Ints offset, AnyOut o,
+                                FloatsOut lse, bool causal, int64_t window, float scale) {
   Shape s = shape_of(q, k, qs, ks, offset, causal, window, scale);
   auto f = q.element_type() == ffi::BF16 ? attend<BF16> : attend<F32>;
   parallel_for(pool, (int)(s.B * s.K), [&](int i) {
@@ -229,12 +224,9 @@ static ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::Any
   return ffi::Error::Success();
 }
 
-static ffi::Error AttentionGradImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                    ffi::Buffer<ffi::S32> qs, ffi::Buffer<ffi::S32> ks,
-                                    ffi::Buffer<ffi::S32> offset, ffi::AnyBuffer o,
-                                    ffi::Buffer<ffi::F32> lse, ffi::AnyBuffer d_o, ffi::Result<ffi::AnyBuffer> dq,
-                                    ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv, bool causal,
-                                    int64_t window, float scale) {
+static ffi::Error AttentionGradImpl(ffi::ThreadPool pool, Any q, Any k, Any v, Ints qs, Ints ks, Ints offset, Any o,
+                                    Floats lse, Any d_o, AnyOut dq, AnyOut dk, AnyOut dv, bool causal, int64_t window,
+                                    float scale) {
   Shape s = shape_of(q, k, qs, ks, offset, causal, window, scale);
   auto f = q.element_type() == ffi::BF16 ? attend_grad<BF16> : attend_grad<F32>;
   parallel_for(pool, (int)(s.B * s.K), [&](int i) {
@@ -244,15 +236,5 @@ static ffi::Error AttentionGradImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi:
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention, AttentionImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("causal").Attr<int64_t>("window").Attr<float>("scale"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention_grad, AttentionGradImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-                                  .Attr<bool>("causal").Attr<int64_t>("window").Attr<float>("scale"));
+HANDLER(cpu_attention, AttentionImpl, "causal", "window", "scale");
+HANDLER(cpu_attention_grad, AttentionGradImpl, "causal", "window", "scale");

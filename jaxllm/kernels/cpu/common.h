@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <functional>
@@ -21,6 +22,65 @@
 
 namespace ffi = xla::ffi;
 using bf16 = uint16_t;  // storage only: all arithmetic is float32
+
+// ---------------------------------------------------------------- handlers
+
+using Any = ffi::AnyBuffer;
+using AnyOut = ffi::Result<ffi::AnyBuffer>;
+using Floats = ffi::Buffer<ffi::F32>;
+using FloatsOut = ffi::Result<ffi::Buffer<ffi::F32>>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+// f(pointer to the numbers of x, which are float32 or bfloat16).
+template <typename F>
+auto typed(const Any& x, const F& f) {
+  return x.element_type() == ffi::BF16 ? f((bf16*)x.untyped_data()) : f((float*)x.untyped_data());
+}
+
+// f(a number of the type), which only says the type.
+template <typename F>
+auto of_type(bool is_bf16, const F& f) {
+  return is_bf16 ? f(bf16()) : f(float());
+}
+
+// The numbers of an array that may be left out: then it is empty.
+template <typename B>
+auto given(const B& x) -> decltype(x.typed_data()) {
+  return x.element_count() ? x.typed_data() : nullptr;
+}
+
+// What XLA hands to an implementation, by the types of its parameters; the names are those of its attributes, the last.
+struct Attributes {
+  std::array<const char*, 9> names;
+
+  template <typename... P>
+  auto To(ffi::Error (*implementation)(P...)) const {
+    return bound(ffi::Ffi::Bind(), names.data(), implementation, (void (*)(P...))nullptr);
+  }
+
+ private:
+  template <typename Binding, typename F>
+  static auto bound(Binding&& binding, const char* const*, F implementation, void (*)()) {
+    return binding.To(implementation);
+  }
+  template <typename Binding, typename F, typename P, typename... Rest>
+  static auto bound(Binding&& binding, const char* const* name, F implementation, void (*)(P, Rest...)) {
+    const auto next = [&](auto&& more) {
+      return bound(std::move(more), name, implementation, (void (*)(Rest...))nullptr);
+    };
+    if constexpr (std::is_same_v<P, ffi::ThreadPool>) return next(std::move(binding).template Ctx<P>());
+    else if constexpr (std::is_same_v<P, ffi::RemainingArgs>) return next(std::move(binding).RemainingArgs());
+    else if constexpr (std::is_same_v<P, ffi::RemainingRets>) return next(std::move(binding).RemainingRets());
+    else if constexpr (!std::is_void_v<typename ffi::ArgBinding<P>::Arg>)
+      return next(std::move(binding).template Arg<P>());
+    else if constexpr (!std::is_void_v<typename ffi::RetBinding<P>::Ret>)
+      return next(std::move(binding).template Ret<typename ffi::RetBinding<P>::Ret>());
+    else return next(std::move(binding).template Attr<P>(*name++));
+  }
+};
+// Defines the symbol that Python registers; after the implementation come the names of its attributes, in their order.
+#define HANDLER(symbol, implementation, ...) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, implementation, (Attributes{{__VA_ARGS__}}))
 
 // ---------------------------------------------------------------- threads
 
@@ -52,6 +112,8 @@ void parallel_for(ffi::ThreadPool& pool, int n, const F& f) {
   }
 }
 
+static inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
+
 // ---------------------------------------------------------------- scratch memory
 
 // A buffer that grows and is reused: page faults cost more than many of these kernels.
@@ -78,6 +140,9 @@ static inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
 static inline __m512 load16(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+static inline __m512 load16(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 static inline void store16(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 static inline void store16(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 static inline __m512 load16(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
@@ -89,6 +154,11 @@ static inline void store16(bf16* p, __m512 v, __mmask16 m) {
   _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
 }
 static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+// Rounded to bfloat16.
+static inline __m512 rounded(__m512 v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
+}
 
 // exp to about 1 ulp: 2^n * poly(r), r = x - n ln 2 in [-ln2/2, ln2/2]. exp(-inf) is 0.
 static inline __m512 exp16(__m512 x) {

@@ -71,13 +71,10 @@ static void run(ffi::ThreadPool& pool, const void* x_, Mat head, bool transposed
             for (int64_t v = 0; v < ld; v += 32) _mm512_storeu_si512(zt + r * ld + v, row32(z + r * ld + v, first32(V - v)));
       }
       if (!grad) return;
-      if constexpr (std::is_same_v<T, float>) {  // in pieces of V, so that a packed panel stays in the first-level cache
-        for (int64_t k = 0; k < V; k += 256)
-          G::block(rows, D, std::min<int64_t>(256, V - k), zt + r0 * ld + k, ld, false, bwd + G::k_offset(k), dstride,
-                   dx + (c0 + r0) * D, D, k > 0);
-      } else {
-        G::block(rows, D, V, zt + r0 * ld, ld, false, bwd, dstride, dx + (c0 + r0) * D, D, false);
-      }
+      // Float32 in pieces of V, so that a packed panel stays in the first-level cache.
+      for (int64_t k = 0, piece = std::is_same_v<T, float> ? 256 : V; k < V; k += piece)
+        G::block(rows, D, std::min(piece, V - k), zt + r0 * ld + k, ld, false, bwd + G::k_offset(k), dstride,
+                 dx + (c0 + r0) * D, D, k > 0);
     });
     if (!grad || !dhead) continue;
     const bool b = !std::is_same_v<T, float>;
@@ -123,33 +120,22 @@ static void run_wanted(ffi::ThreadPool& pool, const void* x_, Mat head, bool tra
   }
 }
 
-static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer head,
-                                   ffi::Buffer<ffi::S32> targets, ffi::Buffer<ffi::F32> coefficients,
-                                   ffi::Result<ffi::Buffer<ffi::F32>> stats, ffi::Result<ffi::AnyBuffer> dx,
-                                   ffi::Result<ffi::Buffer<ffi::F32>> dhead, bool transposed, bool grad) {
+static ffi::Error CrossEntropyImpl(ffi::ThreadPool pool, Any x, Any head, Ints targets, Floats coefficients,
+                                   FloatsOut stats, AnyOut dx, FloatsOut dhead, bool transposed, bool grad) {
   int64_t M = x.dimensions()[0], D = x.dimensions()[1], V = head.dimensions()[transposed ? 0 : 1];
-  bool xb = x.element_type() == ffi::BF16, hb = head.element_type() == ffi::BF16;
-  auto f = xb ? run_wanted<BF16> : run_wanted<F32>;
-  f(pool, x.untyped_data(), {head.untyped_data(), head.dimensions()[1], false, hb}, transposed, targets.typed_data(),
-    coefficients.typed_data(), M, D, V, stats->typed_data(), dx->untyped_data(),
-    dhead->element_count() ? dhead->typed_data() : nullptr, grad);
+  auto f = x.element_type() == ffi::BF16 ? run_wanted<BF16> : run_wanted<F32>;
+  f(pool, x.untyped_data(), mat(head, false), transposed, targets.typed_data(), coefficients.typed_data(), M, D, V,
+    stats->typed_data(), dx->untyped_data(), given(*dhead), grad);
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_cross_entropy, CrossEntropyImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("transposed").Attr<bool>("grad"));
+HANDLER(cpu_cross_entropy, CrossEntropyImpl, "transposed", "grad");
 
 // The statistics of logits [M, V] that are in memory: the same sums for a row as above.
-static ffi::Error StatisticsImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::S32> targets,
-                                 ffi::Result<ffi::Buffer<ffi::F32>> stats) {
+static ffi::Error StatisticsImpl(ffi::ThreadPool pool, Floats logits, Ints targets, FloatsOut stats) {
   const int64_t M = logits.dimensions()[0], V = logits.dimensions()[1];
   parallel_for(pool, (int)M, [&](int r) {
     row(logits.typed_data() + r * V, V, targets.typed_data()[r], nullptr, stats->typed_data() + r, M, false);
   });
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_logit_statistics, StatisticsImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::F32>>());
+HANDLER(cpu_logit_statistics, StatisticsImpl);

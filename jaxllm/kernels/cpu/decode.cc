@@ -9,40 +9,9 @@
 #include <optional>
 
 #include "decode_tiles.h"
-
-static inline __m512 load16(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
+#include "few.h"
 
 namespace {
-
-constexpr int64_t CHUNK = 256;  // keys of a task
-
-struct Cache {
-  int64_t K, H, R, group, page_size, max_pages, page, head, token;  // the last three: strides in elements
-  const int32_t *table, *sequence, *position, *end;
-  const int32_t* start;  // where a tile's keys begin in its row of `table`; null: at 0
-  const float *key_scales, *value_scales, *slopes;  // may be null
-  bool causal;
-  int64_t window;
-  float scale, softcap;
-  bool round;  // queries, keys, values and weights may be rounded to bfloat16
-
-  int64_t first_key(int64_t m) const {
-    return window > 0 ? std::max<int64_t>(0, position[m] - window + 1) / 16 * 16 : 0;
-  }
-  // Where n <= 16 keys from `s` on lie, and their scales' places.
-  void places(int64_t m, int64_t k, int64_t s, int64_t n, int64_t* at, int64_t* scale_at) const {
-    const int32_t* pages = table + sequence[m] * max_pages;
-    s += start ? start[m] : 0;
-    int64_t index = s / page_size, slot = s - index * page_size;
-    for (int64_t i = 0; i < n; i++, slot++) {
-      if (slot == page_size) slot = 0, index++;
-      at[i] = pages[index] * page + k * head + slot * token;
-      scale_at[i] = (pages[index] * K + k) * page_size + slot;
-    }
-  }
-};
 
 // [16 keys, H] to [H, 16]; keys past n are zeros.
 template <typename T>
@@ -102,12 +71,14 @@ void fetch(const T* x, const int64_t* at, int64_t n, int64_t H) {
     for (int64_t h = 0; h < H; h += 64 / (int64_t)sizeof(T)) _mm_prefetch((const char*)(x + at[i] + h), _MM_HINT_T0);
 }
 
-// Sums [R, H], largest scores [R] and sums of exponentials [R] of the keys [s0, s1) of a tile's key head.
+}  // namespace
+
 template <typename T>
-void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t m, int64_t k, int64_t s0, int64_t s1,
-           float* acc, float* top, float* total) {
+void attend_part(const Cache& c, const float* q, const T* keys, const T* vals, int64_t m, int64_t k, int64_t s0,
+                 int64_t s1, float* acc) {
   static thread_local Scratch turned_, p_, rounded_, sums_;
   const int64_t H = c.H, R = c.R, n = s1 - s0, rows = (R + 15) / 16 * 16;
+  float *top = acc + R * H, *total = top + R;
   const bool tiles = c.round && tiles_pay(R, H);
   float *turned = turned_.get<float>(std::max<int64_t>(16 * H, 16 * CHUNK)), *p = p_.get<float>(rows * CHUNK);
   bf16* rounded = rounded_.get<bf16>(rows * std::max(H, CHUNK));
@@ -187,8 +158,13 @@ void chunk(const Cache& c, const float* q, const T* keys, const T* vals, int64_t
   }
 }
 
+template void attend_part(const Cache&, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
+                          float*);
+template void attend_part(const Cache&, const float*, const bf16*, const bf16*, int64_t, int64_t, int64_t, int64_t,
+                          float*);
+
 template <typename T>
-void attend(ffi::ThreadPool& pool, const Cache& c, const float* q, const void* keys, const void* vals, int64_t M,
+static void attend(ffi::ThreadPool& pool, const Cache& c, const float* q, const void* keys, const void* vals, int64_t M,
             float* out, float* lse) {
   static thread_local Scratch parts_;
   const int64_t K = c.K, R = c.R, H = c.H, size = R * (H + 2);
@@ -201,52 +177,32 @@ void attend(ffi::ThreadPool& pool, const Cache& c, const float* q, const void* k
   parallel_for(pool, (int)(M * chunks * K), [&](int task) {
     const int64_t k = task % K, i = task / K % chunks, m = task / K / chunks, s0 = keys_of(m, i);
     if (s0 >= c.end[m]) return;
-    float *acc = parts + task * size, *top = acc + R * H;
-    chunk(c, q + (m * K + k) * R * H, (const T*)keys, (const T*)vals, m, k, s0,
-          std::min<int64_t>(c.end[m], chunk_of(m, i) + CHUNK), acc, top, top + R);
+    attend_part(c, q + (m * K + k) * R * H, (const T*)keys, (const T*)vals, m, k, s0,
+                std::min<int64_t>(c.end[m], chunk_of(m, i) + CHUNK), parts + task * size);
   });
   parallel_for(pool, (int)M, [&](int m) {
     for (int64_t row = 0; row < K * R; row++) {
       const int64_t k = row / R, r = row % R, at = m * K * R + row;
       const auto part = [&](int64_t i) { return parts + ((m * chunks + i) * K + k) * size; };
       int64_t n = 0;
-      float top = -INFINITY, total = 0;
-      while (n < chunks && keys_of(m, n) < c.end[m]) top = std::max(top, part(n++)[R * H + r]);
-      float* o = out + at * H;
-      memset(o, 0, H * sizeof(float));
-      if (top == -INFINITY) {
-        lse[at] = -INFINITY;
-        continue;
-      }
-      for (int64_t i = 0; i < n; i++) total += std::exp(part(i)[R * H + r] - top) * part(i)[R * H + R + r];
-      for (int64_t i = 0; i < n; i++) {
-        const __m512 weight = _mm512_set1_ps(std::exp(part(i)[R * H + r] - top) / total);
-        for (int64_t h = 0; h < H; h += 16)
-          _mm512_storeu_ps(o + h, _mm512_fmadd_ps(weight, _mm512_loadu_ps(part(i) + r * H + h), _mm512_loadu_ps(o + h)));
-      }
-      lse[at] = top + std::log(total);
+      while (n < chunks && keys_of(m, n) < c.end[m]) n++;
+      lse[at] = combine(part, n, r, R, H, out + at * H);
     }
   });
 }
 
-}  // namespace
-
 // q [M, K, R, H] float32; keys, values [B, S, K, H], or with `paged` [pages, K, page_size, H]; table [B, max_pages].
-static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                             ffi::Buffer<ffi::F32> key_scales, ffi::Buffer<ffi::F32> value_scales,
-                             ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> sequence,
-                             ffi::Buffer<ffi::S32> position, ffi::Buffer<ffi::S32> end, ffi::Buffer<ffi::F32> slopes,
-                             ffi::Result<ffi::Buffer<ffi::F32>> out, ffi::Result<ffi::Buffer<ffi::F32>> lse, bool paged,
-                             bool causal, int64_t group, int64_t window, float scale, float softcap,
-                             bool round) {
+static ffi::Error DecodeImpl(ffi::ThreadPool pool, Floats q, Any keys, Any values, Floats key_scales,
+                             Floats value_scales, Ints table, Ints sequence, Ints position, Ints end, Floats slopes,
+                             FloatsOut out, FloatsOut lse, bool paged, bool causal, int64_t group, int64_t window,
+                             float scale, float softcap, bool round) {
   const auto d = keys.dimensions();
   const int64_t M = q.dimensions()[0], K = q.dimensions()[1], R = q.dimensions()[2], H = q.dimensions()[3];
   if (H % 16 || d[3] != H || d[paged ? 1 : 2] != K) return ffi::Error::InvalidArgument("decode: shapes disagree");
-  const auto given = [](const ffi::Buffer<ffi::F32>& x) { return x.element_count() ? x.typed_data() : nullptr; };
   const int64_t size = paged ? d[2] : d[1];
   Cache c{K, H, R, group, size, table.dimensions()[1], size * K * H, paged ? size * H : H, paged ? H : K * H,
-          table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(), nullptr,
-          given(key_scales), given(value_scales), given(slopes), causal, window, scale, softcap, round};
+          table.typed_data(), sequence.typed_data(), position.typed_data(), end.typed_data(), causal, window, scale,
+          softcap, nullptr, given(key_scales), given(value_scales), given(slopes), round};
   auto run = [&](auto type) {
     attend<decltype(type)>(pool, c, q.typed_data(), keys.untyped_data(), values.untyped_data(), M, out->typed_data(),
                            lse->typed_data());
@@ -260,24 +216,15 @@ static ffi::Error DecodeImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi:
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_decode, DecodeImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("paged")
-                                  .Attr<bool>("causal").Attr<int64_t>("group").Attr<int64_t>("window")
-                                  .Attr<float>("scale").Attr<float>("softcap").Attr<bool>("round"));
+HANDLER(cpu_decode, DecodeImpl, "paged", "causal", "group", "window", "scale", "softcap", "round");
 
 // ---------------------------------------------------------------- in the order of a cache, without one
 
 // Queries [B, T, N, H] to keys and values [B, S, K, H] of the same tokens or of a cache, in tiles as above: the results
 // are those that the same tokens have when they are read in any parts from a cache. Packed documents (`segments`,
 // [B, T]; 0 is padding) are tiles of their own, whose keys begin where the document does.
-static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                              ffi::Buffer<ffi::S32> segments, ffi::Buffer<ffi::S32> offset,
-                              ffi::Buffer<ffi::F32> slopes, ffi::Result<ffi::Buffer<ffi::F32>> out,
-                              ffi::Result<ffi::Buffer<ffi::F32>> lse, bool causal, int64_t window, float scale,
+static ffi::Error InOrderImpl(ffi::ThreadPool pool, Floats q, Any keys, Any values, Ints segments, Ints offset,
+                              Floats slopes, FloatsOut out, FloatsOut lse, bool causal, int64_t window, float scale,
                               float softcap) {
   static thread_local Scratch queries_, out_, lse_;
   const auto d = q.dimensions();
@@ -315,7 +262,6 @@ static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi
   const int64_t all = (int64_t)row.size(), together = 32;
   float *queries = queries_.get<float>(together * K * R * H), *tile_out = out_.get<float>(together * K * R * H);
   float* tile_lse = lse_.get<float>(together * K * R);
-  const auto given = [](const ffi::Buffer<ffi::F32>& x) { return x.element_count() ? x.typed_data() : nullptr; };
   for (int64_t m0 = 0; m0 < all; m0 += together) {
     const int64_t M = std::min(together, all - m0);
     // use(whether it is a query, its place in the arrays of tiles, row, token, head) for all rows of a tile
@@ -332,7 +278,7 @@ static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi
         else memset(queries + at * H, 0, H * sizeof(float));
       });
     Cache c{K, H, R, G, S, 1, S * K * H, H, K * H, table.data(), row.data() + m0, position.data() + m0,
-            end.data() + m0, start.data() + m0, nullptr, nullptr, given(slopes), causal, window, scale, softcap, false};
+            end.data() + m0, causal, window, scale, softcap, start.data() + m0, nullptr, nullptr, given(slopes)};
     const auto run = [&](auto type) {
       attend<decltype(type)>(pool, c, queries, keys.untyped_data(), values.untyped_data(), M, tile_out, tile_lse);
     };
@@ -347,19 +293,4 @@ static ffi::Error InOrderImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_attention_in_order, InOrderImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("causal").Attr<int64_t>("window")
-                                  .Attr<float>("scale").Attr<float>("softcap"));
-
-#include "few.h"
-static_assert(DECODE_CHUNK == CHUNK);
-void decode_part(const Paged& p, const float* q, int64_t m, int64_t k, int64_t s0, int64_t s1, float* acc, float* top,
-                 float* total) {
-  const Cache c{p.K, p.H, p.R, p.R, p.page_size, p.max_pages, p.K * p.page_size * p.H, p.page_size * p.H, p.H,
-                p.table, p.sequence, p.position, nullptr, nullptr, nullptr, nullptr, nullptr, true, 0, p.scale, 0, false};
-  if (p.is_bf16) chunk(c, q, (const bf16*)p.keys, (const bf16*)p.values, m, k, s0, s1, acc, top, total);
-  else chunk(c, q, (const float*)p.keys, (const float*)p.values, m, k, s0, s1, acc, top, total);
-}
+HANDLER(cpu_attention_in_order, InOrderImpl, "causal", "window", "scale", "softcap");

@@ -2,13 +2,6 @@
 #pragma once
 #include "gemm.h"
 
-static inline __m512i row32(const int8_t* p, __mmask32) {
-  const auto half = [&](int64_t i) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i))));
-  };
-  return (__m512i)_mm512_cvtne2ps_pbh(half(16), half(0));
-}
-
 static inline bool tiles_pay(int64_t R, int64_t H) { return amx_ok && R >= 16 && H % 32 == 0; }
 
 // Rows [R, n] in bfloat16, `to` elements apart; up to a multiple of 16 rows and 32 columns there are zeros.

@@ -6,7 +6,6 @@
 namespace {
 
 constexpr int64_t MOST = 16;  // tokens
-constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for early: rows lie one after the other
 
 // ---------------------------------------------------------------- threads
 
@@ -58,10 +57,6 @@ class Team {
 };
 
 // ---------------------------------------------------------------- products
-
-__m512 rounded(__m512 v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
-}
 
 // What a product reads: M rows of float32 [M, ld], zeros past the end; for the tile unit also bfloat16.
 struct Input {
@@ -193,13 +188,6 @@ void dense_tiles(const Matrix& w, const Input& x, float* y, int64_t n) {
       _mm512_mask_storeu_ps(y + m * w.O + n + 16 * c, first(w.O - n - 16 * c), _mm512_load_ps(out[c] + m * 16));
 }
 
-// 32 codes as bfloat16, from bytes or from halves of them.
-inline __m512i of_bytes(const uint8_t* p) {
-  const __m512 a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-  const __m512 b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
-  return (__m512i)_mm512_cvtne2ps_pbh(b, a);
-}
-
 // 16 columns of y from f on: codes are one operand as they lie, pairs of inputs the other. A piece of each row after
 // the other becomes tiles, so that memory is read in order; two sums take turns, since one has to wait for itself.
 template <bool Packed>
@@ -248,7 +236,7 @@ void codes_tiles(const Matrix& w, const Input& x, float* y, int64_t f) {
       } else {
         for (int64_t k = k0; k < end; k += 32) {
           if (k % 64 == 0) _mm_prefetch((const char*)q + k + AHEAD, _MM_HINT_T0);
-          _mm512_store_si512(t[(k - k0) / 32] + i * 32, of_bytes(q + k));
+          _mm512_store_si512(t[(k - k0) / 32] + i * 32, row32((const int8_t*)q + k, ~0u));
         }
       }
     }

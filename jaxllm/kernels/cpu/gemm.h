@@ -12,6 +12,10 @@ struct Mat {  // op(X)[r, c] = trans ? p[c * ld + r] : p[r * ld + c]
   bool is_bf16;
 };
 
+static inline Mat mat(const Any& x, bool trans) {
+  return {x.untyped_data(), x.dimensions()[1], trans, x.element_type() == ffi::BF16};
+}
+
 constexpr int NR = 32;  // columns of a packed panel
 
 // ---------------------------------------------------------------- float32
@@ -116,7 +120,6 @@ static void f32_pack_panel(float* dst, const float* p, int64_t ld, bool trans, i
 
 struct F32 {
   using T = float;
-  static int64_t pad_k(int64_t K) { return K; }
   // floats in one packed panel
   static int64_t panel(int64_t K) { return K * NR; }
   static int64_t k_offset(int64_t k) { return k * NR; }
@@ -186,6 +189,9 @@ static inline void pairs32(__m512i lo, __m512i hi, __m512i* out) {
 static inline __m512i row32(const bf16* p, __mmask32 m) { return _mm512_maskz_loadu_epi16(m, p); }
 static inline __m512i row32(const float* p, __mmask32 m) {
   return (__m512i)_mm512_cvtne2ps_pbh(load16(p + 16, (__mmask16)(m >> 16)), load16(p, (__mmask16)m));
+}
+static inline __m512i row32(const int8_t* p, __mmask32) {  // without a mask: codes come in whole blocks
+  return (__m512i)_mm512_cvtne2ps_pbh(load16(p + 16), load16(p));
 }
 static inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 
@@ -366,6 +372,18 @@ struct BF16 {
 static inline int64_t f32_chunk(int64_t K) {
   const int64_t chunks = (K + 319) / 320;
   return chunks ? ((K + chunks - 1) / chunks + 15) / 16 * 16 : 16;
+}
+
+// out [M, N] = the sum over parts of sums [parts, M, ld], in their order.
+template <typename T>
+static void add_parts(const float* sums, int64_t parts, int64_t M, int64_t N, int64_t ld, T* out) {
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n += 16) {
+      const __mmask16 mask = first(N - n);
+      __m512 v = load16(sums + m * ld + n, mask);
+      for (int64_t i = 1; i < parts; i++) v = _mm512_add_ps(v, load16(sums + (i * M + m) * ld + n, mask));
+      store16(out + m * N + n, v, mask);
+    }
 }
 
 // C = A B over all threads. Float32 inputs: exact float32. bf16 compute: operands rounded to bfloat16, float32 sums.

@@ -1,4 +1,4 @@
-// Products and norms of which each row is computed as if it were alone: the batch-invariant mode.
+// Products of which each row is computed as if it were alone: the batch-invariant mode.
 //
 // The product of many rows (`gemm`) sums a row's products in one order, whatever rows stand beside it: float32 along K
 // in chunks of `f32_chunk`, bfloat16 as the tile unit does. But it packs the weights first, which takes longer than
@@ -98,13 +98,7 @@ static void low_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, cons
     const int64_t ch = i / blocks, c0 = i % blocks * width, k0 = ch * chunk;
     plain_rows(x, M, K, w, N, sums + ch * M * ld, ld, k0, std::min(K, k0 + chunk), c0, std::min(N, c0 + width));
   });
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t n = 0; n < N; n += 16) {
-      const __mmask16 mask = first(N - n);
-      __m512 v = load16(sums + m * ld + n, mask);
-      for (int64_t i = 1; i < chunks; i++) v = _mm512_add_ps(v, load16(sums + (i * M + m) * ld + n, mask));
-      store16(y + m * N + n, v, mask);
-    }
+  add_parts(sums, chunks, M, N, ld, y);
 }
 
 // Some panels at a time are packed and multiplied while they are in the second-level cache.
@@ -123,77 +117,26 @@ static void low_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, con
   });
 }
 
-static ffi::Error MatmulInOrder(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
-                                ffi::Result<ffi::AnyBuffer> c, bool tb) {
-  const auto da = a.dimensions(), db = b.dimensions();
-  const bool ab = a.element_type() == ffi::BF16, bb = b.element_type() == ffi::BF16;
-  const bool cb = c->element_type() == ffi::BF16;
-  const int64_t M = da[0], K = da[1], N = db[tb ? 0 : 1];
-  if (K != db[tb ? 1 : 0]) return ffi::Error::InvalidArgument("matmul: inner dimensions differ");
+static ffi::Error MatmulInOrder(ffi::ThreadPool pool, Any a, Any b, AnyOut c, bool tb) {
+  const Mat A = mat(a, false), B = mat(b, tb);
+  const int64_t M = a.dimensions()[0], K = a.dimensions()[1], N = b.dimensions()[tb ? 0 : 1];
+  if (K != b.dimensions()[tb ? 1 : 0]) return ffi::Error::InvalidArgument("matmul: inner dimensions differ");
   if (M > LOW_ROWS) {
-    gemm(pool, ab || bb, M, N, K, {a.untyped_data(), da[1], false, ab}, {b.untyped_data(), db[1], tb, bb},
-         c->untyped_data(), N, cb, false);
-  } else if (!ab && !bb) {
-    low_f32(pool, M, N, K, (const float*)a.untyped_data(), (const float*)b.untyped_data(), tb,
-            (float*)c->untyped_data());
+    gemm(pool, A.is_bf16 || B.is_bf16, M, N, K, A, B, c->untyped_data(), N, mat(*c, false).is_bf16, false);
+  } else if (!A.is_bf16 && !B.is_bf16) {
+    low_f32(pool, M, N, K, (const float*)A.p, (const float*)B.p, tb, (float*)c->untyped_data());
   } else {
-    const auto run = [&](auto* x, auto* w, auto* y) { low_bf16(pool, M, N, K, x, w, tb, y); };
-    const auto into = [&](auto* x, auto* w) {
-      cb ? run(x, w, (bf16*)c->untyped_data()) : run(x, w, (float*)c->untyped_data());
-    };
-    const auto from = [&](auto* x) {
-      bb ? into(x, (const bf16*)b.untyped_data()) : into(x, (const float*)b.untyped_data());
-    };
-    ab ? from((const bf16*)a.untyped_data()) : from((const float*)a.untyped_data());
+    typed(a, [&](auto* x) {
+      typed(b, [&](auto* w) { typed(*c, [&](auto* y) { low_bf16(pool, M, N, K, x, w, tb, y); }); });
+    });
   }
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_matmul_in_order, MatmulInOrder,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>().Attr<bool>("tb"));
-
-// ---------------------------------------------------------------- LayerNorm: y = (x - mean) rsqrt(var + eps) * w + b
-
-template <typename T>
-static void layer_norm(ffi::ThreadPool& pool, int64_t M, int64_t D, const T* x_, const float* w, const float* b, T* y_,
-                       float eps) {
-  const int n = (int)std::max<int64_t>(1, std::min<int64_t>(16, M / 16));
-  parallel_for(pool, n, [&](int i) {
-    for (int64_t r = M * i / n; r < M * (i + 1) / n; r++) {
-      const T* x = x_ + r * D;
-      __m512 sum = _mm512_setzero_ps(), square = _mm512_setzero_ps();
-      for (int64_t c = 0; c < D; c += 16) sum = _mm512_add_ps(sum, load16(x + c, first(D - c)));
-      const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / D);
-      for (int64_t c = 0; c < D; c += 16) {
-        const __mmask16 m = first(D - c);
-        const __m512 v = _mm512_maskz_sub_ps(m, load16(x + c, m), mean);
-        square = _mm512_fmadd_ps(v, v, square);
-      }
-      const __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(square) / D + eps));
-      for (int64_t c = 0; c < D; c += 16) {
-        const __mmask16 m = first(D - c);
-        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(load16(x + c, m), mean), scale);
-        store16(y_ + r * D + c, _mm512_fmadd_ps(v, load16(w + c, m), load16(b + c, m)), m);
-      }
-    }
-  });
-}
-
-static ffi::Error LayerNorm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> w, ffi::Buffer<ffi::F32> b,
-                            ffi::Result<ffi::AnyBuffer> y, float eps) {
-  const int64_t M = x.dimensions()[0], D = x.dimensions()[1];
-  const auto run = [&](auto* in, auto* out) { layer_norm(pool, M, D, in, w.typed_data(), b.typed_data(), out, eps); };
-  if (x.element_type() == ffi::BF16) run((const bf16*)x.untyped_data(), (bf16*)y->untyped_data());
-  else run((const float*)x.untyped_data(), (float*)y->untyped_data());
-  return ffi::Error::Success();
-}
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_layer_norm, LayerNorm,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::AnyBuffer>().Attr<float>("eps"));
+HANDLER(cpu_matmul_in_order, MatmulInOrder, "tb");
 
 // What the compiler cannot fuse with what comes after.
-static ffi::Error Copy(ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+static ffi::Error Copy(Any x, AnyOut y) {
   memcpy(y->untyped_data(), x.untyped_data(), x.size_bytes());
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_copy, Copy, ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+HANDLER(cpu_copy, Copy);

@@ -6,6 +6,7 @@
 // three tokens of bfloat16 on the tile unit multiplies (where there is one): one tile of 16 tokens, weights turned into
 // tiles of bfloat16 in the first-level cache, which holds codes exactly, and scales applied to sums.
 #include "few_products.h"
+#include "rows.h"
 
 namespace {
 
@@ -14,45 +15,20 @@ namespace {
 struct Layer {
   const float *attention_norm, *mlp_norm;
   Matrix query, key, value, output, gate, up, down;
-  const void *keys, *values;  // pages
-  void *new_keys, *new_values;
+  void *keys, *values;  // pages
 };
 
 struct Step {
   int64_t N, D, heads, F, pages;
-  bool round;
+  bool round, pages_bf16;
   float eps;
-  Paged paged;
+  Cache cache;  // each token is a tile
   const float *cos, *sin;
 };
 
-// y = x / rms(x) * w
-void norm(const float* x, const float* w, float eps, int64_t D, float* y) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < D; i += 16) {
-    const __m512 v = load16(x + i, first(D - i));
-    sum = _mm512_fmadd_ps(v, v, sum);
-  }
-  const __m512 r = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(sum) / D + eps));
-  for (int64_t i = 0; i < D; i += 16) {
-    const __mmask16 m = first(D - i);
-    store16(y + i, _mm512_mul_ps(_mm512_mul_ps(load16(x + i, m), r), load16(w + i, m)), m);
-  }
-}
-
-void rotate(float* x, const float* cos, const float* sin, int64_t H) {
-  const int64_t h = H / 2;
-  for (int64_t i = 0; i < h; i += 16) {
-    const __mmask16 m = first(h - i);
-    const __m512 a = load16(x + i, m), b = load16(x + h + i, m), c = load16(cos + i, m), s = load16(sin + i, m);
-    store16(x + i, _mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c)), m);
-    store16(x + h + i, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)), m);
-  }
-}
-
 template <typename T>
 void write(const Step& s, const float* x, int64_t m, T* pages) {
-  const Paged& p = s.paged;
+  const Cache& p = s.cache;
   const int64_t at = p.position[m], index = at / p.page_size;
   if (at < 0 || index >= p.max_pages) return;
   const int64_t page = p.table[p.sequence[m] * p.max_pages + index];
@@ -66,7 +42,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
   static thread_local Scratch q_, k_, v_, h_, a_, b_, parts_;
   static thread_local Input inputs[3];
   Input &in = inputs[0], &mixed = inputs[1], &inner = inputs[2];  // this thread's, for all
-  const int64_t N = s.N, D = s.D, K = s.paged.K, H = s.paged.H, R = s.paged.R, Q = s.heads * H, F = s.F;
+  const int64_t N = s.N, D = s.D, K = s.cache.K, H = s.cache.H, R = s.cache.R, Q = s.heads * H, F = s.F;
   AmxScope amx;
   Team team(pool);
   in.M = mixed.M = inner.M = N;
@@ -75,8 +51,8 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
   float *q = q_.get<float>(N * Q), *k = k_.get<float>(N * K * H), *v = v_.get<float>(N * K * H);
   float *h = h_.get<float>(N * D), *a = a_.get<float>(N * F), *b = b_.get<float>(N * F);
   int64_t longest = 0;
-  for (int64_t m = 0; m < N; m++) longest = std::max<int64_t>(longest, s.paged.position[m] + 1);
-  const int64_t chunks = (longest + DECODE_CHUNK - 1) / DECODE_CHUNK, size = R * (H + 2);
+  for (int64_t m = 0; m < N; m++) longest = std::max<int64_t>(longest, s.cache.position[m] + 1);
+  const int64_t chunks = (longest + CHUNK - 1) / CHUNK, size = R * (H + 2);
   float* parts = parts_.get<float>(std::max<int64_t>(1, N * K * chunks * size));
   const auto each = [&](const auto& f) {  // token, by all where there are some
     if (N >= 4) return team.run(N, f);
@@ -92,7 +68,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
           const __mmask16 mask = first(D - i);
           store16(row + i, _mm512_add_ps(load16(row + i, mask), load16(more + m * D + i, mask)), mask);
         }
-      norm(row, scale, s.eps, D, in.rows + m * in.ld);
+      rms_norm_row(row, scale, s.eps, D, in.rows + m * in.ld);
       in.finish(m, w);
     });
     in.pack(w);
@@ -107,37 +83,29 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
       else if (i < nq + nk) product(l.key, in, k, i - nq);
       else product(l.value, in, v, i - nq - nk);
     });
-    Paged p = s.paged;
-    p.keys = l.new_keys, p.values = l.new_values;
     each([&](int64_t m) {
-      const float *c = s.cos + m * H / 2, *si = s.sin + m * H / 2;
-      for (int64_t i = 0; i < s.heads; i++) rotate(q + m * Q + i * H, c, si, H);
-      for (int64_t i = 0; i < K; i++) rotate(k + (m * K + i) * H, c, si, H);
-      if (p.is_bf16) write(s, k + m * K * H, m, (bf16*)l.new_keys), write(s, v + m * K * H, m, (bf16*)l.new_values);
-      else write(s, k + m * K * H, m, (float*)l.new_keys), write(s, v + m * K * H, m, (float*)l.new_values);
+      const auto turn = [&](float* row) { rope_row(row, s.cos + m * H / 2, s.sin + m * H / 2, H, 1, row); };
+      for (int64_t i = 0; i < s.heads; i++) turn(q + m * Q + i * H);
+      for (int64_t i = 0; i < K; i++) turn(k + (m * K + i) * H);
+      of_type(s.pages_bf16, [&](auto t) {
+        write(s, k + m * K * H, m, (decltype(t)*)l.keys), write(s, v + m * K * H, m, (decltype(t)*)l.values);
+      });
     });
     team.run(N * K * chunks, [&](int64_t i) {
-      const int64_t head = i % K, m = i / K % N, s0 = i / K / N * DECODE_CHUNK, end = p.position[m] + 1;
+      const int64_t head = i % K, m = i / K % N, s0 = i / K / N * CHUNK, end = s.cache.position[m] + 1;
       if (s0 >= end) return;
-      float *acc = parts + i * size, *top = acc + R * H;
-      decode_part(p, q + m * Q + head * R * H, m, head, s0, std::min(end, s0 + DECODE_CHUNK), acc, top, top + R);
+      of_type(s.pages_bf16, [&](auto t) {
+        using T = const decltype(t);
+        attend_part(s.cache, q + m * Q + head * R * H, (T*)l.keys, (T*)l.values, m, head, s0, std::min(end, s0 + CHUNK),
+                    parts + i * size);
+      });
     });
     mixed.shape(l.output);
     each([&](int64_t m) {
       for (int64_t n = 0; n < s.heads; n++) {
-        const int64_t head = n / R, r = n % R, end = p.position[m] + 1;
-        const auto part = [&](int64_t i) { return parts + ((i * N + m) * K + head) * size; };
-        float top = -INFINITY, total = 0, *o = mixed.rows + m * mixed.ld + n * H;
-        for (int64_t i = 0; i * DECODE_CHUNK < end; i++) top = std::max(top, part(i)[R * H + r]);
-        memset(o, 0, H * sizeof(float));
-        if (top == -INFINITY) continue;
-        for (int64_t i = 0; i * DECODE_CHUNK < end; i++)
-          total += std::exp(part(i)[R * H + r] - top) * part(i)[R * H + R + r];
-        for (int64_t i = 0; i * DECODE_CHUNK < end; i++) {
-          const __m512 w = _mm512_set1_ps(std::exp(part(i)[R * H + r] - top) / total);
-          for (int64_t j = 0; j < H; j += 16)
-            _mm512_storeu_ps(o + j, _mm512_fmadd_ps(w, _mm512_loadu_ps(part(i) + r * H + j), _mm512_loadu_ps(o + j)));
-        }
+        const auto part = [&](int64_t i) { return parts + ((i * N + m) * K + n / R) * size; };
+        const int64_t some = (s.cache.position[m] + CHUNK) / CHUNK;  // chunks with keys that it sees
+        combine(part, some, n % R, R, H, mixed.rows + m * mixed.ld + n * H);
       }
       mixed.finish(m, l.output);
     });
@@ -165,8 +133,7 @@ void run(ffi::ThreadPool& pool, const Step& s, const std::vector<Layer>& layers,
 }
 
 // One of the fixed kinds of `jaxllm/kernels/cpu_layers.py`: packed codes by their table (int4, with zero points, nf4).
-Matrix matrix(int64_t kind, int64_t inputs, int64_t group, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-              ffi::AnyBuffer zeros, const float* tables) {
+Matrix matrix(int64_t kind, int64_t inputs, int64_t group, Any values, Any scales, Any zeros, const float* tables) {
   Matrix w{};
   const auto d = values.dimensions();
   w.values = (const uint8_t*)values.untyped_data();
@@ -183,9 +150,8 @@ Matrix matrix(int64_t kind, int64_t inputs, int64_t group, ffi::AnyBuffer values
   return w;
 }
 
-ffi::Error Few(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values, ffi::AnyBuffer scales,
-               ffi::AnyBuffer zeros, ffi::Buffer<ffi::F32> tables, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t kind,
-               int64_t group, bool round) {
+ffi::Error Few(ffi::ThreadPool pool, Floats x, Any values, Any scales, Any zeros, Floats tables, FloatsOut y,
+               int64_t kind, int64_t group, bool round) {
   const int64_t M = x.dimensions()[0], I = x.dimensions()[1];
   if (M < 1 || M > MOST) return ffi::Error::InvalidArgument("few: too many tokens");
   static thread_local Input input;
@@ -208,20 +174,19 @@ ffi::Error Few(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer val
 // Arguments of a layer after one another: norm, norm, seven matrices in three arrays each, keys and values.
 constexpr int64_t ARGUMENTS = 2 + 7 * 3 + 2;
 
-ffi::Error Layers(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cos, ffi::Buffer<ffi::F32> sin,
-                  ffi::Buffer<ffi::S32> table, ffi::Buffer<ffi::S32> sequence, ffi::Buffer<ffi::S32> position,
-                  ffi::Buffer<ffi::F32> tables, ffi::RemainingArgs arguments, ffi::Result<ffi::Buffer<ffi::F32>> y,
-                  ffi::RemainingRets results, ffi::Span<const int64_t> kinds, int64_t heads, int64_t inputs_of_down,
-                  bool round, float eps, float scale) {
+ffi::Error Layers(ffi::ThreadPool pool, Floats x, Floats cos, Floats sin, Ints table, Ints sequence, Ints position,
+                  Floats tables, ffi::RemainingArgs arguments, FloatsOut y, ffi::RemainingRets results,
+                  ffi::Span<const int64_t> kinds, int64_t heads, int64_t inputs_of_down, bool round, float eps,
+                  float scale) {
   const int64_t count = arguments.size() / ARGUMENTS, N = x.dimensions()[0], D = x.dimensions()[1];
   if (N < 1 || N > MOST || (int64_t)arguments.size() != count * ARGUMENTS || (int64_t)results.size() != 2 * count ||
       (int64_t)kinds.size() != 7 * 3 * count)
     return ffi::Error::InvalidArgument("layers: arguments disagree");
   std::vector<Layer> layers(count);
-  Step s{N, D, heads, inputs_of_down, 0, round, eps, {}, cos.typed_data(), sin.typed_data()};
+  Step s{N, D, heads, inputs_of_down, 0, round, false, eps, {}, cos.typed_data(), sin.typed_data()};
   for (int64_t i = 0; i < count; i++) {
     int64_t at = i * ARGUMENTS;
-    const auto next = [&] { return *arguments.get<ffi::AnyBuffer>(at++); };
+    const auto next = [&] { return *arguments.get<Any>(at++); };
     Layer& l = layers[i];
     l.attention_norm = (const float*)next().untyped_data();
     l.mlp_norm = (const float*)next().untyped_data();
@@ -233,13 +198,16 @@ ffi::Error Layers(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     }
     const auto keys = next(), values = next();
     const auto d = keys.dimensions();
-    l.new_keys = (*results.get<ffi::AnyBuffer>(2 * i))->untyped_data();
-    l.new_values = (*results.get<ffi::AnyBuffer>(2 * i + 1))->untyped_data();
-    if (l.new_keys != keys.untyped_data() || l.new_values != values.untyped_data())
+    l.keys = (*results.get<Any>(2 * i))->untyped_data();
+    l.values = (*results.get<Any>(2 * i + 1))->untyped_data();
+    if (l.keys != keys.untyped_data() || l.values != values.untyped_data())
       return ffi::Error::InvalidArgument("layers: pages are not written in place");
     s.pages = d[0];
-    s.paged = {d[1], d[3], heads / d[1], d[2], table.dimensions()[1], table.typed_data(), sequence.typed_data(),
-               position.typed_data(), nullptr, nullptr, keys.element_type() == ffi::BF16, scale};
+    s.pages_bf16 = keys.element_type() == ffi::BF16;
+    Cache& c = s.cache;
+    c.K = d[1], c.H = d[3], c.R = c.group = heads / d[1], c.page_size = d[2], c.max_pages = table.dimensions()[1];
+    c.token = c.H, c.head = c.page_size * c.token, c.page = c.K * c.head, c.scale = scale;
+    c.table = table.typed_data(), c.sequence = sequence.typed_data(), c.position = position.typed_data();
   }
   memcpy(y->typed_data(), x.typed_data(), N * D * sizeof(float));
   run(pool, s, layers, y->typed_data());
@@ -248,16 +216,5 @@ ffi::Error Layers(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_layers, Layers,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>().RemainingRets()
-                                  .Attr<ffi::Span<const int64_t>>("kinds").Attr<int64_t>("heads")
-                                  .Attr<int64_t>("inner").Attr<bool>("round").Attr<float>("eps").Attr<float>("scale"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_few, Few,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>().Attr<int64_t>("kind").Attr<int64_t>("group")
-                                  .Attr<bool>("round"));
+HANDLER(cpu_layers, Layers, "kinds", "heads", "inner", "round", "eps", "scale");
+HANDLER(cpu_few, Few, "kind", "group", "round");

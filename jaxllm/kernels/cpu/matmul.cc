@@ -1,8 +1,6 @@
 // Matrix product as an XLA custom call: C = op(A) op(B), float32 or bfloat16.
 #include "gemm.h"
 
-static int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
-
 static void gemm_f32(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, float* C, int64_t ldc,
                      bool acc, More more) {
   static thread_local Scratch sb, sm;
@@ -77,10 +75,10 @@ static void gemm_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Ma
   const bf16* a = bf16_rows<SA>(pool, M, K, A, &lda);
   const SB* b = (const SB*)B.p;
   bf16* mp = sm.get<bf16>(panels * BF16::panel(more.K));
-  if (more.K) {
-    if (more.B.is_bf16) BF16::pack(mp, (const bf16*)more.B.p, more.B.ld, more.B.trans, more.K, N);
-    else BF16::pack(mp, (const float*)more.B.p, more.B.ld, more.B.trans, more.K, N);
-  }
+  if (more.K)
+    of_type(more.B.is_bf16, [&](auto t) {
+      BF16::pack(mp, (const decltype(t)*)more.B.p, more.B.ld, more.B.trans, more.K, N);
+    });
   parallel_for(pool, (int)(groups * parts), [&](int i) {
     static thread_local Scratch sb;
     AmxScope amx;
@@ -100,19 +98,16 @@ static void gemm_bf16(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Ma
   });
 }
 
-template <typename SA, typename SB>
-static void gemm_bf16_out(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Mat A, Mat B, void* C, int64_t ldc,
-                          bool c_bf16, bool acc, More more) {
-  if (c_bf16) gemm_bf16<SA, SB, bf16>(pool, M, N, K, A, B, (bf16*)C, ldc, acc, more);
-  else gemm_bf16<SA, SB, float>(pool, M, N, K, A, B, (float*)C, ldc, acc, more);
-}
-
 void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K, Mat A, Mat B, void* C, int64_t ldc,
           bool c_bf16, bool acc, More more) {
   if (!use_bf16) return gemm_f32(pool, M, N, K, A, B, (float*)C, ldc, acc, more);
-  auto f = A.is_bf16 ? (B.is_bf16 ? gemm_bf16_out<bf16, bf16> : gemm_bf16_out<bf16, float>)
-                     : (B.is_bf16 ? gemm_bf16_out<float, bf16> : gemm_bf16_out<float, float>);
-  f(pool, M, N, K, A, B, C, ldc, c_bf16, acc, more);
+  of_type(A.is_bf16, [&](auto a) {
+    of_type(B.is_bf16, [&](auto b) {
+      of_type(c_bf16, [&](auto c) {
+        gemm_bf16<decltype(a), decltype(b)>(pool, M, N, K, A, B, (decltype(c)*)C, ldc, acc, more);
+      });
+    });
+  });
 }
 
 // ---------------------------------------------------------------- a few rows
@@ -121,9 +116,6 @@ void gemm(ffi::ThreadPool& pool, bool use_bf16, int64_t M, int64_t N, int64_t K,
 // them once. Round: weights to bfloat16 first, as the product of more rows does.
 constexpr int64_t FEW = 16;
 
-static __m512 rounded(__m512 v) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
-}
 template <typename T, bool Round>
 static __m512 weight16(const T* p, __mmask16 m) {
   __m512 v = load16(p, m);
@@ -208,13 +200,10 @@ static void few(ffi::ThreadPool& pool, const float* x, int64_t ldx, const void* 
 
 using Few = void (*)(ffi::ThreadPool&, const float*, int64_t, const void*, bool, float*, int64_t, int64_t, int64_t,
                      int64_t);
-template <typename T, bool Round>
-static Few few_of(int64_t M) {
-  static constexpr Few all[] = {few<T, Round, 1>,  few<T, Round, 2>,  few<T, Round, 3>,  few<T, Round, 4>,
-                                few<T, Round, 5>,  few<T, Round, 6>,  few<T, Round, 7>,  few<T, Round, 8>,
-                                few<T, Round, 9>,  few<T, Round, 10>, few<T, Round, 11>, few<T, Round, 12>,
-                                few<T, Round, 13>, few<T, Round, 14>, few<T, Round, 15>, few<T, Round, 16>};
-  return all[M - 1];
+template <typename T, bool Round, int... M>
+static Few few_of(int64_t rows, std::integer_sequence<int, M...>) {
+  static constexpr Few all[] = {few<T, Round, M + 1>...};
+  return all[rows - 1];
 }
 
 template <typename TA, typename TC>
@@ -229,53 +218,34 @@ static void few_rows(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, con
       __m512 v = load16(a + m * K + k, first(K - k));
       _mm512_storeu_ps(x + m * ldx + k, use_bf16 ? rounded(v) : v);
     }
-  auto f = b_bf16 ? few_of<bf16, false>(M) : use_bf16 ? few_of<float, true>(M) : few_of<float, false>(M);
+  constexpr std::make_integer_sequence<int, FEW> all;
+  auto f = b_bf16 ? few_of<bf16, false>(M, all) : use_bf16 ? few_of<float, true>(M, all) : few_of<float, false>(M, all);
   f(pool, x, ldx, b, turned, sums, parts, N, K, ld);
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t n = 0; n < N; n += 16) {
-      const __mmask16 mask = first(N - n);
-      __m512 v = load16(sums + m * ld + n, mask);
-      for (int64_t i = 1; i < parts; i++) v = _mm512_add_ps(v, load16(sums + (i * M + m) * ld + n, mask));
-      store16(c + m * N + n, v, mask);
-    }
+  add_parts(sums, parts, M, N, ld, c);
 }
 
-static ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> c,
-                             bool ta, bool tb) {
-  auto da = a.dimensions(), db = b.dimensions();
-  bool ab = a.element_type() == ffi::BF16, bb = b.element_type() == ffi::BF16;
-  bool cb = c->element_type() == ffi::BF16;
-  int64_t M = ta ? da[1] : da[0], K = ta ? da[0] : da[1], N = tb ? db[0] : db[1];
-  if (K != (tb ? db[1] : db[0])) return ffi::Error::InvalidArgument("matmul: inner dimensions differ");
-  if (!ta && M >= 1 && M <= FEW) {
-    const auto run = [&](auto* in, auto* out) {
-      few_rows(pool, M, N, K, in, b.untyped_data(), bb, tb, ab || bb, out);
-    };
-    const auto from = [&](auto* in) { cb ? run(in, (bf16*)c->untyped_data()) : run(in, (float*)c->untyped_data()); };
-    ab ? from((const bf16*)a.untyped_data()) : from((const float*)a.untyped_data());
-    return ffi::Error::Success();
-  }
-  gemm(pool, ab || bb, M, N, K, {a.untyped_data(), da[1], ta, ab}, {b.untyped_data(), db[1], tb, bb},
-       c->untyped_data(), N, cb, false);
+static ffi::Error MatmulImpl(ffi::ThreadPool pool, Any a, Any b, AnyOut c, bool ta, bool tb) {
+  const Mat A = mat(a, ta), B = mat(b, tb);
+  const bool use_bf16 = A.is_bf16 || B.is_bf16;
+  const int64_t M = a.dimensions()[ta ? 1 : 0], K = a.dimensions()[ta ? 0 : 1], N = b.dimensions()[tb ? 0 : 1];
+  if (K != b.dimensions()[tb ? 1 : 0]) return ffi::Error::InvalidArgument("matmul: inner dimensions differ");
+  if (!ta && M >= 1 && M <= FEW)
+    typed(a, [&](auto* in) {
+      typed(*c, [&](auto* out) { few_rows(pool, M, N, K, in, B.p, B.is_bf16, tb, use_bf16, out); });
+    });
+  else gemm(pool, use_bf16, M, N, K, A, B, c->untyped_data(), N, mat(*c, false).is_bf16, false);
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_matmul, MatmulImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>().Attr<bool>("ta").Attr<bool>("tb"));
+HANDLER(cpu_matmul, MatmulImpl, "ta", "tb");
 
 // C = A op(B) + A2 op(B2); A2 is of A's type, B2 float32 or bfloat16.
-static ffi::Error MatmulPlusImpl(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::AnyBuffer a2,
-                                 ffi::AnyBuffer b2, ffi::Result<ffi::AnyBuffer> c, bool tb) {
-  const auto is_bf16 = [](auto& x) { return x.element_type() == ffi::BF16; };
-  const auto mat = [&](auto& x, bool trans) { return Mat{x.untyped_data(), x.dimensions()[1], trans, is_bf16(x)}; };
+static ffi::Error MatmulPlusImpl(ffi::ThreadPool pool, Any a, Any b, Any a2, Any b2, AnyOut c, bool tb) {
+  const Mat A = mat(a, false), B = mat(b, tb), A2 = mat(a2, false), B2 = mat(b2, tb);
   const int64_t M = a.dimensions()[0], K = a.dimensions()[1], N = b.dimensions()[tb ? 0 : 1], K2 = a2.dimensions()[1];
   if (K != b.dimensions()[tb ? 1 : 0] || K2 != b2.dimensions()[tb ? 1 : 0] || M != a2.dimensions()[0] ||
-      N != b2.dimensions()[tb ? 0 : 1] || is_bf16(a) != is_bf16(a2))
+      N != b2.dimensions()[tb ? 0 : 1] || A.is_bf16 != A2.is_bf16)
     return ffi::Error::InvalidArgument("matmul_plus: the operands do not fit");
-  gemm(pool, is_bf16(a) || is_bf16(b), M, N, K, mat(a, false), mat(b, tb), c->untyped_data(), N,
-       c->element_type() == ffi::BF16, false, {mat(a2, false), mat(b2, tb), K2});
+  gemm(pool, A.is_bf16 || B.is_bf16, M, N, K, A, B, c->untyped_data(), N, mat(*c, false).is_bf16, false, {A2, B2, K2});
   return ffi::Error::Success();
 }
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_matmul_plus, MatmulPlusImpl,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<bool>("tb"));
+HANDLER(cpu_matmul_plus, MatmulPlusImpl, "tb");

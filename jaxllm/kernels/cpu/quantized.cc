@@ -3,9 +3,8 @@
 // A few tokens (decoding): each weight row is unpacked into registers once and multiplied with every token, scales once
 // a group, so the time is that of reading the codes. More tokens: 32 rows at a time become a packed panel in the first-level cache, which
 // the dense product's inner kernel multiplies.
+#include "few.h"
 #include "gemm.h"
-
-constexpr int64_t AHEAD = 2048;  // bytes of codes that are asked for early: rows lie one after the other
 
 struct Codes {
   const uint8_t* values;
@@ -106,7 +105,7 @@ static void few_bytes(const Codes& w, const float* x, float* y, int64_t f0, int6
         for (int u = 0; u < U; u++) sum[m][u] = _mm512_setzero_ps();
       const auto add = [&](int64_t k, int u) {
         if (k % 64 == 0) _mm_prefetch((const char*)(p + k + AHEAD), _MM_HINT_T0);
-        const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + k))));
+        const __m512 v = load16((const int8_t*)p + k);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) sum[m][u] = _mm512_fmadd_ps(v, load16(x + m * w.K + k), sum[m][u]);
       };
@@ -148,17 +147,15 @@ static void many(const Codes& w, const float* x, int64_t M, float* y, int64_t f0
 
 // InOrder: as many rows are, also a few: each row's result is then that of the row alone.
 template <bool InOrder>
-static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer values,
-                                ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::F32> zeros,
-                                ffi::Buffer<ffi::F32> table, ffi::Result<ffi::Buffer<ffi::F32>> y, bool packed,
-                                int64_t group) {
+static ffi::Error QuantizedImpl(ffi::ThreadPool pool, Floats x, Any values, Floats scales, Floats zeros, Floats table,
+                                FloatsOut y, bool packed, int64_t group) {
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1], F = values.dimensions()[0];
   if (values.dimensions()[1] * (packed ? 2 : 1) != K || K % (packed ? 256 : 128) ||
       (group < K && (group < 16 || (group & (group - 1)))))
     return ffi::Error::InvalidArgument("quantized_matmul: shapes disagree");
   const int64_t shift = group < K ? __builtin_ctzll(group) : 62;
-  Codes w{(const uint8_t*)values.untyped_data(), scales.typed_data(),
-          zeros.element_count() ? zeros.typed_data() : nullptr, _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
+  Codes w{(const uint8_t*)values.untyped_data(), scales.typed_data(), given(zeros),
+          _mm512_loadu_ps(table.typed_data()), F, K, shift, packed};
   const float* in = x.typed_data();
   float* out = y->typed_data();
   if (!InOrder && M >= 1 && M <= 16) {  // eight at a time, while these weights are in the cache
@@ -171,16 +168,10 @@ static ffi::Error QuantizedImpl(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
   }
   return ffi::Error::Success();
 }
-#define BINDING                                                                                                    \
-  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::AnyBuffer>()                       \
-      .Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>().Arg<ffi::Buffer<ffi::F32>>()                      \
-      .Ret<ffi::Buffer<ffi::F32>>().Attr<bool>("packed").Attr<int64_t>("group")
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul, QuantizedImpl<false>, BINDING);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(cpu_quantized_matmul_in_order, QuantizedImpl<true>, BINDING);
+HANDLER(cpu_quantized_matmul, QuantizedImpl<false>, "packed", "group");
+HANDLER(cpu_quantized_matmul_in_order, QuantizedImpl<true>, "packed", "group");
 
 // ---------------------------------------------------------------- one token
-
-#include "few.h"
 
 // R rows at once share what is read of x, and hide each other's latencies. Codes that are numbers.
 template <int R>
@@ -196,8 +187,7 @@ static void one_bytes(const Matrix& w, const float* x, float* y, int64_t f) {
       const __m512 v = load16(x + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const __m128i code = _mm_loadu_si128((const __m128i*)(p + r * w.K + k));
-        sum[r][u] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(code)), v, sum[r][u]);
+        sum[r][u] = _mm512_fmadd_ps(load16(p + r * w.K + k), v, sum[r][u]);
       }
     };
     for (int64_t k = k0; k < k1; k += 32) {

@@ -1,8 +1,5 @@
 """`grouped_matmul`: the product of a mixture of experts, with its gradients, by named backends."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,17 +10,9 @@ from jaxllm.kernels import dispatch
 from jaxllm.kernels.grouped import varying
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """As `grouped_matmul` takes them. Backends read `tiles`."""
-
-  tiles: tuple[Any, Any, Any]
-  split: tuple[tuple[str, ...], int] | None
-
-
-def _whole(options, weights, dtype):
+def _whole(split, weights, dtype):
   """The matrices as they are multiplied."""
-  weights, split = weights.astype(dtype), options.split
+  weights = weights.astype(dtype)
   return weights if split is None else lax.all_gather(weights, split[0], axis=split[1], tiled=True)
 
 
@@ -36,7 +25,7 @@ def _backward(call, kept, dy):
   """By the backend's `backward(call, x, dy, sizes, dtype)`, x_e^T dy_e for each group e in `dtype`, and `forward`."""
   x, weights, sizes = kept
   dx = call.module.forward(call, dy, _whole(call.options, weights, x.dtype), sizes, transposed=True)
-  dw, split = call.module.backward(call, x, dy, sizes, weights.dtype), call.options.split
+  dw, split = call.module.backward(call, x, dy, sizes, weights.dtype), call.options
   return dx, dw if split is None else lax.psum_scatter(dw, split[0], scatter_dimension=split[1], tiled=True), None
 
 
@@ -50,7 +39,6 @@ def grouped_matmul(
   *,
   backend: str | None = None,
   target: str | None = None,
-  tiles: tuple[Any, Any, Any] = (None, None, None),
   split: tuple[tuple[str, ...], int] | None = None,
 ) -> Float[Array, "M F"]:
   """Each row of x times the matrix of its group: group e is the next group_sizes[e] rows, in order.
@@ -66,15 +54,14 @@ def grouped_matmul(
   Args:
     group_sizes: int32, not negative. What of them goes past M is cut off.
     backend, target: as in `backends.choose`.
-    tiles: the backend's tiles for (the product, x's gradient, the weights' gradient); None: chosen by shape and chip.
     split: inside shard_map, (mesh axes, 1 or 2): over which axes the matrices are split along that dimension. They are
       gathered in x's dtype; their gradients are summed and split again in their own.
 
   Raises:
     ConfigError: the backend cannot compute what is asked, or the shapes or dtypes do not fit together.
   """
-  options = Options(tiles, split if split and split[0] else None)
-  whole = jax.eval_shape(lambda weights: _whole(options, weights, x.dtype), weights)
+  split = split if split and split[0] else None
+  whole = jax.eval_shape(lambda weights: _whole(split, weights, x.dtype), weights)
   (M, D), (E, *matrix) = x.shape, whole.shape
   wide = jnp.promote_types(x.dtype, weights.dtype) == weights.dtype
   if len(matrix) != 2 or matrix[0] != D or group_sizes.shape != (E,) or not wide:
@@ -82,7 +69,7 @@ def grouped_matmul(
       "grouped_matmul takes x [M, D], weights [E, D, F] of the same dtype or a wider one and group_sizes [E]; "
       f"these are {x.dtype}{x.shape}, {weights.dtype}{whole.shape}, {group_sizes.shape}"
     )
-  call = dispatch.choose("grouped_matmul", OP, backend, target, options, x, whole)
+  call = dispatch.choose("grouped_matmul", OP, backend, target, split, x, whole)
   if not (x.size and weights.size):
     return jnp.zeros((M, matrix[1]), x.dtype)
   # Inside shard_map all operands vary over the same axes; the transpose of that is the sum of their gradients.

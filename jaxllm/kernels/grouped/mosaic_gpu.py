@@ -196,7 +196,7 @@ def _store_part(value, parts, out, row, column, low, high):
 def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
   """Rows times their group's matrix."""
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  t = call.options.tiles[transposed] or tuning.tiles("grouped_matmul", call.target, _tiles(N), columns=N)
+  t = tuning.tiles("grouped_matmul", call.target, _tiles(N), columns=N)
   x = _whole_tiles(x, 2 * ROWS)
   table, count = row_tiles(sizes, x.shape[0], 2 * ROWS)
   out = varying.result((x.shape[0], N), x.dtype, x)
@@ -269,7 +269,7 @@ def _product_kernel(t, transposed, table, count, x, weights, out, *, left, right
 
 def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
   """Of each group's matrix, summed in float32, rounded once to x's dtype and returned in `dtype`."""
-  t = call.options.tiles[2] or tuning.tiles("grouped_gradient", call.target, _tiles(dy.shape[1]), columns=dy.shape[1])
+  t = tuning.tiles("grouped_gradient", call.target, _tiles(dy.shape[1]), columns=dy.shape[1])
   M = x.shape[0]
   ends = jnp.minimum(jnp.cumsum(sizes), M).astype(jnp.int32)
   starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])

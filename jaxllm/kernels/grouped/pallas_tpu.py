@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.kernels import tuning
 from jaxllm.kernels.grouped import varying
+from jaxllm.kernels.tpu import LANES, dot
 
-LANES = 128
 # TFLOP/s in bfloat16 and TB/s of a core, MiB of vector memory that a kernel may take, and the matrix unit's side
 CHIPS = {
   "v4": (137.5, 0.615, 14, 128),
@@ -112,14 +112,10 @@ def _gradient_tiles(M, E, D, F, dtype, target) -> Tiles:
   """For the gradient [E, D, F]: rows are contracted, so few of them suffice; a large block of the result reads x and
   dy least often."""
   rows = min(M, 512 if M // E >= 256 else 256)
-  best = None
-  for d, f in itertools.product((256, 512, 1024, 2048), repeat=2):
-    d, f = min(d, D), min(f, F)
-    moved = -(-F // f) * D + -(-D // d) * F
-    if _fits(d, rows, f, jnp.dtype(dtype).itemsize, target) and (best is None or moved < best[0]):
-      best = moved, Tiles(rows, d, f, LANES if rows % LANES == 0 else rows)
-  assert best is not None
-  return best[1]
+  blocks = [(min(d, D), min(f, F)) for d, f in itertools.product((256, 512, 1024, 2048), repeat=2)]
+  fitting = [(d, f) for d, f in blocks if _fits(d, rows, f, jnp.dtype(dtype).itemsize, target)]
+  d, f = min(fitting, key=lambda block: -(-F // block[1]) * D + -(-D // block[0]) * F)
+  return Tiles(rows, d, f, LANES if rows % LANES == 0 else rows)
 
 
 # ---------------------------------------------------------------- visits
@@ -156,11 +152,6 @@ def _parts(t, low, high):
   return lax.div(low, t.part), jnp.where(high > low, lax.div(high + (t.part - 1), t.part), 0)
 
 
-def _dot(a, b, a_axis, b_axis):
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision, jnp.float32)
-
-
 def _params(target, semantics):
   memory = _chip(target)[2] if target in CHIPS else None
   return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=memory)
@@ -173,7 +164,7 @@ def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
   """Rows times their group's matrix."""
   (M, K), E, N = x.shape, weights.shape[0], weights.shape[1 if transposed else 2]
   chosen = _tiles(M, E, K, N, x.dtype, call.target)
-  t = call.options.tiles[transposed] or tuning.tiles("grouped_matmul", call.target, chosen, inner=K, columns=N)
+  t = tuning.tiles("grouped_matmul", call.target, chosen, inner=K, columns=N)
   visits = _visits(sizes, M, t.rows, empty=False)
   steps = K // t.inner
 
@@ -217,7 +208,7 @@ def _product_kernel(t, E, steps, matrix_axis, group, tile, starts, ends, total, 
 
   def multiply(part):
     """Adds these rows' products up, and after the last of them writes those rows that are the group's."""
-    value = _dot(x[part], matrix[...], 1, matrix_axis)
+    value = dot(x[part], matrix[...], (1, matrix_axis))
     if not acc:
       return store(part, value)
     total_so_far = acc[0]
@@ -257,7 +248,7 @@ def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
   """Of each group's matrix, summed in float32, rounded once to x's dtype and returned in `dtype`."""
   (M, D), F, E = x.shape, dy.shape[1], sizes.shape[0]
   t = _gradient_tiles(M, E, D, F, x.dtype, call.target)
-  t = call.options.tiles[2] or tuning.tiles("grouped_gradient", call.target, t, inner=D, columns=F)
+  t = tuning.tiles("grouped_gradient", call.target, t, inner=D, columns=F)
   visits = _visits(sizes, M, t.rows, empty=True)
   across, down = -(-F // t.columns), -(-D // t.inner)
   out = varying.result((E, D, F), x.dtype, x)
@@ -299,14 +290,14 @@ def _gradient_kernel(t, group, tile, starts, ends, total, x, dy, out, acc):
 
   @pl.when(whole)
   def _():
-    acc[...] += _dot(x[...], dy[...], 0, 0)
+    acc[...] += dot(x[...], dy[...], (0, 0))
 
   def multiply(part):
     def own(ref):  # both: another group's NaN times zero would be NaN
       row = lax.broadcasted_iota(jnp.int32, (part.size, ref.shape[1]), 0) + part.start
       return jnp.where((row >= low) & (row < high), ref[part], jnp.zeros((), ref.dtype))
 
-    acc[...] += _dot(own(x), own(dy), 0, 0)
+    acc[...] += dot(own(x), own(dy), (0, 0))
 
   @pl.when(live & ~whole)
   def _():

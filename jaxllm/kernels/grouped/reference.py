@@ -23,14 +23,14 @@ class Tiles:
 
 
 def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
-  """Rows times their group's matrix. Tiles: rows of one."""
+  """Rows times their group's matrix."""
   if _native(call.target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y = lax.ragged_dot_general(jnp.where(real, x, 0), weights, sizes, numbers)
     return jnp.where(real, y, 0)
   M, N = x.shape[0], weights.shape[1 if transposed else 2]
-  rows = min(M, call.options.tiles[transposed] or _rows(weights.shape[0], M, x.dtype, call.target))
+  rows = min(M, _rows(weights.shape[0], M, x.dtype, call.target))
   starts, ends = _bounds(sizes, M)
   count = (ends - starts + rows - 1) // rows
   last = jnp.cumsum(count)  # tiles of this group and those before
@@ -49,14 +49,14 @@ def forward(call, x, weights, sizes, transposed=False) -> Float[Array, "M N"]:
 
 
 def backward(call, x, dy, sizes, dtype) -> Float[Array, "E D F"]:
-  """Of each group's matrix, in `dtype`. Tiles: rows of one."""
+  """Of each group's matrix, in `dtype`."""
   if _native(call.target):
     real = _real(x, sizes)
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     x, dy = jnp.where(real, x, 0), jnp.where(real, dy, 0)
     return lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=dtype)
   M = x.shape[0]
-  rows = min(M, call.options.tiles[2] or _rows(sizes.shape[0], M, x.dtype, call.target))
+  rows = min(M, _rows(sizes.shape[0], M, x.dtype, call.target))
 
   def of_group(bounds):
     start, end = bounds

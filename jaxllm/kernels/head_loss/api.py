@@ -67,9 +67,8 @@ def cross_entropy(
   Raises:
     ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
   """
-  call, *arrays = _weighted_call(
-    x, head, targets, weights, z_loss, softcap, label_smoothing, transposed, backend, target, chunk
-  )
+  options = Options(softcap, transposed, chunk, z_loss, label_smoothing)
+  call, *arrays = _weighted_call(x, head, targets, weights, options, backend, target)
   loss, z, correct = dispatch.run(call, *arrays)
   return CrossEntropy(loss, lax.stop_gradient(z), lax.stop_gradient(correct), arrays[-1].sum())
 
@@ -81,6 +80,8 @@ def cross_entropy_gradients(
   weights: Float[Array, "B T"],
   *,
   of_head: bool = True,
+  backend: str | None = None,
+  target: str | None = None,
   **options: Any,
 ) -> tuple[CrossEntropy, Float[Array, "B T D"], Float[Array, "D V"] | Float[Array, "V D"] | None]:
   """What `cross_entropy` returns, and its loss's gradients: of x in x's dtype, of the head in float32.
@@ -91,7 +92,7 @@ def cross_entropy_gradients(
   Args:
     of_head: whether to compute the head's gradient, which else is None.
   """
-  call, *arrays = _weighted_call(x, head, targets, weights, of_head=of_head, **options)
+  call, *arrays = _weighted_call(x, head, targets, weights, Options(of_head=of_head, **options), backend, target)
   (loss, z, correct), dx, d_head = _sums_and_gradients(call, *arrays)
   return CrossEntropy(loss, z, correct, arrays[-1].sum()), dx.reshape(x.shape), d_head
 
@@ -120,7 +121,8 @@ def token_log_probs(
   Raises:
     ConfigError: the shapes do not fit, or the backend cannot compute what is asked.
   """
-  call, flat, ids, keep = _token_call(x, head, targets, mask, softcap, transposed, backend, target, chunk)
+  options = dict(softcap=softcap, transposed=transposed, chunk=chunk, backend=backend, target=target)
+  call, flat, ids, keep = _token_call(x, head, targets, mask, **options)
   logp, lse = dispatch.run(call, flat, head, ids)
   return tuple(jnp.where(keep, a, 0.0).reshape(targets.shape) for a in (logp, lse))  # type: ignore[return-value]
 
@@ -168,36 +170,19 @@ def token_log_probs_gradients(
   return dx.reshape(x.shape), d_head
 
 
-def _weighted_call(
-  x,
-  head,
-  targets,
-  weights,
-  z_loss=0.0,
-  softcap=None,
-  label_smoothing=0.0,
-  transposed=False,
-  backend=None,
-  target=None,
-  chunk=None,
-  of_head=True,
-):
+def _weighted_call(x, head, targets, weights, options, backend, target):
   """The call, and x, head, targets and weights with the tokens in one row."""
-  if not 0.0 <= label_smoothing < 1.0:
-    raise ConfigError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
-  options = Options(softcap, transposed, chunk, float(z_loss), float(label_smoothing), of_head)
+  if not 0.0 <= options.label_smoothing < 1.0:
+    raise ConfigError(f"label_smoothing must be in [0, 1), not {options.label_smoothing}")
   call = _choose(SUM, backend, target, options, x, head, targets)
   weights = weights.reshape(-1).astype(jnp.float32)
   x, targets = _flat(x, targets, weights != 0)
   return call, x, head, targets, weights
 
 
-def _token_call(
-  x, head, targets, mask=None, softcap=None, transposed=False, backend=None, target=None, chunk=None, of_head=True
-):
+def _token_call(x, head, targets, mask=None, backend=None, target=None, **options):
   """The call, and x, targets and which to keep in one row of tokens."""
-  options = Options(softcap, transposed, chunk, of_head=of_head)
-  call = _choose(TOKENS, backend, target, options, x, head, targets)
+  call = _choose(TOKENS, backend, target, Options(**options), x, head, targets)
   keep = jnp.ones(targets.size, bool) if mask is None else mask.reshape(-1)
   return call, *_flat(x, targets, None if mask is None else keep), keep
 

@@ -21,8 +21,8 @@ from jaxtyping import Array
 from jaxllm.kernels import tuning
 from jaxllm.kernels.head_loss import chunks
 from jaxllm.kernels.head_loss.chunks import Part, Plan
+from jaxllm.kernels.tpu import LANES
 
-LANES = 128
 # MiB of vector memory: what blocks are chosen for, and what the kernel may take.
 VMEM, PLENTY = {"v4": (11, 16), "v5p": (56, 64), "v7": (56, 64)}, (100, 114)
 NONE = -1e30  # of columns past the vocabulary; finite, because infinity minus infinity is NaN

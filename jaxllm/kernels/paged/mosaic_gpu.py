@@ -41,11 +41,10 @@ from jaxllm.kernels.hopper import (
   swizzled,
 )
 from jaxllm.kernels.integers import split, split_scale
-from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
+from jaxllm.kernels.paged.options import LOWEST, Options, TileShape, slope_rows
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
 
-LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
 OUT_COLUMNS = 64  # results leave so many at a time
 
 

@@ -1,16 +1,15 @@
 """What a call asks for beside queries and cache, as every backend gets it; and the shape of a tile."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("alibi_slopes",), meta_fields=("scale", "group", "window", "softcap")
-)
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
   """group: G, query heads of a key head.
@@ -18,10 +17,10 @@ class Options:
   Sinks are no part of it: they join when the parts of a result are combined (`schedule.from_tiles`).
   """
 
-  scale: float
-  group: int
-  window: int | None = None
-  softcap: float | None = None
+  scale: float = dataclasses.field(metadata={"static": True})
+  group: int = dataclasses.field(metadata={"static": True})
+  window: int | None = dataclasses.field(default=None, metadata={"static": True})
+  softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
   alibi_slopes: Float[Array, " N"] | None = None
 
 

@@ -10,7 +10,6 @@ one to 128 would double both.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from jaxllm.base.errors import ConfigError
 from jaxllm.kernels.backends import TARGETS
 from jaxllm.kernels.paged import schedule
+from jaxllm.kernels.tpu import LANES
 
 QUANTIZED = {"int8": 127.0, "float8_e4m3fn": 448.0}  # dtypes with scales, and the largest number each can hold
-LANES = 128
 
 
 def lanes_of(num_kv_heads: int, head_dim: int, target: str | None) -> tuple[int, int, int]:
@@ -37,11 +36,7 @@ def lanes_of(num_kv_heads: int, head_dim: int, target: str | None) -> tuple[int,
   return -(-num_kv_heads // together), together, -(-together * head_dim // LANES) * LANES
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("keys", "values", "key_scales", "value_scales"),
-  meta_fields=("heads",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVPages:
   """Keys and values of all sequences, in pages.
@@ -59,7 +54,7 @@ class KVPages:
   values: Array
   key_scales: Array | None = None
   value_scales: Array | None = None
-  heads: tuple[int, int] | None = None
+  heads: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
 
   @classmethod
   def zeros(

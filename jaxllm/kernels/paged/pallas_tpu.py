@@ -14,7 +14,6 @@ into parts gives it nothing to do side by side. v4 and v5p have two cores in a d
 odd number (one long sequence), the keys of each tile. v7's two cores are devices of their own.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -24,28 +23,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from jaxllm.kernels.paged.options import Options, TileShape, slope_rows
-from jaxllm.kernels.paged.pages import LANES, KVPages
+from jaxllm.kernels.paged.options import LOWEST, Options, TileShape, slope_rows
+from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
+from jaxllm.kernels.tpu import LANES, VMEM, dot
 
 TWO_CORES = ("v4", "v5p")  # in one device
-LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-  """block: keys of one step, all heads; a multiple of 128 and of the page size. vmem: bytes a kernel may take."""
-
-  block: int
-  vmem: int
-
-
-def _tiles(groups: int, lanes: int, itemsize: int, page_size: int, target: str | None) -> Tiles:
-  """About 1 MiB of keys a step: copies long enough to hide their start, and room for two steps of keys and values."""
+def _block(groups: int, lanes: int, itemsize: int, page_size: int) -> int:
+  """Keys of one step, all heads; a multiple of 128 and of the page size. About 1 MiB: copies long enough to hide their
+  start, and room for two steps of keys and values."""
   unit = max(page_size, LANES)
   token = groups * lanes * itemsize
-  block = min(max((1 << 20) // token // unit, 1) * unit, max(512, unit))
-  return Tiles(block, {"v5e": 64 << 20, "v6e": 64 << 20, "v5p": 48 << 20, "v7": 48 << 20}.get(target or "", 15 << 20))
+  return min(max((1 << 20) // token // unit, 1) * unit, max(512, unit))
 
 
 def tile_shape(group: int, decoding: bool) -> TileShape:
@@ -79,8 +70,7 @@ def forward(
   queries = _beside(queries, pages)
   M, K, R, H = queries.shape  # from here on heads that share a row are one
   size, max_pages = pages.page_size, page_table.shape[1]
-  tiles = _tiles(K, H, pages.keys.dtype.itemsize, size, call.target)
-  block, cores = tiles.block, 2 if call.target in TWO_CORES else 1
+  block, cores = _block(K, H, pages.keys.dtype.itemsize, size), 2 if call.target in TWO_CORES else 1
   parts = call.options or (cores if M % cores else 1)
   walks = cores if parts == 1 and M % cores == 0 else parts  # of the grid: shares of the tiles, or of their keys
   per_walk = M // walks if parts == 1 else M
@@ -142,7 +132,9 @@ def forward(
       jax.ShapeDtypeStruct((parts, *queries.shape), queries.dtype if parts == 1 else jnp.float32),
       jax.ShapeDtypeStruct((parts, M, K, R), jnp.float32),
     ],
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM.get(call.target, 15 << 20)
+    ),
     cost_estimate=cost,
     name="paged_attention",
   )(*scalars, *inputs.values())
@@ -246,7 +238,6 @@ def _attend_block(options, head_rows, refs, slot, start, position, end):
   keys, values, query = refs["keys_vmem"], refs["values_vmem"], refs["query"]
   K, R, H = query.shape
   block, dtype = keys.shape[2], query.dtype
-  precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
   # Row r of a head is token r // G, at position + r // G: compared without dividing.
   row = lax.broadcasted_iota(jnp.int32, (R, block), 0)
   if head_rows < R:
@@ -273,13 +264,7 @@ def _attend_block(options, head_rows, refs, slot, start, position, end):
         values[slot, k] = jnp.where(held, values[slot, k].astype(jnp.float32), 0.0).astype(values.dtype)
 
   for k in range(K):
-    scores = lax.dot_general(
-      query[k],
-      keys[slot, k].astype(dtype),
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-      precision=precision,
-    )
+    scores = dot(query[k], keys[slot, k].astype(dtype), (1, 1))
     if "key_scales" in refs:
       scores *= scales("key_scales", k)
     scores *= options.scale
@@ -300,5 +285,5 @@ def _attend_block(options, head_rows, refs, slot, start, position, end):
       if not jnp.issubdtype(values.dtype, jnp.integer):  # integers are finite, whoever wrote them
         held = lax.broadcasted_iota(jnp.int32, (block, H), 0) < end - start
         value = jnp.where(held, value.astype(jnp.float32), 0.0).astype(dtype)
-    product = lax.dot(p.astype(dtype), value, preferred_element_type=jnp.float32, precision=precision)
+    product = dot(p.astype(dtype), value, (1, 0))
     refs["acc"][k] = refs["acc"][k] * shrink[:, :1] + product

@@ -7,11 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.kernels import tuning
-from jaxllm.kernels.paged.options import Options, TileShape
+from jaxllm.kernels.paged.options import LOWEST, Options, TileShape
 from jaxllm.kernels.paged.pages import KVPages
 from jaxllm.kernels.paged.schedule import Schedule
-
-LOWEST = -1e30  # a running maximum that is finite, so that rows without a key give zeros and not NaN
 
 
 @dataclasses.dataclass(frozen=True)

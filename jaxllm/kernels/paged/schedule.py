@@ -6,14 +6,13 @@ used G * tokens times. Kernels compute tiles; the number of tiles depends on sha
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
   """Where each of the T tokens belongs."""
@@ -24,11 +23,7 @@ class Tokens:
   real: Bool[Array, " T"]  # False: padding
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("sequence", "first", "position", "end", "token_tile", "token_place", "real"),
-  meta_fields=("tokens",),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
   """M tiles of `tokens` tokens, and the way back from tiles to tokens."""
@@ -40,7 +35,7 @@ class Schedule:
   token_tile: Int[Array, " T"]
   token_place: Int[Array, " T"]
   real: Bool[Array, " T"]
-  tokens: int
+  tokens: int = dataclasses.field(metadata={"static": True})
 
 
 def _starts(count, query_starts, num_sequences):

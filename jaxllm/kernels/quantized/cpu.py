@@ -44,14 +44,11 @@ def product(kernel: str, call, x: jax.Array, weight: QuantizedWeight) -> jax.Arr
   rows = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padded - x.shape[1])))
   plain = weight.format == "int4" and weight.zeros is None  # zero point 8
   table = jnp.asarray(NF4 if weight.format == "nf4" else np.arange(16) - 8 * plain, jnp.float32)
-  zeros = jnp.zeros((0, 0)) if weight.zeros is None else weight.zeros
   y = cpu_ffi.call(
     kernel,
     jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), jnp.float32),
     rows,
-    weight.values,
-    weight.scales.astype(jnp.float32),
-    zeros.astype(jnp.float32),
+    *cpu_layers.parts(weight),
     table,
     packed=weight.packed,
     group=np.int64(weight.group_size or padded),

@@ -5,7 +5,6 @@ lie. Each warpgroup makes its 128 columns of the tile dense (of a packed tile on
 other the high ones) in one of two buffers of its own, while its product of the step before still runs.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -20,27 +19,20 @@ from jaxllm.kernels.quantized.weights import HALF, QuantizedWeight
 
 WARPGROUPS = 2  # that compute; each owns HALF columns of dx
 FEATURES = 64  # of a step of the contraction
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardTiles:
-  """tokens: of a block, 64 or 128. steps: that copies run ahead."""
-
-  tokens: int = 128
-  steps: int = 4
+STEPS = 4  # that copies run ahead
 
 
 def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
   """dy [M, F] W^T -> [M, D], rounded to bfloat16; dynamic formats as their codes say, with dy unrounded."""
   M, F = dy.shape
-  t = BackwardTiles(tokens=64 if M <= 64 else 128)
+  tokens = 64 if M <= 64 else 128  # of a block
   # Two steps at least: a slot is handed back one step after it was read.
-  Mp, Fp = pl.cdiv(M, t.tokens) * t.tokens, max(pl.cdiv(F, FEATURES), 2) * FEATURES
-  dx = _call(jnp.pad(dy, ((0, Mp - M), (0, Fp - F))), weight, t)
+  Mp, Fp = pl.cdiv(M, tokens) * tokens, max(pl.cdiv(F, FEATURES), 2) * FEATURES
+  dx = _call(jnp.pad(dy, ((0, Mp - M), (0, Fp - F))), weight, tokens)
   return dx[:M, : weight.in_features].astype(call.options.dtype)
 
 
-def _call(dy, weight, t):
+def _call(dy, weight, tokens):
   Mp, Fp = dy.shape
   D = weight.padded_features
   blocks = pl.cdiv(D, WARPGROUPS * HALF)
@@ -73,16 +65,16 @@ def _call(dy, weight, t):
       return acc
 
     def context(run):
-      acc = pl.run_scoped(lambda acc: (run(acc), acc[...])[1], plgpu.ACC((t.tokens, HALF), jnp.float32))
-      for i in range(t.tokens // 64):
+      acc = pl.run_scoped(lambda acc: (run(acc), acc[...])[1], plgpu.ACC((tokens, HALF), jnp.float32))
+      for i in range(tokens // 64):
         dense[wg, i] = acc[i * 64 : (i + 1) * 64].astype(jnp.bfloat16)
         plgpu.commit_smem()
-        there = out_gmem.at[pl.ds(mi * t.tokens + i * 64, 64), pl.ds((di * WARPGROUPS + wg) * HALF, HALF)]
+        there = out_gmem.at[pl.ds(mi * tokens + i * 64, 64), pl.ds((di * WARPGROUPS + wg) * HALF, HALF)]
         plgpu.copy_smem_to_gmem(dense.at[wg, i], there)
       plgpu.wait_smem_to_gmem(0)
 
     spec = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=1)
-    in_specs = [spec((t.tokens, FEATURES), lambda f: (mi, f), transforms=TILED)]
+    in_specs = [spec((tokens, FEATURES), lambda f: (mi, f), transforms=TILED)]
     for half in range(1 if weight.packed else WARPGROUPS):
       column = (lambda f: (f, di)) if weight.packed else (lambda f, half=half: (f, di * WARPGROUPS + half))
       in_specs.append(spec((FEATURES, HALF), column, transforms=swizzled(HALF, jnp.int8)))
@@ -98,7 +90,7 @@ def _call(dy, weight, t):
       in_specs=in_specs,
       wg_axis="wg",
       num_compute_wgs=WARPGROUPS,
-      max_concurrent_steps=min(t.steps, Fp // FEATURES),
+      max_concurrent_steps=min(STEPS, Fp // FEATURES),
       compute_context=context,
     )(
       dy_gmem,
@@ -109,7 +101,7 @@ def _call(dy, weight, t):
   call = plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((Mp, blocks * WARPGROUPS * HALF), jnp.bfloat16),
-    grid=(blocks, Mp // t.tokens),
+    grid=(blocks, Mp // tokens),
     grid_names=("d", "m"),
     num_threads=WARPGROUPS + 1,
     thread_name="wg",

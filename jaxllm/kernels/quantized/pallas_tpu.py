@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxllm.kernels import tuning
 from jaxllm.kernels.quantized import reference
 from jaxllm.kernels.quantized.weights import HALF, NF4, QuantizedWeight
+from jaxllm.kernels.tpu import LANES
 
-LANES = 128
 VMEM_LIMIT = 48 << 20  # bytes; the smallest vector memory of a supported chip is 64 MiB
 
 
@@ -59,131 +59,99 @@ def refuses(call, x: jax.Array, weight: QuantizedWeight) -> str | None:
 
 def forward(call, x: jax.Array, weight: QuantizedWeight) -> jax.Array:
   """x [M, D] W -> [M, F]."""
-  M, F, dtype = x.shape[0], weight.shape[-1], x.dtype
-  facts = {"format": weight.format, "tokens": min(M, 1024), "in_features": weight.in_features}
-  t = tuning.tiles("quantized_matmul", call.target, _tiles(M, weight), **facts)
+  dtype = x.dtype
+  t = tuning.tiles("quantized_matmul", call.target, _tiles(x.shape[0], weight), **_facts(x, weight))
   x_scale = []
   if weight.dynamic:
     x, scale = reference.quantize_rows(x, weight.values.dtype)
     x_scale = [scale[:, None]]
   x = jnp.pad(x, ((0, 0), (0, weight.padded_features - x.shape[1])))
-  grid = (pl.cdiv(M, t.tokens), pl.cdiv(F, t.features), x.shape[1] // t.inputs)
-  total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+  return _call(f"quantized_matmul_{weight.format}", t, x, x_scale, weight, dtype, call.options.dtype, False)
+
+
+def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
+  """dy [M, F] W^T -> [M, D]; dynamic formats as their codes say, with dy unrounded."""
+  t = dataclasses.replace(_tiles(dy.shape[0], weight), features=min(512, -(-dy.shape[1] // LANES) * LANES))
+  t = tuning.tiles("quantized_gradient", call.target, t, **_facts(dy, weight))
+  name = f"quantized_matmul_{weight.format}_backward"
+  dx = _call(name, t, dy, [], weight, dy.dtype, call.options.dtype, True)
+  return dx[:, : weight.in_features]
+
+
+def _facts(x, weight):
+  return {"format": weight.format, "tokens": min(x.shape[0], 1024), "in_features": weight.in_features}
+
+
+def _call(name, t, x, x_scale, weight, dtype, out_dtype, transposed):
+  """x W, or x W^T if `transposed`, with dense tiles in `dtype`; or, of x in codes, by the weight's codes as they are.
+
+  x_scale: [the scales [M, 1] of x's codes], or [] where x is numbers.
+  """
+  M, F, D = x.shape[0], weight.shape[-1], weight.padded_features
   scales, in_columns = _scales(weight, t.inputs)
+  total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+  tiles = pl.cdiv(F, t.features), D // t.inputs
+  grid = (pl.cdiv(M, t.tokens), *(tiles[::-1] if transposed else tiles))  # what is summed over comes last
 
   def kernel(x_ref, w_ref, *refs):
     scale_refs, x_scale_ref = refs[: len(scales)], refs[len(scales) : len(scales) + len(x_scale)]
     out_ref, acc, *dense = refs[len(scales) + len(x_scale) :]
-    k = pl.program_id(2)
+    step = pl.program_id(2)
 
-    @pl.when(k == 0)
+    @pl.when(step == 0)
     def _():
       acc[...] = jnp.zeros_like(acc)
 
-    if weight.dynamic:
-      w = w_ref[...]
-    else:
+    if dense:
       _unpack(weight, w_ref, scale_refs if in_columns else (), dense[0])
-      w = dense[0][...]
+    w, rows = (dense[0] if dense else w_ref)[...], x_ref[...]
+    if transposed and not in_columns:
+      rows = rows.astype(jnp.float32) * scale_refs[0][0, :1]
+    if transposed and F % t.features:  # features past the end would join the sums
+      left = F - step * t.features
+      rows = jnp.where(lax.broadcasted_iota(jnp.int32, rows.shape, 1) < left, rows, 0)
+      w = jnp.where(lax.broadcasted_iota(jnp.int32, w.shape, 0) < left, w, 0)
+    contract = (((1,), (0 if transposed else 1,)), ((), ()))
     acc[...] += lax.dot_general(
-      x_ref[...], w, (((1,), (1,)), ((), ())), preferred_element_type=total, precision=_precision(dtype)
+      rows.astype(w.dtype), w, contract, preferred_element_type=total, precision=_precision(dtype)
     )
 
-    @pl.when(k == grid[2] - 1)
+    @pl.when(step == grid[2] - 1)
     def _():
       y = acc[...].astype(jnp.float32)
-      if not in_columns:
+      if not (transposed or in_columns):
         y *= scale_refs[0][0, :1]
       if x_scale_ref:
         y *= x_scale_ref[0][...]
       out_ref[...] = y.astype(out_ref.dtype)
 
-  columns = t.inputs // (2 if weight.packed else 1)
-  scale_spec = pl.BlockSpec(
-    (1, scales[0].shape[1], t.features), lambda m, f, k: (k if in_columns else 0, 0, f), memory_space=pltpu.VMEM
-  )
+  def spec(block, place):  # place: of the blocks of tokens, features and inputs
+    return pl.BlockSpec(block, (lambda m, k, f: place(m, f, k)) if transposed else place)
+
+  of_features = spec((t.tokens, t.features), lambda m, f, k: (m, f))
+  of_inputs = spec((t.tokens, t.inputs), lambda m, f, k: (m, k))
+  scale_spec = spec((1, scales[0].shape[1], t.features), lambda m, f, k: (k if in_columns else 0, 0, f))
   return pl.pallas_call(
     kernel,
-    name=f"quantized_matmul_{weight.format}",
+    name=name,
     grid=grid,
     in_specs=[
-      pl.BlockSpec((t.tokens, t.inputs), lambda m, f, k: (m, k)),
-      pl.BlockSpec((t.features, columns), lambda m, f, k: (f, k)),
+      of_features if transposed else of_inputs,
+      spec((t.features, t.inputs // (2 if weight.packed else 1)), lambda m, f, k: (f, k)),
       *[scale_spec] * len(scales),
-      *[pl.BlockSpec((t.tokens, 1), lambda m, f, k: (m, 0))] * len(x_scale),
+      *[spec((t.tokens, 1), lambda m, f, k: (m, 0))] * len(x_scale),
     ],
-    out_specs=pl.BlockSpec((t.tokens, t.features), lambda m, f, k: (m, f)),
-    out_shape=jax.ShapeDtypeStruct((M, F), call.options.dtype),
+    out_specs=of_inputs if transposed else of_features,
+    out_shape=jax.ShapeDtypeStruct((M, D if transposed else F), out_dtype),
     scratch_shapes=[
-      pltpu.VMEM((t.tokens, t.features), total),
-      *([] if weight.dynamic else [pltpu.VMEM((t.features, t.inputs), dtype)]),
+      pltpu.VMEM((t.tokens, t.inputs if transposed else t.features), total),
+      *([] if x_scale else [pltpu.VMEM((t.features, t.inputs), dtype)]),
     ],
-    compiler_params=_parameters(),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    ),
     cost_estimate=_cost(M, weight, dtype, grid[0]),
   )(x, weight.values, *scales, *x_scale)
-
-
-def backward(call, dy: jax.Array, weight: QuantizedWeight) -> jax.Array:
-  """dy [M, F] W^T -> [M, D]; dynamic formats as their codes say, with dy unrounded."""
-  M, F = dy.shape
-  t = dataclasses.replace(_tiles(M, weight), features=min(512, -(-F // LANES) * LANES))
-  facts = {"format": weight.format, "tokens": min(M, 1024), "in_features": weight.in_features}
-  t = tuning.tiles("quantized_gradient", call.target, t, **facts)
-  D = weight.padded_features
-  grid = (pl.cdiv(M, t.tokens), D // t.inputs, pl.cdiv(F, t.features))
-  scales, in_columns = _scales(weight, t.inputs)
-
-  def kernel(dy_ref, w_ref, *refs):
-    scale_refs, (out_ref, acc, dense) = refs[: len(scales)], refs[len(scales) :]
-    f = pl.program_id(2)
-
-    @pl.when(f == 0)
-    def _():
-      acc[...] = jnp.zeros_like(acc)
-
-    _unpack(weight, w_ref, scale_refs if in_columns else (), dense)
-    d = dy_ref[...]
-    if not in_columns:
-      d = d.astype(jnp.float32) * scale_refs[0][0, :1]
-    w = dense[...]
-    if F % t.features:  # features past the end would join the sums
-      left = F - f * t.features
-      d = jnp.where(lax.broadcasted_iota(jnp.int32, d.shape, 1) < left, d, 0)
-      w = jnp.where(lax.broadcasted_iota(jnp.int32, w.shape, 0) < left, w, 0)
-    acc[...] += lax.dot_general(
-      d.astype(w.dtype),
-      w,
-      (((1,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-      precision=_precision(dy.dtype),
-    )
-
-    @pl.when(f == grid[2] - 1)
-    def _():
-      out_ref[...] = acc[...].astype(out_ref.dtype)
-
-  columns = t.inputs // (2 if weight.packed else 1)
-  scale_spec = pl.BlockSpec((1, scales[0].shape[1], t.features), lambda m, k, f: (k if in_columns else 0, 0, f))
-  dx = pl.pallas_call(
-    kernel,
-    name=f"quantized_matmul_{weight.format}_backward",
-    grid=grid,
-    in_specs=[
-      pl.BlockSpec((t.tokens, t.features), lambda m, k, f: (m, f)),
-      pl.BlockSpec((t.features, columns), lambda m, k, f: (f, k)),
-      *[scale_spec] * len(scales),
-    ],
-    out_specs=pl.BlockSpec((t.tokens, t.inputs), lambda m, k, f: (m, k)),
-    out_shape=jax.ShapeDtypeStruct((M, D), call.options.dtype),
-    scratch_shapes=[pltpu.VMEM((t.tokens, t.inputs), jnp.float32), pltpu.VMEM((t.features, t.inputs), dy.dtype)],
-    compiler_params=_parameters(),
-    cost_estimate=_cost(M, weight, dy.dtype, grid[0]),
-  )(dy, weight.values, *scales)
-  return dx[:, : weight.in_features]
-
-
-def _parameters():
-  return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
 
 
 def _precision(dtype):

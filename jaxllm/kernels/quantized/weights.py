@@ -15,7 +15,6 @@ stack) may stand before all of them.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
@@ -51,11 +50,7 @@ NF4 = (
 )
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("values", "scales", "zeros"),
-  meta_fields=("format", "group_size", "in_features"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
   """A weight W [D, F] in one of the formats:
@@ -71,9 +66,9 @@ class QuantizedWeight:
   values: Array  # [..., F, D'] int8 | float8_e4m3fn, or [..., F, D' / 2] uint8
   scales: Float[Array, "... G F"]
   zeros: Float[Array, "... G F"] | None
-  format: Format
-  group_size: int | None
-  in_features: int  # D
+  format: Format = dataclasses.field(metadata={"static": True})
+  group_size: int | None = dataclasses.field(metadata={"static": True})
+  in_features: int = dataclasses.field(metadata={"static": True})  # D
 
   @property
   def shape(self) -> tuple[int, ...]:
