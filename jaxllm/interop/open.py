@@ -160,7 +160,7 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
     base = (base.merged() if changed else base).untied()
     families = _families(base)
   if not families:
-    as_checkpoint(base.config, base.tensors)  # says why
+    as_checkpoint(base)  # says why
   rows = peft.vocabulary_of(directory, families[0])
   if rows and rows != base.config.vocab_size:  # it was trained on a model with new tokens
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))
