@@ -41,7 +41,7 @@ from jaxllm.models.config import ModelConfig
 
 log = logging.getLogger("jaxllm")
 
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}  # a tokenizer's
 # Where several families can express a model, it is written as the first of these: what most programs read.
 FIRST = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -108,8 +108,7 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
   sizes: collections.Counter[str] = collections.Counter()
   for tensor in tensors.values():
     sizes[tensor.dtype.name] += math.prod(tensor.shape)
-  own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-  special = {name: _special_id(name, hf, model, own[name]) for name in SPECIAL_IDS}
+  special = {name: _special_id(name, hf, model, getattr(tokenizer, own, None)) for name, own in SPECIAL_IDS.items()}
   with new_directory(directory) as new:
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
