@@ -112,7 +112,7 @@ def halves(x: np.ndarray, width: int, rotated: slice = slice(None), inverse: boo
 
 
 def in_pairs(
-  layout: Callable[[ModelConfig], tuple[int, slice]], turn: Callable[[np.ndarray], np.ndarray] = transposed
+  layout: Callable[[Any], tuple[int, slice]], turn: Callable[[np.ndarray], np.ndarray] = transposed
 ) -> Transform:
   """A projection whose outputs are rotated in neighbouring pairs: `width` and `rotated` of `halves`."""
   return Transform(

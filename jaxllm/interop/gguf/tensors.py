@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.families.rope import halves
-from jaxllm.interop.families.table import BY_HEAD, ROWS
+from jaxllm.interop.families.table import BY_HEAD, ROWS, Shape
 from jaxllm.interop.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 from jaxllm.interop.gguf.table import Architecture
 from jaxllm.interop.huggingface import BUFFERS, Place, config_from_huggingface, family_of, places
@@ -126,7 +126,7 @@ def _converted(c: ModelConfig, architecture: Architecture, path: str, tensor: La
   if architecture.interleaved and part in ("query", "key"):
     return _mapped(tensor, lambda x: halves(x.T, c.head_dim, inverse=not reading).T)
   if architecture.by_head and part == "query":
-    shapes = [(n * c.head_dim,) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    shapes: list[Shape] = [(n * c.head_dim,) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
     source, target = (ROWS, BY_HEAD) if reading else (BY_HEAD, ROWS)
     return _mapped(tensor, lambda x: target.write(c, source.read(c, x, shapes)))
   if architecture.norm_offset and kind == "scale":

@@ -147,7 +147,7 @@ def _entries(
   return {f"tokenizer.ggml.{key}": value for key, value in (said | more).items()}
 
 
-def _charsmap(table: bytes) -> dict[str, np.ndarray]:
+def _charsmap(table: bytes) -> dict[str, Any]:
   return {"precompiled_charsmap": np.frombuffer(table, np.uint8)} if table else {}
 
 
