@@ -50,14 +50,13 @@ class Packed:
   parts: Mapping[str, LazyTensor]
 
   def __post_init__(self):
-    count, names = math.prod(self.shape), ["absmax", "quant_map"]
+    count = math.prod(self.shape)
     sizes = {"absmax": -(-count // self.block), "quant_map": 16}
     if self.nested_block:
       sizes |= {"nested_absmax": -(-sizes["absmax"] // self.nested_block), "nested_quant_map": 256}
-      names += ["nested_absmax", "nested_quant_map"]
-    for name in names:
-      if name not in self.parts or math.prod(self.parts[name].shape) != sizes[name]:
-        raise CheckpointError(f"the quantized tensor {self.name} has no {name} of {sizes[name]} numbers")
+    for name, size in sizes.items():
+      if name not in self.parts or math.prod(self.parts[name].shape) != size:
+        raise CheckpointError(f"the quantized tensor {self.name} has no {name} of {size} numbers")
     if math.prod(self.packed.shape) * self.packed.dtype.itemsize != -(-count // 2):
       raise CheckpointError(f"the quantized tensor {self.name} has not {count} codes of 4 bits")
 

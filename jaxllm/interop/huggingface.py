@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import string
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,20 @@ from jaxllm.interop.families import FAMILIES, READ_AS
 from jaxllm.interop.families.class_defaults import CLASS_DEFAULTS, SPELLINGS
 from jaxllm.interop.families.keys import Declared, read_keys
 from jaxllm.interop.families.rope import canonical_rope
-from jaxllm.interop.families.table import DEFAULTS, Family, Shape, Transform, Weight, shortest_period
-from jaxllm.interop.stored import param_shapes
+from jaxllm.interop.families.table import (
+  DEFAULTS,
+  Family,
+  Shape,
+  Transform,
+  Weight,
+  activation_name,
+  class_of,
+  mlp_name,
+  read_head,
+  shortest_period,
+  write_labels,
+)
+from jaxllm.interop.stored import check_shapes, param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
 from jaxllm.models.config import ModelConfig, MoEConfig
 
@@ -40,6 +52,14 @@ BUFFERS = (
 FOR_TRAINING = {name: getattr(MoEConfig, name) for name in ("capacity_factor", "load_balance_weight", "z_weight")}
 OF_CLASS = ("architectures", "id2label", "num_labels")  # keys of the whole, where the model's are in a group
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Place(NamedTuple):
+  """Where a checkpoint's tensor stands in our parameters: in those of `weight`, at `at` in their leading axes."""
+
+  weight: Weight
+  at: Index
+  shape: Shape  # of their tensor
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -78,14 +98,16 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelConfig, Declared]:
   config = {**config, **{key: whole[key] for key in OF_CLASS if key in whole}}
   defaults = DEFAULTS | dict(family.defaults) | CLASS_DEFAULTS[family.name]
   config = _spelled(config, family, defaults)
-  hf = read_keys(config, defaults, family.types)
+  hf = read_keys(config, defaults)
   for key, value in family.requires.items():
     if config.get(key, value) != value:
       raise ConfigError(f"config.json has {key} = {shown(config[key])}; a {family.name} here can only have {value!r}")
   fields = {ours: hf[theirs] for ours, theirs in family.keys.items()}
   fields = {name: value for name, value in fields.items() if value is not None}
-  c = ModelConfig(**(fields | dict(family.fields) | family.read(hf)))
-  if c.head == "lm" and not c.tie_embeddings and (hf.get("architectures") or [None])[0] == family.bare:
+  if family.activation:
+    fields["mlp"] = mlp_name(hf[family.activation], family.gated)
+  c = ModelConfig(**(fields | dict(family.fields) | read_head(hf, family) | family.read(hf)))
+  if c.head == "lm" and not c.tie_embeddings and class_of(hf) == family.bare:
     c = dataclasses.replace(c, head="none", head_bias=False)  # else the embedding is its head, as in transformers
   return c, hf
 
@@ -113,7 +135,10 @@ def config_to_huggingface(config: ModelConfig, family: str) -> dict[str, Any]:
     raise ConfigError(f"a {family} checkpoint needs a model with model.{lacking[0]}")
   usual = table.bare if c.head == "none" else table.architecture
   hf = {"model_type": family, "architectures": [table.architectures.get(c.head, usual)]}
-  hf |= {theirs: getattr(c, ours) for ours, theirs in table.keys.items()} | table.write(c)
+  hf |= {theirs: getattr(c, ours) for ours, theirs in table.keys.items()}
+  hf |= ({table.activation: activation_name(c.mlp)} if table.activation else {}) | table.write(c)
+  if class_of(hf) == table.architectures.get(c.head):  # not a class of `others`
+    hf |= write_labels(c)
   back = _canonical(config_from_huggingface(hf))
   for field in dataclasses.fields(ModelConfig):
     want, got = (getattr(_untrained(model), field.name) for model in (c, back))
@@ -149,11 +174,10 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
     tensors = _named(family, c, given)
   c, tensors = _told_by_tensors(family, c, dict(tensors))
   shapes = param_shapes(c)
-  table = _table(family, c, tensors)
   sources: dict[str, dict[Index, Callable[[], np.ndarray]]] = {}
   types: dict[str, list[np.dtype]] = {}
-  expected = set()
-  for weight, name, index, wanted in _expected(family, table, c, shapes):
+  expected = _places(family, c, tensors)
+  for name, (weight, index, wanted) in expected.items():
     if name in family.zeros and name not in tensors:
       tensors[name] = LazyTensor(wanted, np.dtype(np.float32), functools.partial(np.zeros, wanted, np.float32))
     if name not in tensors:
@@ -168,7 +192,6 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
         f"the tensor {name} has type {tensor.dtype.name}, so the checkpoint is quantized in a way that cannot "
         f"be read here; use the original one (of {', '.join(DTYPES)})"
       )
-    expected.add(name)
     own_shapes = [shapes[path][len(index) :] for path in weight.ours]
     for i, path in enumerate(weight.ours):
       read = functools.partial(_read_piece, weight.transform, c, tensor, own_shapes, i)
@@ -176,17 +199,12 @@ def from_huggingface(config: Mapping[str, Any], tensors: Tensors) -> tuple[Model
       types.setdefault(path, []).append(tensor.dtype)
   ignored = BUFFERS + tuple(pattern.format(num_layers=c.num_layers) for pattern in family.ignored)
   rest = [n for n in tensors if n not in expected and not any(fnmatch.fnmatch(n, i) for i in ignored)]
-  _check_rest(family, table, c, config, expected, rest)
+  _check_rest(family, c, config, expected, rest)
   return c, {path: _stacked(shapes[path], np.result_type(*types[path]), parts) for path, parts in sources.items()}
 
 
 def _check_rest(
-  family: Family,
-  table: tuple[Weight, ...],
-  c: ModelConfig,
-  config: Mapping[str, Any],
-  expected: Collection[str],
-  rest: Collection[str],
+  family: Family, c: ModelConfig, config: Mapping[str, Any], expected: Mapping[str, Place], rest: Collection[str]
 ) -> None:
   """Says how many of the tensors without a place stand aside: those of layers beyond the model's, as in files that
   people cut by config.json alone, and what the classes have that a model without a head has not.
@@ -196,7 +214,7 @@ def _check_rest(
   """
   stem = lambda name: name.removeprefix(family.prefix)  # noqa: E731
   layers = {}
-  for weight in table:
+  for weight, _, _ in expected.values():
     start, numbered, _ = stem(weight.theirs).partition("{layer}")
     if numbered:
       layers[start] = c.num_encoder_layers if weight.ours[0].startswith("encoder/") else c.num_layers
@@ -221,7 +239,7 @@ def _check_rest(
     count = c.num_layers
     log.warning("config.json calls for %d layers: %d tensors of later ones stand aside", count, len(beyond))
   if outside:
-    named = (config.get("architectures") or [family.bare])[0]
+    named = class_of(config) or family.bare
     log.warning("%d tensors that are no part of a %s stand aside: %s, …", len(outside), shown(named), outside[0])
 
 
@@ -244,14 +262,9 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     CheckpointError: a parameter has another shape than the config says.
   """
   hf, c, table = config_to_huggingface(config, family), config, FAMILIES[family]
-  shapes = param_shapes(c)
-  if params.keys() != shapes.keys():
-    raise CheckpointError(f"the parameters and the config differ at {sorted(params.keys() ^ shapes.keys())[0]}")
-  for path, shape in shapes.items():
-    if params[path].shape != shape:
-      raise CheckpointError(f"the parameter {path} has shape {params[path].shape}; the config says {shape}")
+  check_shapes(c, params, "memory")
   tensors = {}
-  for weight, name, index, wanted in _expected(table, _table(table, c), c, shapes):
+  for name, (weight, index, wanted) in _places(table, c).items():
     ours = [params[path] for path in weight.ours]
     read = functools.partial(_read_tensor, weight.transform, c, ours, index, wanted)
     tensors[name] = LazyTensor(wanted, np.result_type(*(p.dtype for p in ours)), read)
@@ -259,14 +272,6 @@ def to_huggingface(config: ModelConfig, family: str, params: Tensors) -> tuple[d
     copies = {table.named(copy, c.head): table.named(own, c.head) for copy, own in table.copies.items()}
     tensors |= {copy: tensors[own] for copy, own in copies.items() if own in tensors}
   return hf, tensors
-
-
-class Place(NamedTuple):
-  """Where a checkpoint's tensor stands in our parameters: in those of `weight`, at `at` in their leading axes."""
-
-  weight: Weight
-  at: Index
-  shape: Shape  # of their tensor
 
 
 def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[dict[str, Place], dict[str, str]]:
@@ -280,15 +285,13 @@ def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[di
   """
   table = family_of({"model_type": family})
   full = dict(zip(names, _full_names(table, config, names)))
-  expected = _expected(table, _table(table, config, full.values()), config, param_shapes(config))
-  return {name: Place(weight, at, shape) for weight, name, at, shape in expected}, full
+  return _places(table, config, full.values()), full
 
 
 def _full_names(family: Family, c: ModelConfig, names: Collection[str]) -> list[str]:
   """These names as the table has them: without old spellings, with the family's prefix or without it."""
   renamed = [_renamed(name, family) for name in names]
-  table = _table(family, c, {n for name in renamed for n in (name, family.prefix + name)})
-  known = {name for _, name, _, _ in _expected(family, table, c, param_shapes(c))}
+  known = _places(family, c, {n for name in renamed for n in (name, family.prefix + name)}).keys()
   known |= {family.named(copy, c.head) for copy in family.copies}
   prefix = family.prefixes.get(c.head, family.prefix)
 
@@ -309,14 +312,14 @@ def _named(family: Family, c: ModelConfig, tensors: Tensors) -> dict[str, LazyTe
 
 def _of_class(family: Family, config: Mapping[str, Any]) -> str:
   """What to add to an error where the class that config.json names may be the reason."""
-  named = (config.get("architectures") or [None])[0]
+  named = class_of(config)
   known = {family.architecture, family.bare, *family.architectures.values(), *family.others}
   return "" if named is None or named in known else f"; config.json is of a {shown(named)}, which is not read here"
 
 
 def _lacks_head(family: Family, c: ModelConfig, tensors: Tensors) -> bool:
-  names = _expected(family, _table(family, c, tensors), c, param_shapes(c))
-  head = [name for weight, name, _, _ in names if weight.ours[0].startswith("head/") and name not in family.zeros]
+  names = _places(family, c, tensors).items()
+  head = [name for name, at in names if at.weight.ours[0].startswith("head/") and name not in family.zeros]
   return bool(head) and not any(name in tensors for name in head)
 
 
@@ -330,8 +333,8 @@ def _told_by_tensors(
     CheckpointError: the copies differ, and the family has a place for one only.
   """
   if c.head == "none" and c.head_dense is not None:
-    names = _expected(family, _table(family, c, tensors), c, param_shapes(c))
-    if not any(name in tensors for weight, name, _, _ in names if weight.ours[0].startswith("head/dense")):
+    names = _places(family, c, tensors).items()
+    if not any(name in tensors for name, at in names if at.weight.ours[0].startswith("head/dense")):
       log.warning("the file has no pooler: the state of the first token stands for a text")
       c = dataclasses.replace(c, head_dense=None)
   copies = {family.named(copy, c.head): family.named(own, c.head) for copy, own in family.copies.items()}
@@ -373,15 +376,14 @@ def _table(family: Family, c: ModelConfig, names: Collection[str] = ()) -> tuple
   return tuple(w for w in table if replaced.isdisjoint(w.ours)) + others
 
 
-def _expected(
-  family: Family, table: tuple[Weight, ...], c: ModelConfig, shapes: Mapping[str, Shape]
-) -> Iterator[tuple[Weight, str, Index, Shape]]:
-  """(table entry, tensor name, index into our parameters, tensor shape) of all that a checkpoint holds.
+def _places(family: Family, c: ModelConfig, names: Collection[str] = ()) -> dict[str, Place]:
+  """Every tensor that a checkpoint holds, by name; of the spellings that a family knows the one of these `names`.
 
   The placeholders in a name stand for our leading axes, in their order: "{layer}" for the layers that have
   the parameter, "{expert}" for the experts.
   """
-  used = [weight for weight in table if all(path in shapes for path in weight.ours)]
+  shapes, found = param_shapes(c), dict[str, Place]()
+  used = [weight for weight in _table(family, c, names) if all(path in shapes for path in weight.ours)]
   covered = [path for weight in used for path in weight.ours]
   if sorted(covered) != sorted(shapes):
     raise ConfigError(f"a {family.name} checkpoint has no tensor for {sorted(shapes.keys() - set(covered))}")
@@ -396,7 +398,8 @@ def _expected(
       if c.moe and "layer" in numbers:
         numbers["layer"] = c.layers_with(weight.ours[0].split("/")[1])[index[0]]
       name = weight.theirs.format(**numbers)
-      yield weight, family.named(name, c.head), index, wanted
+      found[family.named(name, c.head)] = Place(weight, index, wanted)
+  return found
 
 
 def _read_piece(transform: Transform, c: ModelConfig, tensor: LazyTensor, ours: list[Shape], i: int) -> np.ndarray:

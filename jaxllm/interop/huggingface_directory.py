@@ -41,7 +41,7 @@ from jaxllm.models.config import ModelConfig
 
 log = logging.getLogger("jaxllm")
 
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL_IDS = {"bos_token_id": "bos_id", "eos_token_id": "eos_id", "pad_token_id": "pad_id"}  # a tokenizer's
 # Where several families can express a model, it is written as the first of these: what most programs read.
 FIRST = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -103,14 +103,12 @@ def write_huggingface(directory: Path, model: StoredModel, family: str | None, m
     ConfigError: no family, or not this one, can express the model.
     CheckpointError: the path is not free, or cannot be written.
   """
-  hf, tensors = as_checkpoint(model.config, model.tensors, family, model.source.get("model_type"))
-  hf |= labels_of(model.source, hf)
+  hf, tensors = as_checkpoint(model, family)
   tokenizer = None if model.tokenizer is None else as_huggingface(model.tokenizer)
   sizes: collections.Counter[str] = collections.Counter()
   for tensor in tensors.values():
     sizes[tensor.dtype.name] += math.prod(tensor.shape)
-  own = {f"{role}_token_id": getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad")}
-  special = {name: _special_id(name, hf, model, own[name]) for name in SPECIAL_IDS}
+  special = {name: _special_id(name, hf, model, getattr(tokenizer, own, None)) for name, own in SPECIAL_IDS.items()}
   with new_directory(directory) as new:
     write_sharded(new, tensors, max_shard_bytes)
     if tokenizer is not None:
@@ -148,43 +146,33 @@ def _special_id(name: str, hf: Mapping[str, Any], model: StoredModel, own: int |
   return next((found for found in (hf.get(name), source, said, own) if found is not None), None)
 
 
-def labels_of(source: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
-  """The names that the source had for as many labels as there are."""
-  if len(source.get("id2label", {})) != len(hf.get("id2label", {})):
-    return {}
-  return {key: value for key, value in source.items() if key in ("id2label", "label2id", "problem_type")}
-
-
 def family_to_write(source: str | None) -> str | None:
   """The family that a model read as this `model_type` is written as; None: there is none."""
   own = family_of({"model_type": source}).name if source in {*FAMILIES, *READ_AS} else None
   return f"{own}_text" if f"{own}_text" in FAMILIES else own  # of a file that has more than a language model
 
 
-def as_checkpoint(
-  config: ModelConfig, params: Tensors, family: str | None = None, source: str | None = None
-) -> tuple[dict[str, Any], Tensors]:
-  """`to_huggingface` as a family, or as the first that can express the model.
-
-  Args:
-    source: the `model_type` that is tried before all others, which a model was read as.
+def as_checkpoint(model: StoredModel, family: str | None = None) -> tuple[dict[str, Any], Tensors]:
+  """`to_huggingface` as a family, or as that which the model was read as, or else the first that can express it; with
+  the names that the source had for as many labels as there are.
 
   Raises:
     ConfigError: none can.
   """
-  if config.adapter is not None:
+  if model.config.adapter is not None:
     raise ConfigError("no Hugging Face family has what model.adapter puts into blocks; keep it as a model directory")
-  if family is not None:
-    return to_huggingface(config, family, params)
-  own = family_to_write(source)
-  reasons = []
-  for name in dict.fromkeys((*((own,) if own else ()), *FIRST, *FAMILIES)):
+  own = family_to_write(model.source.get("model_type"))
+  reasons: list[str] = []
+  for name in dict.fromkeys((family,) if family else (*((own,) if own else ()), *FIRST, *FAMILIES)):
     try:
-      hf, tensors = to_huggingface(config, name, params)
+      hf, tensors = to_huggingface(model.config, name, model.tensors)
     except ConfigError as error:
+      if family:
+        raise
       reasons.append(str(error))
       continue
-    if own and name != own:
+    if reasons and own:
       log.warning("written as %s, because %s", name, reasons[0])
-    return hf, tensors
+    labels = {key: model.source[key] for key in ("id2label", "label2id", "problem_type") if key in model.source}
+    return hf | (labels if len(labels.get("id2label", {})) == len(hf.get("id2label", {})) else {}), tensors
   raise ConfigError(f"no Hugging Face family can express this model: {reasons[0]}")

@@ -152,7 +152,7 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
     digests.check(directory, READ_IF_THERE, quiet=not (directory.parent / CHECKPOINTS).is_dir())
   families = _families(base)
   if not families:
-    as_checkpoint(base.config, base.tensors)  # says why
+    as_checkpoint(base)  # says why
   read = peft.read_adapter(directory, base.config, families)
   if base.config.tie_embeddings and read.head:
     read = read.of_tied()

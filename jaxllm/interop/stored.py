@@ -172,7 +172,7 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(declare(config)[1], sep="/").items()}
 
 
-def check_shapes(config: ModelConfig, tensors: Tensors, where: Path) -> None:
+def check_shapes(config: ModelConfig, tensors: Tensors, where: Path | str) -> None:
   """Raises CheckpointError unless these are the parameters, by path, of a model of this config."""
   shapes = param_shapes(config)
   for path in sorted(shapes.keys() | tensors.keys()):

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from jaxllm.base.errors import CheckpointError, ConfigError, DataError
 from jaxllm.base.files import local_path
 from jaxllm.interop.gguf import write_gguf
-from jaxllm.interop.huggingface_directory import as_checkpoint, labels_of, write_huggingface
+from jaxllm.interop.huggingface_directory import as_checkpoint, write_huggingface
 from jaxllm.interop.model_directory import write_model_directory
 from jaxllm.interop.safetensors import DEFAULT_SHARD_BYTES
 from jaxllm.interop.stored import StoredModel
@@ -57,7 +57,6 @@ def write_model(
   elif os.path.lexists(path):  # a link to nothing too
     raise CheckpointError(f"{path} is there already; choose another name, or remove it")
   else:
-    hf, tensors = as_checkpoint(model.config, model.tensors, family, model.source.get("model_type"))
-    hf |= labels_of(model.source, hf)
+    hf, tensors = as_checkpoint(model, family)
     kind = quantize or {"bfloat16": "bf16", "float16": "f16"}.get(model.dtype, "f32")
     write_gguf(path, hf, tensors, model.tokenizer, dtype=kind, generation=model.generation, vectors=model.vectors)

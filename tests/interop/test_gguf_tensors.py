@@ -20,9 +20,9 @@ from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.gguf import checkpoint as reading
 from jaxllm.interop.gguf import read_gguf, write_gguf, writer
 from jaxllm.interop.gguf.architectures import WRITABLE
-from jaxllm.interop.gguf.config import read_config, write_config
+from jaxllm.interop.gguf.config import as_gguf, read_config
 from jaxllm.interop.gguf.encoders import reduced
-from jaxllm.interop.gguf.tensors import read_tensors, write_tensors
+from jaxllm.interop.gguf.tensors import read_tensors
 from jaxllm.interop.huggingface import config_from_huggingface, from_huggingface
 from jaxllm.interop.open import open_model
 from jaxllm.interop.stored import StoredModel
@@ -139,22 +139,22 @@ def test_decoders_without_a_head_take_their_embedding_for_one(tmp_path, caplog, 
 def test_the_text_of_a_model_that_sees():
   """Gemma 3 with its vision tower is written as its text alone."""
   (hf, tensors), (text, found) = gguf_models.checkpoint("gemma3"), reduced(*gguf_models.checkpoint("gemma3-seeing"))
-  assert write_config(text)[1] == write_config(hf)[1] and found.keys() == tensors.keys()
+  assert as_gguf(text, found)[1] == as_gguf(hf, tensors)[1] and found.keys() == tensors.keys()
   for name, tensor in found.items():
     np.testing.assert_array_equal(tensor.read(), tensors[name].read(), err_msg=name)
 
 
 def test_growth_that_begins_behind_the_context_is_none():
   """Dynamic NTK changes nothing up to the trained length, which is the file's context."""
-  grown = gguf_models.CONFIGS["llama"] | dict(rope_scaling=dict(rope_type="dynamic", factor=2.0))
-  assert write_config(grown)[1] == write_config(gguf_models.CONFIGS["llama"])[1]
+  hf, tensors = gguf_models.checkpoint("llama")
+  grown = hf | dict(rope_scaling=dict(rope_type="dynamic", factor=2.0))
+  assert as_gguf(grown, tensors)[1] == as_gguf(hf, tensors)[1]
 
 
 def test_a_masked_language_model_may_say_how_a_classifier_would_pool():
   """ModernBERT's files do, and none of it is in the states of tokens."""
   hf, tensors = gguf_models.checkpoint(gguf_models.ENCODERS["modernbert"] | dict(classifier_pooling="mean"))
-  usual = reduced(*gguf_models.checkpoint("modernbert"))[0]
-  assert write_config(reduced(hf, tensors)[0])[1] == write_config(usual)[1]
+  assert as_gguf(*reduced(hf, tensors))[1] == as_gguf(*reduced(*gguf_models.checkpoint("modernbert")))[1]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2"])
@@ -301,8 +301,8 @@ def tracemalloc_peak():
 def test_deepseek_files_before_latent_attention_was_split(tmp_path):
   """Older files have kv_b_proj as it is, and the lengths of the heads themselves."""
   hf, tensors = gguf_models.checkpoint("deepseek-v2")
-  architecture, metadata, _ = write_config(hf)
-  old = dict(write_tensors(hf, architecture, tensors))
+  architecture, metadata, written = as_gguf(hf, tensors)
+  old = dict(written)
   for i in range(2):
     del old[f"blk.{i}.attn_k_b.weight"], old[f"blk.{i}.attn_v_b.weight"]
     old[f"blk.{i}.attn_kv_b.weight"] = tensors[f"model.layers.{i}.self_attn.kv_b_proj.weight"]
@@ -320,8 +320,7 @@ def test_no_key_is_passed_over(name, caplog):
   """Each number of the metadata that is another makes another model, or an error, or a line says that it means
   nothing."""
   hf, tensors = reduced(*gguf_models.checkpoint(name))
-  architecture, metadata, extra = write_config(hf)
-  tensors = {**write_tensors(hf, architecture, tensors), **extra}
+  architecture, metadata, tensors = as_gguf(hf, tensors)
   config = config_from_huggingface(read_config(metadata, tensors))
   assert not [record for record in caplog.records if "not read here" in record.getMessage()]
   told = {"vocab_size", "expert_feed_forward_length", "feed_forward_length"}  # by the tensors
@@ -344,8 +343,7 @@ def test_no_key_is_passed_over(name, caplog):
 
 def test_keys_of_another_model_are_said(caplog):
   hf, tensors = gguf_models.checkpoint("llama")
-  architecture, metadata, _ = write_config(hf)
-  tensors = write_tensors(hf, architecture, tensors)
+  _, metadata, tensors = as_gguf(hf, tensors)
   read_config(metadata | {"llama.attention.clamp_kqv": 8.0, "llama.rope.scaling.finetuned": True}, tensors)
   assert [record.getMessage() for record in caplog.records] == [
     "GGUF: the file has metadata that are not read here: 'attention.clamp_kqv'"
@@ -359,10 +357,10 @@ def test_keys_of_another_model_are_said(caplog):
 def test_keys_that_are_absent_take_llama_cpp_s_defaults():
   """As its loader has them: key heads, their width, the size of an expert, RoPE."""
   hf, tensors = gguf_models.checkpoint("qwen3-moe")
-  architecture, metadata, _ = write_config(hf)
+  _, metadata, tensors = as_gguf(hf, tensors)
   optional = ("head_count_kv", "expert_feed_forward_length", "rope.dimension_count", "vocab_size", "rope.freq_base")
   cut = {key: value for key, value in metadata.items() if not key.endswith(optional)}
-  config = read_config(cut, write_tensors(hf, architecture, tensors))
+  config = read_config(cut, tensors)
   assert config["moe_intermediate_size"] == hf["intermediate_size"] // 2 and config["num_key_value_heads"] == 4
   assert config["rope_theta"] == 10000.0 and "partial_rotary_factor" not in config
 

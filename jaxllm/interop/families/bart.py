@@ -5,10 +5,14 @@ from jaxllm.interop.families import table as t
 from jaxllm.interop.families.bert import POST_NORM
 
 ROW = t.Transform(lambda c, x, shapes: [x[0]], lambda c, weights: weights[0][None])  # a vector kept as [1, V]
-
-
-def _attention(ours, theirs):
-  return t.linears(ours, theirs, query="q_proj", key="k_proj", value="v_proj", output="out_proj")
+ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+HEADS = {
+  "lm": (*t.linear("head", "lm_head")[:1], t.Weight(("head/bias",), "final_logits_bias", ROW)),
+  "sequence": t.linear("head/dense", "classification_head.dense") + t.linear("head", "classification_head.out_proj"),
+  "span": t.linear("head", "qa_outputs"),
+}
+KEYS = {"embed_dim": "d_model", "num_layers": "decoder_layers", "num_encoder_layers": "encoder_layers"}
+KEYS |= {"num_heads": "decoder_attention_heads", "mlp_dim": "decoder_ffn_dim", "init_std": "init_std"}
 
 
 def _stack(prefix, side, norm):
@@ -16,9 +20,9 @@ def _stack(prefix, side, norm):
   return (
     t.embedding(f"{prefix}embedding/positions", f"model.{side}.embed_positions"),
     *t.norm(f"{prefix}embedding/norm", f"model.{side}.layernorm_embedding"),
-    *_attention(f"{prefix}blocks/attention", f"{layer}.self_attn"),
+    *t.linears(f"{prefix}blocks/attention", f"{layer}.self_attn", **ATTENTION),
     *t.norm(f"{prefix}blocks/attention_{norm}", f"{layer}.self_attn_layer_norm"),
-    *_attention(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn"),
+    *t.linears(f"{prefix}blocks/cross_attention", f"{layer}.encoder_attn", **ATTENTION),
     *t.norm(f"{prefix}blocks/cross_attention_{norm}", f"{layer}.encoder_attn_layer_norm"),
     *t.linears(f"{prefix}blocks/mlp", layer, up="fc1", down="fc2"),
     *t.norm(f"{prefix}blocks/mlp_{norm}", f"{layer}.final_layer_norm"),
@@ -28,43 +32,17 @@ def _stack(prefix, side, norm):
 
 def weights(norm):
   """`norm`: what the norms of the layers' parts are called here."""
-  return (
-    t.embedding("embedding/tokens", "model.shared"),
-    *_stack("", "decoder", norm),
-    *_stack("encoder/", "encoder", norm),
-  )
-
-
-def heads(c):
-  """The logits' matrix and bias, or a classifier's of the state at the text's end, or an answer's span."""
-  if c.head == "sequence":
-    return t.linear("head/dense", "classification_head.dense") + t.linear("head", "classification_head.out_proj")
-  if c.head == "span":
-    return t.linear("head", "qa_outputs")
-  matrix = t.Weight(("head/weight",), "lm_head.weight", t.TRANSPOSED)
-  return matrix, t.Weight(("head/bias",), "final_logits_bias", ROW)
-
-
-def architectures(name):
-  return {"sequence": f"{name}ForSequenceClassification", "span": f"{name}ForQuestionAnswering"}
-
-
-def read_heads(hf, name):
-  fields = t.read_head(hf, architectures(name), labels=3 if name == "Bart" else 2)
-  return read(hf) | fields | ({"head_dense": "tanh", "pooling": "last"} if fields["head"] == "sequence" else {})
+  table = t.embedding("embedding/tokens", "model.shared")
+  return table, *_stack("", "decoder", norm), *_stack("encoder/", "encoder", norm)
 
 
 def read(hf):
   for size in ("attention_heads", "ffn_dim"):
-    if hf[f"encoder_{size}"] != hf[f"decoder_{size}"]:
-      raise ConfigError(
-        f"config.json has encoder_{size} {hf[f'encoder_{size}']} and decoder_{size} {hf[f'decoder_{size}']}; "
-        "a model here has one size of both"
-      )
-  return {
-    "mlp": t.mlp_name(hf["activation_function"], gated=False),
-    "embedding_scale": hf["d_model"] ** 0.5 if hf["scale_embedding"] else None,
-  }
+    one, other = hf[f"encoder_{size}"], hf[f"decoder_{size}"]
+    if one != other:
+      both = f"encoder_{size} {one} and decoder_{size} {other}"
+      raise ConfigError(f"config.json has {both}; a model here has one size of both")
+  return {"embedding_scale": hf["d_model"] ** 0.5 if hf["scale_embedding"] else None}
 
 
 def _write(c):
@@ -72,7 +50,6 @@ def _write(c):
     "is_encoder_decoder": True,
     "encoder_attention_heads": c.num_heads,
     "encoder_ffn_dim": c.mlp_dim,
-    "activation_function": t.activation_name(c.mlp),
     "scale_embedding": c.embedding_scale is not None,
   }
 
@@ -80,25 +57,18 @@ def _write(c):
 BART = t.Family(
   "bart",
   "BartForConditionalGeneration",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "d_model",
-    "num_layers": "decoder_layers",
-    "num_encoder_layers": "encoder_layers",
-    "num_heads": "decoder_attention_heads",
-    "mlp_dim": "decoder_ffn_dim",
-    "max_seq_len": "max_position_embeddings",
-    "decoder_start_id": "decoder_start_token_id",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "init_std",
-  },
+  t.KEYS | KEYS | {"decoder_start_id": "decoder_start_token_id"},
   weights("post_norm"),
+  activation="activation_function",
+  gated=False,
   fields=POST_NORM | {"architecture": "encoder_decoder", "position_offset": 2, "head_bias": True},
   requires={"is_encoder_decoder": True, "normalize_before": False, "add_final_layer_norm": False},
-  read=lambda hf: read_heads(hf, "Bart"),
-  write=lambda c: _write(c) | t.write_labels(c),
-  architectures=architectures("Bart"),
-  more_weights=heads,
+  by_head={"sequence": {"head_dense": "tanh", "pooling": "last"}, "span": {}},
+  read=read,
+  write=_write,
+  architectures=t.classes("Bart", "sequence", "span"),
+  labels=3,
+  more_weights=lambda c: HEADS[c.head],
   copies={f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
   own_copies=True,
   zeros=("final_logits_bias",),

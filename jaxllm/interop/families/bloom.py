@@ -7,16 +7,8 @@ LAYER = "transformer.h.{layer}"
 BLOOM = t.Family(
   "bloom",
   "BloomForCausalLM",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "hidden_size",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "norm_eps": "layer_norm_epsilon",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-    "max_seq_len": "seq_length",
-  },
+  {ours: theirs for ours, theirs in t.KEYS.items() if ours != "mlp_dim"}
+  | {"num_layers": "n_layer", "num_heads": "n_head", "max_seq_len": "seq_length", "norm_eps": "layer_norm_epsilon"},
   (
     t.embedding("embedding/tokens", "transformer.word_embeddings"),
     *t.norm("embedding/norm", "transformer.word_embeddings_layernorm"),
@@ -28,6 +20,7 @@ BLOOM = t.Family(
     *t.norm("final_norm", "transformer.ln_f"),
     *t.linear("head", "lm_head"),
   ),
+  activation=None,
   fields=t.BIASED | {"position": "alibi", "embedding_norm": True, "mlp": "gelu_tanh"},
   defaults={"seq_length": 2048},
   requires={"apply_residual_connection_post_layernorm": False},

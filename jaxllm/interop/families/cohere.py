@@ -9,35 +9,32 @@ from jaxllm.interop.families.rope import interleaved, read_rope, write_rope
 
 
 def _read(hf):
-  heads = {"qk_norm": "heads" if hf["use_qk_norm"] else "none"}
-  return read_rope(hf) | heads | {"mlp": t.mlp_name(hf["hidden_act"], gated=True)}
+  return read_rope(hf) | {"qk_norm": "heads" if hf["use_qk_norm"] else "none"}
 
 
 def _write(c):
   # Its default end token is of the published vocabulary, and may be outside ours.
-  return write_rope(c) | {"hidden_act": t.activation_name(c.mlp), "use_qk_norm": c.qk_norm == "heads"}
+  return write_rope(c) | {"use_qk_norm": c.qk_norm == "heads"}
 
 
 def _read_cohere2(hf):
-  every, layers = hf["sliding_window_pattern"], range(hf["num_hidden_layers"])
-  types = hf.get("layer_types") or ["sliding_attention" if (i + 1) % every else "full_attention" for i in layers]
+  every = hf["sliding_window_pattern"]
+  types = t.layer_types(hf, lambda i: (i + 1) % every)
   kinds = ["nope" if kind == "global" else kind for kind in t.pattern_from_types(types)]
-  fields = {"mlp": t.mlp_name(hf["hidden_act"], gated=True), "layer_pattern": tuple(kinds)}
-  return read_rope(hf) | fields | ({"sliding_window": hf["sliding_window"]} if "local" in kinds else {})
+  window = {"sliding_window": hf["sliding_window"]} if "local" in kinds else {}
+  return read_rope(hf) | window | {"layer_pattern": tuple(kinds)}
 
 
 def _write_cohere2(c):
-  kinds = {"hidden_act": t.activation_name(c.mlp), "layer_types": t.types_from_pattern(c)}
-  return write_rope(c) | kinds | {"sliding_window": c.sliding_window or c.max_seq_len}
+  windows = {"layer_types": t.types_from_pattern(c), "sliding_window": c.sliding_window or c.max_seq_len}
+  return write_rope(c) | windows
 
 
 COHERE = t.Family(
   "cohere",
   "CohereForCausalLM",
-  {ours: theirs for ours, theirs in llama.KEYS.items() if ours not in ("norm_eps", "head_dim")}
-  | t.BIASES
-  | {"norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
-  (*interleaved(llama.WEIGHTS), *t.norm("blocks/attention_norm", f"{llama.LAYER}.input_layernorm")),
+  llama.without("norm_eps", "head_dim") | t.BIASES | {"norm_eps": "layer_norm_eps", "logit_scale": "logit_scale"},
+  (*interleaved(llama.FRAME), *llama.MLP, *t.norm("blocks/attention_norm", f"{llama.LAYER}.input_layernorm")),
   fields={"norm": "layernorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True},
   read=_read,
   write=_write,

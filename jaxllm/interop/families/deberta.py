@@ -3,11 +3,11 @@
 import dataclasses
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.interop.families import bert
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.bert import BERT, BERT_HEADS, POST_NORM, architectures, read_heads, weights
 
 LAYER = "deberta.encoder.layer.{layer}"
-HEADS = BERT_HEADS | {"sequence": t.linear("head/dense", "pooler.dense") + t.linear("head", "classifier"), "none": ()}
+HEADS = bert.HEADS | {"sequence": t.linear("head/dense", "pooler.dense") + t.linear("head", "classifier"), "none": ()}
 # What all published models of both versions say.
 ALWAYS = {"relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_groups": 1}
 # A matrix for every tap, as one: [outputs, inputs, taps]
@@ -26,10 +26,8 @@ def _read(hf):
     raise ConfigError(f"config.json has pos_att_type = {kinds}; a deberta-v2 here has both c2p and p2c")
   if hf["num_attention_heads"] > hf["hidden_size"]:
     raise ConfigError(f"config.json has {hf['num_attention_heads']} attention heads in {hf['hidden_size']} features")
-  mlp, longest = t.mlp_name(hf["hidden_act"], gated=False), hf["max_relative_positions"]
-  pooler = t.mlp_name(hf["pooler_hidden_act"], gated=False)
-  return read_heads(hf, "DebertaV2", lm=mlp, sequence=pooler) | {
-    "mlp": mlp,
+  longest = hf["max_relative_positions"]
+  return {
     "convolution_size": hf["conv_kernel_size"],
     "convolution_activation": t.mlp_name(hf["conv_act"] if hf["conv_kernel_size"] else "tanh", gated=False),
     "position": "learned" if hf["position_biased_input"] else "none",
@@ -42,17 +40,16 @@ def _read(hf):
 def _write(c):
   hf = {"pos_att_type": ["p2c", "c2p"], "position_buckets": c.relative_buckets}
   hf |= ALWAYS | {"max_relative_positions": c.relative_max_distance, "position_biased_input": c.position == "learned"}
-  hf |= {"hidden_act": t.activation_name(c.mlp), "pooler_hidden_act": t.activation_name(c.head_dense or "gelu")}
   hf |= {"conv_kernel_size": c.convolution_size, "conv_act": t.activation_name(c.convolution_activation)}
-  return hf | t.write_labels(c)
+  return hf | {"pooler_hidden_act": t.activation_name(c.head_dense or "gelu")}
 
 
 DEBERTA_V2 = dataclasses.replace(
-  BERT,
+  bert.BERT,
   name="deberta-v2",
   architecture="DebertaV2ForMaskedLM",
   weights=(
-    *(w for w in weights("deberta") if w.ours[0].split("/")[-2] not in ("query", "key", "value")),
+    *(w for w in bert.weights("deberta") if w.ours[0].split("/")[-2] not in ("query", "key", "value")),
     *t.linears("blocks/attention", f"{LAYER}.attention.self", query="query_proj", key="key_proj", value="value_proj"),
     t.Weight(("convolution/taps/weight",), "deberta.encoder.conv.conv.weight", TAPS),
     t.Weight(("convolution/taps/bias",), "deberta.encoder.conv.conv.bias"),
@@ -60,7 +57,8 @@ DEBERTA_V2 = dataclasses.replace(
     t.embedding("relative_vectors", "deberta.encoder.rel_embeddings"),
     *t.norm("relative_norm", "deberta.encoder.LayerNorm"),
   ),
-  fields=POST_NORM | {"architecture": "encoder", "relative_bias": "disentangled"},
+  fields=dict(bert.BERT.fields) | {"relative_bias": "disentangled"},
+  by_head=t.encoder_heads(lm="hidden_act", sequence="pooler_hidden_act"),
   defaults={"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none"}
   | {"conv_kernel_size": 0, "conv_act": "tanh", "conv_groups": 1},
   requires={},
@@ -72,7 +70,7 @@ DEBERTA_V2 = dataclasses.replace(
     t.Weight(("head/bias",), "lm_predictions.lm_head.bias"),
   ),
   prefix="deberta.",
-  architectures=architectures("DebertaV2"),
+  architectures=t.classes("DebertaV2"),
   more_weights=lambda c: HEADS[c.head],
   ignored=("*position_ids", "mask_predictions.*"),
 )

@@ -1,7 +1,7 @@
 """DistilBERT (arXiv 1910.01108): BERT without kinds of segments and without a pooler."""
 
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.bert import POST_NORM, architectures, read_heads
+from jaxllm.interop.families.bert import POST_NORM
 
 LAYER = "distilbert.transformer.layer.{layer}"
 HEADS = {
@@ -16,25 +16,10 @@ HEADS = {
   "none": (),
 }
 
-
-def _read(hf):
-  mlp = t.mlp_name(hf["activation"], gated=False)
-  return {"mlp": mlp} | read_heads(hf, "DistilBert", lm=mlp, sequence="relu")
-
-
 DISTILBERT = t.Family(
   "distilbert",
   "DistilBertForMaskedLM",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "dim",
-    "num_layers": "n_layers",
-    "num_heads": "n_heads",
-    "mlp_dim": "hidden_dim",
-    "max_seq_len": "max_position_embeddings",
-    "init_std": "initializer_range",
-    "tie_embeddings": "tie_word_embeddings",
-  },
+  t.KEYS | {"embed_dim": "dim", "num_layers": "n_layers", "num_heads": "n_heads", "mlp_dim": "hidden_dim"},
   (
     t.embedding("embedding/tokens", "distilbert.embeddings.word_embeddings"),
     # sinusoids too
@@ -45,11 +30,12 @@ DISTILBERT = t.Family(
     *t.linears("blocks/mlp", f"{LAYER}.ffn", up="lin1", down="lin2"),
     *t.norm("blocks/mlp_post_norm", f"{LAYER}.output_layer_norm"),
   ),
+  activation="activation",
+  gated=False,
   fields=POST_NORM | {"architecture": "encoder", "norm_eps": 1e-12},
-  read=_read,
-  write=lambda c: t.write_labels(c) | {"activation": t.activation_name(c.mlp)},
+  by_head=t.encoder_heads(lm="activation", sequence="relu"),
   prefix="distilbert.",
   head="vocab_projector.weight",
-  architectures=architectures("DistilBert"),
+  architectures=t.classes("DistilBert"),
   more_weights=lambda c: HEADS[c.head],
 )

@@ -5,7 +5,7 @@ transformers [B, T])."""
 import dataclasses
 
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.bert import BERT, POST_NORM, architectures, read_heads, weights
+from jaxllm.interop.families.bert import BERT, weights
 
 DISCRIMINATOR = "ElectraForPreTraining"
 
@@ -28,18 +28,17 @@ def _heads(c):
 
 
 def _read(hf):
-  mlp, width = t.mlp_name(hf["hidden_act"], gated=False), hf["embedding_size"]
-  fields = read_heads(hf, "Electra", lm="gelu", sequence="gelu")
-  if (hf.get("architectures") or [None])[0] == DISCRIMINATOR:
-    fields |= {"head": "token", "num_labels": 1, "head_dense": mlp, "head_norm": False, "head_bias": True}
-  return fields | {"mlp": mlp, "embedding_dim": 0 if width == hf["hidden_size"] else width}
+  width = hf["embedding_size"]
+  fields = {"embedding_dim": 0 if width == hf["hidden_size"] else width}
+  if t.class_of(hf) == DISCRIMINATOR:
+    dense = t.mlp_name(hf["hidden_act"], gated=False)
+    fields |= {"head": "token", "num_labels": 1, "head_dense": dense, "head_norm": False, "head_bias": True}
+  return fields
 
 
 def _write(c):
-  hf = {"hidden_act": t.activation_name(c.mlp), "embedding_size": c.token_dim}
-  if c.head == "token" and c.head_dense:
-    return hf | {"architectures": [DISCRIMINATOR]}
-  return hf | t.write_labels(c)
+  discriminates = c.head == "token" and c.head_dense
+  return {"embedding_size": c.token_dim} | ({"architectures": [DISCRIMINATOR]} if discriminates else {})
 
 
 ELECTRA = dataclasses.replace(
@@ -47,12 +46,12 @@ ELECTRA = dataclasses.replace(
   name="electra",
   architecture="ElectraForMaskedLM",
   weights=(*weights("electra"), *t.linear("embedding/projection", "electra.embeddings_project")),
-  fields=POST_NORM | {"architecture": "encoder"},
+  by_head=t.encoder_heads(lm="gelu", sequence="gelu"),
   read=_read,
   write=_write,
   prefix="electra.",
   head="generator_lm_head.weight",
-  architectures=architectures("Electra"),
+  architectures=t.classes("Electra"),
   others=(DISCRIMINATOR,),
   more_weights=_heads,
   copies={},

@@ -18,15 +18,10 @@ def _read(hf):
   new, heads = hf["new_decoder_architecture"], hf["num_attention_heads"]
   grouped = hf["num_kv_heads"] or heads
   alibi = {"position": "alibi", "alibi_scale": (hf["hidden_size"] / heads) ** -0.5}
-  bias = hf["bias"]
   return (alibi if hf["alibi"] else read_rope(hf)) | {
     "num_kv_heads": grouped if new or not hf["multi_query"] else 1,
     "parallel_residual": new or hf["parallel_attn"],
     "shared_norm": hf["parallel_attn"] if not new else hf["num_ln_in_parallel_attn"] == 1,
-    "mlp": t.mlp_name(hf["activation"], gated=False),
-    "attention_bias": bias,
-    "attention_out_bias": bias,
-    "mlp_bias": bias,
   }
 
 
@@ -39,16 +34,13 @@ def _write(c):
     "num_kv_heads": c.num_kv_heads,
     "multi_query": c.num_kv_heads == 1,
     "parallel_attn": c.parallel_residual,
-    "activation": t.activation_name(c.mlp),
-    "bias": c.mlp_bias,
   }
 
 
 FALCON = t.Family(
   "falcon",
   "FalconForCausalLM",
-  {ours: theirs for ours, theirs in t.KEYS.items() if ours != "mlp_dim"}
-  | {"mlp_dim": "ffn_hidden_size", "norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"},
+  t.KEYS | {"mlp_dim": "ffn_hidden_size", "norm_eps": "layer_norm_epsilon"} | dict.fromkeys(t.ALL_BIASES, "bias"),
   (
     t.embedding("embedding/tokens", "transformer.word_embeddings"),
     *t.linear(t.QKV, f"{LAYER}.self_attention.query_key_value", t.BY_HEAD),
@@ -57,6 +49,8 @@ FALCON = t.Family(
     *t.norm("final_norm", "transformer.ln_f"),
     *t.linear("head", "lm_head"),
   ),
+  activation="activation",
+  gated=False,
   fields={"norm": "layernorm"},
   read=_read,
   write=_write,

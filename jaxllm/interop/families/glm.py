@@ -7,23 +7,12 @@ from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.rope import interleaved, read_rope, write_rope
 
-WEIGHTS = (
-  *interleaved(tuple(w for w in llama.WEIGHTS if not w.ours[0].startswith("blocks/mlp"))),
-  *t.linear(("blocks/mlp/gate", "blocks/mlp/up"), f"{llama.LAYER}.mlp.gate_up_proj", t.ROWS),
-  *t.linear("blocks/mlp/down", f"{llama.LAYER}.mlp.down_proj"),
-  *t.norm("blocks/attention_norm", f"{llama.LAYER}.input_layernorm"),
-  *t.norm("blocks/mlp_norm", f"{llama.LAYER}.post_attention_layernorm"),
-)
-
-
-def _read(hf):
-  return read_rope(hf, 0.5) | {"mlp": t.mlp_name(hf["hidden_act"], gated=True)}
+WEIGHTS = interleaved(llama.FRAME) + llama.FUSED_MLP + llama.PRE_NORMS
 
 
 def _write(c):
   # Its default padding token is of the published vocabulary, and may be outside ours.
-  hf = {"partial_rotary_factor": c.rope_fraction, "hidden_act": t.activation_name(c.mlp), "pad_token_id": None}
-  return write_rope(c) | hf
+  return write_rope(c) | {"partial_rotary_factor": c.rope_fraction, "pad_token_id": None}
 
 
 GLM = t.Family(
@@ -31,7 +20,7 @@ GLM = t.Family(
   "GlmForCausalLM",
   llama.KEYS | {"attention_bias": "attention_bias"},
   WEIGHTS,
-  read=_read,
+  read=lambda hf: read_rope(hf, 0.5),
   write=_write,
 )
 GLM4 = dataclasses.replace(

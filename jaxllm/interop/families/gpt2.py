@@ -3,21 +3,19 @@
 from jaxllm.interop.families import table as t
 
 LAYER = "transformer.h.{layer}"
+KEYS = t.KEYS | {"embed_dim": "n_embd", "num_layers": "n_layer", "num_heads": "n_head", "mlp_dim": "n_inner"}
+KEYS |= {"max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon"}
+
+
+def write_activation(c):
+  """GELU's approximation by its old name."""
+  return {"activation_function": "gelu_new"} if c.mlp == "gelu_tanh" else {}
+
 
 GPT2 = t.Family(
   "gpt2",
   "GPT2LMHeadModel",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "n_embd",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "mlp_dim": "n_inner",
-    "max_seq_len": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-  },
+  KEYS,
   (
     t.embedding("embedding/tokens", "transformer.wte"),
     t.embedding("embedding/positions", "transformer.wpe"),
@@ -30,9 +28,10 @@ GPT2 = t.Family(
     *t.norm("final_norm", "transformer.ln_f"),
     *t.linear("head", "lm_head"),
   ),
+  activation="activation_function",
+  gated=False,
   fields=t.BIASED | {"position": "learned"},
   requires={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-  read=lambda hf: {"mlp": t.mlp_name(hf["activation_function"], gated=False)},
-  write=lambda c: {"activation_function": "gelu_new" if c.mlp == "gelu_tanh" else t.activation_name(c.mlp)},
+  write=write_activation,
   prefix="transformer.",
 )

@@ -8,29 +8,19 @@ LAYER = "gpt_neox.layers.{layer}"
 
 def _read(hf):
   rope = hf | {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
-  return read_rope(rope, 1.0) | {"mlp": t.mlp_name(hf["hidden_act"], gated=False)}
+  return read_rope(rope, 1.0)
 
 
 def _write(c):
   rope = write_rope(c)
   scaling = {"rope_scaling": rope["rope_scaling"]} if c.rope_scaling else {}
-  return scaling | {
-    "rotary_emb_base": c.rope_theta,
-    "rotary_pct": c.rope_fraction,
-    "hidden_act": t.activation_name(c.mlp),
-  }
+  return scaling | {"rotary_emb_base": c.rope_theta, "rotary_pct": c.rope_fraction}
 
 
 GPT_NEOX = t.Family(
   "gpt_neox",
   "GPTNeoXForCausalLM",
-  t.KEYS
-  | t.BIASES
-  | {
-    "norm_eps": "layer_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "parallel_residual": "use_parallel_residual",
-  },
+  t.KEYS | t.BIASES | {"norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
   (
     t.embedding("embedding/tokens", "gpt_neox.embed_in"),
     *t.norm("blocks/attention_norm", f"{LAYER}.input_layernorm"),
@@ -41,6 +31,7 @@ GPT_NEOX = t.Family(
     *t.norm("final_norm", "gpt_neox.final_layer_norm"),
     *t.linear("head", "embed_out"),
   ),
+  gated=False,
   fields={"norm": "layernorm", "mlp_bias": True},
   defaults={"rotary_emb_base": 10000.0, "rotary_pct": 0.25},
   read=_read,

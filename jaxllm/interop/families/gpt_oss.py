@@ -7,12 +7,11 @@ import numpy as np
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
+from jaxllm.interop.families.mixtral import KEYS
 from jaxllm.interop.families.rope import read_rope, rope_settings, write_rope
 from jaxllm.models.config import MoEConfig
 from jaxllm.models.mlp import CLAMP, GAIN
 
-KEYS = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
-KEYS |= {"load_balance_weight": "router_aux_loss_coef"}
 EXPERTS = f"{llama.LAYER}.mlp.experts"
 # What a config.json without `rope_parameters` means
 ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
@@ -34,8 +33,7 @@ def _read(hf):
   if (hf["swiglu_limit"], hf["swiglu_alpha"]) != (CLAMP, GAIN):
     raise ConfigError(f"config.json has swiglu_limit and swiglu_alpha other than {CLAMP} and {GAIN}")
   rope = rope_settings(hf) or ROPE
-  layers = range(hf["num_hidden_layers"])
-  types = hf.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+  types = t.layer_types(hf, lambda i: i % 2 == 0)
   return (
     read_rope(hf | {"rope_parameters": rope, "rope_scaling": None})
     | t.read_windows(types, hf["sliding_window"])
@@ -57,12 +55,14 @@ GPT_OSS = dataclasses.replace(
   name="gpt_oss",
   architecture="GptOssForCausalLM",
   weights=(
-    *(weight for weight in llama.LLAMA.weights if "/mlp/" not in weight.ours[0]),
+    *llama.FRAME,
+    *llama.PRE_NORMS,
     t.Weight(("blocks/attention/sinks",), f"{llama.LAYER}.self_attn.sinks"),
     *t.linear("blocks/moe/router", f"{llama.LAYER}.mlp.router"),
     *_experts("weight", ""),
     *_experts("bias", "_bias"),
   ),
+  activation=None,
   fields={"attention_sinks": True, "mlp": "swiglu_clamped"},
   requires={"hidden_act": "silu"},
   parts=("moe",),

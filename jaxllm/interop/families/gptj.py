@@ -2,37 +2,15 @@
 bias on the logits."""
 
 from jaxllm.interop.families import table as t
+from jaxllm.interop.families.gpt2 import KEYS, write_activation
 from jaxllm.interop.families.rope import interleaved
 
 LAYER = "transformer.h.{layer}"
 
-
-def _read(hf):
-  return {
-    "mlp": t.mlp_name(hf["activation_function"], gated=False),
-    "rope_fraction": hf["rotary_dim"] * hf["n_head"] / hf["n_embd"],
-  }
-
-
-def _write(c):
-  activation = "gelu_new" if c.mlp == "gelu_tanh" else t.activation_name(c.mlp)
-  return {"activation_function": activation, "rotary_dim": c.rotary_dim}
-
-
 GPTJ = t.Family(
   "gptj",
   "GPTJForCausalLM",
-  {
-    "vocab_size": "vocab_size",
-    "embed_dim": "n_embd",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "mlp_dim": "n_inner",
-    "max_seq_len": "n_positions",
-    "norm_eps": "layer_norm_epsilon",
-    "tie_embeddings": "tie_word_embeddings",
-    "init_std": "initializer_range",
-  },
+  KEYS,
   interleaved(
     (
       t.embedding("embedding/tokens", "transformer.wte"),
@@ -43,8 +21,10 @@ GPTJ = t.Family(
       *t.linear("head", "lm_head"),
     )
   ),
+  activation="activation_function",
+  gated=False,
   fields={"norm": "layernorm", "mlp_bias": True, "parallel_residual": True, "shared_norm": True, "head_bias": True},
-  read=_read,
-  write=_write,
+  read=lambda hf: {"rope_fraction": hf["rotary_dim"] * hf["n_head"] / hf["n_embd"]},
+  write=lambda c: write_activation(c) | {"rotary_dim": c.rotary_dim},
   prefix="transformer.",
 )

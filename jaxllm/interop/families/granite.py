@@ -4,6 +4,7 @@
 import dataclasses
 
 from jaxllm.interop.families import llama
+from jaxllm.interop.families import table as t
 
 
 def _read(hf):
@@ -30,7 +31,7 @@ GRANITE = dataclasses.replace(
   llama.LLAMA,
   name="granite",
   architecture="GraniteForCausalLM",
-  keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours != "head_dim"},
+  keys=llama.without("head_dim") | t.BIASES,
   read=_read,
   write=_write,
 )

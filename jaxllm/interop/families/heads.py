@@ -3,11 +3,9 @@ the state of its last token (a reward model has one label), labels of each token
 
 import dataclasses
 import re
-from typing import Any
 
 from jaxllm.interop.families import table as t
 
-CLASSES = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
 # Those of which transformers has no class with a head; a model with it is written as none of them.
 WITHOUT = {
   "sequence": {"cohere", "cohere2", "granite"},
@@ -27,25 +25,17 @@ RENAMED = {"llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"}  # whose class for
 def with_heads(family: t.Family) -> t.Family:
   """A decoder's family that has these heads too."""
   stem = STEMS.get(family.name, re.sub("(ForCausalLM|LMHeadModel)$", "", family.architecture))
-  classes = {head: stem + name for head, name in CLASSES.items() if family.name not in WITHOUT[head]}
+  classes = {head: cls for head, cls in t.classes(stem, *WITHOUT).items() if family.name not in WITHOUT[head]}
   own = tuple(w for w in family.weights if w.ours[0] in ("head/weight", "head/bias"))
   token = t.linear("head", "classifier" if family.name in CLASSIFIERS else "score")
   heads = {"sequence": t.linear("head", "score"), "token": token, "span": t.linear("head", "qa_outputs")}
-
-  def read(hf) -> dict[str, Any]:
-    fields, head = family.read(hf), t.read_head(hf, classes)
-    if head["head"] == "sequence":
-      return fields | head | {"head_bias": False, "pooling": "last"}
-    return fields if head["head"] == "lm" else fields | head | {"head_bias": True}
-
   other = {"span": "transformer."} if family.name in RENAMED else {}
   return dataclasses.replace(
     family,
     architectures={**family.architectures, **classes},
     weights=tuple(w for w in family.weights if w not in own),
     more_weights=lambda c: family.more_weights(c) + heads.get(c.head, own),
-    read=read,
-    write=lambda c: {**family.write(c), **t.write_labels(c)},
+    by_head=dict.fromkeys(heads, {"head_bias": True}) | {"sequence": {"head_bias": False, "pooling": "last"}},
     prefixes={**family.prefixes, **other},
     renamed={**family.renamed, **{prefix: family.prefix for prefix in other.values()}},
   )

@@ -1,28 +1,26 @@
-"""Llama, and the families that are Llama with a few settings of their own: Mistral, Qwen 2, Qwen 3."""
-
-from dataclasses import replace
+"""Llama, and what the many families share that are Llama with a few settings of their own."""
 
 from jaxllm.interop.families import table as t
 from jaxllm.interop.families.rope import read_rope, write_rope
 
-KEYS = t.KEYS | {
-  "num_kv_heads": "num_key_value_heads",
-  "head_dim": "head_dim",
-  "norm_eps": "rms_norm_eps",
-  "tie_embeddings": "tie_word_embeddings",
-}
+KEYS = t.KEYS | {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
 # of keys that some of the classes made after LlamaConfig lack
 DEFAULTS = {"head_dim": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 LAYER = "model.layers.{layer}"
-WEIGHTS = (
+# All but the feed-forward and the norms around the parts
+FRAME = (
   t.embedding("embedding/tokens", "model.embed_tokens"),
   *t.linears("blocks/attention", f"{LAYER}.self_attn", query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
   *t.norm("blocks/attention/query_norm", f"{LAYER}.self_attn.q_norm"),
   *t.norm("blocks/attention/key_norm", f"{LAYER}.self_attn.k_norm"),
-  *t.linears("blocks/mlp", f"{LAYER}.mlp", gate="gate_proj", up="up_proj", down="down_proj"),
   *t.norm("final_norm", "model.norm"),
   *t.linear("head", "lm_head"),
+)
+MLP = t.linears("blocks/mlp", f"{LAYER}.mlp", gate="gate_proj", up="up_proj", down="down_proj")
+FUSED_MLP = (
+  *t.linear(t.GATE_UP, f"{LAYER}.mlp.gate_up_proj", t.ROWS),
+  *t.linear("blocks/mlp/down", f"{LAYER}.mlp.down_proj"),
 )
 PRE_NORMS = (
   *t.norm("blocks/attention_norm", f"{LAYER}.input_layernorm"),
@@ -30,65 +28,25 @@ PRE_NORMS = (
 )
 
 
+def without(*fields):
+  """KEYS but for those of these fields."""
+  return {ours: theirs for ours, theirs in KEYS.items() if ours not in fields}
+
+
 def read(hf):
-  return read_rope(hf) | {"mlp_bias": hf["mlp_bias"], "mlp": t.mlp_name(hf["hidden_act"], gated=True)}
+  return read_rope(hf) | {"mlp_bias": hf["mlp_bias"]}
 
 
 def write(c):
-  return write_rope(c) | {"hidden_act": t.activation_name(c.mlp)} | ({"mlp_bias": True} if c.mlp_bias else {})
-
-
-def read_mistral(hf):
-  return read(hf) | {"sliding_window": hf.get("sliding_window")}
-
-
-def write_mistral(c):
-  return write_rope(c) | {"hidden_act": t.activation_name(c.mlp), "sliding_window": c.sliding_window}
-
-
-def _read_qwen(hf):
-  """Qwen's window: of the layers from `max_window_layers` on, or of those that `layer_types` names."""
-  if not (hf.get("use_sliding_window") and hf.get("sliding_window")):
-    return read(hf)
-  first, layers = hf.get("max_window_layers", 28), range(hf["num_hidden_layers"])
-  types = ["sliding_attention" if i >= first else "full_attention" for i in layers]
-  return read(hf) | t.read_windows(hf.get("layer_types") or types, hf["sliding_window"])
-
-
-def _write_qwen(c):
-  types = t.types_from_pattern(c)
-  return write(c) | {
-    "use_sliding_window": c.sliding_window is not None,
-    "sliding_window": c.sliding_window,
-    "max_window_layers": types.index("sliding_attention") if "sliding_attention" in types else c.num_layers,
-    "layer_types": types,
-  }
+  return write_rope(c) | ({"mlp_bias": True} if c.mlp_bias else {})
 
 
 LLAMA = t.Family(
   "llama",
   "LlamaForCausalLM",
   KEYS | t.BIASES,
-  WEIGHTS + PRE_NORMS,
+  FRAME + MLP + PRE_NORMS,
   defaults=DEFAULTS,
   read=read,
   write=write,
-)
-MISTRAL = replace(
-  LLAMA, name="mistral", architecture="MistralForCausalLM", keys=KEYS, read=read_mistral, write=write_mistral
-)
-QWEN2 = replace(
-  LLAMA,
-  name="qwen2",
-  architecture="Qwen2ForCausalLM",
-  read=lambda hf: _read_qwen(hf) | {"attention_bias": True, "attention_out_bias": False},
-  write=_write_qwen,
-)
-QWEN3 = replace(
-  LLAMA,
-  name="qwen3",
-  architecture="Qwen3ForCausalLM",
-  fields={"qk_norm": "head"},
-  read=_read_qwen,
-  write=_write_qwen,
 )

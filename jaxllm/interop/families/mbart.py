@@ -20,14 +20,13 @@ MBART = dataclasses.replace(
   bart.BART,
   name="mbart",
   architecture="MBartForConditionalGeneration",
-  architectures=bart.architectures("MBart"),
+  architectures=t.classes("MBart", "sequence", "span"),
   weights=bart.weights("norm"),
   fields=PRE_NORM | {"position": "learned", "position_offset": 2, "embedding_norm": True, "head_bias": True},
   requires={"is_encoder_decoder": True},
   # Without a token of its own the decoder starts with the first one.
-  read=lambda hf: (
-    bart.read_heads(hf, "MBart") | {"decoder_start_id": hf["decoder_start_token_id"] or hf["bos_token_id"] or 0}
-  ),
+  read=lambda hf: bart.read(hf) | {"decoder_start_id": hf["decoder_start_token_id"] or hf["bos_token_id"] or 0},
+  labels=2,
 )
 M2M_100 = dataclasses.replace(
   MBART,

@@ -3,24 +3,12 @@
 import dataclasses
 
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.bert import POST_NORM, ROBERTA, ROBERTA_HEADS, architectures, read_heads
+from jaxllm.interop.families.bert import POST_NORM
+from jaxllm.interop.families.roberta import HEADS, ROBERTA
 
 LAYER = "mpnet.encoder.layer.{layer}"
 # The code takes the token 1 for padding, whatever the config says.
 OFFSET = 2
-
-
-def _read(hf):
-  return read_heads(hf, "MPNet", lm="gelu", sequence="tanh", none="tanh") | {
-    "mlp": t.mlp_name(hf["hidden_act"], gated=False),
-    "max_seq_len": hf["max_position_embeddings"] - OFFSET,
-  }
-
-
-def _write(c):
-  hf = {"hidden_act": t.activation_name(c.mlp), "max_position_embeddings": c.max_seq_len + OFFSET}
-  return t.write_labels(c) | hf
-
 
 MPNET = dataclasses.replace(
   ROBERTA,
@@ -41,9 +29,9 @@ MPNET = dataclasses.replace(
   fields=POST_NORM
   | {"architecture": "encoder", "relative_bias": "learned", "position_offset": OFFSET, "position_pad_id": OFFSET - 1},
   requires={"relative_attention_num_buckets": 32},  # the code has no other number
-  read=_read,
-  write=_write,
+  read=lambda hf: {"max_seq_len": hf["max_position_embeddings"] - OFFSET},
+  write=lambda c: {"max_position_embeddings": c.max_seq_len + OFFSET},
   prefix="mpnet.",
-  architectures=architectures("MPNet"),
-  more_weights=lambda c: t.linear("head/dense", "mpnet.pooler.dense") if c.head == "none" else ROBERTA_HEADS[c.head],
+  architectures=t.classes("MPNet"),
+  more_weights=lambda c: t.linear("head/dense", "mpnet.pooler.dense") if c.head == "none" else HEADS[c.head],
 )

@@ -3,12 +3,12 @@
 import dataclasses
 
 from jaxllm.interop.families import llama
+from jaxllm.interop.families import table as t
 
 OLMO = dataclasses.replace(
   llama.LLAMA,
   name="olmo",
   architecture="OlmoForCausalLM",
-  keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours not in ("norm_eps", "head_dim")}
-  | {"qkv_clip": "clip_qkv"},
+  keys=llama.without("norm_eps", "head_dim") | t.BIASES | {"qkv_clip": "clip_qkv"},
   fields={"norm": "layernorm", "norm_affine": False, "norm_eps": 1e-5},
 )

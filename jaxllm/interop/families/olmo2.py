@@ -10,7 +10,8 @@ OLMO2 = dataclasses.replace(
   name="olmo2",
   architecture="Olmo2ForCausalLM",
   weights=(
-    *llama.WEIGHTS,
+    *llama.FRAME,
+    *llama.MLP,
     *t.norm("blocks/attention_post_norm", f"{llama.LAYER}.post_attention_layernorm"),
     *t.norm("blocks/mlp_post_norm", f"{llama.LAYER}.post_feedforward_layernorm"),
   ),

@@ -14,8 +14,7 @@ def _read(hf):
   # A theta beside the groups is of the other layers only, in transformers.
   usual = CLASS_DEFAULTS["olmo3"]["rope_theta"]
   local = rope_by_kind(hf, "sliding_attention", scaled=False).get("rope_theta", usual)
-  layers = range(hf["num_hidden_layers"])
-  types = hf.get("layer_types") or ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in layers]
+  types = t.layer_types(hf, lambda i: (i + 1) % 4)
   return fields | {"rope_local_theta": float(local)} | t.read_windows(types, hf["sliding_window"])
 
 
@@ -37,7 +36,7 @@ OLMO3 = dataclasses.replace(
   olmo2.OLMO2,
   name="olmo3",
   architecture="Olmo3ForCausalLM",
-  keys={ours: theirs for ours, theirs in llama.LLAMA.keys.items() if ours != "head_dim"},
+  keys=llama.without("head_dim") | t.BIASES,
   read=_read,
   write=_write,
 )

@@ -17,12 +17,8 @@ def _norms(c):
 def _read(hf):
   width = hf["word_embed_proj_dim"] or hf["hidden_size"]
   narrow = {"embedding_dim": width, "embedding_projection": "tokens", "head_dense": "linear"}
-  before, bias = hf["do_layer_norm_before"], hf["enable_bias"]
+  before = hf["do_layer_norm_before"]
   return (narrow if width != hf["hidden_size"] else {}) | {
-    "attention_bias": bias,
-    "attention_out_bias": bias,
-    "mlp_bias": bias,
-    "mlp": t.mlp_name(hf["activation_function"], gated=False),
     "norm_placement": "pre" if before else "post",
     "final_norm": before and not hf["_remove_final_layer_norm"],
   }
@@ -30,11 +26,9 @@ def _read(hf):
 
 def _write(c):
   return {
-    "activation_function": t.activation_name(c.mlp),
     "do_layer_norm_before": c.norm_placement == "pre",
     "_remove_final_layer_norm": not c.final_norm,
     "word_embed_proj_dim": c.token_dim,
-    "enable_bias": c.mlp_bias,
   }
 
 
@@ -42,8 +36,8 @@ OPT = t.Family(
   "opt",
   "OPTForCausalLM",
   t.KEYS
-  | {"mlp_dim": "ffn_dim", "init_std": "init_std", "tie_embeddings": "tie_word_embeddings"}
-  | {"norm_affine": "layer_norm_elementwise_affine"},
+  | {"mlp_dim": "ffn_dim", "init_std": "init_std", "norm_affine": "layer_norm_elementwise_affine"}
+  | dict.fromkeys(t.ALL_BIASES, "enable_bias"),
   (
     t.embedding("embedding/tokens", "model.decoder.embed_tokens"),
     t.embedding("embedding/positions", "model.decoder.embed_positions"),
@@ -56,6 +50,8 @@ OPT = t.Family(
     *t.norm("final_norm", "model.decoder.final_layer_norm"),
     *t.linear("head", "lm_head"),
   ),
+  activation="activation_function",
+  gated=False,
   fields={"norm": "layernorm", "position": "learned", "position_offset": 2, "norm_eps": 1e-5, "init": "normal"},
   read=_read,
   write=_write,

@@ -5,7 +5,8 @@ import dataclasses
 from jaxllm.base.errors import ConfigError
 from jaxllm.interop.families import llama
 from jaxllm.interop.families import table as t
-from jaxllm.interop.families.rope import read_rope, rope_settings
+from jaxllm.interop.families.mistral import MISTRAL
+from jaxllm.interop.families.rope import read_rope, rope_settings, write_rope
 
 
 def _read(hf):
@@ -16,14 +17,13 @@ def _read(hf):
   if kind != "default":  # the key beside it goes before its own
     original = hf["original_max_position_embeddings"]
     settings |= {"rope_type": "longrope", "original_max_position_embeddings": original}
-  hf = hf | {"rope_parameters": settings, "rope_scaling": None}
-  return llama.read_mistral(hf) | read_rope(hf, 1.0)
+  return read_rope(hf | {"rope_parameters": settings, "rope_scaling": None}, 1.0)
 
 
 def _write(c):
   original = c.rope_scaling.original_max_seq_len if c.rope_scaling else c.max_seq_len
   # Its default padding token is of the published vocabulary, and may be outside ours.
-  return llama.write_mistral(c) | {
+  return write_rope(c) | {
     "partial_rotary_factor": c.rope_fraction,
     "original_max_position_embeddings": original,
     "pad_token_id": None,
@@ -31,16 +31,15 @@ def _write(c):
 
 
 PHI3 = dataclasses.replace(
-  llama.MISTRAL,
+  MISTRAL,
   name="phi3",
   architecture="Phi3ForCausalLM",
-  keys={ours: theirs for ours, theirs in llama.KEYS.items() if ours != "head_dim"},
+  keys=llama.without("head_dim") | {"sliding_window": "sliding_window"},
   weights=(
     t.embedding("embedding/tokens", "model.embed_tokens"),
     *t.linear(t.QKV, f"{llama.LAYER}.self_attn.qkv_proj", t.ROWS),
     *t.linear("blocks/attention/output", f"{llama.LAYER}.self_attn.o_proj"),
-    *t.linear(("blocks/mlp/gate", "blocks/mlp/up"), f"{llama.LAYER}.mlp.gate_up_proj", t.ROWS),
-    *t.linear("blocks/mlp/down", f"{llama.LAYER}.mlp.down_proj"),
+    *llama.FUSED_MLP,
     *llama.PRE_NORMS,
     *t.norm("final_norm", "model.norm"),
     *t.linear("head", "lm_head"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,30 +11,17 @@ from jaxllm.base.errors import ConfigError, shown
 from jaxllm.interop.families.table import Transform, Weight, transposed
 from jaxllm.models.config import ModelConfig, RopeScaling
 
-# ModelConfig's name of a number -> theirs, for each kind; "factor" stands for itself in all of them.
-_NUMBERS = {
-  "linear": {},
-  "dynamic": {"original_max_seq_len": "original_max_position_embeddings"},
-  "longrope": {
-    "short_factors": "short_factor",
-    "long_factors": "long_factor",
-    "attention_factor": "attention_factor",
-    "original_max_seq_len": "original_max_position_embeddings",
-  },
-  "llama3": {
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_seq_len": "original_max_position_embeddings",
-  },
-  "yarn": {
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale_all_dim": "mscale_all_dim",
-    "truncate": "truncate",
-    "original_max_seq_len": "original_max_position_embeddings",
-  },
+# The numbers of a `RopeScaling` of each kind, beside "factor".
+_NUMBERS: dict[str, tuple[str, ...]] = {
+  "linear": (),
+  "dynamic": ("original_max_seq_len",),
+  "longrope": ("short_factors", "long_factors", "attention_factor", "original_max_seq_len"),
+  "llama3": ("low_freq_factor", "high_freq_factor", "original_max_seq_len"),
+  "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale_all_dim", "truncate", "original_max_seq_len"),
 }
+# Theirs, where it is another name
+_THEIRS = {"original_max_seq_len": "original_max_position_embeddings"}
+_THEIRS |= {"short_factors": "short_factor", "long_factors": "long_factor"}
 
 # Families that have `rope_parameters` for each kind of layer.
 BY_KIND = {"gemma3", "gemma3_text", "modernbert", "olmo3"}
@@ -79,9 +66,8 @@ def read_rope(hf: Mapping[str, Any], fraction: float | None = None) -> dict[str,
       f"config.json has RoPE scaling of type {shown(kind)}; those known are {', '.join(_NUMBERS)} "
       "(remove it to run at the trained length)"
     )
-  names = _NUMBERS[kind].items()
-  numbers = {ours: settings[theirs] for ours, theirs in names if settings.get(theirs) is not None}
-  numbers = {name: tuple(map(float, x)) if isinstance(x, list) else x for name, x in numbers.items()}
+  said = {name: settings.get(_THEIRS.get(name, name)) for name in _NUMBERS[kind]}
+  numbers = {name: tuple(map(float, x)) if isinstance(x, list) else x for name, x in said.items() if x is not None}
   if kind == "dynamic":  # transformers grows the base from here on, whatever else is said
     numbers["original_max_seq_len"] = hf["max_position_embeddings"]
   elif "original_max_seq_len" in _NUMBERS[kind]:
@@ -108,36 +94,39 @@ def write_rope(c: ModelConfig) -> dict[str, Any]:
   hf: dict[str, Any] = {"rope_theta": c.rope_theta}
   if c.rope_scaling is not None:
     kind = c.rope_scaling.kind
-    hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | {
-      theirs: getattr(c.rope_scaling, ours)
-      for ours, theirs in _NUMBERS[kind].items()
-      if getattr(c.rope_scaling, ours) is not None and getattr(c.rope_scaling, ours) is not True  # `truncate`: if False
-    }
+    numbers = {_THEIRS.get(name, name): getattr(c.rope_scaling, name) for name in _NUMBERS[kind]}
+    numbers = {name: x for name, x in numbers.items() if x is not None and x is not True}  # `truncate`: if False
+    hf["rope_scaling"] = {"rope_type": kind, "factor": c.rope_scaling.factor} | numbers
     if kind == "dynamic":
       hf["max_position_embeddings"] = c.rope_scaling.original_max_seq_len
   return hf
 
 
-def _halves(c: ModelConfig, x: np.ndarray, inverse: bool = False) -> np.ndarray:
-  """The first `rotary_dim` of every head of the last axis: in pairs (0, 1), (2, 3), … as they rotate them, to the first
-  of all pairs before the second of all, as `apply_rope` does."""
-  heads = x.reshape(*x.shape[:-1], -1, c.head_dim)
-  rotated, plain = np.split(heads, [c.rotary_dim], axis=-1)
-  pairs = (2, -1) if inverse else (-1, 2)
-  rotated = np.swapaxes(rotated.reshape(*rotated.shape[:-1], *pairs), -1, -2).reshape(rotated.shape)
-  return np.concatenate([rotated, plain], axis=-1).reshape(x.shape)
+def halves(x: np.ndarray, width: int, rotated: slice = slice(None), inverse: bool = False) -> np.ndarray:
+  """The `rotated` of every `width` of the last axis: in pairs (0, 1), (2, 3), … as others rotate them, to the first of
+  all pairs before the second of all, as `apply_rope` does; or back."""
+  heads = x.reshape(*x.shape[:-1], -1, width).copy()
+  part, pairs = heads[..., rotated], (2, -1) if inverse else (-1, 2)
+  heads[..., rotated] = np.swapaxes(part.reshape(*part.shape[:-1], *pairs), -1, -2).reshape(part.shape)
+  return heads.reshape(x.shape)
 
 
-_MATRIX = Transform(
-  lambda c, x, shapes: [_halves(c, transposed(x))], lambda c, weights: transposed(_halves(c, weights[0], inverse=True))
-)
-_SCALE = Transform(lambda c, x, shapes: [_halves(c, x)], lambda c, weights: _halves(c, weights[0], inverse=True))
+def in_pairs(
+  layout: Callable[[Any], tuple[int, slice]], turn: Callable[[np.ndarray], np.ndarray] = transposed
+) -> Transform:
+  """A projection whose outputs are rotated in neighbouring pairs: `width` and `rotated` of `halves`."""
+  return Transform(
+    lambda c, x, shapes: [halves(turn(x), *layout(c))],
+    lambda c, weights: turn(halves(weights[0], *layout(c), inverse=True)),
+  )
 
 
 def interleaved(weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
   """A table whose query and key are rotated in neighbouring pairs (GPT-J, GLM, Cohere)."""
-  ways = {f"blocks/attention/{name}": _MATRIX for name in ("query", "key")}
-  ways |= {f"blocks/attention/{name}_norm": _SCALE for name in ("query", "key")}
+  layout = lambda c: (c.head_dim, slice(c.rotary_dim))  # noqa: E731
+  ways = {f"blocks/attention/{name}": in_pairs(layout) for name in ("query", "key")}
+  scale = in_pairs(layout, turn=lambda x: x)
+  ways |= {f"blocks/attention/{name}_norm": scale for name in ("query", "key")}
   way_of = lambda w: ways.get(w.ours[0].rpartition("/")[0], w.transform)  # noqa: E731
   return tuple(dataclasses.replace(w, transform=way_of(w)) for w in weights)
 

@@ -25,13 +25,16 @@ KEYS = {
   "mlp_dim": "intermediate_size",
   "max_seq_len": "max_position_embeddings",
   "init_std": "initializer_range",
+  "tie_embeddings": "tie_word_embeddings",
 }
 BIASES = {"attention_out_bias": "attention_bias", "attention_bias": "attention_bias"}  # one key says both
+ALL_BIASES = ("attention_bias", "attention_out_bias", "mlp_bias")
 # Of absent keys, where a family's own defaults do not say otherwise
 DEFAULTS = {"initializer_range": 0.02}
 # LayerNorm, and biases everywhere
-BIASED = {"norm": "layernorm", "attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
+BIASED = {"norm": "layernorm"} | dict.fromkeys(ALL_BIASES, True)
 QKV = ("blocks/attention/query", "blocks/attention/key", "blocks/attention/value")
+GATE_UP = ("blocks/mlp/gate", "blocks/mlp/up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +132,12 @@ class Family:
   architecture: str  # in `architectures`: the class with the language-modelling head
   keys: Mapping[str, str]  # ModelConfig field -> the key that means the same
   weights: tuple[Weight, ...]
+  activation: str | None = "hidden_act"  # the key of the feed-forward's; None: `fields` or `read` have it
+  gated: bool = True  # the feed-forward is
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that no key says
+  # Those of a head, by `ModelConfig.head`; a value that is a key of config.json stands for what is said there.
+  by_head: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that `CLASS_DEFAULTS` has not
-  types: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of keys that families.keys does not declare
   requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value we know
   # Keys that where absent are as others are before these are said again in another spelling, see `CLASS_DEFAULTS`
   follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -145,10 +151,10 @@ class Family:
   # In files of other classes it is another: `ModelConfig.head` -> prefix
   prefixes: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"none": ""})
   head: str = "lm_head.weight"
-  architectures: Mapping[str, str] = dataclasses.field(
-    default_factory=dict
-  )  # of other heads: `ModelConfig.head` -> class
+  # The classes of other heads, by `ModelConfig.head`
+  architectures: Mapping[str, str] = dataclasses.field(default_factory=dict)
   others: tuple[str, ...] = ()  # classes that `read` knows beside them
+  labels: int = 2  # of a classifier, where nothing says it
   more_weights: Callable[[ModelConfig], tuple[Weight, ...]] = lambda c: ()  # that hang on the config
   # Their tensors that are another one in transformers, the other: a file may have either, or both.
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -180,16 +186,40 @@ def write_part(part: Any, keys: Mapping[str, str]) -> dict[str, Any]:
   return {theirs: getattr(part, ours) for ours, theirs in keys.items()}
 
 
-def read_head(hf: Mapping[str, Any], architectures: Mapping[str, str], labels: int = 2) -> dict[str, Any]:
-  """`head` and `num_labels` by the class that config.json names; "lm" where it is none of `architectures`.
+def class_of(hf: Mapping[str, Any]) -> str | None:
+  """The class that config.json names."""
+  return (hf.get("architectures") or [None])[0]
+
+
+def read_head(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+  """The fields of the head by the class that config.json names; of "lm" where that is of none in `by_head`."""
+  head = next((head for head in family.by_head if family.architectures.get(head) == class_of(hf) is not None), "lm")
+  said = family.by_head.get(head, {}).items()
+  fields = {ours: hf[value] if value in hf else value for ours, value in said}  # noqa: SIM401 (`get` is of keys only)
+  if fields.get("head_dense"):
+    fields["head_dense"] = mlp_name(fields["head_dense"], gated=False)
+  if head in ("sequence", "token", "span"):
+    labels = hf.get("num_labels", len(hf.get("id2label") or range(family.labels)))
+    fields["num_labels"] = 2 if head == "span" else labels
+  return fields | {"head": head}
+
+
+def classes(name: str, *heads: str) -> dict[str, str]:
+  """The classes of these heads, whose names begin with `name`; of none: of all that encoders have."""
+  stems = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
+  return {head: name + stem for head, stem in (stems | {"none": "Model"}).items() if not heads or head in heads}
+
+
+def encoder_heads(**dense: str) -> dict[str, dict[str, Any]]:
+  """`Family.by_head` of an encoder: a norm before a language model's, a bias but for the bare model's.
 
   Args:
-    labels: how many there are where nothing says it.
+    dense: the activation before a head, or the key that says it.
   """
-  named = (hf.get("architectures") or [None])[0]
-  head = next((head for head, architecture in architectures.items() if architecture == named), "lm")
-  labels = 2 if head == "span" else hf.get("num_labels", len(hf.get("id2label") or range(labels)))
-  return {"head": head} | ({"num_labels": labels} if head in ("sequence", "token", "span") else {})
+  return {
+    head: {"head_dense": dense.get(head), "head_norm": head == "lm", "head_bias": head != "none"}
+    for head in ("lm", "sequence", "token", "span", "none")
+  }
 
 
 def write_labels(c: ModelConfig) -> dict[str, Any]:
@@ -228,6 +258,12 @@ def pattern_from_types(layer_types: list[str]) -> tuple[str, ...]:
     if kind not in kinds:
       raise ConfigError(f"config.json has a layer of type {shown(kind)}; those known are {', '.join(kinds)}")
   return shortest_period(tuple(kinds[kind] for kind in layer_types))
+
+
+def layer_types(hf: Mapping[str, Any], is_local: Callable[[int], Any]) -> list[str]:
+  """`layer_types`, and what a file without them means."""
+  layers = range(hf["num_hidden_layers"])
+  return hf.get("layer_types") or ["sliding_attention" if is_local(i) else "full_attention" for i in layers]
 
 
 def read_windows(layer_types: list[str], window: int) -> dict[str, Any]:

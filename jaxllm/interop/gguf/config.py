@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a Hugging Face config.json, in both directions, by the tables of architectures.
 
 What llama.cpp assumes without saying so (activations, scales, patterns) is what `read_config` leaves to the
-family's own table; `write_config` reads its result back, so that a model of which GGUF would tell another
+family's own table; `as_gguf` reads its result back, so that a model of which GGUF would tell another
 story is refused.
 """
 
@@ -12,16 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxllm.base.errors import CheckpointError, ConfigError, shown
 from jaxllm.interop.gguf.architectures import BY_MODEL_TYPE, KNOWN, architecture_of
-from jaxllm.interop.gguf.encoders import LABELS, TYPE_TABLE
 from jaxllm.interop.gguf.header import entry
 from jaxllm.interop.gguf.rope import read_rope, rope_factors, write_rope
 from jaxllm.interop.gguf.table import Architecture, Metadata
+from jaxllm.interop.gguf.tensors import write_tensors
 from jaxllm.interop.huggingface import config_from_huggingface, config_to_huggingface
-from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
+from jaxllm.interop.tensors import Tensors
 from jaxllm.models.config import MLPS, ModelConfig
 
 log = logging.getLogger("jaxllm")
@@ -86,7 +84,7 @@ def _read(m: Metadata, architecture: Architecture) -> dict[str, Any]:
     biased = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "qkv"))
     hf |= {"attention_bias": biased, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     rotated = m.positive("rope.dimension_count") if architecture.latent else width
-    hf |= read_rope(m.number, m.text("rope.scaling.type"), rotated, tensors, latent=architecture.latent)
+    hf |= read_rope(m, rotated, latent=architecture.latent)
   if architecture.activation and (said := m.text("hidden_activation")):
     hf[architecture.activation] = said
   return hf | ({"sliding_window": None} if architecture.windowless else {}) | architecture.read(m)
@@ -102,11 +100,12 @@ def _check_experts(m: Metadata, architecture: Architecture) -> None:
     raise CheckpointError(f"the GGUF file says {count} experts but has none")
 
 
-def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], Tensors]:
-  """The metadata of a config.json, and the tensors that stand for what metadata cannot say.
+def as_gguf(hf: Mapping[str, Any], tensors: Tensors) -> tuple[Architecture, dict[str, Any], Tensors]:
+  """The metadata of a config.json, and a checkpoint's tensors under GGUF's names, with those that stand for what
+  metadata cannot say.
 
   Raises:
-    ConfigError: llama.cpp would compute something else.
+    ConfigError: llama.cpp would compute something else. CheckpointError: see `write_tensors`.
   """
   family = hf["model_type"]
   architecture = BY_MODEL_TYPE[family]
@@ -126,15 +125,16 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
       )
     if c.mlp in ("gelu", "geglu"):
       log.warning("GGUF: llama.cpp takes GELU's tanh approximation for its exact form; outputs differ by some 1e-3")
-  extra: Tensors = {}
+  written = dict(write_tensors(hf, architecture, tensors))
   if architecture.rope:
     sizes = {"rope_theta": c.rope_theta, "head_dim": c.head_dim, "rotary_dim": c.rotary_dim}
     rope = {"rope_scaling": full.get("rope_scaling") or full.get("rope_parameters")} | sizes
     numbers |= {"vocab_size": full["vocab_size"]} | write_rope(rope, latent=architecture.latent)
-    extra = rope_factors(rope)
-    if extra and not architecture.factors:
+    factors = rope_factors(rope)
+    if factors and not architecture.factors:
       kind = rope["rope_scaling"]["rope_type"]
       raise ConfigError(f"GGUF cannot say rope_scaling = {kind!r} of a {family} model: llama.cpp has no divisors there")
+    written |= factors
   if "rope_local_base_freq" in full:
     numbers["rope.freq_base_swa"] = float(full["rope_local_base_freq"])
   entries: dict[str, Any] = {"general.architecture": architecture.name, "general.type": "model"}
@@ -144,14 +144,14 @@ def write_config(hf: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any], T
   if c.head == "sequence":
     names = hf.get("id2label") or full["id2label"]
     entries[f"{architecture.name}.classifier.output_labels"] = [str(names[key]) for key in sorted(names, key=int)]
-  read = _read(Metadata(entries, architecture.name, _blanks(full, architecture) | extra), architecture)
+  read = _read(Metadata(entries, architecture.name, written), architecture)
   back = _explicit({**architecture.only, **read, "model_type": family}, family)
   for key in sorted(full.keys() | back.keys()):
     if key not in ("initializer_range", "router_aux_loss_coef") and not _alike(full.get(key), back.get(key)):
       raise ConfigError(
         f"GGUF cannot say {key} = {full.get(key)!r} of a {family} model: llama.cpp would take {back.get(key)!r}"
       )
-  return architecture, entries, extra
+  return architecture, entries, written
 
 
 def _within_reach(c: ModelConfig, architecture: Architecture) -> ModelConfig:
@@ -174,30 +174,6 @@ def _within_reach(c: ModelConfig, architecture: Architecture) -> ModelConfig:
 def _explicit(hf: Mapping[str, Any], family: str) -> dict[str, Any]:
   """The same config.json with every key, defaults included, in the spelling that this package writes."""
   return config_to_huggingface(config_from_huggingface(hf), family)
-
-
-def _blanks(full: Mapping[str, Any], architecture: Architecture) -> dict[str, LazyTensor]:
-  """The tensors by whose presence `read_config` tells one model from another."""
-  c = config_from_huggingface(full)
-  layers = c.num_encoder_layers or c.num_layers
-  shapes: dict[str, tuple[int, ...]] = {f"{architecture.blocks}{i}.attn_norm.weight": (1,) for i in range(layers)}
-  shapes |= {"token_embd.weight": (c.vocab_size, 1), TYPE_TABLE: (c.num_token_types, 1), LABELS: (c.num_labels or 1, 1)}
-  present = {
-    "token_embd.weight": True,
-    TYPE_TABLE: c.num_token_types,
-    LABELS: c.head == "sequence",
-    "output.weight": c.head == "lm" and not full["tie_word_embeddings"],
-    "blk.0.attn_q.bias": full.get("attention_bias"),
-    "blk.0.ffn_up.bias": full.get("mlp_bias"),
-    "blk.0.attn_norm_2.weight": full.get("num_ln_in_parallel_attn") == 2,
-    "dec.blk.0.ffn_gate.weight": MLPS[c.mlp][1],
-    "blk.0.ffn_gate_exps.weight": c.moe is not None,
-  }
-  shapes["blk.0.ffn_gate_exps.weight"] = (c.moe.num_experts if c.moe else 1,)
-  absent = [name for name, there in present.items() if not there]
-  blank = np.broadcast_to
-  names = {**dict.fromkeys(present, (1,)), **shapes}
-  return dict(in_memory({name: blank(np.int8(0), shape) for name, shape in names.items() if name not in absent}))
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -155,31 +155,27 @@ def _write_t5(hf):
   return {"decoder_start_token_id": hf["decoder_start_token_id"]} | scale
 
 
+_BERT = Architecture(
+  "bert",
+  "electra",
+  rope=False,
+  activation="hidden_act",
+  stems=lambda c: _POST_NORMS,
+  read=_read_bert,
+  write=lambda hf: {"attention.causal": False},
+)
 ENCODERS = (
-  Architecture(
-    "bert",
-    "electra",
-    rope=False,
-    activation="hidden_act",
-    stems=lambda c: _POST_NORMS,
-    read=_read_bert,
-    write=lambda hf: {"attention.causal": False},
-  ),
-  Architecture(
-    "bert",
-    "bert",
-    rope=False,
-    activation="hidden_act",
+  _BERT,
+  dataclasses.replace(
+    _BERT,
+    model_type="bert",
     stems=lambda c: _POST_NORMS | {"head/dense": "cls", "head": "cls.output"},
     read=_read_ranker,
-    write=lambda hf: {"attention.causal": False},
   ),
-  Architecture(
-    "bert",
-    "distilbert",
-    rope=False,
+  dataclasses.replace(
+    _BERT,
+    model_type="distilbert",
     activation="activation",
-    stems=lambda c: _POST_NORMS,
     read=_read_distilbert,
     write=lambda hf: {"attention.causal": False, "attention.layer_norm_epsilon": _DISTILBERT_EPS},
   ),

@@ -5,6 +5,8 @@ import logging
 import numpy as np
 
 from jaxllm.base.errors import ConfigError
+from jaxllm.interop.families.gpt_oss import TURNS
+from jaxllm.interop.families.table import transposed
 from jaxllm.interop.gguf.decoders import UNBIASED
 from jaxllm.interop.gguf.rope import read_rope
 from jaxllm.interop.gguf.table import Architecture, Split
@@ -68,12 +70,12 @@ def _write_deepseek(hf):
 
 def _split_latent(c, x):
   keys, values = np.split(x.reshape(c.num_heads, -1, x.shape[-1]), [c.mla.nope_head_dim], axis=1)
-  return [keys.swapaxes(1, 2), values]
+  return [transposed(keys), values]
 
 
 def _join_latent(c, parts):
   keys, values = parts
-  return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, values.shape[-1])
+  return np.concatenate([transposed(keys), values], axis=1).reshape(-1, values.shape[-1])
 
 
 _LATENT = {
@@ -96,7 +98,7 @@ _DEEPSEEK_SETTINGS = {
 
 
 def _read_gpt_oss(m):
-  rope = read_rope(m.number, m.text("rope.scaling.type"), m.positive("attention.key_length"), {})
+  rope = read_rope(m, m.positive("attention.key_length"))
   scaling = rope.pop("rope_scaling", None)
   parameters = scaling | {"truncate": False} if scaling else {"rope_type": "default"}
   return {
@@ -140,15 +142,10 @@ MIXTURES = (
     transposed="blocks/moe/down/weight$",
     splits={
       "blocks/moe/gate/weight": Split(
-        lambda c, x: [x[..., i::2].swapaxes(-1, -2) for i in (0, 1)],
-        lambda c, parts: np.stack([x.swapaxes(-1, -2) for x in parts], -1).reshape(
-          *parts[0].shape[:-2], parts[0].shape[-1], -1
-        ),
+        lambda c, x: [transposed(part) for part in TURNS.read(c, x, [])],
+        lambda c, parts: TURNS.write(c, [transposed(part) for part in parts]),
       ),
-      "blocks/moe/gate/bias": Split(
-        lambda c, x: [x[..., i::2] for i in (0, 1)],
-        lambda c, parts: np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1),
-      ),
+      "blocks/moe/gate/bias": Split(lambda c, x: TURNS.read(c, x, []), TURNS.write),
     },
   ),
 )

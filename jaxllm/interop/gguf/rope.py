@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, ConfigError
-from jaxllm.interop.tensors import LazyTensor, Tensors, in_memory
+from jaxllm.interop.gguf.table import Metadata
+from jaxllm.interop.tensors import Tensors, in_memory
 
 FACTORS = "rope_freqs.weight"  # Llama 3's
 # LongRoPE's, of which llama.cpp takes the first where it was given a longer context than the original one.
@@ -30,16 +31,16 @@ _LLAMA3 = {
 }
 
 
-def read_rope(number: Callable, kind: Any, head_dim: int, tensors: Tensors, latent: bool = False) -> dict[str, Any]:
+def read_rope(m: Metadata, head_dim: int, latent: bool = False) -> dict[str, Any]:
   """`rope_theta` and the rest, of config.json.
 
   Args:
-    number: (metadata key behind the architecture, default) -> value.
-    kind: "rope.scaling.type". tensors: those of divisors, where the file has them. latent: of DeepSeek's attention.
+    latent: of DeepSeek's attention.
 
   Raises:
     CheckpointError: scaling of a kind that is not known here.
   """
+  number, kind, tensors = m.number, m.text("rope.scaling.type"), m.tensors
   hf: dict[str, Any] = {"rope_theta": float(number("rope.freq_base", 10000.0))}
   rotated = number("rope.dimension_count", head_dim)
   if rotated != head_dim:
@@ -51,8 +52,8 @@ def read_rope(number: Callable, kind: Any, head_dim: int, tensors: Tensors, late
   elif (factors := tensors.get(FACTORS)) is not None:
     scaling = {"rope_type": "llama3", "factor": float(factors.read().max())}
     scaling |= {theirs: number(key, usual) for theirs, (key, usual) in _LLAMA3.items()}
-    again = llama3_factors({"rope_scaling": scaling, "head_dim": head_dim} | hf)
-    if not again or again.shape != factors.shape or not np.allclose(again.read(), factors.read(), rtol=1e-4):
+    again = _llama3_factors(scaling, hf["rope_theta"], head_dim)
+    if again.shape != factors.shape or not np.allclose(again, factors.read(), rtol=1e-4):
       raise CheckpointError("the GGUF file's rope_freqs.weight is not that of Llama 3's RoPE scaling")
   elif kind in (None, "linear") and factor not in (0, 1):
     scaling = {"rope_type": "linear", "factor": factor}
@@ -106,12 +107,12 @@ def write_rope(hf: Mapping[str, Any], latent: bool = False) -> dict[str, Any]:
 
 def rope_factors(hf: Mapping[str, Any]) -> Tensors:
   """The tensors of divisors that a scaling has."""
-  scaling = hf.get("rope_scaling") or {}
+  scaling, parts = hf.get("rope_scaling") or {}, dict[str, Any]()
   if scaling.get("rope_type") == "longrope":
     parts = {LONG_FACTORS: scaling["long_factor"], SHORT_FACTORS: scaling["short_factor"]}
-    return in_memory({name: np.array(part, np.float32) for name, part in parts.items()})
-  factors = llama3_factors(hf)
-  return {} if factors is None else {FACTORS: factors}
+  if scaling.get("rope_type") == "llama3":
+    parts = {FACTORS: _llama3_factors(scaling, hf["rope_theta"], hf["head_dim"])}
+  return in_memory({name: np.array(part, np.float32) for name, part in parts.items()})
 
 
 def _read_longrope(number: Callable, tensors: Tensors) -> dict[str, Any]:
@@ -124,17 +125,13 @@ def _read_longrope(number: Callable, tensors: Tensors) -> dict[str, Any]:
   return scaling | ({} if math.isclose(attention, usual, rel_tol=1e-6) else {"attention_factor": attention})
 
 
-def llama3_factors(hf: Mapping[str, Any]) -> LazyTensor | None:
-  """The tensor that stands for llama3 scaling; None without it."""
-  scaling = hf.get("rope_scaling") or {}
-  if scaling.get("rope_type") != "llama3":
-    return None
+def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
+  """What the frequencies are divided by."""
   low, high, context = (scaling[theirs] for theirs in _LLAMA3)
-  frequencies = hf["rope_theta"] ** -(np.arange(0, hf["head_dim"], 2) / hf["head_dim"])
+  frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
   turns = context * frequencies / (2 * math.pi)
   smooth = np.clip((turns - low) / (high - low), 0, 1)
-  factors = 1 / ((1 - smooth) / scaling["factor"] + smooth)
-  return in_memory({"factors": factors.astype(np.float32)})["factors"]
+  return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def _temperature(factor: float) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError
+from jaxllm.interop.families.rope import halves
+from jaxllm.interop.families.table import BY_HEAD, ROWS, Shape
 from jaxllm.interop.gguf.rope import FACTORS, LONG_FACTORS, SHORT_FACTORS
 from jaxllm.interop.gguf.table import Architecture
 from jaxllm.interop.huggingface import BUFFERS, Place, config_from_huggingface, family_of, places
@@ -36,7 +38,9 @@ def read_tensors(hf: Mapping[str, Any], architecture: Architecture, tensors: Ten
     elif expert is not None:
       read[name] = _part(tensors[theirs[0]], expert)
     else:
-      read[name] = _converted(c, architecture, place.weight.ours[0], name, tensors[theirs[0]], reading=True)
+      read[name] = _converted(c, architecture, place.weight.ours[0], tensors[theirs[0]], reading=True)
+    if read[name].shape != place.shape:
+      raise CheckpointError(f"the tensor {name} has shape {read[name].shape}; config.json calls for {place.shape}")
   if unexpected := [name for name in tensors if name not in used]:
     raise CheckpointError(
       f"the GGUF file has the tensor {unexpected[0]!r}, which a {architecture.name} model here has not"
@@ -66,7 +70,7 @@ def write_tensors(hf: Mapping[str, Any], architecture: Architecture, tensors: Te
     elif len(theirs) > 1:
       written |= _split(c, architecture, ours[0], tensor, theirs)
     else:
-      written[theirs[0]] = _converted(c, architecture, ours[0], name, tensor, reading=False)
+      written[theirs[0]] = _converted(c, architecture, ours[0], tensor, reading=False)
   for name in left:
     if not any(fnmatch.fnmatch(name, buffer) for buffer in BUFFERS):
       raise CheckpointError(f"GGUF's architecture {architecture.name} has no place for the tensor {name}")
@@ -116,16 +120,15 @@ def _split(
   }
 
 
-def _converted(
-  c: ModelConfig, architecture: Architecture, path: str, name: str, tensor: LazyTensor, reading: bool
-) -> LazyTensor:
-  """`path`: of the (first) weight in it. `name`: Hugging Face's."""
+def _converted(c: ModelConfig, architecture: Architecture, path: str, tensor: LazyTensor, reading: bool) -> LazyTensor:
+  """`path`: of the (first) weight in it."""
   part, _, kind = path.removeprefix("blocks/attention/").rpartition("/")
-  heads = {"query": c.num_heads, "key": c.num_kv_heads}.get(part)
-  if architecture.interleaved and heads:
-    return _mapped(tensor, lambda x: _permuted(x, name, heads, reading))
+  if architecture.interleaved and part in ("query", "key"):
+    return _mapped(tensor, lambda x: halves(x.T, c.head_dim, inverse=not reading).T)
   if architecture.by_head and part == "query":
-    return _mapped(tensor, lambda x: _grouped(c, x, name, reading))
+    shapes: list[Shape] = [(n * c.head_dim,) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    source, target = (ROWS, BY_HEAD) if reading else (BY_HEAD, ROWS)
+    return _mapped(tensor, lambda x: target.write(c, source.read(c, x, shapes)))
   if architecture.norm_offset and kind == "scale":
     one = np.float32(-1 if reading else 1)
     return _mapped(tensor, lambda x: x.astype(np.float32) + one, np.dtype("float32"))
@@ -137,26 +140,3 @@ def _converted(
 
 def _mapped(tensor: LazyTensor, change: Callable, dtype: np.dtype | None = None) -> LazyTensor:
   return LazyTensor(tensor.shape, dtype or tensor.dtype, lambda: change(tensor.read()))
-
-
-def _permuted(x: np.ndarray, name: str, heads: int, reading: bool) -> np.ndarray:
-  """The rows of each head: [2, half] (Hugging Face rotates i with i + half) to [half, 2], or back."""
-  if x.shape[0] % (2 * heads):
-    raise CheckpointError(f"the tensor {name} has {x.shape[0]} rows, which {heads} heads cannot share in pairs")
-  middle = (-1, 2) if reading else (2, -1)
-  return x.reshape(heads, *middle, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
-
-def _grouped(c: ModelConfig, x: np.ndarray, name: str, reading: bool) -> np.ndarray:
-  """Rows of each key head: those of its query heads, its own, its value's; as all queries, all keys, all values, or
-  back."""
-  heads, groups = c.num_kv_heads, c.num_heads // c.num_kv_heads
-  if x.shape[0] % (heads * (groups + 2)):
-    raise CheckpointError(f"the tensor {name} has {x.shape[0]} rows, which {heads} key heads cannot share")
-  width = x.shape[0] // (heads * (groups + 2))
-  if reading:
-    parts = np.split(x, [heads * groups * width, heads * (groups + 1) * width])
-    return np.concatenate([part.reshape(heads, -1, *x.shape[1:]) for part in parts], axis=1).reshape(x.shape)
-  rows = x.reshape(heads, -1, *x.shape[1:])
-  parts = np.split(rows, [groups * width, (groups + 1) * width], axis=1)
-  return np.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts])

@@ -18,10 +18,10 @@ import numpy as np
 from jaxllm.base.errors import CheckpointError
 from jaxllm.data.tokenizers.base import settings_file
 from jaxllm.interop.gguf.header import entry
-from jaxllm.interop.gguf.wordpiece import KEYS, read_wordpiece
+from jaxllm.interop.gguf.wordpiece import CONTROL, KEYS, NORMAL, added_token, read_wordpiece, template
 
 Files = dict[str, bytes]  # by name
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # also SentencePiece's numbers
+UNKNOWN, USER_DEFINED, UNUSED, BYTE = 2, 4, 5, 6  # also SentencePiece's numbers
 UNIGRAM, BPE = 1, 2  # SentencePiece's model types
 SPACE = "\u2581"  # in SentencePiece's pieces
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -102,6 +102,12 @@ def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
   return ids
 
 
+def _first(ids: Mapping[str, Any], role: str) -> int | None:
+  """A role's token, the first where there are several."""
+  found = ids.get(f"{role}_token_id")
+  return found[0] if isinstance(found, list) else found
+
+
 def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   """The tokenizer of a GGUF file's metadata; None if it has none.
 
@@ -124,9 +130,8 @@ def tokenizer_files(entries: Mapping[str, Any]) -> Files | None:
   while tokens and types[len(tokens) - 1] == UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
     tokens = tokens[:-1]
   ids = special_ids(entries)
-  first = {"eos_token_id": ids.get("eos_token_id", [None])[0]}
-  special = {f"{role}_token": (ids | first).get(f"{role}_token_id") for role in ROLES}
-  settings = {role: None if i is None else tokens[i] for role, i in special.items()}
+  special = {role: _first(ids, role) for role in ROLES}
+  settings = {f"{role}_token": None if i is None else tokens[i] for role, i in special.items()}
   if kind == "bert":
     named = {role: ids.get(f"{name}_token_id") for role, name in KEYS.items()}
     settings = {role: token for role, token in settings.items() if token is not None}  # [SEP] ends texts all the same
@@ -157,19 +162,16 @@ def _bpe_file(entries: Mapping[str, Any], tokens: list[str], types: np.ndarray, 
     raise CheckpointError("the GGUF file lacks tokenizer.ggml.merges, which its tokenizer needs")
   # Split at the first space behind the first character, as llama.cpp does.
   pairs = [[merge[:cut], merge[cut + 1 :]] for merge in merges if (cut := merge.find(" ", 1)) > 0]
-  added = [
-    {"id": i, "content": tokens[i], "special": bool(types[i] != USER_DEFINED)}
-    | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for i in np.flatnonzero(np.isin(types[: len(tokens)], (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
-  ]
+  kept = np.flatnonzero(np.isin(types[: len(tokens)], (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
+  bos, eos = (_first(ids, role) if ids[f"add_{role}_token"] else None for role in ("bos", "eos"))
   split = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
   level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
   definition = {
     "version": "1.0",
-    "added_tokens": added,
+    "added_tokens": [added_token(i, tokens[i], bool(types[i] != USER_DEFINED)) for i in kept],
     "normalizer": None,
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]},
-    "post_processor": _template(tokens, ids),
+    "post_processor": template(tokens, bos, eos, again=True),
     "decoder": level,
     "model": {
       "type": "BPE",
@@ -179,22 +181,6 @@ def _bpe_file(entries: Mapping[str, Any], tokens: list[str], types: np.ndarray, 
     },
   }
   return json.dumps(definition, ensure_ascii=False).encode()
-
-
-def _template(tokens: list[str], ids: Mapping[str, Any]) -> dict[str, Any] | None:
-  """The post-processor that puts BOS and EOS around a text."""
-  bos = ids.get("bos_token_id") if ids["add_bos_token"] else None
-  eos = ids.get("eos_token_id", [None])[0] if ids["add_eos_token"] else None
-
-  def sequence(name, type_id):
-    special = [[{"SpecialToken": {"id": tokens[i], "type_id": type_id}}] if i is not None else [] for i in (bos, eos)]
-    return [*special[0], {"Sequence": {"id": name, "type_id": type_id}}, *special[1]]
-
-  used = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (bos, eos) if i is not None}
-  if not used:
-    return None
-  pair = sequence("A", 0) + sequence("B", 1)
-  return {"type": "TemplateProcessing", "single": sequence("A", 0), "pair": pair, "special_tokens": used}
 
 
 def _sentencepiece_file(entries, tokens: list[str], types: np.ndarray, ids: Mapping[str, Any]) -> bytes:
@@ -216,10 +202,10 @@ def _sentencepiece_file(entries, tokens: list[str], types: np.ndarray, ids: Mapp
   spec.model_type = UNIGRAM if unigram else BPE
   spec.vocab_size = len(tokens)
   spec.byte_fallback = bool((types == BYTE).any())
-  first = {"eos_token_id": ids.get("eos_token_id", [-1])[0]}
   for role in ROLES:
-    setattr(spec, f"{role}_id", (dict(ids) | first).get(f"{role}_token_id", -1))
-    if (i := getattr(spec, f"{role}_id")) >= 0:
+    i = _first(ids, role)
+    setattr(spec, f"{role}_id", -1 if i is None else i)
+    if i is not None:
       setattr(spec, f"{role}_piece", tokens[i])
   normalizer.name = "identity"
   normalizer.add_dummy_prefix = entry(entries, "tokenizer.ggml.add_space_prefix", bool, True)

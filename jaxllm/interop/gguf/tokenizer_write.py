@@ -4,7 +4,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ log = logging.getLogger("jaxllm")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _NOTHING = {"String": " "}, "MergedWithPrevious"  # how Gemma's cuts text, in which there are no spaces any more
-_LAST = -1e9  # the score of what no merge makes
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +116,39 @@ def _templates(tokenizer: Tokenizer) -> dict[str, Any]:
   return entries
 
 
-def _filled(tokens: dict[int, str], types: dict[int, int], vocab_size: int) -> tuple[list[str], np.ndarray]:
-  """Lists of `vocab_size`; ids without a token get a name that no text has."""
+def _entries(
+  kind: str,
+  tokens: dict[int, str],
+  types: dict[int, int],
+  vocab_size: int,
+  *,
+  added: Collection[Mapping[str, Any]] = (),
+  unknown: int | None = None,
+  scores: Mapping[int, float] | None = None,
+  unscored: float = -10000.0,
+  **more: Any,
+) -> dict[str, Any]:
+  """The metadata of a vocabulary; ids without a token get a name that no text has.
+
+  Args:
+    kind: "tokenizer.ggml.model". tokens, types: by id. added: as in tokenizer.json; they go before both.
+    unscored: of what `scores` lacks; by default as llama.cpp's converter has the filling.
+    more: other keys.
+  """
+  tokens = tokens | {token["id"]: token["content"] for token in added}
+  types = types | {token["id"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
+  types |= {} if unknown is None else {unknown: UNKNOWN}
   if max(tokens, default=0) >= vocab_size:
     raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
-  texts = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-  return texts, np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
+  said = {"model": kind, "pre": "default", "tokens": [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]}
+  said["token_type"] = np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
+  if scores is not None:
+    said["scores"] = np.array([scores.get(i, unscored) for i in range(vocab_size)], np.float32)
+  return {f"tokenizer.ggml.{key}": value for key, value in (said | more).items()}
+
+
+def _charsmap(table: bytes) -> dict[str, Any]:
+  return {"precompiled_charsmap": np.frombuffer(table, np.uint8)} if table else {}
 
 
 def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -130,7 +156,7 @@ def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_
   tokens, types, said = write_wordpiece(definition)
   if said[STRIP]:
     _warn("llama.cpp takes away vowel signs too (in Hindi or Korean, say), where BERT takes away accents")
-  texts, kinds = _filled(tokens, types, vocab_size)
+  entries = _entries("bert", tokens, types, vocab_size, pre="bert-bge") | said
   inner, whole = (tokenizer.encode_prompt("a", add_special=special).tolist() for special in (False, True))
   if whole[1:-1] != inner:
     raise DataError("the tokenizer does not put one token before a text and one behind it, as llama.cpp does for BERT")
@@ -139,20 +165,13 @@ def _wordpiece_metadata(tokenizer: Tokenizer, definition: dict[str, Any], vocab_
   mask = tokenizer.special_tokens.get("mask_token", "[MASK]")
   if mask in definition["model"]["vocab"]:
     ids["mask"] = definition["model"]["vocab"][mask]
-  return {
-    "tokenizer.ggml.model": "bert",
-    "tokenizer.ggml.pre": "bert-bge",
-    "tokenizer.ggml.tokens": texts,
-    "tokenizer.ggml.token_type": kinds,
-    **said,
-    **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()},
-  }
+  return entries | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
 
 
 def _unigram_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
   """SentencePiece unigram as tokenizer.json has it (XLM-RoBERTa, T5)."""
   model = definition["model"]
-  charsmap, spaces = None, False
+  charsmap, spaces = b"", False
   for step in _steps(definition.get("normalizer"), "normalizers"):
     if step["type"] == "Precompiled":
       charsmap = base64.b64decode(step["precompiled_charsmap"])
@@ -167,26 +186,15 @@ def _unigram_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, 
   types = dict.fromkeys(tokens, NORMAL)
   if model.get("byte_fallback"):
     types |= {i: BYTE for i, piece in tokens.items() if _BYTE_PIECE.fullmatch(piece)}
-  for token in definition.get("added_tokens") or ():
-    tokens[token["id"]] = token["content"]
-    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-  if model.get("unk_id") is not None:
-    types[model["unk_id"]] = UNKNOWN
-  texts, kinds = _filled(tokens, types, vocab_size)
-  scores = np.full(vocab_size, -10000.0, np.float32)
-  scores[: len(model["vocab"])] = [score for _, score in model["vocab"]]
-  entries = {
-    "tokenizer.ggml.model": "t5",
-    "tokenizer.ggml.pre": "default",
-    "tokenizer.ggml.tokens": texts,
-    "tokenizer.ggml.scores": scores,
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.add_space_prefix": cuts[-1].get("prepend_scheme", "always") != "never",
-    "tokenizer.ggml.remove_extra_whitespaces": spaces or len(cuts) > 1,
-  }
-  if charsmap:
-    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(charsmap, np.uint8)
-  return entries
+  return _entries(
+    *("t5", tokens, types, vocab_size),
+    added=definition.get("added_tokens") or (),
+    unknown=model.get("unk_id"),
+    scores={i: score for i, (_, score) in enumerate(model["vocab"])},
+    add_space_prefix=cuts[-1].get("prepend_scheme", "always") != "never",
+    remove_extra_whitespaces=spaces or len(cuts) > 1,
+    **_charsmap(charsmap),
+  )
 
 
 def _steps(node: Any, key: str) -> list[dict[str, Any]]:
@@ -212,19 +220,12 @@ def _bpe_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]
   if found[0] in ("tekken", "gpt-4o"):
     _warn("llama.cpp cuts words of this kind of tokenizer at their marks (in Hindi or Thai, say)")
   tokens = {i: token for token, i in model["vocab"].items()}
-  types = dict.fromkeys(tokens, NORMAL)
-  for token in definition.get("added_tokens") or ():
-    tokens[token["id"]] = token["content"]
-    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-  text, kinds = _filled(tokens, types, vocab_size)
-  merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-  return {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": found[0],
-    "tokenizer.ggml.tokens": text,
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.merges": merges,
-  }
+  return _entries(
+    *("gpt2", tokens, dict.fromkeys(tokens, NORMAL), vocab_size),
+    added=definition.get("added_tokens") or (),
+    pre=found[0],
+    merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+  )
 
 
 def _fallback_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -236,21 +237,15 @@ def _fallback_metadata(definition: dict[str, Any], vocab_size: int) -> dict[str,
   tokens = {i: token for token, i in model["vocab"].items()}
   types = {i: BYTE if _BYTE_PIECE.fullmatch(token) else NORMAL for i, token in tokens.items()}
   scores = {model["vocab"][piece]: -float(rank) for rank, piece in enumerate(_in_order(definition))}
-  for token in definition.get("added_tokens") or ():
-    tokens[token["id"]] = token["content"]
-    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-  if model.get("unk_token") is not None:
-    types[model["vocab"][model["unk_token"]]] = UNKNOWN
-  texts, kinds = _filled(tokens, types, vocab_size)
-  return {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.pre": "default",
-    "tokenizer.ggml.tokens": texts,
-    "tokenizer.ggml.scores": np.array([scores.get(i, _LAST) for i in range(vocab_size)], np.float32),
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.add_space_prefix": prefix,
-    "tokenizer.ggml.remove_extra_whitespaces": False,
-  }
+  return _entries(
+    *("llama", tokens, types, vocab_size),
+    added=definition.get("added_tokens") or (),
+    unknown=None if model.get("unk_token") is None else model["vocab"][model["unk_token"]],
+    scores=scores,
+    unscored=-1e9,  # of what no merge makes
+    add_space_prefix=prefix,
+    remove_extra_whitespaces=False,
+  )
 
 
 def _prefix(normalizer: Any, cutter: Any) -> bool:
@@ -323,20 +318,11 @@ def _sentencepiece_metadata(model: bytes, added: Mapping[str, dict], vocab_size:
   for i, piece in enumerate(proto.pieces):
     text = piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece
     tokens[i], types[i] = text, piece.type
-  for key, token in added.items():
-    tokens[int(key)], types[int(key)] = token["content"], CONTROL if token.get("special") else USER_DEFINED
-  texts, kinds = _filled(tokens, types, vocab_size)
-  scores = np.full(vocab_size, -10000.0, np.float32)  # of the filling, as llama.cpp's converter has it
-  scores[: len(proto.pieces)] = [piece.score for piece in proto.pieces]
-  entries = {
-    "tokenizer.ggml.model": "t5" if unigram else "llama",
-    "tokenizer.ggml.pre": "default",
-    "tokenizer.ggml.tokens": texts,
-    "tokenizer.ggml.scores": scores,
-    "tokenizer.ggml.token_type": kinds,
-    "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
-    "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
-  }
-  if normalizer.precompiled_charsmap:
-    entries["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(normalizer.precompiled_charsmap, np.uint8)
-  return entries
+  return _entries(
+    *("t5" if unigram else "llama", tokens, types, vocab_size),
+    added=[{**token, "id": int(key)} for key, token in added.items()],
+    scores={i: piece.score for i, piece in enumerate(proto.pieces)},
+    add_space_prefix=normalizer.add_dummy_prefix,
+    remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+    **_charsmap(normalizer.precompiled_charsmap),
+  )

@@ -11,13 +11,36 @@ from typing import Any
 import numpy as np
 
 from jaxllm.base.errors import CheckpointError, DataError
+from jaxllm.data.tokenizers.sentencepiece import FLAGS
 from jaxllm.interop.gguf.header import entry
 
 _PREFIX, _WORD = "##", "\u2581"
 # Roles of BERT's tokens -> the metadata's, where 'seperator' is spelled so
 KEYS = {"cls_token": "cls", "sep_token": "seperator", "mask_token": "mask"}
 _LOWER, STRIP = "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents"
-NORMAL, CONTROL, UNUSED = 1, 3, 5
+NORMAL, CONTROL = 1, 3
+
+
+def added_token(i: int, text: str, special: bool) -> dict[str, Any]:
+  """An entry of tokenizer.json's `added_tokens`."""
+  return {"id": i, "content": text, "special": special} | dict.fromkeys(FLAGS, False)
+
+
+def template(tokens: list[str], first: int | None, last: int | None, again: bool) -> dict[str, Any] | None:
+  """The post-processor of tokenizer.json that puts tokens around a text, by their ids; None where there are none.
+
+  Args:
+    again: the first stands before the second text of a pair too.
+  """
+
+  def around(name: str, type_id: int, first: int | None) -> list[dict[str, Any]]:
+    mark = lambda i: [] if i is None else [{"SpecialToken": {"id": tokens[i], "type_id": type_id}}]  # noqa: E731
+    return [*mark(first), {"Sequence": {"id": name, "type_id": type_id}}, *mark(last)]
+
+  used = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (first, last) if i is not None}
+  pair = around("A", 0, first) + around("B", 1, first if again else None)
+  single = {"type": "TemplateProcessing", "single": around("A", 0, first)}
+  return single | {"pair": pair, "special_tokens": used} if used else None
 
 
 def write_wordpiece(definition: Mapping[str, Any]) -> tuple[dict[int, str], dict[int, int], dict[str, Any]]:
@@ -58,23 +81,13 @@ def read_wordpiece(entries: Mapping[str, Any], tokens: list[str], types: np.ndar
     whole = i in special or token.startswith(_WORD)
     vocab[token.removeprefix(_WORD) if whole else _PREFIX + token] = i
   lower = entry(entries, _LOWER, bool, True)
-  first, last = (tokens[ids[f"{name}_token_id"]] for name in ("bos", "seperator"))
-  flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-  piece = lambda name, type_id: {name: {"id": "A" if type_id == 0 else "B", "type_id": type_id}}  # noqa: E731
-  mark = lambda token, type_id: {"SpecialToken": {"id": token, "type_id": type_id}}  # noqa: E731
-  single = [mark(first, 0), piece("Sequence", 0), mark(last, 0)]
   definition = {
     "version": "1.0",
-    "added_tokens": [{"id": i, "content": tokens[i], "special": True} | flags for i in special],
+    "added_tokens": [added_token(i, tokens[i], True) for i in special],
     "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
     | {"strip_accents": entry(entries, STRIP, bool, lower), "lowercase": lower},
     "pre_tokenizer": {"type": "BertPreTokenizer"},
-    "post_processor": {
-      "type": "TemplateProcessing",
-      "single": single,
-      "pair": [*single, piece("Sequence", 1), mark(last, 1)],
-      "special_tokens": {x: {"id": x, "ids": [vocab[x]], "tokens": [x]} for x in (first, last)},
-    },
+    "post_processor": template(tokens, ids["bos_token_id"], ids["seperator_token_id"], again=False),
     "decoder": {"type": "WordPiece", "prefix": _PREFIX, "cleanup": True},
     "model": {"type": "WordPiece", "unk_token": tokens[ids["unk_token_id"]], "continuing_subword_prefix": _PREFIX}
     | {"max_input_chars_per_word": 100, "vocab": vocab},

@@ -11,11 +11,10 @@ from jaxllm.base.errors import CheckpointError, ConfigError
 from jaxllm.base.files import new_file
 from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.interop.gguf.architectures import WRITABLE
-from jaxllm.interop.gguf.config import write_config
+from jaxllm.interop.gguf.config import as_gguf
 from jaxllm.interop.gguf.encoders import reduced
 from jaxllm.interop.gguf.header import ALIGNMENT, aligned, encode_header, nbytes_of
 from jaxllm.interop.gguf.pooling import RANK, pooling_type
-from jaxllm.interop.gguf.tensors import write_tensors
 from jaxllm.interop.gguf.tokenizer_write import tokenizer_metadata
 from jaxllm.interop.sentence_transformers import TextVectors
 from jaxllm.interop.tensors import LazyTensor, Tensors
@@ -66,9 +65,7 @@ def write_gguf(
   family = hf_config.get("model_type")
   if family not in WRITABLE:
     raise ConfigError(f"a {family} model cannot be written as GGUF; those that can are {', '.join(WRITABLE)}")
-  hf_config, tensors = reduced(hf_config, tensors)
-  architecture, metadata, extra = write_config(hf_config)
-  tensors = {**write_tensors(hf_config, architecture, tensors), **extra}
+  architecture, metadata, tensors = as_gguf(*reduced(hf_config, tensors))
   if dtype == "mxfp4" and not any(_is_experts(name) for name in tensors):
     raise ConfigError("mxfp4 is a type of experts' matrices, and the model has none; choose another one")
   if f"{architecture.name}.classifier.output_labels" in metadata:
