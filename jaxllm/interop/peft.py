@@ -15,6 +15,7 @@ from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.families.table import Family
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings
+from jaxllm.interop.pickled import read_pickled
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -32,12 +33,12 @@ def read_weights(directory: Path) -> dict[str, LazyTensor]:
   """The tensors of an adapter without PEFT's prefix, none of them read.
 
   Raises:
-    CheckpointError: they are missing, damaged, or in a pickle.
+    CheckpointError: they are missing or damaged.
   """
-  if not (directory / WEIGHTS_FILE).is_file():
-    pickle = f"only {PICKLE}, a pickle, which is never opened here" if (directory / PICKLE).is_file() else "no weights"
-    raise CheckpointError(f"{directory} has {pickle}; save the adapter again as {WEIGHTS_FILE}")
-  return {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(directory / WEIGHTS_FILE).items()}
+  for file, read in ((WEIGHTS_FILE, read_safetensors), (PICKLE, read_pickled)):
+    if (directory / file).is_file():
+      return {name.removeprefix(PREFIX): tensor for name, tensor in read(directory / file).items()}
+  raise CheckpointError(f"{directory} has no weights: there is neither {WEIGHTS_FILE} nor {PICKLE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def open_adapter(directory: Path, config: ModelConfig, tensors: Tensors, familie
   raw, settings = read_settings(directory)
   found = _Found.of(read_weights(directory))
   if found == _Found({}, {}, {}):
-    raise CheckpointError(f"{directory / WEIGHTS_FILE} is empty")
+    raise CheckpointError(f"the adapter in {directory} has no tensors")
   if settings.tied and config.tie_embeddings:  # the head's copies of what changes the embedding
     head = {FAMILIES[family].head.removesuffix(".weight") for family in families}
     found, settings = found.without(head), settings.without(head)
