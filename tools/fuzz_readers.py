@@ -271,6 +271,7 @@ def write_pickles(directory: Path) -> None:
   with zipfile.ZipFile(directory / "zip.bin", "w") as archive:
     archive.writestr("zip/data.pkl", tensors_program(arrays))
     archive.writestr("zip/byteorder", "little")
+    archive.writestr("zip/version", "3\n")
     for key, array in enumerate(arrays.values()):
       archive.writestr(f"zip/data/{key}", array.tobytes())
   head = [pickle.dumps(part, 2) for part in (MAGIC, VERSION, {"little_endian": True})]

@@ -119,8 +119,8 @@ def _of_zip(file: _Bounded, size: int) -> tuple[Any, Places, bool]:
 def _of_pickles(file: _Bounded, size: int) -> tuple[Any, Places, bool]:
   """As `_of_zip`, of a file from before torch 1.6."""
   file.seek(0)
-  head = io.BytesIO(file.read(MAX_BYTES))
-  if head.getvalue()[257:262] == b"ustar":
+  head = io.BytesIO(file.read(min(size, MAX_BYTES)))
+  if head.getbuffer()[257:262] == b"ustar":
     raise ValueError("it is a tar archive, as torch 0.1 wrote it; load it with torch and save it again")
   if _run(head)[0] != MAGIC or _run(head)[0] != VERSION:
     raise ValueError("it does not begin as torch.save does")
@@ -288,8 +288,9 @@ def _tensor(path: Path, name: Any, view: _View, start: int, swapped: bool) -> La
     at = offset + sum(i * stride for i, stride in zip(index, strides))
     rest, steps = shape[len(index) :], strides[len(index) :]
     data = read_bytes(path, start + at * dtype.itemsize, _span(rest, steps) * dtype.itemsize, name)
-    data = (data.view(f"u{dtype.itemsize}").byteswap() if swapped else data).view(dtype)
-    return np.asarray(np.lib.stride_tricks.as_strided(data, rest, [dtype.itemsize * n for n in steps]), order="C")
+    data = data.view(f"u{dtype.itemsize}")  # numpy has no strides for float8
+    lying = np.lib.stride_tricks.as_strided(data, rest, [dtype.itemsize * n for n in steps])
+    return np.asarray(lying.byteswap() if swapped else lying, order="C").view(dtype)
 
   return LazyTensor(shape, dtype, lambda: read_part(()), 1 if len(shape) > 2 else 0, read_part)
 
