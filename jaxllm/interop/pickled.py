@@ -30,6 +30,7 @@ from jaxllm.base.strangers import BIG, MAX_BYTES
 from jaxllm.interop.tensors import MAX_RANK, Index, LazyTensor, is_possible, read_bytes
 
 MAX_STEPS = 2_000_000  # of a program; a tensor takes 28, and about 250 of its MAX_BYTES
+_MEND = "which tensors do not need; where you trust it, load it with torch and save its state_dict alone"
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 Places = dict[str, tuple[int, int]]  # name -> its first byte in the file, its bytes
@@ -192,7 +193,7 @@ def _run(program: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
         _of(dict, stack[-1])
       case "GLOBAL":
         if arg not in _NAMES:
-          raise ValueError(f"it asks for {shown(arg.replace(' ', '.'))}, which no tensor needs; do not trust it")
+          raise ValueError(f"it asks for {shown(arg.replace(' ', '.'))}, {_MEND}")
         stack.append(_NAMES[arg])
       case "REDUCE":
         arguments = _of(tuple, stack.pop())
@@ -202,7 +203,7 @@ def _run(program: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
         if storages.setdefault(storage.key, storage) != storage:
           raise ValueError(f"it has two storages {shown(storage.key)}")
       case other:
-        raise ValueError(f"its program has the instruction {other}, which no tensor needs; do not trust it")
+        raise ValueError(f"its program has the instruction {other}, {_MEND}")
   raise ValueError("its program has no end")
 
 
