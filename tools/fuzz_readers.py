@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,58 @@ def read_tensors(directory: Path) -> None:
     tensor.read()
 
 
+def write_pickles(directory: Path) -> None:
+  """As torch.save writes them, of now and from before 1.6."""
+  import numpy as np
+
+  from jaxllm.interop.pickled import MAGIC, VERSION
+
+  arrays = {"weight": np.ones((3, 4), np.float32), "turned": np.ones((4, 2, 3), np.float32).T, "one": np.float32(2)}
+  with zipfile.ZipFile(directory / "zip.bin", "w") as archive:
+    archive.writestr("zip/data.pkl", tensors_program(arrays))
+    archive.writestr("zip/byteorder", "little")
+    archive.writestr("zip/version", "3\n")
+    for key, array in enumerate(arrays.values()):
+      archive.writestr(f"zip/data/{key}", array.tobytes())
+  head = [pickle.dumps(part, 2) for part in (MAGIC, VERSION, {"little_endian": True})]
+  head += [tensors_program(arrays, b"N"), pickle.dumps([str(key) for key in range(len(arrays))], 2)]
+  storages = [array.size.to_bytes(8, "little") + array.tobytes() for array in arrays.values()]
+  (directory / "legacy.bin").write_bytes(b"".join(head + storages))
+
+
+def tensors_program(arrays: Mapping[str, Any], end: bytes = b"") -> bytes:
+  """The pickle of a dictionary of torch's tensors in float32, of which each has a storage of its own."""
+
+  def text(x: str) -> bytes:
+    return b"X" + len(x).to_bytes(4, "little") + x.encode()
+
+  def numbers(*values: int) -> bytes:
+    return b"(" + b"".join(b"J" + value.to_bytes(4, "little") for value in values) + b"t"
+
+  parts = [b"\x80\2}("]
+  for key, (name, array) in enumerate(arrays.items()):
+    storage = text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu") + numbers(array.size)[1:-1]
+    parts += [text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", storage, end, b"tQK\0", numbers(*array.shape)]
+    parts += [numbers(*(stride // 4 for stride in array.strides)), b"\x89ccollections\nOrderedDict\n)RtR"]
+  return b"".join(parts) + b"u."
+
+
+def read_pickles(directory: Path) -> None:
+  """Both; what is refused is said of the first."""
+  from jaxllm.base.errors import UserError
+  from jaxllm.interop.pickled import read_pickled
+
+  refused: list[UserError] = []
+  for file in sorted(directory.glob("*.bin")):
+    try:
+      for tensor in read_pickled(file).values():
+        tensor.read()
+    except UserError as error:
+      refused.append(error)
+  if refused:
+    raise refused[0]
+
+
 def write_run_config(directory: Path) -> None:
   from jaxllm.base import settings
   from jaxllm.training.config import RunConfig
@@ -371,6 +425,7 @@ READERS: dict[str, Reader] = {
   "bitsandbytes": Reader(write_bitsandbytes, lambda path: read_model(path / "model")),
   "gguf": Reader(write_model_as("gguf", "model.gguf"), lambda path: read_model(path / "model.gguf")),
   "safetensors": Reader(write_tensors, read_tensors),
+  "pickles": Reader(write_pickles, read_pickles),
   "tokenizer_json": Reader(write_tokenizer(tokenizer), read_tokenizer),
   "sentencepiece": Reader(write_tokenizer(sentencepiece), read_tokenizer),
   "wordpiece": Reader(write_wordpiece, read_tokenizer),

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config.json, safetensors, generation_config.json, tokenizer files."""
+"""Hugging Face model directories: config.json, weights, generation_config.json, tokenizer files."""
 
 import collections
 import logging
@@ -50,7 +50,7 @@ def read_huggingface(directory: Path) -> tuple[dict[str, Any], Tensors]:
   """The content of config.json, and the tensors by name, which are not read yet.
 
   Raises:
-    CheckpointError: there is no config.json or no weights, or only a pickle of them, or they are damaged.
+    CheckpointError: there is no config.json or no weights, or they are damaged.
     ConfigError: the weights are quantized, and not by bitsandbytes or with scales of blocks.
   """
   config = read_json(directory / CONFIG_FILE)

@@ -16,6 +16,7 @@ from jaxllm.interop.adapter import Change, StoredAdapter
 from jaxllm.interop.families import FAMILIES
 from jaxllm.interop.huggingface import Place, places
 from jaxllm.interop.peft_config import CONFIG_FILE, Settings, ends, listed, read_settings
+from jaxllm.interop.pickled import read_pickled
 from jaxllm.interop.safetensors import read_safetensors
 from jaxllm.interop.stored import param_shapes
 from jaxllm.interop.tensors import Index, LazyTensor, Tensors, from_parts
@@ -38,12 +39,12 @@ def read_weights(directory: Path) -> dict[str, LazyTensor]:
   """The tensors of an adapter without PEFT's prefix, none of them read.
 
   Raises:
-    CheckpointError: they are missing, damaged, or in a pickle.
+    CheckpointError: they are missing or damaged.
   """
-  if not (directory / WEIGHTS_FILE).is_file():
-    pickle = f"only {PICKLE}, a pickle, which is never opened here" if (directory / PICKLE).is_file() else "no weights"
-    raise CheckpointError(f"{directory} has {pickle}; save the adapter again as {WEIGHTS_FILE}")
-  return {name.removeprefix(PREFIX): tensor for name, tensor in read_safetensors(directory / WEIGHTS_FILE).items()}
+  for file, read in ((WEIGHTS_FILE, read_safetensors), (PICKLE, read_pickled)):
+    if (directory / file).is_file():
+      return {name.removeprefix(PREFIX): tensor for name, tensor in read(directory / file).items()}
+  raise CheckpointError(f"{directory} has no weights: there is neither {WEIGHTS_FILE} nor {PICKLE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def read_adapter(directory: Path, config: ModelConfig, families: Sequence[str]) 
       full[re.sub(r"\.(token_adapter|base_layer|modules_to_save)(?=\.)", "", name)] = tensor
   wanted = [*(f"{name}.weight" for name in (*modules, *rows)), *full]
   if not wanted:
-    raise CheckpointError(f"{directory / WEIGHTS_FILE} is empty")
+    raise CheckpointError(f"the adapter in {directory} has no tensors")
   heads = {f: FAMILIES[f].named(FAMILIES[f].head, config.head) if config.head == "lm" else "" for f in families}
   found = {f: places(config, f, wanted) for f in families}
 

@@ -8,6 +8,7 @@ at their place in the file, which is never mapped or read whole.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -18,7 +19,8 @@ from jaxllm.base.errors import CheckpointError, shown
 from jaxllm.base.files import regular
 from jaxllm.base.os_errors import file_errors
 from jaxllm.base.strangers import declared, parse_json, read_json
-from jaxllm.interop.tensors import Index, LazyTensor, Tensors
+from jaxllm.interop.pickled import read_pickled
+from jaxllm.interop.tensors import Index, LazyTensor, Tensors, is_possible, read_bytes
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -42,13 +44,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # 100,000 tensors take about 15 MB. JSON can grow twentyfold in memory, so the cap also bounds that.
 MAX_HEADER = 25_000_000
-MAX_RANK = 16
 DEFAULT_SHARD_BYTES = 5 * 10**9
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class _Index(TypedDict, total=False):
-  """model.safetensors.index.json."""
+  """model.safetensors.index.json, pytorch_model.bin.index.json."""
 
   weight_map: dict[str, str]
 
@@ -86,39 +86,45 @@ def read_safetensors(path: Path) -> Tensors:
   return tensors
 
 
-def read_sharded(directory: Path) -> Tensors:
-  """The tensors of a directory: model.safetensors, or all of the shards that model.safetensors.index.json names.
+FORMS = (
+  (SINGLE, INDEX, ".safetensors", read_safetensors),
+  ("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", read_pickled),
+)
 
-  Where there are both, the single file counts, as in transformers.
+
+def read_sharded(directory: Path) -> Tensors:
+  """The tensors of a directory: model.safetensors, or all of the shards that model.safetensors.index.json names; else
+  pytorch_model.bin, or those of pytorch_model.bin.index.json.
+
+  The first of these counts, as in transformers.
 
   Raises:
-    CheckpointError: there are none, a shard is missing or lacks a tensor, or see `read_safetensors`.
+    CheckpointError: there are none, a shard is missing or lacks a tensor, or see `read_safetensors`, `read_pickled`.
   """
-  if (directory / SINGLE).is_file():
-    return read_safetensors(directory / SINGLE)
-  if not (directory / INDEX).is_file():
-    pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
-    if pickles:
-      raise CheckpointError(
-        f"{directory} has its weights only in {pickles[0]}, a pickle, which can run any code when it is opened, so "
-        "it is not; where you trust it, load it with transformers and save it with save_pretrained, which writes "
-        "safetensors"
-      )
-    raise CheckpointError(f"{directory} has no weights: there is no {SINGLE} and no {INDEX}")
-  index = declared(_Index, read_json(directory / INDEX, MAX_HEADER), str(directory / INDEX), CheckpointError)
+  for single, index, ending, read in FORMS:
+    if (directory / single).is_file():
+      return read(directory / single)
+    if (directory / index).is_file():
+      return _of_index(directory, index, ending, read)
+  names = ", ".join(name for form in FORMS for name in form[:2])
+  raise CheckpointError(f"{directory} has no weights: there is none of {names}")
+
+
+def _of_index(directory: Path, file: str, ending: str, read: Callable[[Path], Tensors]) -> Tensors:
+  index = declared(_Index, read_json(directory / file, MAX_HEADER), str(directory / file), CheckpointError)
   places = index.get("weight_map")
   if places is None:
-    raise CheckpointError(f"cannot read {directory / INDEX}: it has no weight_map of names to files")
+    raise CheckpointError(f"cannot read {directory / file}: it has no weight_map of names to files")
   shards = dict.fromkeys(places.values())
   for shard in shards:
-    if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors") or not shard.isprintable():
-      raise CheckpointError(f"{directory / INDEX} names {shown(shard)}, which is not a .safetensors file beside it")
+    if Path(shard).name != shard or "\\" in shard or not shard.endswith(ending) or not shard.isprintable():
+      raise CheckpointError(f"{directory / file} names {shown(shard)}, which is not a {ending} file beside it")
     if not (directory / shard).is_file():
-      raise CheckpointError(f"{directory} lacks the shard {shard}, which {INDEX} names; copy it again")
-  tensors = {shard: read_safetensors(directory / shard) for shard in shards}
+      raise CheckpointError(f"{directory} lacks the shard {shard}, which {file} names; copy it again")
+  tensors = {shard: read(directory / shard) for shard in shards}
   for name, shard in places.items():
     if name not in tensors[shard]:
-      raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {INDEX} places there; copy it again")
+      raise CheckpointError(f"{directory / shard} lacks the tensor {name}, which {file} places there; copy it again")
   others = {name: tensor for shard in shards for name, tensor in tensors[shard].items() if name not in places}
   return {name: tensors[shard][name] for name, shard in places.items()} | others
 
@@ -175,7 +181,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int,
   kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
   if not isinstance(kind, str) or kind not in DTYPES:
     raise _damaged(path, f"the tensor {shown(name)} has the type {shown(kind)}; those known are {', '.join(DTYPES)}")
-  if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_RANK:
+  if not (_are_sizes(shape) and is_possible(shape, DTYPES[kind]) and _are_sizes(offsets) and len(offsets) == 2):
     raise _damaged(path, f"the tensor {shown(name)} has no possible shape or place")
   start, stop = offsets
   if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
@@ -195,17 +201,8 @@ def _tensor(path: Path, name: str, dtype: np.dtype, shape: tuple[int, ...], star
     place = 0
     for i, n in zip(index, shape):
       place = place * n + i
-    count = math.prod(rest)
-    buffer = np.empty(count * dtype.itemsize, np.uint8)
-    with file_errors(path), path.open("rb", buffering=0) as file:
-      file.seek(start + place * buffer.nbytes)
-      done = 0
-      while done < buffer.nbytes:
-        read = file.readinto(buffer[done:])
-        if not read:
-          raise _damaged(path, f"it ends within the tensor {name}; copy it again")
-        done += read
-    return buffer.view(dtype).reshape(rest)
+    size = math.prod(rest) * dtype.itemsize
+    return read_bytes(path, start + place * size, size, name).view(dtype).reshape(rest)
 
   # A stack of matrices is best read one by one.
   return LazyTensor(shape, dtype, lambda: read_part(()), 1 if len(shape) > 2 else 0, read_part)

@@ -20,7 +20,7 @@ from jaxllm.interop.safetensors import read_sharded
 
 MODULES = "modules.json"
 SETTINGS, TEXTS = "config_sentence_transformers.json", "sentence_bert_config.json"
-READ_IF_THERE = (MODULES, SETTINGS, TEXTS, "*/config.json", "*/model.safetensors")
+READ_IF_THERE = (MODULES, SETTINGS, TEXTS, "*/config.json", "*/model.safetensors*", "*/pytorch_model.bin*")
 # Its names of the ways to make one vector of many, in the order in which it puts several of them side by side.
 POOLINGS = {"cls": "first", "max": "max", "mean": "mean"}
 POOLINGS |= {"mean_sqrt_len_tokens": "mean_sqrt", "weightedmean": "weighted_mean", "lasttoken": "last"}

@@ -1,14 +1,19 @@
 """A tensor in a file: its shape and type are known, its content is read when asked for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxllm.base.errors import CheckpointError
+from jaxllm.base.os_errors import file_errors
 
 Index = tuple[int, ...]
+MAX_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +85,27 @@ def cast(tensors: Tensors, dtype: np.dtype) -> Tensors:
     )
 
   return {name: t if t.dtype == dtype else one(name, t) for name, t in tensors.items()}
+
+
+def is_possible(shape: Sequence[Any], dtype: np.dtype) -> bool:
+  """Whether a shape that a stranger's file says is one that an array may have, one without elements included."""
+  sizes = len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
+  return sizes and math.prod(n or 1 for n in shape) * dtype.itemsize < 2**63
+
+
+def read_bytes(path: Path, start: int, count: int, name: str) -> UInt8[np.ndarray, " count"]:
+  """So many bytes of a file from a place on, which are some of the tensor `name`; the file is not mapped.
+
+  Raises:
+    CheckpointError: it ends before them, or cannot be read.
+  """
+  buffer = np.empty(count, np.uint8)
+  with file_errors(path), path.open("rb", buffering=0) as file:
+    file.seek(start)
+    done = 0
+    while done < count:
+      read = file.readinto(buffer[done:])
+      if not read:
+        raise CheckpointError(f"{path} ends within the tensor {name}; copy it again")
+      done += read
+  return buffer

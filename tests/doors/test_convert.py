@@ -125,7 +125,7 @@ BAD = [
   ("hf", lambda p: next(p.glob("model-00002*")).unlink(), [], "lacks the shard model-00002"),
   ("hf", truncate, [], "copy it again"),
   ("hf", reshaped, [], "has shape"),
-  ("hf", pickled, [], "pickle"),
+  ("hf", pickled, [], "pytorch_model.bin is no file of PyTorch's tensors"),
   ("hf", edit("config.json", num_hidden_layers=4), [], "lacks the tensor model.layers.3"),
   ("hf", edit("config.json", intermediate_size=28), [], "calls for (28, 16)"),
   ("hf", edit("config.json", quantization_config={"quant_method": "gptq"}), [], "'gptq'"),

@@ -191,7 +191,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda t: t | {"a\nb\x1b[31m.weight": t[FIRST]}, r"names a tensor 'a\\nb\\x1b\[31m"),
     (lambda t: t | {FIRST: t[FIRST][:3]}, r"lora_A.weight of shape \(3, 32\), but \(4, 32\)"),
     (lambda t: t | {FIRST: t[FIRST][:, :8]}, r"of shape \(4, 8\)"),
-    (lambda t: {}, "is empty"),
+    (lambda t: {}, "has no tensors"),
   ],
 )
 def test_tensors_that_do_not_fit_are_listed_for_peft_adapters(lora, tmp_path, change, message):
