@@ -291,7 +291,7 @@ def places(config: ModelConfig, family: str, names: Collection[str]) -> tuple[di
 def _full_names(family: Family, c: ModelConfig, names: Collection[str]) -> list[str]:
   """These names as the table has them: without old spellings, with the family's prefix or without it."""
   renamed = [_renamed(name, family) for name in names]
-  known = _places(family, c, {n for name in renamed for n in (name, family.prefix + name)}).keys()
+  known = set(_places(family, c, {n for name in renamed for n in (name, family.prefix + name)}))
   known |= {family.named(copy, c.head) for copy in family.copies}
   prefix = family.prefixes.get(c.head, family.prefix)
 

@@ -203,10 +203,10 @@ def _sentencepiece_file(entries, tokens: list[str], types: np.ndarray, ids: Mapp
   spec.vocab_size = len(tokens)
   spec.byte_fallback = bool((types == BYTE).any())
   for role in ROLES:
-    i = _first(ids, role)
-    setattr(spec, f"{role}_id", -1 if i is None else i)
-    if i is not None:
-      setattr(spec, f"{role}_piece", tokens[i])
+    at = _first(ids, role)
+    setattr(spec, f"{role}_id", -1 if at is None else at)
+    if at is not None:
+      setattr(spec, f"{role}_piece", tokens[at])
   normalizer.name = "identity"
   normalizer.add_dummy_prefix = entry(entries, "tokenizer.ggml.add_space_prefix", bool, True)
   normalizer.remove_extra_whitespaces = entry(entries, "tokenizer.ggml.remove_extra_whitespaces", bool, False)
