@@ -140,7 +140,8 @@ def _entries(
   types |= {} if unknown is None else {unknown: UNKNOWN}
   if max(tokens, default=0) >= vocab_size:
     raise DataError(f"the tokenizer has {max(tokens) + 1} tokens but the model only {vocab_size}")
-  said: dict[str, Any] = {"model": kind, "pre": "default", "tokens": [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]}
+  named = [tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+  said: dict[str, Any] = {"model": kind, "pre": "default", "tokens": named}
   said["token_type"] = np.array([types.get(i, UNUSED) for i in range(vocab_size)], np.int32)
   if scores is not None:
     said["scores"] = np.array([scores.get(i, unscored) for i in range(vocab_size)], np.float32)
