@@ -45,7 +45,7 @@ SETTINGS = {
 def opened(base, adapter, family, folder):
   """The model with the adapter in it, as a module of transformers."""
   model = open_model(base, adapter=adapter)
-  config, tensors = as_checkpoint(model.config, model.tensors, MODELS[family][2])
+  config, tensors = as_checkpoint(model, MODELS[family][2])
   folder.mkdir()
   (folder / "config.json").write_text(json.dumps(config))
   write_safetensors(folder / "model.safetensors", tensors)

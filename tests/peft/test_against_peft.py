@@ -126,7 +126,8 @@ class Theirs:
     save_file(peft.get_peft_model_state_dict(self.model, state_dict=values), place / "adapter_model.safetensors")
     config = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
-    found = adapters.open_adapter(place, base.config, base.tensors, [FAMILY.get(self.name, self.name)])
+    read = adapters.read_adapter(place, base.config, [FAMILY.get(self.name, self.name)])
+    found = adapters.open_adapter(read, base.config, base.tensors)
     arrays = {f"{path}/{part}": t.read() for path, c in found.changes.items() for part, t in c.parts.items()}
     return arrays | {path: tensor.read() for path, tensor in found.full.items()}
 
