@@ -127,6 +127,7 @@ class Theirs:
     config = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": True}))
     read = adapters.read_adapter(place, base.config, [FAMILY.get(self.name, self.name)])
+    read = read.of_tied() if base.config.tie_embeddings else read
     found = adapters.open_adapter(read, base.config, base.tensors)
     arrays = {f"{path}/{part}": t.read() for path, c in found.changes.items() for part, t in c.parts.items()}
     return arrays | {path: tensor.read() for path, tensor in found.full.items()}
