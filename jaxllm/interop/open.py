@@ -154,9 +154,9 @@ def with_adapter(base: StoredModel, directory: Path, weight: float = 1.0) -> Sto
   if not families:
     as_checkpoint(base)  # says why
   read = peft.read_adapter(directory, base.config, families)
-  if base.config.tie_embeddings and read.head:
-    read = read.of_tied()
-    if not read.tied:
+  if read.head and (base.config.tie_embeddings or base.was_tied):
+    read = read.of_tied(apart=base.was_tied)
+    if not read.tied and not base.was_tied:
       base = base.untied()
   if rows := read.vocabulary:  # it may have been trained on a model with new tokens
     base = dataclasses.replace(base, config=dataclasses.replace(base.config, vocab_size=rows))

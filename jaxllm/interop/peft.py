@@ -80,8 +80,12 @@ class PeftAdapter:
     """The tokens whose rows of a module are trained; a head's copies of the embedding's rows go by no name."""
     return self.settings.tokens_of(module) or self.settings.tokens_of(self.table)
 
-  def of_tied(self) -> "PeftAdapter":
-    """The same for a model with one matrix for embedding and head."""
+  def of_tied(self, apart: bool = False) -> "PeftAdapter":
+    """The same for a model with one matrix for embedding and head.
+
+    Args:
+      apart: another adapter has made two of the matrix; what changes it changes both then.
+    """
     table, head = f"{self.table}.weight", f"{self.head}.weight"
     full = dict(self.full)
     for name in self.copies():  # a copy of one is one of the other
@@ -89,9 +93,12 @@ class PeftAdapter:
     both = dataclasses.replace(self, full=full)
     if not both._alike():
       return both
+    if apart:
+      rows = {**self.rows} | ({self.head: self.rows[self.table]} if self.table in self.rows else {})
+      return dataclasses.replace(both, rows=rows)
     without = lambda tensors: {name: t for name, t in tensors.items() if name not in (head, self.head)}  # noqa: E731
-    modules, full, rows = without(both.modules), without(full), without(both.rows)
-    return dataclasses.replace(both, modules=modules, full=full, rows=rows, tied=True)
+    parts = {name: without(getattr(both, name)) for name in ("modules", "full", "rows")}
+    return dataclasses.replace(both, **parts, tied=True)
 
   def _whole(self) -> list[str]:
     names = (f"{module}.weight" for module in (self.table, self.head))

@@ -42,6 +42,7 @@ class StoredModel:
     adapters: the adapter_config.json of each adapter on it, in their order.
     apart: those of them that are not merged into `tensors`.
     vectors: how a text's states become one vector, where the files say so.
+    was_tied: the head is the embedding in files, and has become a matrix of its own for an adapter.
   """
 
   config: ModelConfig
@@ -55,6 +56,7 @@ class StoredModel:
   apart: tuple[StoredAdapter, ...] = ()
   source: dict[str, Any] = dataclasses.field(default_factory=dict)
   vectors: TextVectors | None = None
+  was_tied: bool = False
 
   @property
   def chat_template(self) -> str | None:
@@ -94,7 +96,8 @@ class StoredModel:
     model = self.merged() if any("embedding/tokens" in adapter.changes for adapter in self.apart) else self
     config, table = dataclasses.replace(model.config, tie_embeddings=False), model.tensors["embedding/tokens"]
     head = LazyTensor(table.shape[::-1], table.dtype, lambda: table.read().T)
-    return dataclasses.replace(model, config=config, tensors=dict(model.tensors) | {"head/weight": head})
+    tensors = dict(model.tensors) | {"head/weight": head}
+    return dataclasses.replace(model, config=config, tensors=tensors, was_tied=True)
 
   def params(
     self,

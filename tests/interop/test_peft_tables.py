@@ -136,6 +136,17 @@ def test_a_peft_adapter_without_the_rows_of_new_tokens_is_refused(tmp_path, sett
   np.testing.assert_allclose(logits(ours), logits(again), atol=1e-5)
 
 
+def test_what_changes_both_tables_changes_both_after_another_has_made_two_of_them(tmp_path):
+  base, head, _ = made("tied", tmp_path / "head", r=4, target_modules=["lm_head"])
+  _, rows, _ = made("tied", tmp_path / "rows", r=4, target_modules=QV, trainable_token_indices=[7, 9])
+  by_names = [], [head], [rows], [head, rows]
+  plain, untied, trained, both = (open_model(base, adapter=names).tensors for names in by_names)
+  table = "embedding/tokens"
+  change = untied["head/weight"].read() - plain[table].read().T
+  np.testing.assert_array_equal(both[table].read(), trained[table].read())
+  np.testing.assert_allclose(both["head/weight"].read(), trained[table].read().T + change, atol=1e-6)
+
+
 def test_a_bias_of_factors_where_the_base_has_none_is_refused(tmp_path):
   base, adapter, _ = made("llama", tmp_path, r=4, target_modules=QV, lora_bias=True)
   with pytest.raises(CheckpointError, match="layers.0.self_attn.q_proj has no bias in the base, and its factors have"):
