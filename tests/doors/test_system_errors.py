@@ -39,7 +39,7 @@ def shell(line: str, **environment):
     ("ulimit -n 12; jaxllm --help", "a limit of 12 open files is too low; raise it"),
     (
       "ulimit -d 500000; jaxllm --help",
-      "a limit of 488 MiB of memory is too low for JAX; raise it (ulimit -d 1048576)",
+      "a limit of 488 MiB of memory is too low for JAX; raise it (ulimit -d 3145728)",
     ),
     (
       "ulimit -v 2000000; jaxllm --help",

@@ -170,7 +170,7 @@ def few_resources(world: World, rounds: int, seed: int) -> Iterator[Row]:
         limits = {
           "too many open files": Limits(open_files=draw.randint(LEAST_FILES, LEAST_FILES + 40)),
           "file too large": Limits(file_bytes=int(2 ** draw.uniform(11, 17))),
-          "no memory": Limits(memory_bytes=draw.randint(200, 2000) << 20),
+          "no memory": Limits(memory_bytes=draw.randint(200, 6000) << 20),
           "output to a full disk": Limits(stdout="/dev/full"),
         }[kind]
         first = door(name, *argv, limits=limits)
