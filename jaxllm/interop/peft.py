@@ -166,6 +166,10 @@ def read_adapter(directory: Path, config: ModelConfig, families: Sequence[str]) 
   of_module = {module_of(name): parts for name, parts in modules.items()}
   whole = {names[name]: tensor for name, tensor in full.items()}
   table = next(name for name, place in known.items() if place.weight.ours == (TABLE,)).removesuffix(".weight")
+  trained = {*of_module, *(module_of(name) for name in rows), *(name.removesuffix(".weight") for name in whole)}
+  for module in (table, head.removesuffix(".weight")):  # which the base that was trained may have had no name for
+    if module not in trained and (settings.means(module) or ends(settings.saved, module)):
+      log.warning("the adapter in %s names %s and has no weights of it: that stays as it is", directory, module)
   if config.architecture == "encoder_decoder" and (table in of_module or ends(settings.saved, table)):
     log.warning(
       "the adapter in %s changes %s, which PEFT's model looks nothing up in: that is left out", directory, table

@@ -12,7 +12,8 @@ from peft_models import IDS, MODELS, changed, load_base, logits, made, save
 from jaxllm.base.errors import CheckpointError
 from jaxllm.interop.huggingface_directory import as_checkpoint
 from jaxllm.interop.open import open_model
-from jaxllm.interop.safetensors import write_safetensors
+from jaxllm.interop.safetensors import read_safetensors, write_safetensors
+from jaxllm.interop.tensors import in_memory
 
 peft = pytest.importorskip("peft")
 
@@ -145,6 +146,19 @@ def test_what_changes_both_tables_changes_both_after_another_has_made_two_of_the
   change = untied["head/weight"].read() - plain[table].read().T
   np.testing.assert_array_equal(both[table].read(), trained[table].read())
   np.testing.assert_allclose(both["head/weight"].read(), trained[table].read().T + change, atol=1e-6)
+
+
+def test_a_table_that_is_named_and_not_in_the_file_is_said(tmp_path, caplog):
+  """PEFT leaves it as it is in the base, and so does this package."""
+  base, adapter, _ = made("llama", tmp_path, r=4, target_modules=[*QV, "lm_head"])
+  open_model(base, adapter=adapter)
+  assert "has no weights of it" not in caplog.text
+  file = adapter / "adapter_model.safetensors"
+  kept = {name: tensor.read() for name, tensor in read_safetensors(file).items() if "lm_head" not in name}
+  write_safetensors(file, in_memory(kept))
+  again = peft.PeftModel.from_pretrained(load_base(base), adapter)
+  np.testing.assert_allclose(logits(opened(base, adapter, "llama", tmp_path / "ours")), logits(again), atol=1e-5)
+  assert "names lm_head and has no weights of it" in caplog.text
 
 
 def test_a_bias_of_factors_where_the_base_has_none_is_refused(tmp_path):
